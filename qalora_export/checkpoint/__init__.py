@@ -1,0 +1,1 @@
+"""The canonical checkpoint on disk: safetensors shards, JSON config, manifest. numpy only (no torch)."""

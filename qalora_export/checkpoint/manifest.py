@@ -1,0 +1,78 @@
+"""manifest.json: the commit mark and the provenance chain base → adapter → merged → artifact.
+
+It is the last file written. It names every file of its folder with size and sha256, every tensor with dtype, shape
+and sha256, the settings that made them, and the sha256 of each parent's manifest. It holds no time and no absolute
+path, so equal inputs and settings give equal bytes.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qalora_export.errors import InputError, UnsafeInputError
+from qalora_export.safety import inside, read_json, sha256_bytes, sha256_file
+
+MANIFEST = "manifest.json"
+FORMAT = "qalora-manifest/1"
+FileKind = Literal["base", "adapter", "merged", "gguf", "onnx"]
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """What this artifact was made from: role ("source", "base", "adapter", "checkpoint"), name, manifest sha256."""
+
+    role: str
+    name: str
+    sha256: str
+
+
+def parent_of(folder: Path, role: str) -> Parent:
+    """Reference to a stage output (by its manifest) or, for a plain model folder, by its config and weights."""
+    if (folder / MANIFEST).is_file():
+        return Parent(role, folder.name, sha256_file(folder / MANIFEST))
+    files = sorted(p for p in folder.glob("*") if p.suffix in {".json", ".safetensors"})
+    listing = "".join(f"{p.name} {sha256_file(p)}\n" for p in files)
+    return Parent(role, folder.name, sha256_bytes(listing.encode()))
+
+
+def write_manifest(folder: Path, kind: FileKind, *, tensors: dict[str, dict[str, Any]], parents: list[Parent],
+                   settings: dict[str, Any], name: str = MANIFEST) -> None:  # fmt: skip
+    """Hash every file in `folder` and write the manifest last."""
+    from qalora_export import __version__
+
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != name
+    }
+    content = {
+        "format": FORMAT, "kind": kind, "created_by": f"qalora-export {__version__}", "settings": settings,
+        "parents": [asdict(parent) for parent in parents], "files": files, "tensors": tensors,
+    }  # fmt: skip
+    (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a stage output. Raises InputError when the folder has none (the stage did not finish)."""
+    if not (folder / MANIFEST).is_file():
+        raise InputError("no manifest.json", where=folder, why="the stage that writes this folder did not finish",
+                         fix="run that stage again")  # fmt: skip
+    content = read_json(folder / MANIFEST)
+    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("files"), dict):
+        raise UnsafeInputError("manifest.json is not one of ours", where=folder)
+    return content
+
+
+def verify_manifest(folder: Path) -> list[str]:
+    """Names of files whose size or sha256 differs from the manifest, or which are missing. Empty means intact."""
+    wrong = []
+    for name, expected in read_manifest(folder)["files"].items():
+        try:
+            path = inside(folder, name)
+        except InputError:
+            wrong.append(name)
+            continue
+        if path.stat().st_size != expected.get("bytes") or sha256_file(path) != expected.get("sha256"):
+            wrong.append(name)
+    return wrong

@@ -1,0 +1,95 @@
+"""Any Transformers model folder as a stream of tensors: one file or indexed shards, every name exactly once."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qalora_export.checkpoint.safetensors_file import TensorEntry, map_tensor, read_header
+from qalora_export.errors import InputError, UnsafeInputError
+from qalora_export.safety import inside, read_json
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# What makes the model usable and goes along unchanged through every stage.
+COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+
+
+class ModelFolder:
+    """Read-only view of a model folder. Opening checks every header; tensors are mapped on demand.
+
+    Raises InputError for missing files and UnsafeInputError for lying headers, escaping paths or duplicate names.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise InputError("model folder not found", where=self.path, fix="give the folder that holds config.json")
+        self.config: dict[str, Any] = read_json(inside(self.path, "config.json"))
+        self._where: dict[str, tuple[Path, TensorEntry]] = {}
+        for shard in _shards(self.path):
+            for name, entry in read_header(shard).items():
+                if name in self._where:
+                    raise UnsafeInputError("two shards hold the same tensor", where=f"{shard}: {name}")
+                self._where[name] = (shard, entry)
+
+    def names(self) -> list[str]:
+        """Tensor names in file order."""
+        return list(self._where)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def entry(self, name: str) -> TensorEntry:
+        return self._find(name)[1]
+
+    def tensor(self, name: str) -> NDArray:
+        """The tensor, memory-mapped, in its stored dtype (bfloat16 through ml_dtypes)."""
+        return map_tensor(*self._find(name))
+
+    def tensors(self) -> Iterator[tuple[str, NDArray]]:
+        for name in self._where:
+            yield name, self.tensor(name)
+
+    def companions(self) -> list[Path]:
+        """Tokenizer, chat template and generation files that exist."""
+        return [inside(self.path, name) for name in COMPANIONS if (self.path / name).exists()]
+
+    def _find(self, name: str) -> tuple[Path, TensorEntry]:
+        if name not in self._where:
+            raise InputError(f"the model has no tensor {name!r}", where=self.path, fix="is the download complete?")
+        return self._where[name]
+
+
+def _shards(folder: Path) -> list[Path]:
+    if (folder / INDEX).exists():
+        index = read_json(inside(folder, INDEX))
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise UnsafeInputError("weight_map is not a table of names", where=folder / INDEX)
+        shards = [inside(folder, name) for name in sorted(set(weight_map.values()))]
+        found = {name for shard in shards for name in read_header(shard)}
+        if missing := sorted(set(weight_map) - found):
+            raise InputError(f"the index names {len(missing)} tensors no shard holds", where=folder, why=missing[0])
+        return shards
+    if not (folder / SINGLE).exists():
+        hint = "convert pickled weights to safetensors first" if list(folder.glob("*.bin")) else "check the path"
+        raise InputError("no safetensors weights here", where=folder, why=f"looked for {SINGLE} and {INDEX}", fix=hint)
+    return [inside(folder, SINGLE)]
+
+
+def same_bytes(left: NDArray, right: NDArray) -> bool:
+    """Equal shape, dtype and bytes."""
+    return left.shape == right.shape and left.dtype == right.dtype and left.tobytes() == right.tobytes()
+
+
+def as_float32(tensor: NDArray) -> NDArray[np.float32]:
+    """Widen F16, BF16 or F32 to float32, exactly. Raises InputError for other dtypes."""
+    if tensor.dtype.itemsize > 4 or tensor.dtype.kind in "iub?":
+        raise InputError(f"expected a float tensor of at most 32 bits, found {tensor.dtype}")
+    return np.asarray(tensor).astype(np.float32)

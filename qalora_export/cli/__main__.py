@@ -1,0 +1,5 @@
+"""python -m qalora_export.cli"""
+
+from qalora_export.cli.main import main
+
+main()

@@ -1,0 +1,25 @@
+"""Which module implements which verb. Each has `command`, a typer function whose docstring is the help text."""
+
+from importlib import import_module
+
+import typer
+
+VERBS = {
+    "quantize": "qalora_export.cli.quantize",
+    "train": "qalora_export.cli.train",
+    "merge": "qalora_export.cli.merge",
+    "verify-parity": "qalora_export.cli.verify_parity",
+    "run": "qalora_export.cli.run",
+}
+EXPORTS = {
+    "gguf": "qalora_export.cli.export_gguf",
+    "onnx": "qalora_export.cli.export_onnx",
+}
+
+
+def register(app: typer.Typer, export_app: typer.Typer) -> None:
+    """Attach every verb; the modules import heavy packages only when their command runs."""
+    for target, table in ((app, VERBS), (export_app, EXPORTS)):
+        if not target.registered_commands:
+            for name, module in table.items():
+                target.command(name)(import_module(module).command)

@@ -1,0 +1,23 @@
+"""What the user sees while a stage runs: one console on stderr, progress bars with ETA, the next command."""
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Iterate with a progress bar, elapsed time and ETA (plain when stderr is no terminal)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TextColumn("ETA"), TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=console, transient=False) as progress:
+        yield from progress.track(items, total=total, description=description)
+
+
+def next_command(command: str) -> None:
+    """Print what the user would run after this stage."""
+    console.print(f"[dim]next:[/dim] {command}", markup=True)

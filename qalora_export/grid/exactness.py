@@ -1,0 +1,40 @@
+"""Counting differences: "lossless" is a number, and it is zero."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qalora_export.grid.group_affine import GroupAffine
+
+
+@dataclass(frozen=True, slots=True)
+class Differences:
+    """How many codes, scales and offsets differ; bit patterns are compared, so -0 differs from +0."""
+
+    codes: int
+    scale: int
+    offset: int
+
+    @property
+    def total(self) -> int:
+        return self.codes + self.scale + self.offset
+
+    def __add__(self, other: "Differences") -> "Differences":
+        return Differences(self.codes + other.codes, self.scale + other.scale, self.offset + other.offset)
+
+
+def differing(left: NDArray, right: NDArray) -> int:
+    """Count of elements whose bytes differ; every element when shape or dtype disagree."""
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return max(left.size, right.size, 1)
+    unsigned = np.dtype(f"u{left.dtype.itemsize}")
+    view_l, view_r = np.ascontiguousarray(left).view(unsigned), np.ascontiguousarray(right).view(unsigned)
+    return int(np.count_nonzero(view_l != view_r))
+
+
+def difference(left: GroupAffine, right: GroupAffine) -> Differences:
+    """Compare two quantized matrices field by field."""
+    return Differences(
+        differing(left.codes, right.codes), differing(left.scale, right.scale), differing(left.offset, right.offset)
+    )

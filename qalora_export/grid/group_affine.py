@@ -1,0 +1,77 @@
+"""The canonical form of a quantized matrix (design §2).
+
+    w[o, i] = s[o, i // g] · q[o, i] + m[o, i // g]
+
+evaluated in float32: s·q is exact (11-bit significand times at most 8-bit code fits in 24 bits), so there is exactly
+one rounding, and numpy, C with or without FMA, and torch agree bit for bit.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qalora_export.errors import InputError
+
+BITS = (2, 3, 4, 8)
+GROUP_SIZES = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupAffine:
+    """codes uint8 (out, in), scale float16 (out, in//g), offset float16 (out, in//g), bits in {2, 3, 4, 8}.
+
+    Groups run along in-features in order: column i belongs to group i // g. Raises InputError when shapes or dtypes
+    disagree, a code does not fit in `bits`, or a scale or offset is not finite.
+    """
+
+    codes: NDArray[np.uint8]
+    scale: NDArray[np.float16]
+    offset: NDArray[np.float16]
+    bits: int
+
+    def __post_init__(self) -> None:
+        problem = _problem(self)
+        if problem:
+            raise InputError(f"not a quantized matrix: {problem}", why="codes, scale and offset must follow design §2")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)"""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def group_size(self) -> int:
+        return self.codes.shape[1] // self.scale.shape[1]
+
+    @property
+    def is_symmetric(self) -> bool:
+        """True when offset is exactly -2^(bits-1) · scale in every group (compared as numbers, so -0 equals 0)."""
+        middle = np.float32(2 ** (self.bits - 1))
+        return bool(np.array_equal(self.offset.astype(np.float32), -middle * self.scale.astype(np.float32)))
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """The matrix in float32 (out, in); one rounding per element."""
+        q = self.codes.reshape(*self.scale.shape, self.group_size).astype(np.float32)
+        s = self.scale.astype(np.float32)[..., None]
+        m = self.offset.astype(np.float32)[..., None]
+        return (s * q + m).reshape(self.shape)
+
+
+def _problem(matrix: GroupAffine) -> str:
+    codes, scale, offset, bits = matrix.codes, matrix.scale, matrix.offset, matrix.bits
+    if bits not in BITS:
+        return f"bits is {bits}, not one of {BITS}"
+    if (codes.dtype, scale.dtype, offset.dtype) != (np.uint8, np.float16, np.float16):
+        return f"dtypes are {codes.dtype}, {scale.dtype}, {offset.dtype}, not uint8, float16, float16"
+    if codes.ndim != 2 or scale.ndim != 2 or scale.shape != offset.shape or scale.shape[0] != codes.shape[0]:
+        return f"shapes {codes.shape}, {scale.shape}, {offset.shape} do not belong together"
+    if 0 in codes.shape or scale.shape[1] == 0 or codes.shape[1] % scale.shape[1]:
+        return f"{codes.shape[1]} in-features do not divide into {scale.shape[1]} groups"
+    if codes.shape[1] // scale.shape[1] not in GROUP_SIZES:
+        return f"group size {codes.shape[1] // scale.shape[1]} is not one of {GROUP_SIZES}"
+    if bits < 8 and int(codes.max()) >> bits:
+        return f"code {int(codes.max())} does not fit in {bits} bits"
+    if not (np.isfinite(scale).all() and np.isfinite(offset).all()):
+        return "a scale or offset is NaN or infinite"
+    return ""

@@ -1,0 +1,70 @@
+"""The quant_method "qalora" for Transformers: from_pretrained builds QALoraLinear modules and loads packed codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qalora_export.checkpoint.canonical import QUANT_METHOD, VERSION
+from qalora_export.errors import InputError
+from qalora_export.qalora.layer import QALoraLinear
+
+
+class QALoraConfig(QuantizationConfigMixin):
+    """quantization_config of a canonical checkpoint: modules maps a module name to its bits and group_size."""
+
+    def __init__(self, modules: dict[str, dict[str, int]] | None = None, version: int = VERSION, **_: Any) -> None:
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
+        self.version = version
+        self.modules = modules or {}
+
+
+class QALoraHfQuantizer(HfQuantizer):
+    """Loads canonical checkpoints; quantizing on load is refused (that is `qalora-export quantize`)."""
+
+    requires_calibration = True
+    quantization_config: QALoraConfig
+
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
+        for name, entry in self.quantization_config.modules.items():
+            replace_linear(model, name, bits=entry["bits"], group_size=entry["group_size"])
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def replace_linear(model: nn.Module, name: str, *, bits: int, group_size: int) -> QALoraLinear:
+    """Swap the nn.Linear called `name` for an empty QALoraLinear on the same device. Raises InputError if absent."""
+    try:
+        old = model.get_submodule(name)
+    except AttributeError as error:
+        raise InputError("the checkpoint quantizes a module the model does not have", where=name) from error
+    if not isinstance(old, nn.Linear):
+        raise InputError(f"cannot quantize a {type(old).__name__}", where=name)
+    with torch.device(old.weight.device):
+        new = QALoraLinear(old.in_features, old.out_features, bits=bits, group_size=group_size,
+                           bias=old.bias is not None, dtype=old.weight.dtype)  # fmt: skip
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)
+    return new
+
+
+def register() -> None:
+    """Enter quantizer and config into Transformers' registry; calling it twice does no harm."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(QALoraConfig)
+        register_quantizer(QUANT_METHOD)(QALoraHfQuantizer)

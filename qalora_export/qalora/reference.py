@@ -1,0 +1,38 @@
+"""Load a model the one way every stage uses: local files only, no remote code, eager float32 unless told otherwise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qalora_export.errors import InputError
+
+
+def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Any:
+    """A causal language model in eval mode from a local folder (canonical or plain safetensors)."""
+    from transformers import AutoModelForCausalLM
+
+    import qalora_export  # noqa: F401  (registers quant_method "qalora")
+    from qalora_export.checkpoint.model_folder import ModelFolder
+
+    ModelFolder(folder)  # every header is checked before Transformers maps the file
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype, attn_implementation=attention, local_files_only=True, trust_remote_code=False,
+            use_safetensors=True,
+        )  # fmt: skip
+    except (ValueError, KeyError, OSError) as error:
+        raise InputError(f"Transformers cannot load the model: {error}", where=folder) from error
+    return model.eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The model's fast tokenizer from local files."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, use_fast=True)
+    except (ValueError, KeyError, OSError) as error:
+        raise InputError(f"Transformers cannot load the tokenizer: {error}", where=folder) from error

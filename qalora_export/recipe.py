@@ -1,0 +1,213 @@
+"""Recipes: one TOML file → frozen, strict settings. Every stage takes one of these; flags beat the recipe."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qalora_export.errors import InputError
+
+Bits = Literal[2, 3, 4, 8]
+GroupSize = Literal[32, 64, 128]
+Positive = Annotated[int, Field(gt=0)]
+RuntimeName = Literal["llama.cpp", "onnxruntime", "onnxruntime-genai"]
+
+
+SettingsT = TypeVar("SettingsT", bound=BaseModel)
+
+
+class Settings(BaseModel):
+    """Frozen, no unknown keys, no silent conversion between types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class QuantizeRule(Settings):
+    """Overrides for the modules whose dotted name matches a shell pattern; the first matching rule wins."""
+
+    match: str
+    skip: bool = False
+    bits: Bits | None = None
+    group_size: GroupSize | None = None
+    sym: bool | None = None
+
+
+class QuantizeSettings(Settings):
+    """method "gptq" (Hessian from calibration text) or "rtn" (round to nearest, no data)."""
+
+    method: Literal["gptq", "rtn"] = "gptq"
+    bits: Bits = 4
+    group_size: GroupSize = 32
+    sym: bool = False
+    calibration: str | None = Field(default=None, description="text or JSONL file; GPTQ needs one")
+    calibration_samples: Positive = 128
+    sequence_length: Positive = 512
+    damp: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    block_size: Positive = 128
+    seed: int = 0
+    rules: tuple[QuantizeRule, ...] = ()
+
+
+class TrainSettings(Settings):
+    """QA-LoRA on Transformers' Trainer. Batch size is per device; targets are shell patterns on module names."""
+
+    data: str | None = None
+    validation: str | None = None
+    format: Literal["auto", "chat", "instruction", "text"] = "auto"
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    pool: Positive | None = Field(default=None, description="pool length: the group size (default) or a multiple of it")
+    targets: tuple[str, ...] = ("*",)
+    epochs: Annotated[float, Field(gt=0)] = 3.0
+    max_steps: int = -1
+    batch_size: Positive = 16
+    gradient_accumulation: Positive = 1
+    gradient_checkpointing: bool = False
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    optimizer: str = "adamw_torch"
+    sequence_length: Positive = 512
+    packing: bool = False
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    evaluate_every: Positive | None = Field(default=None, description="steps between evaluations; default ten per run")
+    seed: int = 0
+
+
+class GgufSettings(Settings):
+    """layout "q4_1": one self-contained file; "split": Q4_0 base and an exact offset adapter."""
+
+    layout: Literal["q4_1", "split"] = "q4_1"
+
+
+class OnnxSettings(Settings):
+    """accuracy_level is MatMulNBits' attribute: 4 = int8 activations (shipped), 1 = float32."""
+
+    accuracy_level: Literal[1, 4] = 4
+
+
+class ExportSettings(Settings):
+    gguf: GgufSettings | None = GgufSettings()
+    onnx: OnnxSettings | None = OnnxSettings()
+
+
+class VerifySettings(Settings):
+    """Which runtimes must agree, on what. prompts: JSONL (chat or text) or plain text, beside the fixed edge cases."""
+
+    runtimes: tuple[RuntimeName, ...] = ("llama.cpp", "onnxruntime", "onnxruntime-genai")
+    prompts: str | None = None
+    sequences: Annotated[int, Field(ge=16)] = 24
+    positions: Annotated[int, Field(ge=1000)] = 1000
+    max_length: Positive = 128
+    threads: Positive = 2
+    seed: int = 0
+
+
+class Recipe(Settings):
+    """The whole line. model is a local Transformers folder; out is where every artifact goes."""
+
+    model: str
+    out: str
+    quantize: QuantizeSettings = QuantizeSettings()
+    train: TrainSettings | None = TrainSettings()
+    export: ExportSettings = ExportSettings()
+    verify: VerifySettings = VerifySettings()
+
+
+def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read a TOML recipe; `overrides` maps dotted keys ("train.rank") to values and beats the file.
+
+    Relative paths in the recipe are relative to the recipe's own folder. Raises InputError with "did you mean".
+    """
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError("recipe not found", where=path, fix="check the path") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError("the recipe is not valid TOML", where=path, why=str(error)) from error
+    _resolve_paths(raw, path.parent)
+    for dotted, value in (overrides or {}).items():
+        *tables, leaf = dotted.split(".")
+        target = raw
+        for table in tables:
+            target = target.setdefault(table, {})
+        target[leaf] = value
+    return validated(Recipe, raw, where=path)
+
+
+def validated(model: type[SettingsT], raw: dict[str, Any], *, where: object) -> SettingsT:
+    """Validate a table of settings; one InputError naming every offending key."""
+    try:
+        return model.model_validate_json(json.dumps(raw))  # JSON mode: lists become tuples, numbers stay strict
+    except ValidationError as error:
+        problems = [_explain(model, item) for item in error.errors()]
+        raise InputError("settings are not valid", where=where, why="; ".join(problems)) from error
+
+
+def dump_toml(settings: BaseModel) -> str:
+    """The resolved settings as TOML that load_recipe reads back to the same object (unset values left out)."""
+    lines: list[str] = []
+    _dump_table(settings.model_dump(mode="json", exclude_none=True), "", lines)
+    return "\n".join(lines).strip() + "\n"
+
+
+def _dump_table(table: dict[str, Any], prefix: str, lines: list[str]) -> None:
+    nested = {
+        k: v for k, v in table.items() if isinstance(v, dict) or (v and isinstance(v, list) and isinstance(v[0], dict))
+    }
+    lines += [f"{key} = {json.dumps(value)}" for key, value in table.items() if key not in nested]
+    for key, value in nested.items():
+        for item in value if isinstance(value, list) else [value]:
+            header = f"[[{prefix}{key}]]" if isinstance(value, list) else f"[{prefix}{key}]"
+            lines += ["", header]
+            _dump_table(item, f"{prefix}{key}.", lines)
+
+
+PATH_KEYS = {
+    "": ("model", "out"),
+    "quantize": ("calibration",),
+    "train": ("data", "validation"),
+    "verify": ("prompts",),
+}
+
+
+def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
+    for table, keys in PATH_KEYS.items():
+        target = raw.get(table, {}) if table else raw
+        for key in keys:
+            if isinstance(target, dict) and isinstance(target.get(key), str):
+                target[key] = str(folder / Path(target[key]).expanduser())
+
+
+def _explain(model: type[BaseModel], item: Any) -> str:
+    location = [str(part) for part in item["loc"]]
+    dotted = ".".join(location)
+    if item["type"] != "extra_forbidden":
+        return f"{dotted}: {item['msg']}"
+    close = difflib.get_close_matches(location[-1], _keys_at(model, location[:-1]), n=1)
+    return f"unknown key {dotted!r}" + (f", did you mean {close[0]!r}?" if close else "")
+
+
+def _keys_at(model: type[BaseModel], location: Iterable[str]) -> list[str]:
+    """Field names of the settings class that sits at a location inside `model`."""
+    for part in location:
+        if part in model.model_fields:
+            model = _settings_class(model.model_fields[part].annotation) or model
+    return list(model.model_fields)
+
+
+def _settings_class(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        if found := _settings_class(argument):
+            return found
+    return None

@@ -1,0 +1,18 @@
+"""Model files are untrusted input: bounded sizes, paths that cannot escape, writes that are whole or absent."""
+
+from qalora_export.safety.atomic import atomic_directory, atomic_file, refuse_existing
+from qalora_export.safety.hashing import sha256_bytes, sha256_file
+from qalora_export.safety.limits import MAX_HEADER_BYTES, MAX_JSON_BYTES, read_json
+from qalora_export.safety.paths import inside
+
+__all__ = [
+    "MAX_HEADER_BYTES",
+    "MAX_JSON_BYTES",
+    "atomic_directory",
+    "atomic_file",
+    "inside",
+    "read_json",
+    "refuse_existing",
+    "sha256_bytes",
+    "sha256_file",
+]

@@ -1,0 +1,31 @@
+"""No path that a file names may leave the folder of that file."""
+
+from pathlib import Path, PurePosixPath
+
+from qalora_export.errors import InputError, UnsafeInputError
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file `name` inside `folder`, checked.
+
+    Raises UnsafeInputError for absolute paths, `..`, backslashes, NUL, symlinks and hard links; InputError when the
+    file does not exist. The one link allowed is that of Hugging Face's own cache: snapshots/REV/file -> blobs/HASH.
+    """
+    pure = PurePosixPath(name)
+    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or ":" in name:
+        raise UnsafeInputError("a file names a path outside its folder", where=f"{folder}: {name!r}")
+    path = folder
+    for part in pure.parts:
+        path = path / part
+        if path.is_symlink() and not _is_hub_blob(folder, path):
+            raise UnsafeInputError("a model file is a symbolic link", where=path, fix="copy the real file there")
+    if not path.is_file():
+        raise InputError("file not found", where=path, why=f"it is named in {folder}", fix="the download is incomplete")
+    if path.stat().st_nlink > 1:
+        raise UnsafeInputError("a model file is a hard link", where=path, fix="copy the real file there")
+    return path
+
+
+def _is_hub_blob(folder: Path, link: Path) -> bool:
+    snapshots = folder.resolve().parent
+    return snapshots.name == "snapshots" and link.resolve().parent == snapshots.parent / "blobs"

@@ -1,0 +1,1 @@
+"""Torch-free runners: numpy and one runtime; they run on the device."""

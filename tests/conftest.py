@@ -1,0 +1,27 @@
+"""Shared fixtures. Session-scoped folders are read-only by agreement: a test that changes one copies it first."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent.parent))  # tests use samples/ and each other
+
+import pytest
+
+from tests.models import make_tiny_canonical, make_tiny_model
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 2-layer random Llama, hidden 128, vocabulary 512, fp16, untied lm_head."""
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_canonical(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny_model in canonical form, 4 bits, g 32, asymmetric."""
+    return make_tiny_canonical(tmp_path_factory.mktemp("tiny") / "base.qalora", tiny_model)
