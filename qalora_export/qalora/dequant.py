@@ -25,7 +25,8 @@ def dequantize(packed: Tensor, scale: Tensor, offset: Tensor, bits: int, dtype: 
     """(out, in) matrix in `dtype`.
 
     packed uint8 (out, in·bits/8); scale float16 (out, in/g); offset float16 or float32 holding float16 values
-    (out, in/g). s·q is exact in float32; the sum is the one rounding; a narrower `dtype` adds one more.
+    (out, in/g). s·q is exact in float32; the sum is the one rounding; a narrower `dtype` adds one more, and float64
+    holds the same float32 numbers.
     """
     q = unpack_codes(packed, bits).view(*scale.shape, -1).to(torch.float32)  # (out, in/g, g)
     weight = torch.addcmul(offset.to(torch.float32).unsqueeze(-1), q, scale.to(torch.float32).unsqueeze(-1))

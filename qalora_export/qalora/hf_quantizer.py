@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qalora_export.checkpoint.canonical import QUANT_METHOD, VERSION
 from qalora_export.errors import InputError
+from qalora_export.grid import BITS, GROUP_SIZES
 from qalora_export.qalora.layer import QALoraLinear
 
 
@@ -36,7 +37,11 @@ class QALoraHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
         for name, entry in self.quantization_config.modules.items():
-            replace_linear(model, name, bits=entry["bits"], group_size=entry["group_size"])
+            bits, group_size = (entry.get(key) if isinstance(entry, dict) else None for key in ("bits", "group_size"))
+            if bits not in BITS or group_size not in GROUP_SIZES:
+                raise InputError("quantization_config needs bits and group_size of the module", where=name,
+                                 why=f"found {entry!r}"[:200], fix="re-create the checkpoint")  # fmt: skip
+            replace_linear(model, name, bits=bits, group_size=group_size)
         return model
 
     def is_serializable(self) -> bool:

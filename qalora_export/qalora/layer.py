@@ -4,72 +4,81 @@
     y          = x · dequant(codes, scale, offset_eff)ᵀ
 
 Training goes *through* offset_eff: there is no adapter branch, so the merged layer is the trained layer and merging
-is writing offset_eff. Backward:
+is writing offset_eff. Backward, with d_offset constant over the groups that one pool covers:
 
-    dx = gy · W        d_offset = gyᵀ · groupsum(x)        dB = α/r · d_offset · Aᵀ        dA = α/r · Bᵀ · d_offset
+    dx = gy · W        d_offset = gyᵀ · poolsum(x)        dB = α/r · d_offset · Aᵀ        dA = α/r · Bᵀ · d_offset
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qalora_export.errors import InputError
 from qalora_export.grid.packing import packed_width
 from qalora_export.qalora.dequant import dequantize
 
 
 def group_sum(x: Tensor, groups: int) -> Tensor:
-    """Sum of each group of in-features in float32: (..., in) -> (..., in/g). The paper's AvgPool × L."""
-    return x.unflatten(-1, (groups, -1)).sum(-1, dtype=torch.float32)
+    """Sum over each of `groups` equal runs of in-features: (..., in) -> (..., groups). The paper's AvgPool × L.
+
+    Accumulates and answers in float32, or in float64 when x is float64.
+    """
+    return x.unflatten(-1, (groups, -1)).sum(-1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-class _EffectiveOffset(torch.autograd.Function):
-    """offset_eff = float32(fp16(m + scaling · B A)), gradient straight through the rounding."""
+def effective_offset(offset: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """fp16(m + scaling · B A): offset float16 (out, in/g), a (r, in/pool), b (out, r) -> float16 (out, in/g).
 
-    @staticmethod
-    def forward(ctx: Any, offset: Tensor, a: Tensor, b: Tensor, scaling: float, repeat: int) -> Tensor:
-        ctx.save_for_backward(a, b)
-        ctx.scaling, ctx.repeat = scaling, repeat
-        with torch.autocast(offset.device.type, enabled=False):
-            delta = scaling * (b.float() @ a.float())  # (out, in/pool)
-            if repeat > 1:
-                delta = delta.repeat_interleave(repeat, dim=1)  # (out, in/g)
-            return (offset.float() + delta).to(torch.float16).float()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        a, b = ctx.saved_tensors
-        with torch.autocast(a.device.type, enabled=False):
-            grad = ctx.scaling * grads[0].float()
-            if ctx.repeat > 1:
-                grad = grad.unflatten(1, (-1, ctx.repeat)).sum(-1)
-            return None, (b.float().T @ grad).to(a.dtype), (grad @ a.float().T).to(b.dtype), None, None
+    B A runs in float64, where the products of float32 numbers are exact and the order of summation moves nothing that
+    float16 can see. So every device, BLAS, thread count and TF32 setting rounds to the same offset, and an adapter
+    trained on a GPU merges on a CPU to the numbers it was trained with. Autocast leaves float64 alone.
+    """
+    delta = scaling * (b.double() @ a.double())  # (out, in/pool)
+    repeat = offset.shape[1] // a.shape[1]
+    if repeat > 1:
+        delta = delta.repeat_interleave(repeat, dim=1)  # (out, in/g)
+    return (offset.double() + delta).to(torch.float16)
 
 
-class _QuantizedLinear(torch.autograd.Function):
-    """y = x Wᵀ with W rebuilt from packed codes in forward and again in backward; W is never saved."""
+class _QALoraFunction(torch.autograd.Function):
+    """y = x Wᵀ. Saved for backward: what the module holds anyway, and poolsum(x), 1/pool of x; never W, never x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
-        ctx.save_for_backward(x, packed, scale, offset)
-        ctx.bits = bits
-        return F.linear(x, dequantize(packed, scale, offset, bits, x.dtype))
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, a: Tensor | None,
+                b: Tensor | None, scaling: float, bits: int) -> Tensor:  # fmt: skip
+        ctx.scaling, ctx.bits = scaling, bits
+        pooled = None
+        if a is not None and (ctx.needs_input_grad[4] or ctx.needs_input_grad[5]):
+            pooled = group_sum(x, a.shape[1]).to(x.dtype)  # (..., in/pool)
+        ctx.save_for_backward(codes, scale, offset, a, b, pooled)
+        return F.linear(x, _weight(codes, scale, offset, a, b, scaling, bits, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, packed, scale, offset = ctx.saved_tensors
+        codes, scale, offset, a, b, pooled = ctx.saved_tensors
         gy = grads[0]
-        dx = d_offset = None
+        dx = da = db = None
         if ctx.needs_input_grad[0]:
-            dx = gy @ dequantize(packed, scale, offset, ctx.bits, gy.dtype)
-        if ctx.needs_input_grad[3]:
-            pooled = group_sum(x, scale.shape[1]).to(gy.dtype)  # (..., in/g)
-            d_offset = gy.flatten(0, -2).T @ pooled.flatten(0, -2)  # (out, in/g)
-            d_offset = d_offset.to(offset.dtype)
-        return dx, None, None, d_offset, None
+            dx = gy @ _weight(codes, scale, offset, a, b, ctx.scaling, ctx.bits, gy.dtype)
+        if pooled is not None:
+            d_offset = gy.flatten(0, -2).T @ pooled.flatten(0, -2)  # (out, in/pool)
+            d_offset = ctx.scaling * d_offset.double()
+            da = (b.double().T @ d_offset).to(a.dtype)
+            db = (d_offset @ a.double().T).to(b.dtype)
+        return dx, None, None, None, da, db, None, None
+
+
+def _weight(codes: Tensor, scale: Tensor, offset: Tensor, a: Tensor | None, b: Tensor | None, scaling: float,
+            bits: int, dtype: torch.dtype) -> Tensor:  # fmt: skip
+    """The matrix the layer multiplies by, (out, in) in `dtype`."""
+    if a is not None and b is not None:
+        offset = effective_offset(offset, a, b, scaling)
+    return dequantize(codes, scale, offset, bits, dtype)
 
 
 class QALoraLinear(nn.Module):
@@ -86,6 +95,8 @@ class QALoraLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, *, bits: int, group_size: int, bias: bool = False,
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:  # fmt: skip
         super().__init__()
+        if in_features % group_size:
+            raise InputError(f"{in_features} in-features do not divide into groups of {group_size}")
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group_size = bits, group_size
         groups = in_features // group_size
@@ -98,45 +109,64 @@ class QALoraLinear(nn.Module):
         self.lora_B: nn.Parameter | None = None
         self.scaling = 0.0
 
+    @property
+    def pool(self) -> int:
+        """In-features that one column of lora_A covers; the group size when there is no adapter."""
+        return self.group_size if self.lora_A is None else self.in_features // self.lora_A.shape[1]
+
     def attach_adapter(self, rank: int, alpha: float, *, pool: int | None = None,
                        generator: torch.Generator | None = None) -> None:  # fmt: skip
-        """Add a trainable adapter: A Kaiming uniform (a=√5, as in PEFT), B zero, so offset_eff starts at m exactly."""
+        """Add a trainable adapter: A Kaiming uniform (a=√5, as in PEFT), B zero, so offset_eff starts at m exactly.
+
+        Raises InputError when pool is not the group size or a multiple of it that divides in-features.
+        """
         pool = pool or self.group_size
         if pool % self.group_size or self.in_features % pool:
-            raise ValueError(f"pool length {pool} is not a multiple of group size {self.group_size}")
+            raise InputError(f"pool length {pool} does not fit group size {self.group_size} and {self.in_features} "
+                             "in-features", why="an adapter merges without loss only if its pool is a multiple of the "
+                             "quantization group", fix="set pool to the group size or a multiple")  # fmt: skip
         a = torch.empty(rank, self.in_features // pool, dtype=torch.float32)
         nn.init.kaiming_uniform_(a, a=5**0.5, generator=generator)
+        self.set_adapter(a, torch.zeros(self.out_features, rank, dtype=torch.float32), alpha / rank)
+
+    def set_adapter(self, a: Tensor, b: Tensor, scaling: float) -> None:
+        """Install given adapter tensors, a (r, in/pool) and b (out, r), as trainable parameters on our device."""
         self.lora_A = nn.Parameter(a.to(self.codes.device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.float32, device=self.codes.device))
-        self.scaling = alpha / rank
+        self.lora_B = nn.Parameter(b.to(self.codes.device))
+        self.scaling = scaling
 
     def detach_adapter(self) -> None:
         self.lora_A = self.lora_B = None
         self.scaling = 0.0
 
+    @torch.no_grad()
     def effective_offset(self) -> Tensor:
         """offset_eff, float32 holding float16 values, (out, in/g). Merge writes exactly this."""
         if self.lora_A is None or self.lora_B is None:
             return self.offset.float()
-        repeat = self.scale.shape[1] // self.lora_A.shape[1]
-        return _EffectiveOffset.apply(self.offset, self.lora_A, self.lora_B, self.scaling, repeat)
+        return effective_offset(self.offset, self.lora_A, self.lora_B, self.scaling).float()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out) in the dtype of x, or in autocast's dtype when autocast is on."""
+        """(..., in) -> (..., out) in the dtype of x, or in autocast's dtype when autocast is on (float64 stays)."""
         device = x.device.type
-        if torch.is_autocast_enabled(device):
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
-        y = _QuantizedLinear.apply(x, self.codes, self.scale, self.effective_offset(), self.bits)
+        weight = (self.codes, self.scale, self.offset, self.lora_A, self.lora_B, self.scaling, self.bits)
+        y = _QALoraFunction.apply(x, *weight) if torch.is_grad_enabled() else F.linear(x, _weight(*weight, x.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> QALoraLinear:
-        """Devices move, dtypes do not: `.half()` or `.bfloat16()` on a model must not round scale and offset."""
-        before = {name: getattr(self, name) for name in ("codes", "scale", "offset")}
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            moved = getattr(self, name)
-            if moved.dtype != old.dtype:
-                self._buffers[name] = old.to(moved.device)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QALoraLinear:
+        """Devices move, numbers do not: `.half()` or `.bfloat16()` must not round scale, offset or the adapter."""
+        fixed = {id(buffer) for buffer in (self.codes, self.scale, self.offset)}
+        adapter = [p for p in (self.lora_A, self.lora_B) if p is not None]
+        wide = {id(t) for p in adapter for t in (p, p.grad) if t is not None}
+
+        def guarded(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            kept = id(tensor) in fixed or (id(tensor) in wide and moved.dtype.itemsize < tensor.dtype.itemsize)
+            return tensor.to(moved.device) if kept and moved.dtype != tensor.dtype else moved
+
+        super()._apply(guarded, recurse)
         return self
 
     def extra_repr(self) -> str:

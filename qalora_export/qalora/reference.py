@@ -15,16 +15,24 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, attention: s
     from transformers import AutoModelForCausalLM
 
     import qalora_export  # noqa: F401  (registers quant_method "qalora")
+    from qalora_export.checkpoint.canonical import QUANT_METHOD, CanonicalCheckpoint
     from qalora_export.checkpoint.model_folder import ModelFolder
 
-    ModelFolder(folder)  # every header is checked before Transformers maps the file
+    # Every header, and of a canonical checkpoint every shape, is checked before Transformers maps the files.
+    quantization = ModelFolder(folder).config.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
+        CanonicalCheckpoint(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=dtype, attn_implementation=attention, local_files_only=True, trust_remote_code=False,
-            use_safetensors=True,
+            use_safetensors=True, output_loading_info=True,
         )  # fmt: skip
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
         raise InputError(f"Transformers cannot load the model: {error}", where=folder) from error
+    model, info = loaded
+    if absent := sorted(info["missing_keys"]):
+        raise InputError(f"the checkpoint lacks {len(absent)} tensors of the model", where=f"{folder}: {absent[0]}",
+                         why="Transformers would fill them with random numbers", fix="fetch it again")  # fmt: skip
     return model.eval()
 
 

@@ -1,0 +1,58 @@
+"""Give a model's quantized linears trainable adapters and freeze everything else."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from qalora_export.errors import InputError
+from qalora_export.qalora.layer import QALoraLinear
+from qalora_export.recipe import TrainSettings
+
+
+def attach(model: nn.Module, settings: TrainSettings) -> list[str]:
+    """Freeze `model`, then attach float32 adapters to the QALoraLinear modules that settings.targets match.
+
+    Targets are shell patterns on the dotted module name ("*", "*.q_proj", "model.layers.0.*"). Every module draws
+    its A from (settings.seed, its own name), so adding a target changes no other module's start and every process
+    of a distributed run starts alike. Returns the adapted names in model order. Raises InputError when a pattern
+    matches nothing (with what there is) or the pool length does not fit a module.
+    """
+    linears = quantized_linears(model)
+    for pattern in settings.targets:
+        if not any(fnmatchcase(name, pattern) for name in linears):
+            kinds = sorted({f"*.{name.rpartition('.')[2]}" for name in linears})
+            fix = "use one of these patterns" if kinds else "run `qalora-export quantize` first"
+            raise InputError(f"no quantized module matches the target {pattern!r}", where="train.targets",
+                             why=f"quantized modules here: {', '.join(kinds) or 'none'}", fix=fix)  # fmt: skip
+    model.requires_grad_(False)
+    for module in linears.values():
+        module.detach_adapter()
+    names = [name for name in linears if any(fnmatchcase(name, pattern) for pattern in settings.targets)]
+    for name in names:
+        generator = torch.Generator().manual_seed(_seed(settings.seed, name))
+        try:
+            linears[name].attach_adapter(settings.rank, settings.alpha, pool=settings.pool, generator=generator)
+        except InputError as error:
+            raise InputError(error.what, where=f"{name} (train.pool)", why=error.why, fix=error.fix) from error
+    return names
+
+
+def quantized_linears(model: nn.Module) -> dict[str, QALoraLinear]:
+    """Every QALoraLinear of the model by its dotted name, in model order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QALoraLinear)}
+
+
+def adapter_parameters(model: nn.Module) -> Iterable[nn.Parameter]:
+    """The trainable parameters that attach created: every lora_A and lora_B."""
+    for module in quantized_linears(model).values():
+        if module.lora_A is not None and module.lora_B is not None:
+            yield from (module.lora_A, module.lora_B)
+
+
+def _seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1

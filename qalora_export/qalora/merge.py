@@ -1,0 +1,166 @@
+"""Merge: write offset_eff. Codes and scales stay, so the merged model is the trained one, bit for bit (design §3).
+
+The result is checked before it appears under its name: the written files are read back and compared value by value
+with the base, and the logits of base + adapter are compared with those of the written checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint, CanonicalWriter
+from qalora_export.checkpoint.manifest import MANIFEST, parent_of, verify_manifest
+from qalora_export.console import track
+from qalora_export.errors import InputError, ParityError
+from qalora_export.grid import Differences, GroupAffine, difference, differing
+from qalora_export.qalora.adapter_files import Adapter, ModuleAdapter, ModuleShape, load_adapter, read_adapter
+from qalora_export.qalora.layer import effective_offset
+from qalora_export.qalora.reference import load_model
+from qalora_export.safety import atomic_directory, refuse_existing
+
+PROBE_SEQUENCES, PROBE_LENGTH = 4, 32
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What merging changed, counted in the written files. logits_*: None when the comparison was switched off.
+
+    adapted: modules with an adapter, of `modules`. offsets: how many there are; changed_offsets: how many moved.
+    logits_compared: values compared; logits_differing: values whose bits differ.
+    """
+
+    modules: int
+    adapted: int
+    convention: str
+    changed_codes: int
+    changed_scales: int
+    offsets: int
+    changed_offsets: int
+    changed_other_tensors: int
+    logits_compared: int | None
+    logits_differing: int | None
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def merge(base: Path, adapter: Path, out: Path, *, convention: str = "auto", force: bool = False,
+          compare_logits: bool = True) -> MergeReport:  # fmt: skip
+    """Write `base` with the adapter's offset_eff to `out`, one module in memory at a time.
+
+    Raises InputError for an adapter that has no lossless form over this base (see read_adapter), a base whose files
+    differ from its manifest, or an offset_eff that float16 cannot hold (tensor and group named); ParityError when the
+    written checkpoint is not base + adapter bit for bit. Nothing appears under `out` unless every check passed.
+    """
+    refuse_existing(out, force=force)
+    checkpoint = CanonicalCheckpoint(base)
+    if (base / MANIFEST).exists() and (damaged := verify_manifest(base)):
+        raise InputError("the base differs from its manifest", where=f"{base}: {', '.join(damaged)}",
+                         fix="fetch or quantize it again")  # fmt: skip
+    read = read_adapter(adapter, _shapes(checkpoint), convention=convention, base=base)
+    with atomic_directory(out, force=force) as partial:
+        staged = partial / out.name
+        _write(checkpoint, read, staged, parents=(base, adapter))
+        counts, others = _count_changes(checkpoint, CanonicalCheckpoint(staged))
+        compared = unequal = None
+        if compare_logits:
+            compared, unequal = _compare_logits(base, adapter, staged, convention)
+        report = MergeReport(
+            len(checkpoint.modules), len(read.modules), read.convention, counts.codes, counts.scale,
+            _offsets(checkpoint), counts.offset, others, compared, unequal,
+        )  # fmt: skip
+        _require_lossless(report, out)
+        for path in staged.iterdir():
+            path.rename(partial / path.name)
+        staged.rmdir()
+    return report
+
+
+def merged_offset(matrix: GroupAffine, adapter: ModuleAdapter, *, where: str) -> NDArray[np.float16]:
+    """offset_eff (out, in/g) by the function training uses. Raises InputError when float16 cannot hold it."""
+    offset = effective_offset(torch.from_numpy(np.array(matrix.offset)), adapter.a, adapter.b, adapter.scaling).numpy()
+    if bad := np.argwhere(~np.isfinite(offset)).tolist():
+        row, group = bad[0]
+        raise InputError(f"the merged offset does not fit in float16 ({len(bad)} of {offset.size})",
+                         where=f"{where}.offset: row {row}, group {group}",
+                         why=f"base offset {float(matrix.offset[row, group])}, float16 ends at 65504",
+                         fix="the adapter has diverged, or its convention is wrong: lower the learning rate, or pass "
+                         "--convention")  # fmt: skip
+    return offset
+
+
+def _shapes(checkpoint: CanonicalCheckpoint) -> dict[str, ModuleShape]:
+    shapes = {}
+    for name, (_, group) in checkpoint.modules.items():
+        rows, groups = checkpoint.entry(f"{name}.scale").shape
+        shapes[name] = ModuleShape(rows, groups * group, group)
+    return shapes
+
+
+def _offsets(checkpoint: CanonicalCheckpoint) -> int:
+    return sum(int(np.prod(checkpoint.entry(f"{name}.offset").shape)) for name in checkpoint.modules)
+
+
+def _write(checkpoint: CanonicalCheckpoint, adapter: Adapter, target: Path, *, parents: tuple[Path, Path]) -> None:
+    base, adapter_folder = parents
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    lineage = [parent_of(base, "base"), parent_of(adapter_folder, "adapter")]
+    with CanonicalWriter(target, config, checkpoint.companions(), kind="merged", parents=lineage,
+                         settings={"convention": adapter.convention}) as writer:  # fmt: skip
+        for name in checkpoint.plain_names():
+            writer.add(name, checkpoint.tensor(name))
+        for name in track(checkpoint.modules, "merge", len(checkpoint.modules)):
+            matrix = checkpoint.group_affine(name)
+            if name in adapter.modules:
+                offset = merged_offset(matrix, adapter.modules[name], where=name)
+                matrix = GroupAffine(matrix.codes, matrix.scale, offset, matrix.bits)
+            writer.add_quantized(name, matrix)
+
+
+def _count_changes(before: CanonicalCheckpoint, after: CanonicalCheckpoint) -> tuple[Differences, int]:
+    """(differing codes, scales and offsets; differing other tensors) between two checkpoints as read from disk."""
+    counts = Differences(0, 0, 0)
+    for name in track(before.modules, "read back", len(before.modules)):
+        counts += difference(before.group_affine(name), after.group_affine(name))
+    others = {*before.plain_names(), *after.plain_names()}
+    changed = sum(
+        name not in before or name not in after or differing(before.tensor(name), after.tensor(name)) > 0
+        for name in others
+    )
+    return counts, changed + len(before.modules.items() ^ after.modules.items())
+
+
+def _require_lossless(report: MergeReport, out: Path) -> None:
+    for what in ("changed_codes", "changed_scales", "changed_other_tensors", "logits_differing"):
+        if count := getattr(report, what):
+            raise ParityError(f"merging was not lossless: {what.replace('_', ' ')} = {count}", where=out,
+                              why="the written checkpoint must be base + adapter bit for bit; nothing was kept",
+                              fix="report this: it is a bug or a failing disk or memory")  # fmt: skip
+
+
+def _compare_logits(base: Path, adapter: Path, merged: Path, convention: str) -> tuple[int, int]:
+    """(values compared, values whose bits differ): logits of base + adapter against the written checkpoint."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    before = _logits(base, device, adapter, convention)
+    after = _logits(merged, device)
+    return before.size, differing(before, after)
+
+
+@torch.no_grad()
+def _logits(folder: Path, device: str, adapter: Path | None = None, convention: str = "auto") -> NDArray[np.float32]:
+    """float32 logits (sequences, positions, vocabulary) on fixed random probe ids."""
+    model = load_model(folder)
+    if adapter is not None:
+        load_adapter(model, adapter, convention=convention, base=folder)
+    for parameter in model.parameters():
+        # A mapped tensor lies at whatever alignment its file gives it, and BLAS may round by alignment.
+        parameter.data = parameter.data.clone()
+    model.to(device)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = np.random.default_rng(0).integers(0, vocabulary, (PROBE_SEQUENCES, PROBE_LENGTH))
+    return model(input_ids=torch.from_numpy(ids).to(device), use_cache=False).logits.float().cpu().numpy()

@@ -1,0 +1,129 @@
+"""PEFT's adapter layout, both directions: adapter_config.json as PEFT writes and reads it, and its tensor names.
+
+    adapter_config.json        LoraConfig fields; use_qalora and qalora_group_size select peft's QALoraLinearVariant
+    adapter_model.safetensors  base_model.model.<module>.lora_A.weight (r, in/pool), ….lora_B.weight (out, r)
+
+PEFT's variant scales by alpha/r · in/pool² where we scale by a number of our own, and in-features differ from module to
+module. The tensors stay as trained, bit for bit; the factor goes into `alpha_pattern`, PEFT's per-module alpha.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from qalora_export.errors import InputError, UnsafeInputError
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight")
+
+# LoraConfig field -> (values that leave our formula intact, why any other cannot be imported)
+ACCEPTED: dict[str, tuple[tuple[object, ...], str]] = {
+    "peft_type": (("LORA",), "only LoRA adapters can hold QA-LoRA"),
+    "use_dora": ((False, None), "DoRA rescales whole rows of the weight; codes and scales would change"),
+    "bias": (("none", None), "trained biases are not part of the adapter's low-rank update"),
+    "lora_bias": ((False, None), "a bias on lora_B adds a term outside of the weight"),
+    "modules_to_save": ((None, []), "fully trained modules replace tensors of the base"),
+    "init_lora_weights": (
+        (True, False, None, "gaussian", "eva"),
+        "this initialization changed the base weights before training",
+    ),
+    "layer_replication": ((None, []), "replicated layers are another architecture"),
+    "trainable_token_indices": ((None, [], {}), "trained embeddings replace tensors of the base"),
+    "target_parameters": ((None, []), "adapters on bare parameters have no module"),
+    "alora_invocation_tokens": ((None, []), "activated LoRA switches on in mid-sequence and cannot merge"),
+    "arrow_config": ((None,), "a routed mixture of adapters cannot merge"),
+    "use_bdlora": ((None,), "block-diagonal LoRA is another formula"),
+    "velora_config": ((None,), "VeLoRA is another formula"),
+    "monteclora_config": ((None,), "MonteCLoRA is another formula"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PeftConfig:
+    """What adapter_config.json says about the arithmetic. pool: None unless use_qalora."""
+
+    rank: int
+    alpha: float
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    rslora: bool
+    pool: int | None
+
+    def alpha_over_r(self, module: str) -> tuple[int, float]:
+        """(rank, alpha/r or alpha/√r) of one module, patterns honoured."""
+        rank = _by_pattern(self.rank_pattern, module, self.rank)
+        alpha = _by_pattern(self.alpha_pattern, module, self.alpha)
+        return rank, alpha / (rank**0.5 if self.rslora else rank)
+
+
+def parse_config(raw: Any, *, where: object) -> PeftConfig:
+    """Read a LoraConfig. Raises InputError naming the first field that has no lossless form, or that is malformed."""
+    if not isinstance(raw, dict):
+        raise UnsafeInputError(f"{CONFIG} is not a JSON object", where=where)
+    for field, (accepted, reason) in ACCEPTED.items():
+        if field in raw and not any(raw[field] == value for value in accepted):
+            raise InputError(f"cannot import an adapter with {field} = {raw[field]!r}", where=where, why=reason)
+    pool = raw.get("qalora_group_size", 16) if raw.get("use_qalora") else None  # 16 is LoraConfig's default
+    numbers = [raw.get("r"), raw.get("lora_alpha"), *([] if pool is None else [pool])]
+    patterns = [raw.get("rank_pattern") or {}, raw.get("alpha_pattern") or {}]
+    for table in patterns:
+        if not isinstance(table, dict):
+            raise InputError("rank_pattern and alpha_pattern must be tables", where=where)
+        numbers += table.values()
+    if not all(type(n) in (int, float) and 0 < n < 2**31 for n in numbers):
+        raise InputError("r, lora_alpha, qalora_group_size and patterns must be positive numbers", where=where,
+                         why=f"found {numbers[:8]}")  # fmt: skip
+    if not all(type(n) is int for n in (raw["r"], pool or 1, *patterns[0].values())):
+        raise InputError("ranks and qalora_group_size must be whole numbers", where=where)
+    ranks, alphas = patterns
+    return PeftConfig(raw["r"], float(raw["lora_alpha"]), ranks, alphas, bool(raw.get("use_rslora")), pool)
+
+
+def _by_pattern(table: dict[str, Any], module: str, default: Any) -> Any:
+    """PEFT's get_pattern_key: the first key that, as a regular expression, matches a dotted suffix of the name."""
+    for key, value in table.items():
+        # A pattern is input: nested repeats could match for ever, so only short, flat ones are run.
+        if len(key) > 300 or re.search(r"\)[*+?{]", key) or len(re.findall(r"[*+{]", key)) > 3:
+            raise UnsafeInputError("a rank or alpha pattern is too complex", where=key[:200])
+        try:
+            if re.match(rf"(.*\.)?({key})$", module):
+                return value
+        except re.error as error:
+            raise InputError("a rank or alpha pattern is no regular expression", where=key, why=str(error)) from error
+    return default
+
+
+def make_config(*, rank: int, alpha: float, pool: int, ranks: dict[str, int], alphas: dict[str, float],
+                targets: list[str], base_name: str) -> dict[str, Any]:  # fmt: skip
+    """adapter_config.json for PEFT. ranks: modules whose rank differs; alphas: PEFT's alpha of every module."""
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "inference_mode": True,
+        "r": rank, "lora_alpha": alpha, "rank_pattern": ranks, "alpha_pattern": alphas, "lora_dropout": 0.0,
+        "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "use_dora": False, "init_lora_weights": True,
+        "modules_to_save": None, "target_modules": targets, "use_qalora": True, "qalora_group_size": pool,
+    }  # fmt: skip
+
+
+def tensor_name(module: str, part: str) -> str:
+    """part "A" or "B" -> PEFT's tensor name."""
+    return f"{PREFIX}{module}.lora_{part}.weight"
+
+
+def split_name(name: str, *, where: object) -> tuple[str, str]:
+    """PEFT's tensor name -> (module, "A" or "B"). Raises InputError for tensors that are not LoRA matrices."""
+    match = _KEY.fullmatch(name)
+    if match is None:
+        raise InputError(f"the adapter holds a tensor we cannot merge: {name!r}", where=where,
+                         why="only lora_A.weight and lora_B.weight of linear layers have a lossless form")  # fmt: skip
+    return match["module"], match["part"]
+
+
+def shortest_targets(adapted: list[str], all_modules: list[str]) -> list[str]:
+    """target_modules for PEFT: leaf names when they select exactly `adapted`, else the full names."""
+    leaves = {name.rpartition(".")[2] for name in adapted}
+    selected = {name for name in all_modules if name.rpartition(".")[2] in leaves}
+    return sorted(leaves) if selected == set(adapted) else sorted(adapted)
