@@ -82,6 +82,15 @@ class TrainSettings(Settings):
     seed: int = 0
 
 
+class EvaluateSettings(Settings):
+    """Exact match on chat JSONL: greedy answer to everything before the last assistant turn, compared as text."""
+
+    data: str
+    limit: Positive | None = None
+    max_new_tokens: Positive = 64
+    batch_size: Positive = 32
+
+
 class GgufSettings(Settings):
     """layout "q4_1": one self-contained file; "split": Q4_0 base and an exact offset adapter."""
 
@@ -117,7 +126,8 @@ class Recipe(Settings):
     model: str
     out: str
     quantize: QuantizeSettings = QuantizeSettings()
-    train: TrainSettings | None = TrainSettings()
+    train: TrainSettings = TrainSettings()
+    evaluate: EvaluateSettings | None = None
     export: ExportSettings = ExportSettings()
     verify: VerifySettings = VerifySettings()
 
@@ -175,6 +185,7 @@ PATH_KEYS = {
     "": ("model", "out"),
     "quantize": ("calibration",),
     "train": ("data", "validation"),
+    "evaluate": ("data",),
     "verify": ("prompts",),
 }
 

@@ -8,6 +8,7 @@ VERBS = {
     "quantize": "qalora_export.cli.quantize",
     "train": "qalora_export.cli.train",
     "merge": "qalora_export.cli.merge",
+    "evaluate": "qalora_export.cli.evaluate",
     "verify-parity": "qalora_export.cli.verify_parity",
     "run": "qalora_export.cli.run",
 }

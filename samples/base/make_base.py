@@ -166,7 +166,7 @@ def held_out_loss(model: LlamaForCausalLM, ids: np.ndarray, limit: int = 120_000
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    warm, decay = max(1, steps // 50), max(1, int(steps * 0.3))
+    warm, decay = 48, max(1, int(steps * 0.3))
     return peak * min(1.0, (step + 1) / warm, (steps - step) / decay)
 
 
@@ -213,7 +213,7 @@ def load_state(path: Path, model, optimizers) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=12_000_000, help="training tokens")
+    parser.add_argument("--tokens", type=int, default=13_000_000, help="training tokens")
     parser.add_argument("--batch", type=int, default=16, help="sequences of 512 tokens per step")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()

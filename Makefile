@@ -1,0 +1,42 @@
+# make demo   sets everything up, then quantize → train → merge → export → verify-parity on the sample
+# make test   sets everything up, then runs the test suite
+# make lint   ruff and mypy
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= build/demo
+
+.PHONY: demo test lint setup seeds clean
+
+demo: $(VENV)/.installed
+	$(BIN)/qalora-export run samples/devices/recipe.toml --out $(OUT)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The sample's score on three seeds, as the README quotes it.
+seeds: $(VENV)/.installed
+	$(BIN)/python samples/devices/seeds.py
+
+setup: $(VENV)/.installed
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -c .ci/constraints.txt -e '.[runtimes]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c .ci/constraints.txt -e '.[runtimes,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build

@@ -1,0 +1,34 @@
+"""`qalora-export evaluate MODEL --data test.jsonl`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qalora_export.console import console
+
+
+def command(
+    model: Annotated[Path, typer.Argument(help="Model folder, plain or canonical.")],
+    data: Annotated[Path, typer.Option(help="Chat JSONL whose last turn is the expected answer.")],
+    out: Annotated[Path | None, typer.Option(help="Write the score as JSON.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first N samples.", min=1)] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 64,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+) -> None:
+    """Task score: greedy answers, exact match with the expected text.
+
+    [bold]Examples[/bold]
+
+      qalora-export evaluate build/demo/merged.qalora --data samples/devices/test.jsonl
+    """
+    from qalora_export.evaluate import evaluate
+    from qalora_export.recipe import EvaluateSettings
+
+    settings = EvaluateSettings(data=str(data), limit=limit, max_new_tokens=max_new_tokens)
+    score = evaluate(model, settings, out, force=force)
+    console.print(f"exact match {score.exact}/{score.total} = {score.accuracy:.1%}")
+    for miss in score.misses:
+        console.print(f"  {miss['prompt']!r}: expected {miss['expected']!r}, got {miss['answer']!r}", markup=False)

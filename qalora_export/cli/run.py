@@ -1,0 +1,55 @@
+"""`qalora-export run recipe.toml`"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qalora_export.console import console
+from qalora_export.errors import InputError
+
+
+def command(
+    recipe: Annotated[Path, typer.Argument(help="TOML file; see samples/devices/recipe.toml.")],
+    out: Annotated[Path | None, typer.Option(help="Where the artifacts go; beats the recipe's `out`.")] = None,
+    override: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Beat one recipe key, e.g. train.rank=8.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Run every stage again and replace its output.")] = False,
+) -> None:
+    """Quantize, train, merge, export and verify from one recipe file.
+
+    Stages whose inputs, settings and code are unchanged are skipped; a killed run goes on where it stopped. The
+    resolved recipe is saved beside the outputs.
+
+    [bold]Examples[/bold]
+
+      qalora-export run samples/devices/recipe.toml --out build/demo
+
+      qalora-export run recipe.toml --set quantize.bits=3 --set train.epochs=1 --out build/three-bit
+    """
+    from qalora_export.pipeline import run
+    from qalora_export.recipe import load_recipe
+
+    overrides = dict(_parse(text) for text in override or [])
+    if out is not None:
+        overrides["out"] = str(out)
+    resolved = load_recipe(recipe, overrides)
+    report = run(resolved, force=force)
+    console.print(f"ran: {', '.join(report.ran) or 'nothing'}; up to date: {', '.join(report.skipped) or 'nothing'}")
+    from qalora_export.cli.run_summary import print_summary
+
+    print_summary(resolved)
+
+
+def _parse(text: str) -> tuple[str, Any]:
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise InputError("--set needs KEY=VALUE", where=text, fix="for example --set train.rank=8")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value

@@ -1,0 +1,198 @@
+"""`run recipe.toml`: every stage from one file, each skipped when nothing it depends on has changed.
+
+A stage's key is the sha256 of its inputs' hashes, its settings and the code version. run.json records, per stage, the
+key and the hash of the output. A stage is skipped when its key is recorded as done and its output is still intact;
+otherwise it runs again. The key is recorded as started before the stage writes anything, so a killed run knows which
+outputs are its own to replace.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from qalora_export.checkpoint.manifest import MANIFEST, parent_of, verify_manifest
+from qalora_export.console import console
+from qalora_export.errors import InputError, ParityError
+from qalora_export.recipe import EvaluateSettings, Recipe, Settings, dump_toml
+from qalora_export.safety import atomic_file, read_json, sha256_bytes, sha256_file
+
+STATE = "run.json"
+RESOLVED = "recipe.resolved.toml"
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One step: what it reads, its settings, what it writes, and how."""
+
+    name: str
+    inputs: tuple[Path, ...]
+    settings: Settings | None
+    output: Path
+    action: Callable[[bool], Any]  # argument: replace what is there
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """What `run` did: names of stages that ran and that were skipped, and the folder of the artifacts."""
+
+    out: Path
+    ran: list[str]
+    skipped: list[str]
+
+
+def run(recipe: Recipe, *, force: bool = False) -> RunReport:
+    """Run every stage of a recipe, resuming where an earlier run stopped.
+
+    Raises InputError when an output exists that no earlier run of this folder made (unless `force`), ParityError when
+    verify-parity fails, and whatever a stage raises.
+    """
+    out = Path(recipe.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_file(out / RESOLVED, force=True) as temporary:
+        temporary.write_text(dump_toml(recipe), encoding="utf-8")
+    state = _State(out / STATE)
+    ran, skipped = list[str](), list[str]()
+    stages = plan(recipe)
+    for number, stage in enumerate(stages, 1):
+        key = _key(stage)
+        title = f"[bold]\\[{number}/{len(stages)}] {stage.name}[/bold]"
+        if not force and state.done(stage, key):
+            console.print(f"{title} [green]up to date[/green] {stage.output}")
+            skipped.append(stage.name)
+            continue
+        ours = force or state.owns(stage)
+        if stage.output.exists() and not ours:
+            raise InputError("an output exists that this run did not make", where=stage.output,
+                             fix="choose another `out`, delete it, or pass --force")  # fmt: skip
+        console.print(f"{title} → {stage.output}")
+        state.record(stage, key, output_hash=None)
+        stage.action(ours)
+        state.record(stage, key, output_hash=_output_hash(stage.output))
+        ran.append(stage.name)
+    return RunReport(out, ran, skipped)
+
+
+def plan(recipe: Recipe) -> list[Stage]:
+    """The stages of a recipe in order, with paths under recipe.out."""
+    from qalora_export import api
+
+    out, source = Path(recipe.out), Path(recipe.model)
+    base, adapter, merged = out / "base.qalora", out / "adapter", out / "merged.qalora"
+    gguf = out / "model.gguf" if recipe.export.gguf else None
+    onnx = out / "onnx" if recipe.export.onnx else None
+    q, t, v = recipe.quantize, recipe.train, recipe.verify
+    stages = [
+        Stage("quantize", _files(source, q.calibration), q, base, lambda f: api.quantize(source, base, q, force=f)),
+        Stage("train", _files(base, t.data, t.validation), t, adapter, lambda f: api.train(base, adapter, t, force=f)),
+        Stage("merge", (base, adapter), None, merged, lambda f: api.merge(base, adapter, merged, force=f)),
+    ]
+    if recipe.evaluate is not None:
+        e = recipe.evaluate
+        stages += [_score_stage("evaluate base", base, e, out), _score_stage("evaluate merged", merged, e, out)]
+    if recipe.export.gguf is not None and gguf is not None:
+        g = recipe.export.gguf
+        stages.append(Stage("export gguf", (merged,), g, gguf, lambda f: api.export_gguf(merged, gguf, g, force=f)))
+    if recipe.export.onnx is not None and onnx is not None:
+        o = recipe.export.onnx
+        stages.append(Stage("export onnx", (merged,), o, onnx, lambda f: api.export_onnx(merged, onnx, o, force=f)))
+    artifacts = tuple(path for path in (gguf, onnx) if path is not None)
+    if artifacts:
+        report = out / "report"
+        stages.append(Stage("verify-parity", (*_files(merged, v.prompts), base, *artifacts), v, report,
+                            lambda f: _verify(merged, report, v, gguf, onnx, base, f)))  # fmt: skip
+    return stages
+
+
+def _score_stage(name: str, model: Path, settings: EvaluateSettings, out: Path) -> Stage:
+    from qalora_export.evaluate import evaluate
+
+    target = out / f"score.{model.name.removesuffix('.qalora')}.json"
+    return Stage(name, _files(model, settings.data), settings, target,
+                 lambda f: evaluate(model, settings, target, force=f))  # fmt: skip
+
+
+def _verify(
+    merged: Path, report: Path, settings: Any, gguf: Path | None, onnx: Path | None, base: Path, force: bool
+) -> None:
+    from qalora_export.verify.stage import verify_parity
+
+    result = verify_parity(merged, report, settings, gguf=gguf, onnx=onnx, base=base, force=force)
+    result.raise_for_status()
+
+
+def _files(*paths: Path | str | None) -> tuple[Path, ...]:
+    return tuple(Path(path) for path in paths if path is not None)
+
+
+def _key(stage: Stage) -> str:
+    settings = stage.settings.model_dump(mode="json") if stage.settings else {}
+    for name, value in settings.items():  # a path is what it holds, not where it lies
+        if isinstance(value, str) and Path(value) in stage.inputs:
+            settings[name] = "input"
+    content = {"stage": stage.name, "settings": settings, "code": code_version(),
+               "inputs": [_input_hash(path) for path in stage.inputs]}  # fmt: skip
+    return sha256_bytes(json.dumps(content, sort_keys=True).encode())
+
+
+@cache
+def code_version() -> str:
+    """sha256 over every source file of this package: any change of code runs the stages again."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _input_hash(path: Path) -> str:
+    if path.is_dir():
+        return parent_of(path, "input").sha256
+    if not path.is_file():
+        raise InputError("input not found", where=path, fix="check the path in the recipe")
+    return sha256_file(path)
+
+
+def _output_hash(path: Path) -> str:
+    """Identity of an output: its manifest when it is a stage folder, its bytes when it is a file."""
+    if path.is_file():
+        return sha256_file(path)
+    if (path / MANIFEST).is_file():
+        return sha256_file(path / MANIFEST)
+    return sha256_bytes("".join(f"{p.relative_to(path)} {sha256_file(p)}\n" for p in _tree(path)).encode())
+
+
+def _tree(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _intact(path: Path, expected: str) -> bool:
+    if not path.exists() or _output_hash(path) != expected:
+        return False
+    return not (path.is_dir() and (path / MANIFEST).is_file()) or not verify_manifest(path)
+
+
+class _State:
+    """run.json: {stage: {"key", "output"}}; output is null between start and end of a stage."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stages: dict[str, dict[str, str | None]] = read_json(path)["stages"] if path.is_file() else {}
+
+    def done(self, stage: Stage, key: str) -> bool:
+        entry = self._stages.get(stage.name, {})
+        output = entry.get("output")
+        return entry.get("key") == key and output is not None and _intact(stage.output, output)
+
+    def owns(self, stage: Stage) -> bool:
+        return stage.name in self._stages
+
+    def record(self, stage: Stage, key: str, output_hash: str | None) -> None:
+        self._stages[stage.name] = {"key": key, "output": output_hash}
+        with atomic_file(self._path, force=True) as temporary:
+            temporary.write_text(json.dumps({"stages": self._stages}, indent=1) + "\n", encoding="utf-8")
