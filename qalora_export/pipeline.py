@@ -18,7 +18,7 @@ from typing import Any
 
 from qalora_export.checkpoint.manifest import MANIFEST, parent_of, verify_manifest
 from qalora_export.console import console
-from qalora_export.errors import InputError, ParityError
+from qalora_export.errors import InputError
 from qalora_export.recipe import EvaluateSettings, Recipe, Settings, dump_toml
 from qalora_export.safety import atomic_file, read_json, sha256_bytes, sha256_file
 

@@ -17,25 +17,52 @@ from pathlib import Path
 ROOMS = ["kitchen", "bedroom", "bathroom", "living room", "hallway", "garage", "office", "cellar"]
 SWITCHES = ["lamp", "fan", "radio", "heater", "oven", "printer"]
 COVERS = ["door", "window", "blinds", "curtain", "gate"]
-DIALS = {"lamp": "brightness", "radio": "volume", "heater": "temperature", "fan": "speed"}
+DIALS = ["lamp", "radio", "heater", "fan"]
 TIMERS = ["tea", "pasta", "laundry", "workout"]
 LEVELS = list(range(5, 100))
 MINUTES = list(range(2, 61))
 
 # intent -> (sentence patterns, slot names). The pattern decides nothing but the wording.
 PATTERNS: dict[str, list[str]] = {
-    "on": ["turn on the {device} in the {room}", "switch the {room} {device} on", "please start the {device} in the {room}",
-           "can you turn the {device} on in the {room}", "i need the {room} {device} running", "{room} {device} on"],
-    "off": ["turn off the {device} in the {room}", "switch the {room} {device} off", "please stop the {device} in the {room}",
-            "can you turn the {device} off in the {room}", "i no longer need the {room} {device}", "{room} {device} off"],
-    "open": ["open the {device} in the {room}", "please open the {room} {device}", "could you get the {room} {device} open"],
-    "close": ["close the {device} in the {room}", "please shut the {room} {device}", "could you get the {room} {device} closed"],
-    "set": ["set the {device} in the {room} to {value}", "put the {room} {device} at {value}",
-            "i want the {device} in the {room} at {value}", "change the {room} {device} to {value}",
-            "{room} {device} to {value} please"],
-    "timer": ["set a {device} timer for {value} minutes", "remind me about the {device} in {value} minutes",
-              "start a {value} minute timer for {device}"],
-}  # fmt: skip
+    "on": [
+        "turn on the {device} in the {room}",
+        "switch the {room} {device} on",
+        "please start the {device} in the {room}",
+        "can you turn the {device} on in the {room}",
+        "i need the {room} {device} running",
+        "{room} {device} on",
+    ],
+    "off": [
+        "turn off the {device} in the {room}",
+        "switch the {room} {device} off",
+        "please stop the {device} in the {room}",
+        "can you turn the {device} off in the {room}",
+        "i no longer need the {room} {device}",
+        "{room} {device} off",
+    ],
+    "open": [
+        "open the {device} in the {room}",
+        "please open the {room} {device}",
+        "could you get the {room} {device} open",
+    ],
+    "close": [
+        "close the {device} in the {room}",
+        "please shut the {room} {device}",
+        "could you get the {room} {device} closed",
+    ],
+    "set": [
+        "set the {device} in the {room} to {value}",
+        "put the {room} {device} at {value}",
+        "i want the {device} in the {room} at {value}",
+        "change the {room} {device} to {value}",
+        "{room} {device} to {value} please",
+    ],
+    "timer": [
+        "set a {device} timer for {value} minutes",
+        "remind me about the {device} in {value} minutes",
+        "start a {value} minute timer for {device}",
+    ],
+}
 SIZES = {"train": 4000, "validation": 200, "test": 300}
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from rich.console import Console  # noqa: E402  (after the variable above)
-from rich.table import Table  # noqa: E402
+from rich.console import Console
+from rich.table import Table
 
-from qalora_export.api import evaluate, merge, quantize, train  # noqa: E402
-from qalora_export.recipe import load_recipe  # noqa: E402
+from qalora_export.api import evaluate, merge, quantize, train
+from qalora_export.recipe import load_recipe
 
 HERE = Path(__file__).parent
 
