@@ -16,6 +16,7 @@ class Family:
     rope_permuted: module leaf -> config key of its head count. llama.cpp rotates neighbouring pairs of rows where
         Transformers rotates halves, so the rows of these modules change places in GGUF.
     rope_types: the rotary scalings that both exporters carry exactly.
+    linears, norms: modules of one decoder layer, below `model.layers.<n>.`.
     only: config key -> the values we handle (the first is the default when the key is absent).
     """
 
@@ -25,6 +26,16 @@ class Family:
     rope_permuted: Mapping[str, str]
     rope_types: tuple[str, ...]
     only: Mapping[str, tuple[Any, ...]]
+    linears: tuple[str, ...]
+    norms: tuple[str, ...]
+
+    def required_modules(self, config: Mapping[str, Any]) -> list[str]:
+        """Dotted names of every module that must have a weight, in the order of the forward pass."""
+        names = ["model.embed_tokens"]
+        for layer in range(config["num_hidden_layers"]):
+            names += [f"model.layers.{layer}.{leaf}" for leaf in (*self.linears, *self.norms)]
+        names.append("model.norm")
+        return names if config.get("tie_word_embeddings") else [*names, "lm_head"]
 
     def permuted_heads(self, module: str, config: Mapping[str, Any]) -> int | None:
         """Head count by which the rows of `module` (a dotted module name) are permuted in GGUF, or None."""

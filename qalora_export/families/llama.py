@@ -14,4 +14,14 @@ LLAMA = Family(
         "sliding_window": (None,),
         "pretraining_tp": (1, None, 2, 4, 8),  # how the training cluster split a matrix; the function is the same
     },
+    linears=(
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    ),
+    norms=("input_layernorm", "post_attention_layernorm"),
 )

@@ -1,0 +1,112 @@
+"""Write a canonical checkpoint as GGUF, read it back with an independent reader, keep it only if nothing differs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import Counter
+from pathlib import Path
+
+from qalora_export import __version__
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.manifest import parent_of
+from qalora_export.errors import InputError, ParityError
+from qalora_export.families import family_of
+from qalora_export.formats.gguf.compare import Comparison, compare
+from qalora_export.formats.gguf.metadata import Entry, architecture, general
+from qalora_export.formats.gguf.plan import TensorPlan, plan_model, prevailing_type
+from qalora_export.formats.gguf.readback import MODULES_KEY, read_back
+from qalora_export.formats.gguf.sidecar import sidecar_path, write_sidecar
+from qalora_export.formats.gguf.split import adapter_entries, adapter_path, plan_remainders
+from qalora_export.formats.gguf.tokenizer import tokenizer_entries
+from qalora_export.formats.gguf.writer import write_gguf
+from qalora_export.formats.report import ExportReport
+from qalora_export.recipe import GgufSettings
+from qalora_export.safety import atomic_file
+
+
+def export_gguf(checkpoint: Path, out: Path, settings: GgufSettings, *, force: bool = False) -> ExportReport:
+    """Write `out` and `<out>.manifest.json`, which comes last.
+
+    Layout "split" also writes `<stem>.lora.gguf`, unless every offset is −z·scale already and there is nothing to add.
+    Raises InputError for what GGUF cannot hold exactly, ParityError when the file read back differs; in both cases
+    nothing is left behind.
+    """
+    model = _open(checkpoint, out)
+    plans = plan_model(model, settings.layout)
+    remainders = plan_remainders(model) if settings.layout == "split" else []
+    entries = _entries(model, plans, settings.layout)
+    arch = family_of(model.config).gguf_arch
+    with contextlib.ExitStack() as stack:  # renamed in reverse order: adapter, model, manifest
+        manifest = stack.enter_context(atomic_file(sidecar_path(out), force=force))
+        files = {out.name: stack.enter_context(atomic_file(out, force=force))}
+        tensors = write_gguf(files[out.name], arch, entries, plans)
+        adapter = None
+        if remainders:
+            adapter = stack.enter_context(atomic_file(adapter_path(out), force=force))
+            files[adapter_path(out).name] = adapter
+            tensors |= write_gguf(adapter, arch, adapter_entries(model), remainders, description="write adapter")
+        found = _checked(compare(model, read_back(files[out.name], adapter)), out)
+        write_sidecar(manifest, files, tensors, [parent_of(checkpoint, "checkpoint")], settings.model_dump())
+    return _report((*(out.with_name(name) for name in files), sidecar_path(out)), plans, found)
+
+
+def export_f32_twin(checkpoint: Path, out: Path, *, force: bool = False) -> ExportReport:
+    """The same model with every tensor in F32 (quantized ones by GroupAffine.dequantize), for rounding-free kernels.
+
+    It is a tool of verify-parity, not an artifact, so it has no manifest.
+    """
+    model = _open(checkpoint, out)
+    plans = plan_model(model, "f32")
+    with atomic_file(out, force=force) as temporary:
+        write_gguf(temporary, family_of(model.config).gguf_arch, _entries(model, plans, "f32"), plans,
+                   description="write F32 twin")  # fmt: skip
+    return _report((out,), plans, Comparison(0))
+
+
+def provenance(model: CanonicalCheckpoint, layout: str) -> list[Entry]:
+    """qalora.*: which checkpoint this file came from and how to read its blocks as canonical numbers."""
+    modules = {name: list(entry) for name, entry in model.modules.items()}
+    return [
+        Entry("qalora.version", "string", __version__),
+        Entry("qalora.layout", "string", layout),
+        Entry("qalora.checkpoint.sha256", "string", parent_of(model.path, "checkpoint").sha256),
+        Entry(MODULES_KEY, "string", json.dumps(modules, separators=(",", ":"))),
+    ]
+
+
+def _entries(model: CanonicalCheckpoint, plans: list[TensorPlan], layout: str) -> list[Entry]:
+    return [
+        *general(name=model.path.resolve().name, file_type=prevailing_type(plans)),
+        *architecture(family_of(model.config), model.config),
+        *tokenizer_entries(model.path, model.config),
+        *provenance(model, layout),
+    ]
+
+
+def _open(checkpoint: Path, out: Path) -> CanonicalCheckpoint:
+    model = CanonicalCheckpoint(checkpoint)
+    family_of(model.config)
+    if out.resolve().parent == model.path.resolve():
+        raise InputError("the output would lie inside the checkpoint folder", where=out,
+                         why="its manifest names every file of the folder", fix="choose another path")  # fmt: skip
+    return model
+
+
+def _checked(found: Comparison, out: Path) -> Comparison:
+    if found.total:
+        raise ParityError(f"{found.total} values differ when the file is read back", where=out, why=found.describe(),
+                          fix="this is a defect of the exporter: please report it; nothing was written")  # fmt: skip
+    return found
+
+
+def _report(files: tuple[Path, ...], plans: list[TensorPlan], found: Comparison) -> ExportReport:
+    adapters = [path.name for path in files if path == adapter_path(files[0])]
+    return ExportReport(
+        files=files,
+        types=dict(Counter(plan.kind for plan in plans)),
+        bytes=sum(path.stat().st_size for path in files),
+        compared=found.compared,
+        differing=found.total,
+        notes=tuple(f"load {files[0].name} together with the LoRA adapter {name}" for name in adapters),
+    )

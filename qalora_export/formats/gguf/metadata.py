@@ -1,0 +1,58 @@
+"""GGUF key/value metadata of an architecture: what llama.cpp needs to build the graph.
+
+Keys follow docs/gguf.md of ggml. A list of typed entries rather than calls, so it can be compared and tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qalora_export.families import Family, rope_of
+from qalora_export.families.family import head_dim
+
+QUANTIZATION_VERSION = 2  # ggml's GGML_QNT_VERSION: the block layouts that blocks.py writes
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}  # llama.h, enum llama_ftype
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One metadata entry; kind is the name of GGUFWriter's add_* method without the prefix."""
+
+    key: str
+    kind: str
+    value: Any
+
+
+def general(*, name: str, file_type: str) -> list[Entry]:
+    """general.* (general.architecture is the writer's own). name: model name; file_type: the prevailing tensor type."""
+    return [
+        Entry("general.type", "string", "model"),
+        Entry("general.name", "string", name),
+        Entry("general.file_type", "uint32", FILE_TYPES[file_type]),
+        Entry("general.quantization_version", "uint32", QUANTIZATION_VERSION),
+    ]
+
+
+def architecture(family: Family, config: Mapping[str, Any]) -> list[Entry]:
+    """<arch>.*: sizes, heads, normalization, rotary embedding. config: the checkpoint's config.json."""
+    heads = config["num_attention_heads"]
+    size, rope = head_dim(config), rope_of(config, family.rope_types)
+    fields: list[tuple[str, str, Any]] = [
+        ("vocab_size", "uint32", config["vocab_size"]),
+        ("context_length", "uint32", config["max_position_embeddings"]),
+        ("embedding_length", "uint32", config["hidden_size"]),
+        ("block_count", "uint32", config["num_hidden_layers"]),
+        ("feed_forward_length", "uint32", config["intermediate_size"]),
+        ("attention.head_count", "uint32", heads),
+        ("attention.head_count_kv", "uint32", config.get("num_key_value_heads") or heads),
+        ("attention.key_length", "uint32", size),
+        ("attention.value_length", "uint32", size),
+        ("attention.layer_norm_rms_epsilon", "float32", config.get("rms_norm_eps", 1e-6)),
+        ("rope.dimension_count", "uint32", size),
+        ("rope.freq_base", "float32", rope.theta),
+    ]
+    if rope.kind == "linear":
+        fields += [("rope.scaling.type", "string", "linear"), ("rope.scaling.factor", "float32", rope.factor)]
+    return [Entry(f"{family.gguf_arch}.{key}", kind, value) for key, kind, value in fields]

@@ -1,0 +1,29 @@
+"""`<out>.manifest.json`: the commit mark and provenance of a GGUF file, in the format of checkpoint.manifest."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qalora_export import __version__
+from qalora_export.checkpoint.manifest import FORMAT, Parent
+from qalora_export.safety import sha256_file
+
+
+def sidecar_path(out: Path) -> Path:
+    """model.gguf -> model.gguf.manifest.json"""
+    return out.with_name(f"{out.name}.manifest.json")
+
+
+def write_sidecar(path: Path, files: dict[str, Path], tensors: dict[str, dict[str, Any]], parents: list[Parent],
+                  settings: dict[str, Any]) -> None:  # fmt: skip
+    """Hash the finished files (final name -> where they lie now) and write the manifest, without times and paths."""
+    content = {
+        "format": FORMAT, "kind": "gguf", "created_by": f"qalora-export {__version__}", "settings": settings,
+        "parents": [asdict(parent) for parent in parents],
+        "files": {name: {"bytes": f.stat().st_size, "sha256": sha256_file(f)} for name, f in files.items()},
+        "tensors": tensors,
+    }  # fmt: skip
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

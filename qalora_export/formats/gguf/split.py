@@ -1,0 +1,71 @@
+"""Layout "split": a Q4_0 base (codes, s) and a llama.cpp LoRA adapter that adds the exact remainder.
+
+    w[o, i] = s·(q − 8) + R[o, i//g]          R = m + 8·s          y = Q4_0·x + lora_b · (lora_a · x)
+
+lora_a is the group indicator (in/g, in), so lora_a·x is the sum of each group of x; lora_b is R (out, in/g). Both are
+F32: F16 would round activations. adapter.lora.alpha is 0, which llama.cpp reads as "do not scale by alpha/rank", so
+the scale is exactly 1 for every module whatever its rank (src/llama-adapter.h, get_scale).
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qalora_export import __version__
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.manifest import parent_of
+from qalora_export.families import Family, family_of
+from qalora_export.formats.gguf.blocks import BLOCK_FORMATS, remainder
+from qalora_export.formats.gguf.metadata import Entry, architecture
+from qalora_export.formats.gguf.names import NameMap
+from qalora_export.formats.gguf.plan import LAYOUTS, TensorPlan, gguf_rows
+from qalora_export.formats.gguf.readback import group_indicator
+
+
+def adapter_path(out: Path) -> Path:
+    """model.gguf -> model.lora.gguf"""
+    return out.with_name(f"{out.stem}.lora{out.suffix}")
+
+
+def adapter_entries(model: CanonicalCheckpoint) -> list[Entry]:
+    """Metadata of the adapter file: what llama.cpp checks, the sizes our reader needs, and provenance."""
+    family = family_of(model.config)
+    return [
+        Entry("general.type", "string", "adapter"),
+        Entry("general.name", "string", f"{model.path.resolve().name} offsets"),
+        Entry("adapter.type", "string", "lora"),
+        Entry("adapter.lora.alpha", "float32", 0.0),
+        *architecture(family, model.config),
+        Entry("qalora.version", "string", __version__),
+        Entry("qalora.layout", "string", "split"),
+        Entry("qalora.checkpoint.sha256", "string", parent_of(model.path, "checkpoint").sha256),
+    ]
+
+
+def plan_remainders(model: CanonicalCheckpoint) -> list[TensorPlan]:
+    """lora_a and lora_b of every quantized module whose offset is not −z·s already.
+
+    Raises InputError, before anything is written, when a remainder is not exact in float32.
+    """
+    family = family_of(model.config)
+    names = NameMap(family.gguf_arch, model.config["num_hidden_layers"])
+    plans: list[TensorPlan] = []
+    for module, (bits, group_size) in model.modules.items():
+        zero = BLOCK_FORMATS[LAYOUTS["split"][bits]].zero
+        if zero is None or not remainder(model.group_affine(module), zero, where=f"{model.path}: {module}").any():
+            continue
+        rows, groups = model.entry(f"{module}.scale").shape
+        name = names.to_gguf(f"{module}.weight")
+        load_a = functools.partial(group_indicator, groups, group_size)
+        load_b = functools.partial(_remainder_rows, model, family, module, zero)
+        plans.append(TensorPlan(f"{name}.lora_a", "F32", (groups, groups * group_size), load_a))
+        plans.append(TensorPlan(f"{name}.lora_b", "F32", (rows, groups), load_b))
+    return plans
+
+
+def _remainder_rows(model: CanonicalCheckpoint, family: Family, module: str, zero: int) -> NDArray[np.float32]:
+    return remainder(gguf_rows(model, family, module), zero, where=f"{model.path}: {module}")
