@@ -71,7 +71,7 @@ class CanonicalCheckpoint(ModelFolder):
     def _checked(self, module: str, value: object) -> tuple[int, int]:
         where = f"{self.path}: {module}"
         bits, group = (value.get("bits"), value.get("group_size")) if isinstance(value, dict) else (None, None)
-        if bits not in BITS or type(group) is not int or group <= 0:
+        if bits not in BITS or type(bits) is not int or type(group) is not int or group <= 0:
             raise UnsafeInputError("module entry needs bits and group_size", where=where, why=str(value)[:200])
         codes, scale, offset = (self.entry(f"{module}.{part}") for part in PARTS)
         if len(codes.shape) != 2 or len(scale.shape) != 2 or scale.shape != offset.shape:
@@ -107,7 +107,7 @@ class CanonicalWriter:
         """Store a tensor that is not quantized, bit for bit."""
         if name in self._hashes:
             raise InputError("tensor written twice", where=name)
-        tensor = np.ascontiguousarray(tensor)
+        tensor = np.asarray(tensor, order="C")  # unlike ascontiguousarray it keeps a scalar a scalar
         digest = sha256_bytes(tensor)
         self._hashes[name] = {"dtype": tensor.dtype.name, "shape": list(tensor.shape), "sha256": digest}
         if self._pending and self._pending_bytes + tensor.nbytes > self._shard_bytes:

@@ -31,6 +31,8 @@ class ModelFolder:
         if not self.path.is_dir():
             raise InputError("model folder not found", where=self.path, fix="give the folder that holds config.json")
         self.config: dict[str, Any] = read_json(inside(self.path, "config.json"))
+        if not isinstance(self.config, dict):
+            raise UnsafeInputError("config.json is not a JSON object", where=self.path)
         self._where: dict[str, tuple[Path, TensorEntry]] = {}
         for shard in _shards(self.path):
             for name, entry in read_header(shard).items():

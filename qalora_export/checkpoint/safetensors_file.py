@@ -56,7 +56,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 def _entry(path: Path, name: str, raw: object, base: int) -> TensorEntry:
     where = f"{path}: {name}"
-    if not isinstance(raw, dict) or set(raw) != {"dtype", "shape", "data_offsets"} or raw["dtype"] not in DTYPES:
+    if not isinstance(raw, dict) or set(raw) != {"dtype", "shape", "data_offsets"} or str(raw["dtype"]) not in DTYPES:
         raise UnsafeInputError("tensor entry is malformed or of an unknown dtype", where=where, why=str(raw)[:200])
     shape, offsets = raw["shape"], raw["data_offsets"]
     numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [-1]

@@ -1,0 +1,133 @@
+"""Outputs are whole or absent."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from qalora_export.errors import InputError
+from qalora_export.safety import atomic_directory, atomic_file, refuse_existing
+
+
+class Stop(Exception):
+    pass
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def fill(folder: Path, text: str = "new") -> None:
+    (folder / "sub").mkdir()
+    (folder / "sub" / "file").write_text(text)
+
+
+def test_directory_appears_whole(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "out"
+    with atomic_directory(target) as partial:
+        fill(partial)
+        assert not target.exists()
+    assert (target / "sub" / "file").read_text() == "new"
+    assert listing(target.parent) == ["out"]
+
+
+@pytest.mark.parametrize("failure", [Stop, KeyboardInterrupt, InputError("no")])
+def test_directory_vanishes_on_any_exception(tmp_path: Path, failure: BaseException) -> None:
+    with pytest.raises(BaseException) as caught, atomic_directory(tmp_path / "out") as partial:
+        fill(partial)
+        raise failure
+    assert caught.type is (failure if isinstance(failure, type) else type(failure))
+    assert listing(tmp_path) == []
+
+
+def test_existing_output_is_refused_before_any_work(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("old")
+    with pytest.raises(InputError, match=r"exists already.*--force"), atomic_directory(target):
+        pytest.fail("the block must not run")
+    assert listing(target) == ["old"]
+
+
+def test_force_replaces_and_a_failure_keeps_the_old(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("old")
+    with pytest.raises(Stop), atomic_directory(target, force=True) as partial:
+        fill(partial)
+        raise Stop
+    assert listing(target) == ["old"]
+    with atomic_directory(target, force=True) as partial:
+        fill(partial)
+    assert listing(target) == ["sub"]
+    assert listing(tmp_path) == ["out"]
+
+
+def test_force_replaces_a_file_by_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    with atomic_directory(tmp_path / "out", force=True) as partial:
+        fill(partial)
+    assert (tmp_path / "out" / "sub" / "file").read_text() == "new"
+
+
+def test_left_overs_of_a_killed_run_are_swept(tmp_path: Path) -> None:
+    fill_target = tmp_path / ".out.partial"
+    fill_target.mkdir()
+    (fill_target / "half").write_text("half")
+    with atomic_directory(tmp_path / "out") as partial:
+        fill(partial)
+    assert listing(tmp_path / "out") == ["sub"]
+    assert listing(tmp_path) == ["out"]
+
+
+def test_dangling_symlink_counts_as_existing(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="exists already"):
+        refuse_existing(tmp_path / "out", force=False)
+    refuse_existing(tmp_path / "out", force=True)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_system_errors_become_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """A full disk or read-only folder; raised by hand because the tests may run as root, whom permissions let pass."""
+
+    def refuse(self: Path, *args: object, **kwargs: object) -> None:
+        raise OSError(number, os.strerror(number), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(InputError, match=os.strerror(number)), atomic_directory(tmp_path / "out"):
+        pytest.fail("the block must not run")
+    monkeypatch.undo()
+    with pytest.raises(InputError, match=os.strerror(number)), atomic_file(tmp_path / "file") as partial:
+        partial.write_text("half")
+        raise OSError(number, os.strerror(number), str(partial))
+    assert listing(tmp_path) == []
+
+
+def test_a_file_in_place_of_the_parent_folder_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "parent").write_text("a file")
+    with pytest.raises(InputError, match="could not write"), atomic_directory(tmp_path / "parent" / "out"):
+        pytest.fail("the block must not run")
+
+
+def test_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    with pytest.raises(Stop), atomic_file(target) as partial:
+        partial.write_text("half")
+        raise Stop
+    assert listing(tmp_path) == []
+    with atomic_file(target) as partial:
+        partial.write_text("whole")
+        assert not target.exists()
+    with pytest.raises(InputError, match="exists already"), atomic_file(target):
+        pytest.fail("the block must not run")
+    with atomic_file(target, force=True) as partial:
+        partial.write_text("again")
+    assert target.read_text() == "again"
+    assert listing(tmp_path) == ["file"]
+
+
+def test_missing_input_inside_the_block_is_not_blamed_on_the_output(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), atomic_directory(tmp_path / "out"):
+        (tmp_path / "input").read_text()
