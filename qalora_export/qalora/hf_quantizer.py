@@ -51,6 +51,11 @@ class QALoraHfQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         return True
 
+    @property
+    def is_qat_trainable(self) -> bool:
+        """The Trainer takes a quantized model without PEFT only so: our adapters are the layers' own parameters."""
+        return True
+
 
 def replace_linear(model: nn.Module, name: str, *, bits: int, group_size: int) -> QALoraLinear:
     """Swap the nn.Linear called `name` for an empty QALoraLinear on the same device. Raises InputError if absent."""

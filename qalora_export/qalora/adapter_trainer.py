@@ -1,0 +1,118 @@
+"""Transformers' Trainer for a frozen packed base: checkpoints hold the adapter alone, validation weighs every token.
+
+Everything else (loop, accumulation, DDP, FSDP, schedule, resume) is the Trainer's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer
+
+from qalora_export.errors import InputError
+from qalora_export.qalora import training_folder
+from qalora_export.qalora.packing import Row, collate
+from qalora_export.qalora.samples import IGNORED
+
+
+class RowDataset(Dataset[Row]):
+    """Rows by index; the collator makes batches of them."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self._rows[index]
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """The trainable tensors by full name, on the CPU."""
+    return {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def load_adapter_state(model: nn.Module, file: Path) -> None:
+    """Copy saved adapter tensors into the model. Raises InputError when names or shapes differ."""
+    saved = load_file(file)
+    own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if saved.keys() != own.keys() or any(saved[name].shape != own[name].shape for name in own):
+        raise InputError("the checkpoint holds a different adapter", where=file,
+                         fix="pass --no-resume to start again from step 0")  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(saved[name])
+
+
+class AdapterTrainer(Trainer):
+    """Trains the parameters that require gradients; `args.output_dir` is the training folder."""
+
+    model: Any
+    eval_dataset: Any
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Adapter tensors as safetensors; the packed base is neither copied nor pickled."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        tensors = adapter_state(self.model) if state_dict is None else {name: state_dict[name] for name in names}
+        save_file(tensors, folder / training_folder.ADAPTER)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:  # sharded tensors: written and read by accelerate
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_adapter_state(self.model, Path(resume_from_checkpoint) / training_folder.ADAPTER)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write, commit, and only then delete what is no longer needed: the last and the best are kept."""
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder, step = Path(str(self.args.output_dir)), self.state.global_step
+            training_folder.mark_complete(training_folder.checkpoint(folder, step))
+            training_folder.keep_only(folder, {step, self.state.best_global_step or step})
+        self.accelerator.wait_for_everyone()
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: list[str] | None = None,
+                 metric_key_prefix: str = "eval") -> dict[str, float]:  # fmt: skip
+        """Mean loss over every learned token of the validation set, whatever the batch size or number of processes.
+
+        (The Trainer's own averages batches, so that short ones weigh more.) Batches go round the processes; a process
+        without one repeats the last with weight 0, since FSDP needs all of them in every forward.
+        """
+        rows, size = (self.eval_dataset if eval_dataset is None else eval_dataset), self.args.eval_batch_size
+        batches = [range(begin, min(begin + size, len(rows))) for begin in range(0, len(rows), size)]
+        total = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of tokens
+        training = self.model.training
+        self.model.eval()
+        for first in range(0, len(batches), self.args.world_size):
+            mine = first + self.args.process_index
+            batch = self._prepare_inputs(collate([rows[i] for i in batches[min(mine, len(batches) - 1)]]))
+            learned = int((batch["labels"][:, 1:] != IGNORED).sum()) if mine < len(batches) else 0
+            with torch.no_grad():
+                loss = self.model(**batch).loss
+            if learned:
+                total += torch.tensor([float(loss) * learned, learned], dtype=torch.float64)
+        self.model.train(training)
+        total = self.accelerator.reduce(total.to(self.args.device), reduction="sum").cpu()
+        metrics = {f"{metric_key_prefix}_loss": float(total[0] / total[1])}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        try:
+            return super().create_optimizer(model)
+        except (ImportError, ValueError, RuntimeError) as error:
+            raise InputError(f"cannot use the optimizer {self.args.optim!s}", why=str(error),
+                             fix="install the package it needs, or take adamw_torch") from error  # fmt: skip
