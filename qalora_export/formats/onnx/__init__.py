@@ -1,0 +1,1 @@
+"""ONNX: the exact split form on mobius-onnx graphs. numbers ↔ blocks, graph, rewrite, writer, validator, read-back."""

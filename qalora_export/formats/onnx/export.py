@@ -1,0 +1,123 @@
+"""Canonical checkpoint -> ONNX folder: streamed, atomic, read back with the onnx package before it is committed."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qalora_export import __version__
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.manifest import MANIFEST, parent_of, write_manifest
+from qalora_export.console import track
+from qalora_export.errors import InputError, ParityError
+from qalora_export.families import family_of
+from qalora_export.formats.onnx.readback import MODULES_KEY, read_back
+from qalora_export.formats.onnx.split_form import SplitForm
+from qalora_export.formats.onnx.validate import MODEL_FILE
+from qalora_export.formats.report import ExportReport
+from qalora_export.grid import difference, differing
+from qalora_export.recipe import OnnxSettings
+from qalora_export.safety import atomic_directory, refuse_existing
+
+PRODUCER = "qalora-export"
+HEAD = "lm_head"
+BUG = "this is a defect of the exporter: please report it; nothing was written"
+
+
+def export_onnx(checkpoint: Path, out_dir: Path, settings: OnnxSettings, *, force: bool = False) -> ExportReport:
+    """Write `out_dir`: model.onnx, model.onnx.data, genai_config.json, tokenizer files, manifest.json.
+
+    One tensor is in memory at a time. The folder is read back before it gets its final name. Raises InputError for
+    unsupported architectures and existing output, ParityError when a single value of the written file differs; in
+    every case nothing is left behind.
+    """
+    refuse_existing(out_dir, force=force)
+    source = CanonicalCheckpoint(checkpoint)
+    family_of(source.config)
+    if source.path.resolve() in (out_dir.resolve(), *out_dir.resolve().parents):
+        raise InputError("the output would lie inside the checkpoint folder", where=out_dir,
+                         why="its manifest names every file of the folder", fix="choose another path")  # fmt: skip
+    parents = [parent_of(checkpoint, "checkpoint")]
+    with atomic_directory(out_dir, force=force) as folder:
+        written = _write(source, folder, settings)
+        compared = compare(source, folder, written.carried)
+        write_manifest(
+            folder, "onnx", tensors=written.hashes, parents=parents, settings=settings.model_dump(mode="json")
+        )
+    files = sorted(out_dir.iterdir(), key=lambda path: (path.name == MANIFEST, path.name))
+    size = sum(path.stat().st_size for path in files)
+    return ExportReport(tuple(files), written.types, size, compared, 0, written.notes)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """hashes: manifest entries of the tensors; carried: other tensors, by name; types, notes: for the report."""
+
+    hashes: dict[str, dict[str, Any]]
+    carried: list[str]
+    types: dict[str, int]
+    notes: tuple[str, ...]
+
+
+def _write(source: CanonicalCheckpoint, folder: Path, settings: OnnxSettings) -> Written:
+    """model.onnx, model.onnx.data and the GenAI files, into `folder`."""
+    import onnx_ir as ir
+
+    from qalora_export.formats.onnx.datafile import DataFile
+    from qalora_export.formats.onnx.genai_folder import write_genai_folder
+    from qalora_export.formats.onnx.graph import build_graph
+    from qalora_export.formats.onnx.rewrite import Rewriter
+
+    package = build_graph(source.config, untied_head=HEAD in source.modules)
+    model = package["model"]
+    with DataFile(folder) as data:
+        rewriter = Rewriter(model, source, data, settings.accuracy_level)
+        for value in track(rewriter.weights(), "export onnx"):
+            rewriter.place(value)
+        rewriter.finish()
+    model.producer_name, model.producer_version = PRODUCER, __version__
+    modules = {name: list(entry) for name, entry in source.modules.items()}
+    model.metadata_props[MODULES_KEY] = json.dumps(modules, separators=(",", ":"))
+    proto = ir.serde.serialize_model(model)
+    (folder / MODEL_FILE).write_bytes(proto.SerializeToString(deterministic=True))
+    write_genai_folder(folder, package, source)
+    types = Counter(f"MatMulNBits, {form.container} bits" for form in rewriter.forms.values())
+    types.update(data.hashes[name]["dtype"] for name in rewriter.carried)
+    return Written(data.hashes, rewriter.carried, dict(types), _notes(rewriter.forms))
+
+
+def _notes(forms: dict[str, SplitForm]) -> tuple[str, ...]:
+    """What a user may want to know about how the tensors were written."""
+    symmetric = sum(not form.has_remainder for form in forms.values())
+    wide = sum(form.has_remainder and form.zero == 0 for form in forms.values())
+    notes = [f"{symmetric} symmetric tensors need no offset branch"] if symmetric else []
+    notes += [f"{wide} tensors use zero point 0 to keep the offset exact (more int8 noise)"] if wide else []
+    return tuple(notes)
+
+
+def compare(source: CanonicalCheckpoint, folder: Path, carried: list[str]) -> int:
+    """Read `folder` with the onnx package and compare every tensor, bit for bit. Returns how many values were equal.
+
+    carried: the checkpoint's other tensors that must be there. Raises ParityError naming the first one that differs.
+    """
+    contents, compared = read_back(folder), 0
+    if odd := sorted(set(source.modules) ^ set(contents.modules)) + sorted(set(carried) ^ set(contents.others)):
+        raise ParityError("checkpoint and ONNX folder hold different tensors", where=odd[0], fix=BUG)
+    for module in track(source.modules, "read back"):
+        matrix = source.group_affine(module)
+        found = difference(matrix, contents.group_affine(module))
+        if found.total:
+            raise ParityError(f"{found.codes} codes, {found.scale} scales and {found.offset} offsets differ",
+                              where=f"{folder.name}: {module}", fix=BUG)  # fmt: skip
+        compared += matrix.codes.size + matrix.scale.size + matrix.offset.size
+    for name in carried:
+        tensor = np.asarray(source.tensor(name))
+        if count := differing(tensor, contents.tensor(name)):
+            raise ParityError(f"{count} values differ", where=f"{folder.name}: {name}", fix=BUG)
+        compared += tensor.size
+    return compared

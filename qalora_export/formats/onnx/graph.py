@@ -1,0 +1,58 @@
+"""The decoder graph, without weights, from mobius-onnx (MIT, onnxruntime project)."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qalora_export.errors import InputError
+
+if TYPE_CHECKING:
+    from mobius import ModelPackage
+
+# mobius-onnx's own "cpu" concatenates the weights of q, k and v. Ours stay apart: each keeps its own bits and group
+# size, and its bytes in the file are the checkpoint's.
+PROVIDER = "qalora-cpu"
+IR_VERSION = 10
+GRAPH_NAME = "qalora"
+
+
+def build_graph(config: Mapping[str, Any], *, untied_head: bool = False) -> ModelPackage:
+    """A KV-cache decoder with GroupQueryAttention, float32 activations, weight initializers without data.
+
+    config: the checkpoint's config.json. untied_head: the checkpoint holds an lm_head of its own although config.json
+    ties it to the embeddings (a quantized head). Raises InputError when mobius-onnx cannot build the architecture.
+    """
+    import mobius
+
+    _register_provider()
+    source = {key: value for key, value in config.items() if key != "quantization_config"}
+    if untied_head:
+        source["tie_word_embeddings"] = False
+    with tempfile.TemporaryDirectory(prefix="qalora-onnx-") as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(source), encoding="utf-8")
+        try:
+            package = mobius.build(
+                folder, execution_provider=PROVIDER, dtype="f32", load_weights=False, trust_remote_code=False
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"mobius-onnx cannot build this architecture: {error}", where="config.json") from error
+    if list(package) != ["model"]:
+        raise InputError(f"expected one decoder graph, got {', '.join(package)}", where="config.json")
+    model = package["model"]
+    model.ir_version = IR_VERSION
+    model.graph.name = GRAPH_NAME  # mobius names it after the folder, which is temporary
+    return package
+
+
+def _register_provider() -> None:
+    import onnx_ir as ir
+    from mobius import EpCapabilities, ep_registry, register_ep
+
+    if PROVIDER not in ep_registry:
+        register_ep(EpCapabilities(
+            name=PROVIDER, gqa_dtypes=frozenset({ir.DataType.FLOAT}), supports_past_present_share_buffer=True,
+        ))  # fmt: skip

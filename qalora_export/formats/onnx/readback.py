@@ -1,0 +1,144 @@
+"""Read an exported folder back with the onnx package: canonical matrices and other tensors by checkpoint name.
+
+Nothing here uses the writer's code for bytes or graphs: external data is loaded by onnx.external_data_helper, arrays
+by onnx.numpy_helper, zero point and container come from the nodes, and codes are unpacked apart from grid.packing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qalora_export.errors import InputError, UnsafeInputError
+from qalora_export.formats.onnx.split_form import CONTAINER_BITS, from_blocks, implied_offset
+from qalora_export.formats.onnx.validate import read_model
+from qalora_export.grid import GroupAffine
+from qalora_export.safety.limits import parse_json
+
+if TYPE_CHECKING:
+    import onnx
+
+MODULES_KEY = "qalora.modules"  # JSON: module -> [bits, group_size]; a 3-bit code in a 4-bit container shows only here
+PARTS = ("codes", "scale", "offset", "zero_points")
+
+
+@dataclass(frozen=True)
+class OnnxContents:
+    """A folder in the vocabulary of the checkpoint; tensors are loaded when asked for, one at a time.
+
+    modules: module name -> (bits, group_size). others: names of tensors that are not quantized. offset_is_implied:
+    modules whose offset is not stored (symmetric: −z·s, equal bit for bit). nodes: module name -> its MatMulNBits
+    node. initializers: every tensor by name, data not loaded.
+    """
+
+    folder: Path
+    model: onnx.ModelProto
+    metadata: dict[str, str]
+    modules: dict[str, tuple[int, int]]
+    nodes: dict[str, onnx.NodeProto]
+    initializers: dict[str, onnx.TensorProto]
+
+    @property
+    def others(self) -> list[str]:
+        """Checkpoint tensors end in .weight or .bias; the graph's own constants (axes, rotary tables) do not."""
+        return [name for name in self.initializers if name.endswith((".weight", ".bias"))]
+
+    @property
+    def offset_is_implied(self) -> frozenset[str]:
+        return frozenset(module for module in self.modules if f"{module}.offset" not in self.initializers)
+
+    @property
+    def accuracy_level(self) -> int | None:
+        """That of the MatMulNBits nodes; None when they disagree or there are none."""
+        levels = {int(attributes_of(node).get("accuracy_level", 0)) for node in self.nodes.values()}
+        return levels.pop() if len(levels) == 1 else None
+
+    def tensor(self, name: str) -> NDArray:
+        """One initializer by name, in its stored dtype, read from the data file. Raises InputError when absent."""
+        import onnx
+        from onnx.external_data_helper import load_external_data_for_tensor
+
+        if name not in self.initializers:
+            raise InputError(f"the model has no tensor {name!r}", where=self.folder)
+        copy = onnx.TensorProto()
+        copy.CopyFrom(self.initializers[name])
+        if copy.data_location == onnx.TensorProto.EXTERNAL:
+            load_external_data_for_tensor(copy, str(self.folder))
+        return onnx.numpy_helper.to_array(copy)
+
+    def group_affine(self, module: str) -> GroupAffine:
+        """The quantized matrix of one module. Raises UnsafeInputError when node and tensors disagree."""
+        where = f"{self.folder}: {module}"
+        bits, group_size = self.modules[module]
+        said = attributes_of(self.nodes[module])
+        blocks, scale = self.tensor(f"{module}.codes"), self.tensor(f"{module}.scale")
+        container = CONTAINER_BITS[bits]
+        expected = (said.get("N"), said.get("K", 0) // group_size, group_size * container // 8)
+        if (said.get("bits", 4), said.get("block_size")) != (container, group_size) or blocks.shape != expected:
+            raise UnsafeInputError(f"MatMulNBits says {said}, its codes are {blocks.shape}", where=where)
+        stored = module not in self.offset_is_implied
+        offset = self.tensor(f"{module}.offset") if stored else implied_offset(scale, self._zero(module, container))
+        try:
+            return GroupAffine(from_blocks(blocks, container), scale, offset, bits)
+        except InputError as error:
+            raise UnsafeInputError(error.what, where=where, why=error.why) from error
+
+    def matrices(self) -> Iterator[tuple[str, GroupAffine]]:
+        """(module, matrix), one in memory at a time."""
+        for module in self.modules:
+            yield module, self.group_affine(module)
+
+    def _zero(self, module: str, container: int) -> int:
+        """z of a module: its zero_points, all of which must be equal, or MatMulNBits' default."""
+        inputs = self.nodes[module].input
+        if len(inputs) < 4 or not inputs[3]:
+            return int(2 ** (container - 1))
+        values = np.unique(from_blocks(self.tensor(inputs[3])[:, None, :], container))
+        if values.size != 1:
+            raise UnsafeInputError("zero points differ between groups", where=f"{self.folder}: {module}")
+        return int(values[0])
+
+
+def read_back(folder: Path) -> OnnxContents:
+    """Validate a folder and describe what it holds. Errors as in validate.read_model; InputError if it is not ours."""
+    model = read_model(folder)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    modules, nodes = _modules(metadata, folder), _products(model)
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    for module in modules:
+        if module not in nodes or not {f"{module}.codes", f"{module}.scale"} <= set(initializers):
+            raise UnsafeInputError("metadata names a module that the graph does not hold", where=f"{folder}: {module}")
+    return OnnxContents(folder, model, metadata, modules, nodes, initializers)
+
+
+def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
+    import onnx
+
+    return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+def _products(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    """The MatMulNBits node of every module, found by the name of its codes input."""
+    nodes = [node for node in model.graph.node if node.op_type == "MatMulNBits" and len(node.input) > 2]
+    return {node.input[1].removesuffix(".codes"): node for node in nodes if node.input[1].endswith(".codes")}
+
+
+def _modules(metadata: dict[str, str], folder: Path) -> dict[str, tuple[int, int]]:
+    if MODULES_KEY not in metadata:
+        raise InputError("not a folder written by qalora-export", where=folder, why=f"no {MODULES_KEY} in its metadata",
+                         fix="run `qalora-export export onnx`")  # fmt: skip
+    raw = parse_json(metadata[MODULES_KEY].encode(), where=f"{folder}: {MODULES_KEY}")
+    if not isinstance(raw, dict) or not all(_is_entry(value) for value in raw.values()):
+        raise UnsafeInputError(f"{MODULES_KEY} holds impossible bits or group sizes", where=folder)
+    return {name: (bits, group) for name, (bits, group) in raw.items()}
+
+
+def _is_entry(value: object) -> bool:
+    if not isinstance(value, list) or len(value) != 2 or not all(type(number) is int for number in value):
+        return False
+    return value[0] in CONTAINER_BITS and value[1] > 0

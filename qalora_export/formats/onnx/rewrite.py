@@ -1,0 +1,215 @@
+"""The onnx_ir pass: mobius graph without weights + canonical checkpoint -> our graph, weights streamed to disk.
+
+Per quantized module M, with x (batch, sequence, in) and G = in/g groups:
+
+    scale32 = Cast(M.scale)                                       (out, G)
+    y       = MatMulNBits(x, M.codes, scale32[, M.zero_points])   (batch, sequence, out)
+    R       = Cast(M.offset) + z · scale32                        (out, G)     constant-folded when the session starts
+    y      += ReduceSum_g(x) · Rᵀ                                 the GroupSum is shared by every M with the same x
+
+Everything else keeps its source bytes in the file and is cast to float32 in the graph. No g_idx is ever emitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.model_folder import same_bytes
+from qalora_export.errors import InputError
+from qalora_export.formats.onnx.datafile import DataFile
+from qalora_export.formats.onnx.split_form import SplitForm, choose_form, to_blocks, zero_points
+
+MICROSOFT = "com.microsoft"
+FLOAT = ir.DataType.FLOAT
+SOURCE_DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+INLINE_BYTES = 1024  # graph constants (axes, shapes) up to here stay in model.onnx; larger ones go to the data file
+UNUSED_SUFFIXES = (".rotary_emb.inv_freq",)  # a buffer old checkpoints carry; the graph computes it from config.json
+
+
+class Rewriter:
+    """Runs once over one model. `forms` then says how each quantized module was written."""
+
+    def __init__(self, model: ir.Model, checkpoint: CanonicalCheckpoint, data: DataFile, accuracy_level: int) -> None:
+        self.graph, self.checkpoint, self.data = model.graph, checkpoint, data
+        self.accuracy_level = accuracy_level
+        self.forms: dict[str, SplitForm] = {}
+        self.carried: list[str] = []  # other tensors, by checkpoint name
+        self._group_sums: dict[tuple[str, int], ir.Value] = {}
+
+    def weights(self) -> list[ir.Value]:
+        """The initializers of the graph in its own order: the work list, one tensor each."""
+        return list(self.graph.initializers.values())
+
+    def place(self, value: ir.Value) -> None:
+        """Give one initializer its data. Raises InputError when checkpoint and graph do not belong together."""
+        name = value.name or ""
+        module = name.removesuffix(".weight")
+        if value.const_value is not None:
+            self._place_constant(value, value.const_value.numpy())
+        elif module in self.checkpoint.modules:
+            self._place_quantized(value, module)
+        elif name in self.checkpoint:
+            self._place_other(value, name)
+        else:
+            raise InputError("the graph needs a tensor that the checkpoint does not hold", where=name,
+                             fix="is the checkpoint complete? does config.json belong to it?")  # fmt: skip
+
+    def finish(self) -> None:
+        """Check that every tensor of the checkpoint arrived, and order the graph."""
+        lost = [module for module in self.checkpoint.modules if module not in self.forms]
+        lost += [name for name in self.checkpoint.plain_names() if name not in self.carried]
+        lost = [name for name in lost if not self._may_be_left_out(name)]
+        if lost:
+            raise InputError(f"the ONNX graph has no place for {len(lost)} tensors of the checkpoint", where=lost[0],
+                             why="leaving them out would change the function",
+                             fix="this variant of the architecture needs a family of its own")  # fmt: skip
+        self.graph.sort()
+
+    def _may_be_left_out(self, name: str) -> bool:
+        if name.endswith(UNUSED_SUFFIXES):
+            return True
+        embeddings = "model.embed_tokens.weight"
+        tied = name == "lm_head.weight" and self.checkpoint.config.get("tie_word_embeddings")
+        return bool(tied) and same_bytes(self.checkpoint.tensor(name), self.checkpoint.tensor(embeddings))
+
+    def _place_constant(self, value: ir.Value, array: NDArray) -> None:
+        if array.nbytes > INLINE_BYTES:
+            value.const_value = self.data.add(value.name or "", array)
+
+    def _place_other(self, value: ir.Value, name: str) -> None:
+        """Embeddings, norms, biases, lm_head: source bytes, cast to float32 after the Gather or before the use."""
+        array = self.checkpoint.tensor(name)
+        if ir.DataType.from_numpy(array.dtype) not in SOURCE_DTYPES:
+            raise InputError(f"a {array.dtype} tensor has no place in the graph", where=name)
+        _check_shape(value, array.shape)
+        value.const_value = self.data.add(name, array)
+        self.carried.append(name)
+        if value.const_value.dtype == FLOAT:
+            return
+        value.type = ir.TensorType(value.const_value.dtype)
+        uses = list(value.uses())
+        for node in {use.node for use in uses if use.node.op_type == "Gather" and use.idx == 0}:
+            self._cast_behind(node, value.const_value.dtype)
+        others = [use for use in uses if use.node.op_type != "Gather"]
+        if others:
+            cast = _cast(value, f"{name}/Cast")
+            self.graph.insert_before(self.graph[0], cast)
+            for use in others:
+                use.node.replace_input_with(use.idx, cast.outputs[0])
+
+    def _cast_behind(self, gather: ir.Node, dtype: ir.DataType) -> None:
+        """Gather rows in the source dtype, then cast: the table is never widened as a whole."""
+        rows = gather.outputs[0]
+        uses = list(rows.uses())
+        rows.type = ir.TensorType(dtype)
+        cast = _cast(rows, f"{gather.name}/Cast")
+        self.graph.insert_after(gather, cast)
+        for use in uses:
+            use.node.replace_input_with(use.idx, cast.outputs[0])
+
+    def _place_quantized(self, value: ir.Value, module: str) -> None:
+        bits, group_size = self.checkpoint.modules[module]
+        scale = self.checkpoint.tensor(f"{module}.scale")
+        offset = self.checkpoint.tensor(f"{module}.offset")
+        out, groups = scale.shape
+        _check_shape(value, (out, groups * group_size))
+        form = choose_form(bits, scale, offset, where=module)
+        self.forms[module] = form
+        codes = self._initializer(f"{module}.codes", to_blocks(self.checkpoint.tensor(f"{module}.codes"), bits, groups))
+        weights = {"codes": codes, "scale": self._initializer(f"{module}.scale", scale)}
+        if form.explicit_zero:
+            weights["zero_points"] = self._initializer(f"{module}.zero_points", zero_points(form, out, groups))
+        if form.has_remainder:
+            weights["offset"] = self._initializer(f"{module}.offset", offset)
+        transposed = [use.node for use in value.uses()]
+        for transpose in transposed:
+            for use in list(transpose.outputs[0].uses()):
+                if transpose.op_type != "Transpose" or use.node.op_type != "MatMul" or use.idx != 1:
+                    raise InputError(f"a quantized weight feeds {use.node.op_type}", where=module,
+                                     why="only linear layers can be quantized", fix="add a skip rule")  # fmt: skip
+                self._replace_matmul(use.node, module, form, weights, (out, groups, group_size))
+            self.graph.remove(transpose, safe=True)
+        self.graph.initializers.pop(value.name or "")
+
+    def _replace_matmul(self, matmul: ir.Node, module: str, form: SplitForm, weights: dict[str, ir.Value],
+                        shape: tuple[int, int, int]) -> None:  # fmt: skip
+        x = matmul.inputs[0]
+        if x is None:
+            raise InputError("a linear layer has no input", where=module)
+        out, groups, group_size = shape
+        scale32 = _cast(weights["scale"], f"{module}/scale/Cast")
+        product = ir.node(
+            "MatMulNBits",
+            [x, weights["codes"], scale32.outputs[0], *([weights["zero_points"]] if form.explicit_zero else [])],
+            {"K": groups * group_size, "N": out, "bits": form.container, "block_size": group_size,
+             "accuracy_level": self.accuracy_level},
+            domain=MICROSOFT, name=f"{module}/MatMulNBits",
+        )  # fmt: skip
+        nodes = [scale32, product]
+        if form.has_remainder:
+            group_sum = self._group_sum(x, groups, group_size, before=matmul)
+            nodes += self._remainder(module, form, weights["offset"], scale32.outputs[0], group_sum, product.outputs[0])
+        ir.convenience.replace_nodes_and_values(
+            self.graph, matmul, [matmul], nodes, [matmul.outputs[0]], [nodes[-1].outputs[0]]
+        )
+
+    def _remainder(self, module: str, form: SplitForm, offset: ir.Value, scale32: ir.Value, group_sum: ir.Value,
+                   product: ir.Value) -> list[ir.Node]:  # fmt: skip
+        """Nodes of product + GroupSum · Rᵀ. All but the last two depend on initializers only."""
+        nodes = [_cast(offset, f"{module}/offset/Cast")]
+        if form.zero:
+            zero = self._constant(f"zero_{form.zero}", np.float32(form.zero))
+            nodes.append(ir.node("Mul", [scale32, zero], name=f"{module}/remainder/Mul"))
+            both = [nodes[0].outputs[0], nodes[1].outputs[0]]
+            nodes.append(ir.node("Add", both, name=f"{module}/remainder/Add"))
+        nodes.append(
+            ir.node("Transpose", [nodes[-1].outputs[0]], {"perm": [1, 0]}, name=f"{module}/remainder/Transpose")
+        )
+        nodes.append(ir.node("MatMul", [group_sum, nodes[-1].outputs[0]], name=f"{module}/remainder/MatMul"))
+        nodes.append(ir.node("Add", [product, nodes[-1].outputs[0]], name=f"{module}/Add"))
+        return nodes
+
+    def _group_sum(self, x: ir.Value, groups: int, group_size: int, *, before: ir.Node) -> ir.Value:
+        """(batch, sequence, in) -> (batch, sequence, groups), made once per x and group count."""
+        key = (x.name or "", groups)
+        if key not in self._group_sums:
+            shape = self._constant(f"group_shape_{groups}x{group_size}", np.array([0, 0, groups, group_size], np.int64))
+            axis = self._constant("group_axis", np.array([3], np.int64))
+            grouped = ir.node("Reshape", [x, shape], name=f"{x.name}/groups{groups}/Reshape")
+            summed = ir.node("ReduceSum", [grouped.outputs[0], axis], {"keepdims": 0},
+                             name=f"{x.name}/groups{groups}/ReduceSum")  # fmt: skip
+            self.graph.insert_before(before, [grouped, summed])
+            self._group_sums[key] = summed.outputs[0]
+        return self._group_sums[key]
+
+    def _constant(self, name: str, array: NDArray | np.generic) -> ir.Value:
+        if name in self.graph.initializers:
+            return self.graph.initializers[name]
+        return self._register(name, ir.tensor(np.asarray(array), name=name), np.shape(array))
+
+    def _initializer(self, name: str, array: NDArray) -> ir.Value:
+        return self._register(name, self.data.add(name, array), array.shape)
+
+    def _register(self, name: str, tensor: ir.TensorProtocol, shape: tuple[int, ...]) -> ir.Value:
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
+
+def _cast(value: ir.Value, name: str) -> ir.Node:
+    node = ir.node("Cast", [value], {"to": int(FLOAT)}, name=name)
+    node.outputs[0].type = ir.TensorType(FLOAT)
+    node.outputs[0].shape = value.shape
+    return node
+
+
+def _check_shape(value: ir.Value, shape: Iterable[int]) -> None:
+    expected = tuple(value.shape.numpy()) if value.shape is not None else ()
+    if expected != tuple(shape):
+        raise InputError(f"tensor is {tuple(shape)}, config.json makes it {expected}", where=value.name,
+                         why="config.json and weights disagree", fix="fetch the model again")  # fmt: skip

@@ -1,0 +1,161 @@
+"""An ONNX folder is untrusted input: checked before a runtime, or we, read a byte of its weights.
+
+Checked: size of model.onnx; every tensor's dims, dtype and byte count; external data stays inside the folder, is no
+link and lies inside its file; names are unique; genai_config.json names no path outside and no custom-op library
+(onnxruntime-genai would load it as native code).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qalora_export.errors import InputError, UnsafeInputError
+from qalora_export.safety import inside, read_json
+
+if TYPE_CHECKING:
+    import onnx
+
+MODEL_FILE = "model.onnx"
+GENAI_CONFIG = "genai_config.json"
+MAX_MODEL_BYTES = 2**31 - 1  # protobuf's own limit
+MAX_INLINE_BYTES = 64 * 2**20  # weights live in the data file; an inline tensor is an axis, a shape, a small table
+MAX_ELEMENTS = 2**40
+EXTERNAL_KEYS = {"location", "offset", "length", "checksum"}
+FORBIDDEN_GENAI_KEYS = ("custom_ops_library",)
+
+
+def read_model(folder: Path) -> onnx.ModelProto:
+    """model.onnx of a checked folder, weights not loaded.
+
+    Raises InputError when the folder is incomplete or does not parse, UnsafeInputError when it lies or escapes.
+    """
+    path = inside(folder, MODEL_FILE)
+    if path.stat().st_size > MAX_MODEL_BYTES:
+        raise UnsafeInputError(f"model.onnx has {path.stat().st_size} bytes", where=path, why="protobuf ends at 2 GiB")
+    model = parse_model(path.read_bytes(), where=path)
+    names = set()
+    for tensor in _tensors(model):
+        check_tensor(tensor, folder)
+    for tensor in model.graph.initializer:
+        if tensor.name in names:
+            raise UnsafeInputError("two initializers share a name", where=f"{path}: {tensor.name}")
+        names.add(tensor.name)
+    if (folder / GENAI_CONFIG).exists():
+        _check_genai_config(read_json(inside(folder, GENAI_CONFIG)), folder, where=folder / GENAI_CONFIG)
+    return model
+
+
+def parse_model(raw: bytes, *, where: object) -> onnx.ModelProto:
+    """Protobuf bytes -> ModelProto. Raises InputError."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(raw)
+    except DecodeError as error:
+        raise InputError("not an ONNX model", where=where, why=str(error), fix="export or fetch it again") from error
+    if not model.graph.node:
+        raise InputError("the ONNX model holds no graph", where=where, why="truncated?", fix="export it again")
+    return model
+
+
+def check_tensor(tensor: onnx.TensorProto, folder: Path) -> None:
+    """Raise UnsafeInputError unless dims, dtype and stored bytes agree and external data lies inside the folder."""
+    import onnx
+
+    where = f"{folder}: {tensor.name}"
+    if any(dim < 0 for dim in tensor.dims) or math.prod(tensor.dims) > MAX_ELEMENTS:
+        raise UnsafeInputError(f"tensor claims shape {list(tensor.dims)}", where=where)
+    expected = _nbytes(tensor, where)
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        _check_external(tensor, expected, folder, where)
+        return
+    if expected > MAX_INLINE_BYTES:
+        raise UnsafeInputError(f"a tensor of {expected} bytes is stored inside model.onnx", where=where)
+    if tensor.HasField("raw_data"):
+        if len(tensor.raw_data) != expected:
+            raise UnsafeInputError(
+                f"tensor holds {len(tensor.raw_data)} bytes, its shape needs {expected}", where=where
+            )
+        return
+    held = max(len(getattr(tensor, field)) for field in TYPED_FIELDS)
+    if held > 2 * math.prod(tensor.dims) or (held == 0 and expected):
+        raise UnsafeInputError(f"tensor holds {held} values for shape {list(tensor.dims)}", where=where)
+
+
+TYPED_FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
+
+
+def _nbytes(tensor: onnx.TensorProto, where: str) -> int:
+    import onnx
+
+    if tensor.data_type == onnx.TensorProto.STRING:
+        raise UnsafeInputError("a tensor of strings has no place in a decoder", where=where)
+    try:
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    except (KeyError, ValueError, TypeError) as error:
+        raise UnsafeInputError(f"tensor has unknown data type {tensor.data_type}", where=where) from error
+    packed = {"int4": 4, "uint4": 4, "float4_e2m1fn": 4, "int2": 2, "uint2": 2}.get(dtype.name, 8 * dtype.itemsize)
+    return -(-math.prod(tensor.dims) * packed // 8)
+
+
+def _check_external(tensor: onnx.TensorProto, expected: int, folder: Path, where: str) -> None:
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    if len(entries) != len(tensor.external_data) or not {"location", "length"} <= set(entries) <= EXTERNAL_KEYS:
+        raise UnsafeInputError("external data entry is malformed", where=where, why=str(sorted(entries))[:200])
+    path = inside(folder, entries["location"])
+    numbers = [entries.get("offset", "0"), entries["length"]]
+    if not all(number.isascii() and number.isdigit() and len(number) < 19 for number in numbers):
+        raise UnsafeInputError(f"external data offset or length is no number: {numbers}", where=where)
+    offset, length = map(int, numbers)
+    if length != expected:
+        raise UnsafeInputError(f"external data has {length} bytes, the shape needs {expected}", where=where)
+    if offset + length > path.stat().st_size:
+        raise UnsafeInputError(f"external data ends at byte {offset + length} of {path.stat().st_size}", where=where,
+                               why="truncated, or the offset lies", fix="export or fetch the folder again")  # fmt: skip
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor anywhere: initializers, node attributes, sub-graphs, functions. Refuses sparse ones."""
+    yield from _graph_tensors(model.graph)
+    for function in model.functions:
+        for node in function.node:
+            yield from _node_tensors(node)
+
+
+def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    if graph.sparse_initializer:
+        raise UnsafeInputError("sparse initializers have no place in a decoder", where=graph.name)
+    yield from graph.initializer
+    for node in graph.node:
+        yield from _node_tensors(node)
+
+
+def _node_tensors(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
+    for attribute in node.attribute:
+        if attribute.HasField("sparse_tensor") or attribute.sparse_tensors:
+            raise UnsafeInputError("sparse tensors have no place in a decoder", where=node.name)
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+            yield from _graph_tensors(graph)
+
+
+def _check_genai_config(value: Any, folder: Path, where: Path) -> None:
+    """Walk the JSON: every "filename" stays inside the folder, nothing names native code."""
+    if isinstance(value, list):
+        for item in value:
+            _check_genai_config(item, folder, where)
+    if not isinstance(value, dict):
+        return
+    for key, item in value.items():
+        if key in FORBIDDEN_GENAI_KEYS:
+            raise UnsafeInputError(f"genai_config.json asks for native code: {key}", where=where)
+        if key == "filename":
+            inside(folder, str(item))
+        _check_genai_config(item, folder, where)
