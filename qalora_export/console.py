@@ -1,4 +1,4 @@
-"""What the user sees while a stage runs: one console on stderr, progress bars with ETA, the next command."""
+"""What the user sees: progress and messages on stderr, results on stdout."""
 
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -8,6 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 T = TypeVar("T")
 console = Console(stderr=True, highlight=False, soft_wrap=True)
+results = Console(highlight=False, soft_wrap=True)
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from qalora_export.checkpoint.manifest import MANIFEST, parent_of, verify_manifest
 from qalora_export.console import console
-from qalora_export.errors import InputError
+from qalora_export.errors import ExitCode, InputError, ParityError, RuntimeUnavailableError
 from qalora_export.recipe import EvaluateSettings, Recipe, Settings, dump_toml
 from qalora_export.safety import atomic_file, read_json, sha256_bytes, sha256_file
 
@@ -123,7 +123,12 @@ def _verify(
     from qalora_export.verify.stage import verify_parity
 
     result = verify_parity(merged, report, settings, gguf=gguf, onnx=onnx, base=base, force=force)
-    result.raise_for_status()
+    if result.exit_code == ExitCode.PARITY_FAILED:
+        raise ParityError("the artifacts do not hold the numbers of the checkpoint", where=report,
+                          fix="the table above names gate, tensor and position; report.html has the plots")  # fmt: skip
+    if result.exit_code == ExitCode.RUNTIME_UNAVAILABLE:
+        raise RuntimeUnavailableError("a requested runtime is missing or crashed: this run is not a pass", where=report,
+                                      fix="install it, or name the runtimes you ship in [verify] runtimes")  # fmt: skip
 
 
 def _files(*paths: Path | str | None) -> tuple[Path, ...]:

@@ -52,6 +52,7 @@ class QuantizeSettings(Settings):
     block_size: Positive = 128
     seed: int = 0
     rules: tuple[QuantizeRule, ...] = ()
+    checkpoint_format: Literal["gptq", "gptq_v2"] | None = Field(default=None, description="when importing GPTQ")
 
 
 class TrainSettings(Settings):

@@ -66,8 +66,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def verify_manifest(folder: Path) -> list[str]:
     """Names of files whose size or sha256 differs from the manifest, or which are missing. Empty means intact."""
+    return verify_files(folder, read_manifest(folder)["files"])
+
+
+def verify_files(folder: Path, files: dict[str, dict[str, Any]]) -> list[str]:
+    """The same for a table of files: name -> {"bytes", "sha256"}."""
     wrong = []
-    for name, expected in read_manifest(folder)["files"].items():
+    for name, expected in files.items():
         try:
             path = inside(folder, name)
         except InputError:

@@ -11,6 +11,8 @@ VERBS = {
     "evaluate": "qalora_export.cli.evaluate",
     "verify-parity": "qalora_export.cli.verify_parity",
     "run": "qalora_export.cli.run",
+    "inspect": "qalora_export.cli.inspect",
+    "doctor": "qalora_export.cli.doctor",
 }
 EXPORTS = {
     "gguf": "qalora_export.cli.export_gguf",

@@ -1,0 +1,1 @@
+"""What an artifact holds, and how two of them differ, whatever their formats."""

@@ -1,0 +1,69 @@
+"""Recipes: strict, frozen, helpful about mistakes, and written back as they were read."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from qalora_export.errors import InputError
+from qalora_export.recipe import dump_toml, load_recipe
+
+MINIMAL = 'model = "m"\nout = "o"\n'
+
+
+def _write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[train]\nrnak = 3\n", "unknown key 'train.rnak', did you mean 'rank'?"),
+        ("[quantise]\nbits = 4\n", "did you mean 'quantize'?"),
+        ("[export.gguf]\nlayuot = 'q4_1'\n", "did you mean 'layout'?"),
+        ("[[quantize.rules]]\nmatch = '*'\nskpi = true\n", "did you mean 'skip'?"),
+        ("[quantize]\nbits = 5\n", "quantize.bits"),
+        ("[quantize]\nbits = '4'\n", "quantize.bits"),
+        ("[verify]\nruntimes = ['llamacpp']\n", "verify.runtimes"),
+        ("[train]\nrank = 0\n", "train.rank"),
+        ("[train\n", "not valid TOML"),
+    ],
+)
+def test_a_mistake_is_named(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(InputError, match=r"recipe\.toml") as caught:
+        load_recipe(_write(tmp_path, MINIMAL + text))
+    assert expected in str(caught.value)
+
+
+def test_missing_recipe(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="recipe not found"):
+        load_recipe(tmp_path / "none.toml")
+
+
+def test_overrides_beat_the_file_and_paths_are_relative_to_it(tmp_path: Path) -> None:
+    recipe = load_recipe(_write(tmp_path, MINIMAL + "[train]\nrank = 4\ndata = 'd.jsonl'\n"), {"train.rank": 8})
+    assert recipe.train.rank == 8
+    assert recipe.model == str(tmp_path / "m")
+    assert recipe.train.data == str(tmp_path / "d.jsonl")
+
+
+def test_frozen(tmp_path: Path) -> None:
+    recipe = load_recipe(_write(tmp_path, MINIMAL))
+    with pytest.raises(ValidationError):
+        recipe.train.rank = 3  # type: ignore[misc]
+
+
+def test_resolved_recipe_reads_back_equal(tmp_path: Path) -> None:
+    text = (
+        MINIMAL + "[[quantize.rules]]\nmatch = '*.down_proj'\nbits = 8\n[[quantize.rules]]\nmatch = 'x'\nskip = true\n"
+    )
+    recipe = load_recipe(_write(tmp_path, text))
+    assert load_recipe(_write(tmp_path, dump_toml(recipe))) == recipe
+
+
+def test_the_sample_recipe_is_valid() -> None:
+    recipe = load_recipe(Path(__file__).parent.parent / "samples" / "devices" / "recipe.toml")
+    assert recipe.evaluate is not None
+    assert len(recipe.verify.runtimes) == 3
