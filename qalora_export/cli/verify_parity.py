@@ -1,0 +1,70 @@
+"""`qalora-export verify-parity CHECKPOINT`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qalora_export.console import next_command
+
+# Which runtimes a given artifact is verified on when --runtime is not used.
+GGUF_RUNTIMES = ("llama.cpp",)
+ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-genai")
+
+
+def command(
+    checkpoint: Annotated[Path, typer.Argument(help="Canonical checkpoint that the artifacts were exported from.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.html, report.json, junit.xml and positions.npz.")],
+    gguf: Annotated[Path | None, typer.Option(help="GGUF file to verify in llama.cpp.")] = None,
+    onnx: Annotated[Path | None, typer.Option(help="ONNX folder to verify in ONNX Runtime and GenAI.")] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="Unadapted base checkpoint: its noise floor bounds the shipped path. Default: beside it."),
+    ] = None,
+    runtime: Annotated[
+        list[str] | None,
+        typer.Option(help="llama.cpp, onnxruntime or onnxruntime-genai; repeatable. Default: all that fit."),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Your own prompts (JSONL or text), beside the fixed edge cases.")
+    ] = None,
+    sequences: Annotated[int | None, typer.Option(help="At least this many sequences (16 or more).")] = None,
+    positions: Annotated[int | None, typer.Option(help="At least this many positions (1000 or more).")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest sequence, in tokens.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of every runtime and of PyTorch.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the probe set.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing report.")] = False,
+) -> None:
+    """Prove that an exported model computes the numbers of its checkpoint.
+
+    Six gates per runtime, each on every position of the probe set: G0 bytes, G1 weights, G2 exact path, G3 shipped
+    path, G4 decode, G5 text. A gate that could not run is "not run", never a pass.
+
+    Exit codes: 0 every gate passed · 1 parity failed · 2 bad usage or input · 3 a requested runtime is missing or
+    crashed · 4 unsafe input.
+
+    [bold]Examples[/bold]
+
+      qalora-export verify-parity merged.qalora --gguf model.gguf --onnx onnx/ --out parity/
+
+      qalora-export verify-parity merged.qalora --gguf model.gguf --base base.qalora --prompts data.jsonl --out parity/
+
+      qalora-export verify-parity merged.qalora --onnx onnx/ --runtime onnxruntime --positions 5000 --out parity/
+    """
+    from qalora_export.recipe import VerifySettings, validated
+    from qalora_export.verify.stage import verify_parity
+
+    given: dict[str, Any] = {
+        "runtimes": runtime or [*(GGUF_RUNTIMES if gguf else ()), *(ONNX_RUNTIMES if onnx else ())],
+        "prompts": str(prompts) if prompts else None,
+        "sequences": sequences, "positions": positions, "max_length": max_length, "threads": threads, "seed": seed,
+    }  # fmt: skip
+    flags = {key: value for key, value in given.items() if value is not None}
+    settings = validated(VerifySettings, flags, where="command line")
+    report = verify_parity(checkpoint, out, settings, gguf=gguf, onnx=onnx, base=base, force=force)
+    next_command(
+        f"open {out / 'report.json'}" if report.passed else f"read what failed and where in {out / 'report.json'}"
+    )
+    raise typer.Exit(int(report.exit_code))

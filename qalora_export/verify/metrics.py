@@ -1,0 +1,149 @@
+"""Distances between two sets of next-token distributions, position by position. numpy only, float64 inside.
+
+Both sides are natural log-probabilities, float32 (positions, vocabulary): log-softmax of the logits. Conventions:
+
+* Log-softmax differs from the logits by one constant per position. Every row is therefore centred (its mean over the
+  vocabulary subtracted) before NMSE, which makes the figure equal to the NMSE of centred logits:
+      NMSE = Σ_v (b̂_v - â_v)² / Σ_v â_v²,   â = a - mean(a)
+* KL(ref‖rt) = Σ_v p_v (ln p_v - ln r_v) in nats, both sides renormalised in float64 first: a float32 log-softmax sums
+  to one only within 1e-7, which is far above the divergences of an exact path.
+* Values below FLOOR carry no probability a float32 can hold, and some runtimes compute log(softmax), so both sides
+  are clamped there. NaN and +Inf never pass, and -Inf passes only where the reference is below the floor too.
+* A runtime's top token agrees when it is the reference's own, or when the reference rates it within TIE_MARGIN of its
+  best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+# exp(-80) = 2e-35; float32 becomes subnormal at exp(-87.3).
+FLOOR = -80.0
+# An NMSE of 1e-9 is an error of 3e-5 standard deviations; logits spread by about 3, two of them are compared, and the
+# largest of thousands of errors is about 6 standard deviations: 2 · 6 · 3 · 3e-5 = 1e-3 nats.
+TIE_MARGIN = 1e-3
+# One float64 row block at a time keeps the working set near 64 MiB for any vocabulary.
+BLOCK_VALUES = 2**21
+
+
+@dataclass(frozen=True, slots=True)
+class PositionMetrics:
+    """One value per position, in probe order; shape (positions,).
+
+    nmse, kl: float64, NaN where the runtime's row holds a bad value.  agree, tie, bad: bool.
+    next_reference, next_runtime: log-probability of the token that follows, NaN at the end of a sequence.
+    """
+
+    nmse: NDArray[np.float64]
+    kl: NDArray[np.float64]
+    agree: NDArray[np.bool_]
+    tie: NDArray[np.bool_]
+    bad: NDArray[np.bool_]
+    next_reference: NDArray[np.float64]
+    next_runtime: NDArray[np.float64]
+
+    def summary(self) -> Summary:
+        """The figures that gates look at. With any bad position NMSE and KL are infinite: nothing may hide a NaN."""
+        poisoned = bool(self.bad.any())
+        kl, nmse = (np.full(1, np.inf) if poisoned else values for values in (self.kl, self.nmse))
+        p99 = kl[0] if poisoned else np.quantile(kl, 0.99)
+        return Summary(
+            positions=int(self.kl.size), bad=int(self.bad.sum()),
+            nmse_mean=float(nmse.mean()), nmse_max=float(nmse.max()),
+            kl_mean=float(kl.mean()), kl_p99=float(p99), kl_max=float(kl.max()),
+            top1=float(self.agree.mean()), disagreements=int((~self.agree).sum()), ties=int(self.tie.sum()),
+            perplexity_reference=perplexity(self.next_reference), perplexity_runtime=perplexity(self.next_runtime),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Figures over all positions. kl_* in nats; top1 is a share of positions; bad counts rows with NaN or Inf."""
+
+    positions: int
+    bad: int
+    nmse_mean: float
+    nmse_max: float
+    kl_mean: float
+    kl_p99: float
+    kl_max: float
+    top1: float
+    disagreements: int
+    ties: int
+    perplexity_reference: float
+    perplexity_runtime: float
+
+
+def compare(reference: NDArray[np.float32], runtime: NDArray[np.float32], following: NDArray[np.int32],
+            *, tie_margin: float = TIE_MARGIN) -> PositionMetrics:  # fmt: skip
+    """Metrics of every position.
+
+    reference, runtime: float32 (positions, vocabulary). following: int32 (positions,), the id that comes next in the
+    same sequence, -1 at its end. Raises ValueError when the shapes disagree.
+    """
+    if reference.shape != runtime.shape or following.shape != reference.shape[:1]:
+        raise ValueError(f"shapes disagree: {reference.shape}, {runtime.shape}, {following.shape}")
+    if np.isnan(reference).any() or (reference == np.inf).any():
+        raise ValueError("the reference itself holds NaN or +Inf")
+    parts = [
+        _block(reference[rows], runtime[rows], following[rows], tie_margin) for rows in _row_blocks(reference.shape)
+    ]
+    columns = {f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(PositionMetrics)}
+    return PositionMetrics(**columns)
+
+
+def following_ids(ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The next id of the same sequence at every position, -1 at each sequence's end; int32 (total,)."""
+    following = np.append(ids[1:], -1).astype(np.int32)
+    following[np.cumsum(lengths) - 1] = -1
+    return following
+
+
+def perplexity(next_logprobs: NDArray[np.float64]) -> float:
+    """exp(-mean) over the positions that have a next token; inf when a value is not finite, nan when there is none."""
+    values = next_logprobs[~np.isnan(next_logprobs)]
+    if values.size == 0:
+        return float("nan")
+    with np.errstate(over="ignore"):
+        return float(np.exp(-values.mean()))
+
+
+def _block(reference: NDArray[np.float32], runtime: NDArray[np.float32], following: NDArray[np.int32],
+           tie_margin: float) -> PositionMetrics:  # fmt: skip
+    a, b = reference.astype(np.float64), runtime.astype(np.float64)
+    bad = (np.isnan(b) | (b == np.inf) | ((b == -np.inf) & (a > FLOOR))).any(axis=1)
+    safe = np.where(bad[:, None], a, b)  # rows with NaN are reported as bad, not computed with
+    a, safe = _log_normalised(np.maximum(a, FLOOR)), _log_normalised(np.maximum(safe, FLOOR))
+    rows = np.arange(len(a))
+
+    centred = a - a.mean(axis=1, keepdims=True)
+    error = safe - safe.mean(axis=1, keepdims=True) - centred
+    power = (centred**2).sum(axis=1)
+    squared = (error**2).sum(axis=1)
+    nmse = np.divide(squared, power, out=np.where(squared > 0, np.inf, 0.0), where=power > 0)
+    kl = np.maximum((np.exp(a) * (a - safe)).sum(axis=1), 0.0)  # below zero only by rounding
+
+    best, choice = a.max(axis=1), safe.argmax(axis=1)
+    second = np.partition(a, -2, axis=1)[:, -2] if a.shape[1] > 1 else np.full(len(a), -np.inf)
+    has_next = following >= 0
+    target = np.where(has_next, following, 0)
+    return PositionMetrics(
+        nmse=np.where(bad, np.nan, nmse), kl=np.where(bad, np.nan, kl),
+        agree=~bad & (best - a[rows, choice] <= tie_margin), tie=best - second <= tie_margin, bad=bad,
+        next_reference=np.where(has_next, a[rows, target], np.nan),
+        next_runtime=np.where(has_next, np.where(bad, -np.inf, safe[rows, target]), np.nan),
+    )  # fmt: skip
+
+
+def _log_normalised(logprobs: NDArray[np.float64]) -> NDArray[np.float64]:
+    top = logprobs.max(axis=1, keepdims=True)
+    return logprobs - (top + np.log(np.exp(logprobs - top).sum(axis=1, keepdims=True)))
+
+
+def _row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    rows = max(1, BLOCK_VALUES // max(1, shape[1]))
+    return (slice(start, start + rows) for start in range(0, shape[0], rows))

@@ -1,0 +1,174 @@
+"""verify-parity: six gates on every requested runtime, one report (design §6)."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.console import console
+from qalora_export.errors import InputError, RuntimeUnavailableError
+from qalora_export.qalora.reference import load_tokenizer
+from qalora_export.recipe import VerifySettings
+from qalora_export.safety import atomic_directory, refuse_existing
+from qalora_export.verify.adapters import ADAPTERS, RuntimeAdapter
+from qalora_export.verify.artifact_gates import bytes_gate, weights_gate
+from qalora_export.verify.environment import describe_inputs
+from qalora_export.verify.gates import GATES, Entry, not_run
+from qalora_export.verify.logits_gates import Floor, logits_gates
+from qalora_export.verify.noise_floor import NoiseFloor
+from qalora_export.verify.probes import ProbeSet, make_probes
+from qalora_export.verify.provenance import Link, artifact_links, checkpoint_links
+from qalora_export.verify.reference import Reference, reference_logprobs
+from qalora_export.verify.report import ParityReport, print_table, write_report
+from qalora_export.verify.runs import Runs
+from qalora_export.verify.text_gate import expected_answers, folder_answers, text_gate
+
+V = TypeVar("V")
+Launch = Callable[..., Any]
+
+
+@dataclass
+class Session:
+    """Everything the gates of one run share. chain: the checkpoint's ancestry; links: of the artifacts, as found."""
+
+    checkpoint: CanonicalCheckpoint
+    settings: VerifySettings
+    probes: ProbeSet
+    reference: Reference
+    expected_text: dict[str, list[Any]]
+    chain: list[Link]
+    runs: Runs
+    floor: NoiseFloor
+    workdir: Path
+    links: list[Link] = field(default_factory=list)
+    floors: dict[str, Floor] = field(default_factory=dict)
+
+
+def verify_parity(checkpoint: Path, out: Path, settings: VerifySettings, *, gguf: Path | None = None,
+                  onnx: Path | None = None, base: Path | None = None, force: bool = False,
+                  launch: Launch | None = None) -> ParityReport:  # fmt: skip
+    """Run every gate of every requested runtime and write the report folder `out`, also when parity fails.
+
+    base: the unadapted base checkpoint whose noise floor bounds the shipped path; without it the base is looked for
+    beside the checkpoint by its manifest hash. launch: stands in for qalora_runtimes.launch.run_runner.
+
+    The report's exit_code is 0, 1 or 3. Raises InputError (2) and UnsafeInputError (4) for bad input.
+    """
+    refuse_existing(out, force=force)
+    artifacts = _artifacts(settings, gguf, onnx)
+    model = CanonicalCheckpoint(checkpoint)
+    with atomic_directory(out, force=force) as folder:
+        workdir = folder / "work"
+        workdir.mkdir()
+        session = _prepare(model, settings, base, workdir, launch)
+        report = ParityReport(out, [], [], {})
+        for runtime, artifact in artifacts.items():
+            _verify_runtime(session, ADAPTERS[runtime], artifact, report)
+        report.links = [*session.links, *session.chain]
+        report.facts = describe_inputs(session, artifacts, base)
+        shutil.rmtree(workdir)
+        write_report(report, folder)
+    _check_complete(report, settings)
+    print_table(report)
+    return report
+
+
+def _artifacts(settings: VerifySettings, gguf: Path | None, onnx: Path | None) -> dict[str, Path]:
+    """Requested runtime -> artifact. Raises InputError when a runtime has none."""
+    given = {"gguf": gguf, "onnx": onnx}
+    artifacts: dict[str, Path] = {}
+    for runtime in dict.fromkeys(settings.runtimes):
+        path = given[ADAPTERS[runtime].format]
+        if path is None or not path.exists():
+            kind = ADAPTERS[runtime].format
+            raise InputError(f"{runtime} is requested but there is no {kind} artifact to run", where=path or "",
+                             fix=f"pass --{kind}, or leave the runtime out")  # fmt: skip
+        artifacts[runtime] = path
+    if not artifacts:
+        raise InputError("no runtime is requested", fix="pass --gguf or --onnx")
+    return artifacts
+
+
+def _prepare(model: CanonicalCheckpoint, settings: VerifySettings, base: Path | None, workdir: Path,
+             launch: Launch | None) -> Session:  # fmt: skip
+    tokenizer = load_tokenizer(model.path)
+    probes = make_probes(tokenizer, model.config, settings)
+    console.print(f"probe set: {len(probes.lengths)} sequences, {probes.ids.size} positions")
+    with console.status("PyTorch reference"):
+        reference = reference_logprobs(model.path, probes, threads=settings.threads)
+    if launch is None:
+        from qalora_runtimes.launch import run_runner
+
+        launch = run_runner
+    runs = Runs(probes, model.config["vocab_size"], workdir, settings.threads, launch)
+    floor = NoiseFloor(model.path, base, probes, reference.logprobs, runs, settings.threads, workdir)
+    chain = checkpoint_links(model.path, base=base)
+    return Session(model, settings, probes, reference, folder_answers(model.path, probes), chain, runs, floor, workdir)
+
+
+def _verify_runtime(session: Session, adapter: RuntimeAdapter, artifact: Path, report: ParityReport) -> None:
+    """All six gates of one runtime, in order; a gate that cannot run is an entry too, and the next one is tried."""
+    runtime, workdir = adapter.runtime, session.workdir / adapter.runtime
+    workdir.mkdir()
+    with console.status(f"{runtime}: bytes and weights"):
+        report.entries += [_bytes_entry(session, adapter, artifact), _weights_entry(session, adapter, artifact)]
+    shipped = adapter.shipped(artifact)
+    with console.status(f"{runtime}: noise floor"):
+        floor = _attempt(lambda: session.floor.of(adapter, shipped))
+    if isinstance(floor, Floor):
+        session.floors[runtime] = floor
+    with console.status(f"{runtime}: logits"):
+        logits = logits_gates(runtime, session.runs, session.reference.logprobs, shipped=shipped, floor=floor,
+                              exact=_attempt(lambda: adapter.exact(artifact, workdir)))  # fmt: skip
+    report.entries += logits.entries
+    report.positions |= {(runtime, path): metrics for path, metrics in logits.positions.items()}
+    if isinstance(floor, Floor) and floor.metrics is not None:
+        report.positions[(runtime, "noise floor")] = floor.metrics
+    with console.status(f"{runtime}: text"):
+        report.entries.append(_text_entry(session, adapter, artifact))
+
+
+def _bytes_entry(session: Session, adapter: RuntimeAdapter, artifact: Path) -> Entry:
+    links = artifact_links(artifact, session.checkpoint.path)
+    session.links += [link for link in links if link not in session.links]
+    contents = adapter.read_back(artifact)
+    return bytes_gate(adapter.runtime, session.checkpoint, contents,
+                      expected=adapter.expected(session.checkpoint, session.reference.frequencies),
+                      found=adapter.found(artifact, contents), links=[*session.chain, *links])  # fmt: skip
+
+
+def _weights_entry(session: Session, adapter: RuntimeAdapter, artifact: Path) -> Entry:
+    try:
+        return weights_gate(adapter.runtime, session.checkpoint, adapter.dequantized(artifact), by=adapter.dequantizer)
+    except RuntimeUnavailableError as error:
+        return not_run("G1", adapter.runtime, str(error))
+
+
+def _text_entry(session: Session, adapter: RuntimeAdapter, artifact: Path) -> Entry:
+    try:
+        if adapter.own_tokenizer:
+            answers = session.runs.text_answers(adapter.runtime, adapter.shipped(artifact))
+        else:
+            answers = folder_answers(artifact, session.probes)
+    except RuntimeUnavailableError as error:
+        return not_run("G5", adapter.runtime, str(error))
+    expected = expected_answers(session.expected_text, adapter.habits)
+    return text_gate(adapter.runtime, session.probes, expected, answers)
+
+
+def _attempt(step: Callable[[], V]) -> V | RuntimeUnavailableError:
+    """The step's value, or the runtime's failure; bad and unsafe input still end the run."""
+    try:
+        return step()
+    except RuntimeUnavailableError as error:
+        return error
+
+
+def _check_complete(report: ParityReport, settings: VerifySettings) -> None:
+    found = [(entry.gate, entry.runtime) for entry in report.entries]
+    wanted = [(gate, runtime) for runtime in dict.fromkeys(settings.runtimes) for gate in GATES]
+    assert found == wanted, f"gates {found} are not {wanted}"
