@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +55,7 @@ class OnnxContents:
     @property
     def accuracy_level(self) -> int | None:
         """That of the MatMulNBits nodes; None when they disagree or there are none."""
-        levels = {int(attributes_of(node).get("accuracy_level", 0)) for node in self.nodes.values()}
+        levels = {integers_of(node).get("accuracy_level", 0) for node in self.nodes.values()}
         return levels.pop() if len(levels) == 1 else None
 
     def tensor(self, name: str) -> NDArray:
@@ -75,12 +75,14 @@ class OnnxContents:
         """The quantized matrix of one module. Raises UnsafeInputError when node and tensors disagree."""
         where = f"{self.folder}: {module}"
         bits, group_size = self.modules[module]
-        said = attributes_of(self.nodes[module])
+        said = integers_of(self.nodes[module])
         blocks, scale = self.tensor(f"{module}.codes"), self.tensor(f"{module}.scale")
         container = CONTAINER_BITS[bits]
         expected = (said.get("N"), said.get("K", 0) // group_size, group_size * container // 8)
         if (said.get("bits", 4), said.get("block_size")) != (container, group_size) or blocks.shape != expected:
             raise UnsafeInputError(f"MatMulNBits says {said}, its codes are {blocks.shape}", where=where)
+        if blocks.dtype != np.uint8 or (scale.shape, scale.dtype) != (blocks.shape[:2], np.float16):
+            raise UnsafeInputError(f"codes are {blocks.dtype}, scale {scale.dtype}{scale.shape}", where=where)
         stored = module not in self.offset_is_implied
         offset = self.tensor(f"{module}.offset") if stored else implied_offset(scale, self._zero(module, container))
         try:
@@ -98,8 +100,9 @@ class OnnxContents:
         inputs = self.nodes[module].input
         if len(inputs) < 4 or not inputs[3]:
             return int(2 ** (container - 1))
-        values = np.unique(from_blocks(self.tensor(inputs[3])[:, None, :], container))
-        if values.size != 1:
+        packed = self.tensor(inputs[3])
+        values = np.unique(from_blocks(packed[:, None, :], container)) if packed.ndim == 2 else packed
+        if packed.dtype != np.uint8 or values.size != 1:
             raise UnsafeInputError("zero points differ between groups", where=f"{self.folder}: {module}")
         return int(values[0])
 
@@ -116,10 +119,11 @@ def read_back(folder: Path) -> OnnxContents:
     return OnnxContents(folder, model, metadata, modules, nodes, initializers)
 
 
-def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
+def integers_of(node: onnx.NodeProto) -> dict[str, int]:
+    """The integer attributes of a node."""
     import onnx
 
-    return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    return {a.name: int(a.i) for a in node.attribute if a.type == onnx.AttributeProto.INT}
 
 
 def _products(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import onnx
 
 SLICE_GROUPS = 8  # packed zero points of 8 groups fill whole bytes at any width
-X, Y = "x", "y"
 
 
 def runtime_dequantized(folder: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
@@ -78,7 +77,7 @@ class _Linear:
         """Identity through groups [start, stop): ((stop − start)·g, out)."""
         features = (stop - start) * self.group_size
         session = _session(self._model(start, stop).SerializeToString(), self.module)
-        return session.run([Y], {X: np.eye(features, dtype=np.float32)[None]})[0][0]
+        return session.run([self.y], {self.x: np.eye(features, dtype=np.float32)[None]})[0][0]
 
     def _model(self, start: int, stop: int) -> onnx.ModelProto:
         import onnx
@@ -96,12 +95,10 @@ class _Linear:
             if copy.op_type == "Reshape" and copy.input[0] == self.x:
                 tensors[copy.input[1]] = np.array([0, 0, stop - start, self.group_size], np.int64)
             nodes.append(copy)
-        nodes.insert(0, helper.make_node("Identity", [X], [self.x]))
-        nodes.append(helper.make_node("Identity", [self.y], [Y]))
         arrays = self.constants | tensors
         graph = helper.make_graph(
-            nodes, "linear", [helper.make_tensor_value_info(X, onnx.TensorProto.FLOAT, [1, features, features])],
-            [helper.make_tensor_value_info(Y, onnx.TensorProto.FLOAT, None)],
+            nodes, "linear", [helper.make_tensor_value_info(self.x, onnx.TensorProto.FLOAT, [1, features, features])],
+            [helper.make_tensor_value_info(self.y, onnx.TensorProto.FLOAT, None)],
             [numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in arrays.items()],
         )  # fmt: skip
         opsets = [helper.make_opsetid("", 24), helper.make_opsetid("com.microsoft", 1)]

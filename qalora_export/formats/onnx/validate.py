@@ -17,6 +17,7 @@ from qalora_export.safety import inside, read_json
 
 if TYPE_CHECKING:
     import onnx
+    from google.protobuf.message import Message
 
 MODEL_FILE = "model.onnx"
 GENAI_CONFIG = "genai_config.json"
@@ -60,7 +61,23 @@ def parse_model(raw: bytes, *, where: object) -> onnx.ModelProto:
         raise InputError("not an ONNX model", where=where, why=str(error), fix="export or fetch it again") from error
     if not model.graph.node:
         raise InputError("the ONNX model holds no graph", where=where, why="truncated?", fix="export it again")
+    _check_text(model, where)
     return model
+
+
+def _check_text(message: Message, where: object) -> None:
+    """Names must be UTF-8: protobuf hands out anything else as bytes, and readers disagree about them."""
+    for field, value in message.ListFields():
+        items = value if _is_sequence(value) else [value]
+        if field.type == field.TYPE_STRING and any(isinstance(item, bytes) for item in items):
+            raise UnsafeInputError(f"{field.full_name} is not UTF-8", where=where, fix="export it again")
+        if field.type == field.TYPE_MESSAGE:
+            for item in items:
+                _check_text(item, where)
+
+
+def _is_sequence(value: object) -> bool:
+    return hasattr(value, "__len__") and not isinstance(value, (str, bytes))
 
 
 def check_tensor(tensor: onnx.TensorProto, folder: Path) -> None:
@@ -82,12 +99,9 @@ def check_tensor(tensor: onnx.TensorProto, folder: Path) -> None:
                 f"tensor holds {len(tensor.raw_data)} bytes, its shape needs {expected}", where=where
             )
         return
-    held = max(len(getattr(tensor, field)) for field in TYPED_FIELDS)
-    if held > 2 * math.prod(tensor.dims) or (held == 0 and expected):
-        raise UnsafeInputError(f"tensor holds {held} values for shape {list(tensor.dims)}", where=where)
-
-
-TYPED_FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
+    field = onnx.helper.tensor_dtype_to_field(tensor.data_type)
+    if len(getattr(tensor, field)) != math.prod(tensor.dims):
+        raise UnsafeInputError(f"tensor does not hold the values of shape {list(tensor.dims)}", where=where)
 
 
 def _nbytes(tensor: onnx.TensorProto, where: str) -> int:
@@ -106,7 +120,7 @@ def _nbytes(tensor: onnx.TensorProto, where: str) -> int:
 def _check_external(tensor: onnx.TensorProto, expected: int, folder: Path, where: str) -> None:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     if len(entries) != len(tensor.external_data) or not {"location", "length"} <= set(entries) <= EXTERNAL_KEYS:
-        raise UnsafeInputError("external data entry is malformed", where=where, why=str(sorted(entries))[:200])
+        raise UnsafeInputError("external data entry is malformed", where=where, why=str(list(entries))[:200])
     path = inside(folder, entries["location"])
     numbers = [entries.get("offset", "0"), entries["length"]]
     if not all(number.isascii() and number.isdigit() and len(number) < 19 for number in numbers):

@@ -1,0 +1,194 @@
+"""The exported folder: structure of the graph, bytes, atomicity, refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint, CanonicalWriter
+from qalora_export.checkpoint.manifest import parent_of, read_manifest, verify_manifest
+from qalora_export.checkpoint.model_folder import ModelFolder
+from qalora_export.errors import InputError, ParityError
+from qalora_export.formats.onnx.datafile import ALIGNMENT, DataFile
+from qalora_export.formats.onnx.exact import exact_graph, exact_variant
+from qalora_export.formats.onnx.export import export_onnx
+from qalora_export.formats.onnx.readback import read_back
+from qalora_export.recipe import OnnxSettings
+from qalora_export.safety import sha256_file
+from tests.formats.onnx.helpers import node_types, prefill, proto
+from tests.models import make_tiny_canonical, make_tiny_model
+
+LINEARS, LAYERS = 7, 2
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_canonical: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("onnx") / "onnx"
+    export_onnx(tiny_canonical, out, OnnxSettings())
+    return out
+
+
+def test_report_and_files(tiny_canonical: Path, tmp_path: Path) -> None:
+    report = export_onnx(tiny_canonical, tmp_path / "onnx", OnnxSettings())
+    assert report.differing == 0 and report.compared > 300_000
+    assert report.types == {"MatMulNBits, 4 bits": LINEARS * LAYERS, "float16": 7}
+    assert {path.name for path in report.files} == {
+        "model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja", "manifest.json",
+    }  # fmt: skip
+    assert report.bytes == sum(path.stat().st_size for path in (tmp_path / "onnx").iterdir())
+
+
+def test_graph_passes_the_onnx_checker(exported: Path) -> None:
+    onnx.checker.check_model(str(exported / "model.onnx"))
+    model = proto(exported)
+    assert model.ir_version == 10 and model.producer_name == "qalora-export"
+
+
+def test_group_sums_are_shared_and_no_g_idx(exported: Path) -> None:
+    """q, k, v share one GroupSum, gate and up another; o and down have their own."""
+    types = node_types(exported)
+    assert types.count("MatMulNBits") == LINEARS * LAYERS
+    assert types.count("ReduceSum") == 4 * LAYERS + 1  # one more for the attention mask
+    assert all(len(node.input) == 3 for node in proto(exported).graph.node if node.op_type == "MatMulNBits")
+
+
+def test_symmetric_tensors_have_no_group_sum_and_no_offset(tiny_model: Path, tmp_path: Path) -> None:
+    make_tiny_canonical(tmp_path / "base", tiny_model, sym=True)
+    export_onnx(tmp_path / "base", tmp_path / "onnx", OnnxSettings())
+    contents = read_back(tmp_path / "onnx")
+    assert node_types(tmp_path / "onnx").count("ReduceSum") == 1
+    assert contents.offset_is_implied == set(contents.modules)
+
+
+def test_every_weight_lies_page_aligned_in_the_data_file(exported: Path) -> None:
+    for tensor in proto(exported).graph.initializer:
+        if tensor.name.endswith((".codes", ".scale", ".offset", ".weight")):
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            assert entries["location"] == "model.onnx.data" and int(entries["offset"]) % ALIGNMENT == 0
+
+
+def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
+    make_tiny_model(tmp_path / "model", tie_word_embeddings=True)
+    make_tiny_canonical(tmp_path / "base", tmp_path / "model")
+    export_onnx(tmp_path / "base", tmp_path / "onnx", OnnxSettings())
+    names = [tensor.name for tensor in proto(tmp_path / "onnx").graph.initializer]
+    assert names.count("model.embed_tokens.weight") == 1 and "lm_head.weight" not in names
+
+
+def test_source_bytes_survive(exported: Path, tiny_canonical: Path) -> None:
+    source, contents = CanonicalCheckpoint(tiny_canonical), read_back(exported)
+    assert set(contents.others) == set(source.plain_names())
+    for name in contents.others:
+        assert contents.tensor(name).dtype == np.float16
+        assert contents.tensor(name).tobytes() == source.tensor(name).tobytes()
+
+
+def test_manifest_is_whole_and_names_its_parent(exported: Path, tiny_canonical: Path) -> None:
+    manifest = read_manifest(exported)
+    assert verify_manifest(exported) == [] and manifest["kind"] == "onnx"
+    assert manifest["parents"][0]["sha256"] == parent_of(tiny_canonical, "checkpoint").sha256
+    assert manifest["tensors"]["model.norm.weight"]["dtype"] == "float16"
+
+
+def test_equal_inputs_give_equal_bytes(exported: Path, tiny_canonical: Path, tmp_path: Path) -> None:
+    export_onnx(tiny_canonical, tmp_path / "elsewhere", OnnxSettings())
+    for path in exported.iterdir():
+        assert sha256_file(path) == sha256_file(tmp_path / "elsewhere" / path.name), path.name
+
+
+def test_existing_output_is_refused_and_force_replaces(exported: Path, tiny_canonical: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match="exists"):
+        export_onnx(tiny_canonical, tmp_path / "out", OnnxSettings())
+    export_onnx(tiny_canonical, tmp_path / "out", OnnxSettings(accuracy_level=1), force=True)
+    assert read_back(tmp_path / "out").accuracy_level == 1
+
+
+def test_output_inside_the_checkpoint_is_refused(tiny_canonical: Path) -> None:
+    with pytest.raises(InputError, match="inside"):
+        export_onnx(tiny_canonical, tiny_canonical / "onnx", OnnxSettings())
+
+
+@pytest.mark.parametrize("victim", ["codes", "scale", "offset", "weight"])
+def test_a_byte_written_wrong_leaves_nothing(
+    victim: str, tiny_canonical: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The read-back is not decoration: one flipped bit in one tensor and there is no folder."""
+    add = DataFile.add
+
+    def faulty(self: DataFile, name: str, array: np.ndarray) -> Any:
+        if name.endswith((f"layers.1.mlp.up_proj.{victim}", f"norm.{victim}")):
+            array = array.copy()
+            array.reshape(-1)[:1].view(np.uint8)[0] ^= 1
+        return add(self, name, array)
+
+    monkeypatch.setattr(DataFile, "add", faulty)
+    with pytest.raises(ParityError, match="differ"):
+        export_onnx(tiny_canonical, tmp_path / "onnx", OnnxSettings())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unsupported_architecture_lists_the_supported_ones(tiny_canonical: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_canonical, tmp_path / "base")
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps(config | {"architectures": ["GPT2LMHeadModel"]}))
+    with pytest.raises(InputError, match="LlamaForCausalLM"):
+        export_onnx(tmp_path / "base", tmp_path / "onnx", OnnxSettings())
+
+
+def test_a_tensor_without_a_place_in_the_graph_is_refused(tmp_path: Path) -> None:
+    """mobius-onnx drops mlp biases silently; the export must not."""
+    make_tiny_model(tmp_path / "model", mlp_bias=True)
+    make_tiny_canonical(tmp_path / "base", tmp_path / "model")
+    with pytest.raises(InputError, match="no place"):
+        export_onnx(tmp_path / "base", tmp_path / "onnx", OnnxSettings())
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_missing_and_misshapen_tensors_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    def variant(name: str, change: Any) -> Path:
+        folder = ModelFolder(tiny_model)
+        with CanonicalWriter(tmp_path / name, folder.config, kind="base") as writer:
+            for key, tensor in folder.tensors():
+                if (changed := change(key, np.asarray(tensor))) is not None:
+                    writer.add(key, changed)
+        return tmp_path / name
+
+    missing = variant("missing", lambda key, tensor: None if key == "model.norm.weight" else tensor)
+    with pytest.raises(InputError, match="does not hold") as error:
+        export_onnx(missing, tmp_path / "onnx", OnnxSettings())
+    assert error.value.where == "model.norm.weight"
+    short = variant("short", lambda key, tensor: tensor[:-1] if key == "model.norm.weight" else tensor)
+    with pytest.raises(InputError, match=r"config\.json makes it"):
+        export_onnx(short, tmp_path / "onnx", OnnxSettings())
+
+
+def test_exact_variant_runs_and_shares_every_weight(exported: Path, tmp_path: Path) -> None:
+    exact_variant(exported, tmp_path / "exact")
+    assert read_back(exported).accuracy_level == 4
+    assert read_back(tmp_path / "exact").accuracy_level == 1
+    assert sha256_file(tmp_path / "exact/model.onnx.data") == sha256_file(exported / "model.onnx.data")
+    assert (exported / "model.onnx.data").stat().st_nlink == 1
+    ids = np.arange(12)[None]
+    shipped, exact = prefill(exported, ids), prefill(tmp_path / "exact", ids)
+    assert 0 < np.abs(shipped - exact).max() < 1  # int8 activations against float32
+
+
+def test_exact_graph_runs_on_the_shipped_data_without_a_copy(exported: Path, tmp_path: Path) -> None:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(exported))
+    runtime = ort.InferenceSession(exact_graph(exported), options, providers=["CPUExecutionProvider"])
+    ids = np.arange(12)[None]
+    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    feed |= {n.name: np.zeros((1, n.shape[1], 0, n.shape[3]), np.float32) for n in runtime.get_inputs()[2:]}
+    expected = prefill(exact_variant(exported, tmp_path / "exact"), ids)
+    assert np.array_equal(runtime.run(["logits"], feed)[0], expected)
