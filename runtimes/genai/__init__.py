@@ -1,0 +1,1 @@
+"""ONNX Runtime GenAI: `python -m qalora_runtimes.genai`."""

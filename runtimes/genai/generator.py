@@ -1,0 +1,111 @@
+"""ONNX Runtime GenAI's own generation loop: append_tokens runs the model, the KV cache is GenAI's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from qalora_runtimes.protocol import Ids, Job, TextRequest
+from qalora_runtimes.runner import check_vocabulary
+from qalora_runtimes.scoring import MissingRuntimeError, Rows, RunnerError, every_position
+
+PACKAGE = "onnxruntime-genai"
+
+
+class GenaiRuntime:
+    """runner.Runtime on a folder with genai_config.json, the graph and the tokenizer."""
+
+    def __init__(self, folder: Path, threads: int, job: Job) -> None:
+        """Raises MissingRuntimeError, or RunnerError for a folder that does not load or a job it cannot hold."""
+        try:
+            import onnxruntime_genai
+        except ImportError as error:
+            raise MissingRuntimeError(PACKAGE, error) from error
+        self._genai, self._threads = onnxruntime_genai, threads
+        self._config = _read_config(folder)
+        check_vocabulary(job, int(self._config["model"]["vocab_size"]))
+        self._length = job.longest
+        if self._length > int(self._config["model"]["context_length"]):
+            raise RunnerError(f"a sequence of {job.longest} tokens exceeds the model's context_length")
+        options = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
+        try:
+            config = onnxruntime_genai.Config(str(folder))
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+            self._model = onnxruntime_genai.Model(config)
+        except RuntimeError as error:
+            raise RunnerError(f"ONNX Runtime GenAI cannot load {folder}: {error}") from error
+
+    def prefill(self, ids: Ids) -> Rows:
+        """One append_tokens; the graph's `logits` output holds every position (get_logits only the last)."""
+        return every_position(self._prompt, ids)
+
+    def _prompt(self, ids: Ids) -> Rows:
+        generator = self._generator()
+        generator.append_tokens(ids)
+        return _rows(generator.get_output("logits"))
+
+    def decode(self, ids: Ids) -> Rows:
+        """One append_tokens per token on the generator's KV cache; get_logits is what GenAI samples from."""
+        generator, rows = self._generator(), []
+        for at in range(len(ids)):
+            generator.append_tokens(ids[at : at + 1])
+            rows.append(_rows(generator.get_logits()))
+            if generator.token_count() != at + 1 or len(rows[-1]) != 1:
+                raise RunnerError(f"GenAI holds {generator.token_count()} tokens after {at + 1} were appended")
+        return np.concatenate(rows)
+
+    def _generator(self) -> Any:
+        parameters = self._genai.GeneratorParams(self._model)
+        parameters.set_search_options(max_length=self._length, do_sample=False)
+        return self._genai.Generator(self._model, parameters)
+
+    def text_answers(self, request: TextRequest) -> dict[str, Any]:
+        """protocol.TEXT_ANSWER_KEYS. GenAI always recognises special tokens, so texts_literal is not offered."""
+        try:
+            tokenizer = self._genai.Tokenizer(self._model)
+        except RuntimeError as error:
+            raise RunnerError(f"ONNX Runtime GenAI cannot load the tokenizer: {error}") from error
+        rendered, errors = [], []
+        for index, chat in enumerate(request.chats):
+            try:
+                text = tokenizer.apply_chat_template(json.dumps(list(chat)), add_generation_prompt=True)
+            except RuntimeError as error:
+                text = None
+                errors.append(f"chat {index}: {error}")
+            rendered.append(text)
+        return {
+            "texts": [tokenizer.encode(text).tolist() for text in request.texts],
+            "texts_literal": None,
+            "rendered": rendered,
+            "rendered_ids": [None if text is None else tokenizer.encode(text).tolist() for text in rendered],
+            "adds_bos": len(tokenizer.encode("")) > 0,
+            "bos_id": int(tokenizer.bos_token_id),
+            "errors": errors,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        search = self._config.get("search", {})
+        return {
+            "runtime": "onnxruntime-genai", "package": PACKAGE, "version": self._genai.__version__,
+            "logits_through": "Generator, every position of a prompt",
+            "settings": {
+                "device": self._model.device_type, "intra_op_threads": self._threads,
+                "past_present_share_buffer": search.get("past_present_share_buffer"),
+            },
+        }  # fmt: skip
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+        config["model"]["vocab_size"], config["model"]["context_length"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunnerError(f"{folder} has no usable genai_config.json: {error!r}") from error
+    return dict(config)
+
+
+def _rows(logits: Any) -> Rows:
+    array = np.asarray(logits, dtype=np.float32)
+    return array.reshape(-1, array.shape[-1]).copy()

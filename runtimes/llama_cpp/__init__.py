@@ -1,0 +1,1 @@
+"""llama.cpp: `python -m qalora_runtimes.llama_cpp`."""

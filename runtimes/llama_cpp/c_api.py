@@ -1,0 +1,151 @@
+"""llama.cpp's public C API out of the xllamacpp wheel: logits of every position of a batch, as floats.
+
+The server interface of the same wheel prints the whole vocabulary as JSON for one position at a time, about half a
+second each at 3,072 tokens; this way is hundreds of times faster and is what llama-perplexity does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import deque
+from ctypes import c_bool, c_char_p, c_float, c_int, c_int32, c_uint32, c_void_p
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from qalora_runtimes.llama_cpp.layouts import CONTEXT_LAYOUTS, MODEL_LAYOUTS, Batch, recognise
+from qalora_runtimes.protocol import Ids
+from qalora_runtimes.scoring import Rows, RunnerError
+
+LOG_DEBUG = 1  # enum ggml_log_level
+LogCallback = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
+PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "llama_log_set": (None, (LogCallback, c_void_p)),
+    "llama_backend_init": (None, ()),
+    "llama_model_get_vocab": (c_void_p, (c_void_p,)),
+    "llama_vocab_n_tokens": (c_int32, (c_void_p,)),
+    "llama_n_ctx": (c_uint32, (c_void_p,)),
+    "llama_n_batch": (c_uint32, (c_void_p,)),
+    "llama_n_ubatch": (c_uint32, (c_void_p,)),
+    "llama_n_threads": (c_int32, (c_void_p,)),
+    "llama_get_memory": (c_void_p, (c_void_p,)),
+    "llama_memory_clear": (None, (c_void_p, c_bool)),
+    "llama_memory_seq_pos_max": (c_int32, (c_void_p, c_int32)),
+    "llama_batch_init": (Batch, (c_int32, c_int32, c_int32)),
+    "llama_decode": (c_int32, (c_void_p, Batch)),
+    "llama_get_logits_ith": (ctypes.POINTER(c_float), (c_void_p, c_int32)),
+    "llama_adapter_lora_init": (c_void_p, (c_void_p, c_char_p)),
+    "llama_set_adapters_lora": (
+        c_int32,
+        (c_void_p, ctypes.POINTER(c_void_p), ctypes.c_size_t, ctypes.POINTER(c_float)),
+    ),
+}
+PARAMETERISED = ("llama_model_default_params", "llama_context_default_params",
+                 "llama_model_load_from_file", "llama_init_from_model")  # fmt: skip
+
+
+class UnknownLayoutError(RuntimeError):
+    """This build of llama.cpp has no C API that this module knows."""
+
+
+class Library:
+    """The C API of one shared library, its parameter structs recognised. Raises UnknownLayoutError."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            library: Any = ctypes.CDLL(str(path))
+            for name, (result, arguments) in PROTOTYPES.items():
+                function = getattr(library, name)
+                function.restype, function.argtypes = result, arguments
+            parameterised = {name: getattr(library, name) for name in PARAMETERISED}
+        except (OSError, AttributeError) as error:
+            raise UnknownLayoutError(f"{path.name} does not offer llama.cpp's C API: {error}") from error
+        model = recognise(parameterised["llama_model_default_params"], MODEL_LAYOUTS)
+        context = recognise(parameterised["llama_context_default_params"], CONTEXT_LAYOUTS)
+        if model is None or context is None:
+            raise UnknownLayoutError(f"the parameter structs of {path.name} are of a release not known here")
+        parameterised["llama_model_load_from_file"].restype = c_void_p
+        parameterised["llama_model_load_from_file"].argtypes = (c_char_p, model)
+        parameterised["llama_init_from_model"].restype = c_void_p
+        parameterised["llama_init_from_model"].argtypes = (c_void_p, context)
+        self.c = library
+        self.log: deque[str] = deque(maxlen=4000)
+        self._callback = LogCallback(self._on_log)  # the library keeps only the address
+        library.llama_log_set(self._callback, None)
+        library.llama_backend_init()
+
+    def _on_log(self, level: int, text: bytes, _user: object) -> None:
+        if level != LOG_DEBUG:
+            self.log.append(text.decode("utf-8", "replace"))
+
+    def last_words(self, lines: int = 4) -> str:
+        return " / ".join("".join(self.log).strip().splitlines()[-lines:])
+
+
+class Context:
+    """One model and one sequence slot, optionally with LoRA adapters at scale 1."""
+
+    def __init__(self, library: Library, path: Path, lora: Path | None, *,
+                 model: dict[str, int], context: dict[str, int]) -> None:  # fmt: skip
+        """`model` and `context` override default parameters. Raises RunnerError with llama.cpp's own words."""
+        self._library, c = library, library.c
+        parameters = _with(c.llama_model_default_params(), model)
+        self._model = c.llama_model_load_from_file(str(path).encode(), parameters)
+        if not self._model:
+            raise RunnerError(f"llama.cpp cannot load {path}: {library.last_words()}")
+        self._context = c.llama_init_from_model(self._model, _with(c.llama_context_default_params(), context))
+        if not self._context:
+            raise RunnerError(f"llama.cpp cannot make a context for {path}: {library.last_words()}")
+        self._check_echo(context)
+        if lora is not None:
+            self._load_lora(lora)
+        self._memory = c.llama_get_memory(self._context)
+        self.vocabulary = int(c.llama_vocab_n_tokens(c.llama_model_get_vocab(self._model)))
+        self.batch_limit = int(c.llama_n_batch(self._context))
+        self._batch = c.llama_batch_init(self.batch_limit, 0, 1)
+
+    def _check_echo(self, asked: dict[str, int]) -> None:
+        """The context must report what was asked for; anything else means the struct was misread."""
+        for field in ("n_batch", "n_ubatch", "n_threads"):
+            answer = int(getattr(self._library.c, f"llama_{field}")(self._context))
+            if field in asked and answer != asked[field]:
+                raise RunnerError(f"llama.cpp reports {field} = {answer}, asked for {asked[field]}")
+
+    def _load_lora(self, lora: Path) -> None:
+        c = self._library.c
+        adapter = c.llama_adapter_lora_init(self._model, str(lora).encode())
+        if not adapter:
+            raise RunnerError(f"llama.cpp cannot load the adapter {lora}: {self._library.last_words()}")
+        code = c.llama_set_adapters_lora(self._context, (c_void_p * 1)(adapter), 1, (c_float * 1)(1.0))
+        if code:
+            raise RunnerError(f"llama.cpp refuses the adapter {lora} (code {code}): {self._library.last_words()}")
+
+    def clear(self) -> None:
+        """Forget the KV cache."""
+        self._library.c.llama_memory_clear(self._memory, True)
+
+    def run(self, ids: Ids, start: int) -> Rows:
+        """Evaluate `ids` as one batch at positions start…: float32 logits (len(ids), vocab). KV cache grows by it."""
+        c, batch, count = self._library.c, self._batch, len(ids)
+        for i, token in enumerate(ids.tolist()):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, start + i, 1
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+        batch.n_tokens = count
+        code = c.llama_decode(self._context, batch)
+        if code:
+            raise RunnerError(f"llama_decode failed with code {code}: {self._library.last_words()}")
+        if c.llama_memory_seq_pos_max(self._memory, 0) != start + count - 1:
+            raise RunnerError(f"after position {start + count - 1} llama.cpp's KV cache ends elsewhere")
+        rows = np.empty((count, self.vocabulary), dtype=np.float32)
+        for i in range(count):
+            pointer = c.llama_get_logits_ith(self._context, i)
+            if not pointer:
+                raise RunnerError(f"llama.cpp gave no logits for position {start + i}")
+            rows[i] = np.ctypeslib.as_array(pointer, (self.vocabulary,))
+        return rows
+
+
+def _with(parameters: Any, overrides: dict[str, int]) -> Any:
+    for name, value in overrides.items():
+        setattr(parameters, name, value)
+    return parameters

@@ -1,0 +1,41 @@
+"""Logits from a llama-server, one position per request: any stock server on a device, or a wheel of unknown layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from qalora_runtimes.llama_cpp.client import Client
+from qalora_runtimes.protocol import Ids, Job, TextRequest
+from qalora_runtimes.runner import check_vocabulary
+from qalora_runtimes.scoring import Rows
+
+
+class ServerRuntime:
+    """runner.Runtime over HTTP. prefill: each prefix as a fresh prompt; decode: one new token on the slot's cache."""
+
+    def __init__(self, client: Client, job: Job, *, version: str | None, settings: dict[str, Any]) -> None:
+        """version: of the wheel that runs the server; None asks a remote one for its build."""
+        self._client, self._settings = client, settings
+        self._version = version or client.build()
+        self._vocabulary = client.vocabulary()
+        check_vocabulary(job, self._vocabulary)
+
+    def prefill(self, ids: Ids) -> Rows:
+        return self._rows(ids, fresh=True)
+
+    def decode(self, ids: Ids) -> Rows:
+        return self._rows(ids, fresh=False)
+
+    def _rows(self, ids: Ids, *, fresh: bool) -> Rows:
+        prefixes = (ids[: at + 1] for at in range(len(ids)))
+        return np.concatenate([self._client.next_token_logprobs(p, self._vocabulary, fresh=fresh) for p in prefixes])
+
+    def text_answers(self, request: TextRequest) -> dict[str, Any]:
+        return self._client.text_answers(request)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "runtime": "llama.cpp", "package": "llama-server", "version": self._version,
+            "logits_through": "server, one position per request", "settings": self._settings,
+        }  # fmt: skip

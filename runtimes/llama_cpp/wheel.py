@@ -1,0 +1,121 @@
+"""The xllamacpp wheel driven through the C API; its own server answers for tokenizer and chat template."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from qalora_runtimes.llama_cpp.c_api import Context, Library, UnknownLayoutError
+from qalora_runtimes.llama_cpp.layouts import FLASH_ATTENTION_OFF, KV_F32
+from qalora_runtimes.llama_cpp.local_server import LocalServer
+from qalora_runtimes.llama_cpp.server import ServerRuntime
+from qalora_runtimes.llama_cpp.settings import LlamaSettings
+from qalora_runtimes.protocol import Ids, Job, TextRequest
+from qalora_runtimes.runner import Runtime, check_vocabulary
+from qalora_runtimes.scoring import MissingRuntimeError, Rows, RunnerError
+
+PACKAGE = "xllamacpp"
+WAIT_POLICY = "OMP_WAIT_POLICY"
+BATCH, MICRO_BATCH = 2048, 512  # llama-server's defaults
+LOGGED = {  # what llama.cpp itself says it did → fingerprint
+    "flash_attention": re.compile(r"flash_attn\s*=\s*(\w+)"),
+    "flash_attention_resolved": re.compile(r"Flash Attention (?:was auto, set to )?(enabled|disabled)"),
+    "kv_dtype_k": re.compile(r"K \((\w+)\)"),
+    "kv_dtype_v": re.compile(r"V \((\w+)\)"),
+}
+
+
+def open_wheel(arguments: argparse.Namespace, job: Job) -> Runtime:
+    """The C API where the wheel's is known, else its server: slower, same numbers, said on stderr."""
+    module = import_wheel()
+    settings = LlamaSettings.of(exact=arguments.exact, threads=arguments.threads, longest=job.longest)
+    server = LocalServer(module, arguments.model, arguments.lora, settings)
+    if arguments.through != "server":
+        try:
+            library = Library(Path(module.xllamacpp.__file__))
+            return CApiRuntime(library, arguments.model, arguments.lora, settings, job, server)
+        except UnknownLayoutError as error:
+            if arguments.through == "c-api":
+                raise RunnerError(str(error)) from error
+            sys.stderr.write(f"{error}; asking its server instead, one position at a time (slow)\n")
+    return ServerRuntime(server.client(), job, version=version(), settings=settings.described())
+
+
+def import_wheel() -> Any:
+    """The package, its OpenMP threads set to sleep while they wait unless the user's OMP_WAIT_POLICY says otherwise.
+
+    Spinning threads stall each other as soon as the machine does anything else: with a load of 12 on 2 cores, 100
+    tokens took more than 10 minutes spinning and 3 seconds sleeping; with a load of 3 sleeping was not slower.
+    """
+    os.environ.setdefault(WAIT_POLICY, "passive")
+    try:
+        import xllamacpp
+    except ImportError as error:
+        raise MissingRuntimeError(PACKAGE, error) from error
+    return xllamacpp
+
+
+def version() -> str:
+    return importlib.metadata.version(PACKAGE)
+
+
+class CApiRuntime:
+    """runner.Runtime on llama_decode: every position of a sequence from one batch, or one token per step."""
+
+    def __init__(self, library: Library, model: Path, lora: Path | None, settings: LlamaSettings, job: Job,
+                 server: LocalServer) -> None:  # fmt: skip
+        self._settings, self._server, self._lora = settings, server, lora
+        batch = min(BATCH, settings.context)
+        exact_model = {"use_extra_bufts": 0, "n_gpu_layers": 0}
+        exact_context = {"type_k": KV_F32, "type_v": KV_F32, "flash_attn_type": FLASH_ATTENTION_OFF,
+                         "offload_kqv": 0, "op_offload": 0}  # fmt: skip
+        context = {
+            "n_ctx": settings.context, "n_batch": batch, "n_ubatch": min(MICRO_BATCH, batch),
+            "n_threads": settings.threads, "n_threads_batch": settings.threads,
+        }  # fmt: skip
+        self._context = Context(
+            library, model, lora,
+            model=exact_model if settings.exact else {},
+            context=context | (exact_context if settings.exact else {}),
+        )  # fmt: skip
+        check_vocabulary(job, self._context.vocabulary)
+        log = "".join(library.log)
+        self._logged = {name: found[-1] for name, pattern in LOGGED.items() if (found := pattern.findall(log))}
+        if settings.exact:
+            self._check_exact()
+
+    def _check_exact(self) -> None:
+        """llama.cpp's own log must confirm the settings that --exact promises."""
+        promised = {"flash_attention": "disabled", "kv_dtype_k": "f32", "kv_dtype_v": "f32"}
+        for name, value in promised.items():
+            if self._logged.get(name, value) != value:
+                raise RunnerError(f"--exact needs {name} = {value}, llama.cpp reports {self._logged[name]}")
+
+    def prefill(self, ids: Ids) -> Rows:
+        """A prompt longer than llama.cpp's batch is split as its server splits it."""
+        self._context.clear()
+        limit = self._context.batch_limit
+        return np.concatenate([self._context.run(ids[at : at + limit], at) for at in range(0, len(ids), limit)])
+
+    def decode(self, ids: Ids) -> Rows:
+        self._context.clear()
+        return np.concatenate([self._context.run(ids[at : at + 1], at) for at in range(len(ids))])
+
+    def text_answers(self, request: TextRequest) -> dict[str, Any]:
+        return self._server.client().text_answers(request)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "runtime": "llama.cpp", "package": PACKAGE, "version": version(),
+            "logits_through": "C API, every position of a batch",
+            "settings": {
+                **self._settings.described(), "lora": self._lora is not None,
+                WAIT_POLICY.lower(): os.environ[WAIT_POLICY], **self._logged,
+            },
+        }  # fmt: skip

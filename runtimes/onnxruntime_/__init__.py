@@ -1,0 +1,1 @@
+"""ONNX Runtime: `python -m qalora_runtimes.onnxruntime_` (trailing underscore: the package itself is onnxruntime)."""

@@ -1,0 +1,126 @@
+"""A decoder graph with a KV cache in ONNX Runtime. Names, shapes and types are read from the graph, not assumed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from qalora_runtimes.protocol import Ids, Job, TextRequest
+from qalora_runtimes.runner import check_vocabulary
+from qalora_runtimes.scoring import MissingRuntimeError, Rows, RunnerError, every_position
+
+PACKAGE = "onnxruntime"
+PROVIDER = "CPUExecutionProvider"
+ERRORS_ONLY = 3  # log severity
+CACHE_NAME = re.compile(r"^(past|present)\w*\.(\d+)\.(key|value)$")
+DTYPES: dict[str, Any] = {
+    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(int32)": np.int32,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CacheSlot:
+    """One KV tensor: `past` goes in with an empty sequence axis and shape `empty`, `present` comes out."""
+
+    past: str
+    present: str
+    empty: tuple[int, ...]
+    dtype: Any
+
+
+class Decoder:
+    """runner.Runtime on folder/model.onnx."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        """Raises MissingRuntimeError, or RunnerError for a file that does not load or is no such decoder."""
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise MissingRuntimeError(PACKAGE, error) from error
+        self._version, self._threads = onnxruntime.__version__, threads
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.log_severity_level = ERRORS_ONLY
+        file = folder / "model.onnx" if folder.is_dir() else folder
+        try:
+            self._session = onnxruntime.InferenceSession(str(file), options, providers=[PROVIDER])
+        except Exception as error:  # its exception classes have no other base in common
+            raise RunnerError(f"ONNX Runtime cannot load {file}: {error}") from error
+        self._value = onnxruntime.OrtValue.ortvalue_from_numpy
+        self._inputs = {node.name: DTYPES.get(node.type) for node in self._session.get_inputs()}
+        self._outputs = [node.name for node in self._session.get_outputs()]
+        self._slots = self._cache_slots()
+        self._check_inputs(file)
+
+    def _cache_slots(self) -> list[CacheSlot]:
+        present = {
+            m.groups()[1:]: name for name in self._outputs if (m := CACHE_NAME.match(name)) and m[1] == "present"
+        }
+        slots = []
+        for node in self._session.get_inputs():
+            match = CACHE_NAME.match(node.name)
+            if not match:
+                continue
+            free = [axis for axis, size in enumerate(node.shape) if not isinstance(size, int)]
+            if match.groups()[1:] not in present or len(free) not in (1, 2) or len(node.shape) != 4:
+                raise RunnerError(f"KV input {node.name} {node.shape} has no present output or no free sequence axis")
+            batch_and_sequence = {axis: 1 if axis == 0 else 0 for axis in free}
+            empty = tuple(batch_and_sequence.get(axis, size) for axis, size in enumerate(node.shape))
+            slots.append(CacheSlot(node.name, present[match.groups()[1:]], empty, DTYPES[node.type]))
+        return slots
+
+    def _check_inputs(self, file: Path) -> None:
+        known = {"input_ids", "attention_mask", "position_ids"} | {slot.past for slot in self._slots}
+        if "logits" not in self._outputs or "input_ids" not in self._inputs or not self._slots:
+            raise RunnerError(f"{file} is no decoder with input_ids, logits and a KV cache")
+        if unknown := set(self._inputs) - known:
+            raise RunnerError(f"{file} needs inputs this runner does not know: {', '.join(sorted(unknown))}")
+
+    def prefill(self, ids: Ids) -> Rows:
+        """The whole prompt in one run; an empty KV cache goes in."""
+        return every_position(lambda prompt: self._run(prompt, 0, self._empty())[0], ids)
+
+    def decode(self, ids: Ids) -> Rows:
+        """One token per run, the KV cache of each run goes into the next."""
+        cache, rows = self._empty(), []
+        for at in range(len(ids)):
+            row, cache = self._run(ids[at : at + 1], at, cache)
+            rows.append(row)
+        return np.concatenate(rows)
+
+    def _empty(self) -> dict[str, Any]:
+        return {slot.past: self._value(np.zeros(slot.empty, slot.dtype)) for slot in self._slots}
+
+    def _run(self, ids: Ids, start: int, cache: dict[str, Any]) -> tuple[Rows, dict[str, Any]]:
+        """Rows (len(ids) or 1, vocab) and the next cache, after `start` tokens that are in `cache`."""
+        end = start + len(ids)
+        plain = {"input_ids": ids, "attention_mask": np.ones(end), "position_ids": np.arange(start, end)}
+        feeds = {n: self._value(np.asarray(v, self._inputs[n])[None]) for n, v in plain.items() if n in self._inputs}
+        names = ["logits", *(slot.present for slot in self._slots)]
+        logits, *present = self._session.run_with_ort_values(names, {**feeds, **cache})
+        rows = logits.numpy().astype(np.float32)
+        return rows.reshape(-1, rows.shape[-1]), {
+            slot.past: value for slot, value in zip(self._slots, present, strict=True)
+        }
+
+    def text_answers(self, _request: TextRequest) -> None:
+        """ONNX Runtime has no tokenizer; GenAI, which runs the same folder, answers."""
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "runtime": "onnxruntime", "package": PACKAGE, "version": self._version,
+            "logits_through": "InferenceSession, every position of a run",
+            "settings": {
+                "provider": PROVIDER, "intra_op_threads": self._threads,
+                "kv_dtype": str(np.dtype(self._slots[0].dtype)),
+            },
+        }  # fmt: skip
+
+    def check_job(self, job: Job) -> None:
+        """Raises RunnerError for ids outside the vocabulary, where the graph tells it."""
+        vocabulary = next(node.shape[-1] for node in self._session.get_outputs() if node.name == "logits")
+        if isinstance(vocabulary, int):
+            check_vocabulary(job, vocabulary)

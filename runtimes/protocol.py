@@ -1,0 +1,189 @@
+"""The files a runner reads and writes: job.npz in, logits.npz out. No pickle anywhere.
+
+job.npz
+    ids      int32 (total,)   token ids of all sequences, one after the other
+    lengths  int32 (n,)       length of each sequence, each at least 1, sum = total
+    mode     unicode, 0-d     "prefill" (a prompt is one batch) or "decode" (token by token with the KV cache)
+    text     uint8 (bytes,)   optional JSON {"texts": [str], "chats": [[{"role": str, "content": str}]]}
+logits.npz
+    logprobs      float32 (total, vocab)   row i = log softmax after seeing this sequence's ids up to and including i
+    text_answers  uint8 (bytes,)           optional JSON, see TEXT_ANSWER_KEYS
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+MODES = ("prefill", "decode")
+TEXT_ANSWER_KEYS = {
+    "texts": "ids of each text, special tokens in it recognised, BOS only where adds_bos says so",
+    "texts_literal": "ids of each text, special tokens in it as plain characters, nothing added; null if not offered",
+    "rendered": "each chat through the runtime's own template engine, generation prompt added; null if it failed",
+    "rendered_ids": "the ids the runtime would run for that chat; null if it failed",
+    "adds_bos": "whether the runtime itself puts BOS before a text",
+    "bos_id": "the id of BOS, null if the model has none",
+    "errors": "one line for each chat that failed",
+}
+MAX_POSITIONS = 1 << 22
+MAX_TEXT_BYTES = 16 << 20
+
+Ids = NDArray[np.int32]
+Logprobs = NDArray[np.float32]
+
+
+class ProtocolError(ValueError):
+    """A job or an answer that does not keep the format above."""
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """What gate G5 asks: texts to tokenize and chats to render."""
+
+    texts: tuple[str, ...] = ()
+    chats: tuple[tuple[Mapping[str, str], ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: sequences (each int32 (length,)), the mode, and optionally texts."""
+
+    sequences: tuple[Ids, ...]
+    mode: str = "prefill"
+    text: TextRequest | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ProtocolError(f"mode is {self.mode!r}, expected one of {', '.join(MODES)}")
+        if not self.sequences or any(sequence.ndim != 1 or not sequence.size for sequence in self.sequences):
+            raise ProtocolError("a job needs at least one sequence, and every sequence at least one token")
+        if any(sequence.min() < 0 for sequence in self.sequences):
+            raise ProtocolError("a job holds a negative token id")
+        if self.total > MAX_POSITIONS:
+            raise ProtocolError(f"a job of {self.total} positions exceeds the limit of {MAX_POSITIONS}")
+
+    @property
+    def total(self) -> int:
+        return sum(len(sequence) for sequence in self.sequences)
+
+    @property
+    def longest(self) -> int:
+        return max(len(sequence) for sequence in self.sequences)
+
+
+def make_job(sequences: Iterable[Sequence[int]], mode: str = "prefill", text: TextRequest | None = None) -> Job:
+    return Job(tuple(np.asarray(sequence, dtype=np.int32) for sequence in sequences), mode, text)
+
+
+def write_job(path: Path, job: Job) -> None:
+    arrays: dict[str, Any] = {
+        "ids": np.concatenate(job.sequences),
+        "lengths": np.array([len(sequence) for sequence in job.sequences], dtype=np.int32),
+        "mode": np.array(job.mode),
+    }
+    if job.text is not None:
+        arrays["text"] = _json_bytes({"texts": job.text.texts, "chats": job.text.chats})
+    _write_npz(path, arrays)
+
+
+def read_job(path: Path) -> Job:
+    """Raises ProtocolError for anything that is not a job within the limits."""
+    arrays = _read_npz(path, required={"ids", "lengths", "mode"}, optional={"text"})
+    ids, lengths, mode = arrays["ids"], arrays["lengths"], arrays["mode"]
+    if ids.dtype != np.int32 or lengths.dtype != np.int32 or ids.ndim != 1 or lengths.ndim != 1:
+        raise ProtocolError(f"{path}: ids and lengths must be one-dimensional int32")
+    if mode.dtype.kind != "U" or mode.ndim:
+        raise ProtocolError(f"{path}: mode must be a single string")
+    if lengths.size == 0 or lengths.min() < 1 or int(lengths.sum(dtype=np.int64)) != ids.size:
+        raise ProtocolError(f"{path}: lengths must be positive and sum to the {ids.size} ids")
+    sequences = tuple(np.split(ids, np.cumsum(lengths)[:-1]))
+    text = _text_request(_parse_json(path, arrays["text"])) if "text" in arrays else None
+    return Job(sequences, str(mode), text)
+
+
+def write_answers(path: Path, logprobs: Logprobs, text_answers: Mapping[str, Any] | None = None) -> None:
+    arrays: dict[str, Any] = {"logprobs": logprobs}
+    if text_answers is not None:
+        arrays["text_answers"] = _json_bytes(text_answers)
+    _write_npz(path, arrays)
+
+
+def read_answers(path: Path, *, positions: int) -> tuple[Logprobs, dict[str, Any] | None]:
+    """logprobs float32 (positions, vocab) and the text answers. Raises ProtocolError."""
+    arrays = _read_npz(path, required={"logprobs"}, optional={"text_answers"})
+    logprobs = arrays["logprobs"]
+    if logprobs.dtype != np.float32 or logprobs.ndim != 2 or len(logprobs) != positions:
+        raise ProtocolError(f"{path}: logprobs is {logprobs.dtype} {logprobs.shape}, expected float32 ({positions}, V)")
+    answers = _parse_json(path, arrays["text_answers"]) if "text_answers" in arrays else None
+    if answers is not None and not isinstance(answers, dict):
+        raise ProtocolError(f"{path}: text_answers must be a JSON object")
+    return logprobs, answers
+
+
+def _text_request(raw: Any) -> TextRequest:
+    texts, chats = (raw.get("texts", []), raw.get("chats", [])) if isinstance(raw, dict) else (None, None)
+    if not isinstance(texts, list) or not isinstance(chats, list) or not all(isinstance(t, str) for t in texts):
+        raise ProtocolError('text must be {"texts": [string], "chats": [[{"role", "content"}]]}')
+    for chat in chats:
+        turns = chat if isinstance(chat, list) else [None]
+        if not all(isinstance(turn, dict) and all(isinstance(v, str) for v in turn.values()) for turn in turns):
+            raise ProtocolError("every chat must be a list of objects with string values")
+    return TextRequest(tuple(texts), tuple(tuple(chat) for chat in chats))
+
+
+def _json_bytes(value: Any) -> NDArray[np.uint8]:
+    return np.frombuffer(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass"), dtype=np.uint8)
+
+
+def _parse_json(path: Path, raw: NDArray[Any]) -> Any:
+    if raw.dtype != np.uint8 or raw.ndim != 1 or raw.size > MAX_TEXT_BYTES:
+        raise ProtocolError(f"{path}: JSON must be at most {MAX_TEXT_BYTES} bytes of uint8")
+    try:
+        return json.loads(raw.tobytes().decode("utf-8", "surrogatepass"))
+    except ValueError as error:
+        raise ProtocolError(f"{path}: not valid JSON: {error}") from error
+
+
+def _write_npz(path: Path, arrays: dict[str, Any]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        np.savez(file, **arrays)
+    partial.replace(path)
+
+
+def _read_npz(path: Path, *, required: set[str], optional: set[str]) -> dict[str, NDArray[Any]]:
+    """Named arrays of an npz, each header checked against its real size before anything is allocated."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [info.filename.removesuffix(".npy") for info in archive.infolist()]
+            if len(set(members)) != len(members) or not required <= set(members) <= required | optional:
+                raise ProtocolError(f"{path}: holds {sorted(members)}, expected {sorted(required)}")
+            for info in archive.infolist():
+                _check_member(path, archive, info)
+        with np.load(path, allow_pickle=False) as loaded:
+            return {name: loaded[name] for name in members}
+    except (OSError, zipfile.BadZipFile, ValueError, EOFError) as error:
+        if isinstance(error, ProtocolError):
+            raise
+        raise ProtocolError(f"{path}: cannot be read as npz: {error}") from error
+
+
+def _check_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
+    with archive.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise ProtocolError(f"{path}: {info.filename} has npy version {version}")
+        read_header = np.lib.format.read_array_header_1_0 if version[0] == 1 else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+        size = file.tell() + dtype.itemsize * int(np.prod(shape, dtype=object))
+    if dtype.hasobject or size != info.file_size:
+        raise ProtocolError(
+            f"{path}: {info.filename} declares {dtype} {shape}, which its {info.file_size} bytes are not"
+        )

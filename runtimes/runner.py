@@ -1,0 +1,123 @@
+"""The part all runners share: arguments, the run itself, timing, output files, exit codes.
+
+Exit codes: 0 answered · 2 the job, the model or the request cannot be run (one line on stderr) · 3 the runtime's
+package is not installed. Anything else, or death by a signal, is a crash of the runtime.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from qalora_runtimes.fingerprint import machine, peak_rss_bytes
+from qalora_runtimes.protocol import Ids, Job, Logprobs, ProtocolError, TextRequest, read_job, write_answers
+from qalora_runtimes.scoring import MissingRuntimeError, Rows, RunnerError, log_softmax
+
+EXIT_OK, EXIT_REFUSED, EXIT_MISSING = 0, 2, 3
+
+
+class Runtime(Protocol):
+    """An opened model. Rows are raw logits or log-probabilities, float32 (len(ids), vocab)."""
+
+    def prefill(self, ids: Ids) -> Rows:
+        """All positions of a prompt, by the kernels the runtime uses for prompts."""
+
+    def decode(self, ids: Ids) -> Rows:
+        """All positions, one token per step on the KV cache."""
+
+    def text_answers(self, request: TextRequest) -> dict[str, Any] | None:
+        """protocol.TEXT_ANSWER_KEYS, or None where the runtime has no tokenizer."""
+
+    def describe(self) -> dict[str, Any]:
+        """ "runtime", "package", "version", "settings": what ran and every setting that changes numbers."""
+
+
+def parser(module: str, description: str, *, model_help: str, model_required: bool = True) -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    out.add_argument("--model", type=Path, required=model_required, help=model_help)
+    out.add_argument("--job", type=Path, required=True, help="job.npz to run")
+    out.add_argument("--out", type=Path, required=True, help="logits.npz to write")
+    out.add_argument("--fingerprint", type=Path, required=True, help="fingerprint.json to write")
+    out.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    out.add_argument("--exact", action="store_true", help="rounding-free settings of this runtime")
+    return out
+
+
+def main(arguments: argparse.Namespace, open_runtime: Callable[[argparse.Namespace, Job], Runtime]) -> int:
+    """Run one job; returns the exit code."""
+    try:
+        job = read_job(arguments.job)
+        if arguments.threads < 1:
+            raise RunnerError(f"--threads is {arguments.threads}, it must be at least 1")
+        if arguments.model is not None and not arguments.model.exists():
+            raise RunnerError(f"model not found: {arguments.model}")
+        started = time.perf_counter()
+        runtime = open_runtime(arguments, job)
+        load_seconds = time.perf_counter() - started
+        text_answers = runtime.text_answers(job.text) if job.text else None
+        logprobs, seconds = run_job(runtime, job)
+    except MissingRuntimeError as error:
+        return _fail(EXIT_MISSING, error)
+    except (ProtocolError, RunnerError) as error:
+        return _fail(EXIT_REFUSED, error)
+    write_answers(arguments.out, logprobs, text_answers)
+    report = _fingerprint(runtime, job, arguments, seconds, load_seconds)
+    arguments.fingerprint.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return EXIT_OK
+
+
+def run_job(runtime: Runtime, job: Job) -> tuple[Logprobs, float]:
+    """Log-probabilities (total, vocab) in the order of the job's ids, and the seconds spent in the runtime."""
+    step = {"prefill": runtime.prefill, "decode": runtime.decode}[job.mode]
+    runtime.prefill(job.sequences[0][:1])  # first touch of the weights is not throughput
+    out: Logprobs | None = None
+    seconds, row = 0.0, 0
+    for ids in job.sequences:
+        started = time.perf_counter()
+        rows = step(ids)
+        seconds += time.perf_counter() - started
+        if rows.ndim != 2 or len(rows) != len(ids) or (out is not None and rows.shape[1] != out.shape[1]):
+            raise RunnerError(f"the runtime returned logits of shape {rows.shape} for {len(ids)} tokens")
+        if out is None:
+            out = np.empty((job.total, rows.shape[1]), dtype=np.float32)
+        out[row : row + len(ids)] = log_softmax(rows)
+        row += len(ids)
+    assert out is not None  # Job refuses to be empty
+    return out, seconds
+
+
+def check_vocabulary(job: Job, vocabulary: int) -> None:
+    """Raises RunnerError where an id is outside the model's vocabulary: runtimes read out of bounds there."""
+    largest = max(int(ids.max()) for ids in job.sequences)
+    if largest >= vocabulary:
+        raise RunnerError(f"token id {largest} is outside the model's vocabulary of {vocabulary}")
+
+
+def _fingerprint(
+    runtime: Runtime, job: Job, arguments: argparse.Namespace, seconds: float, load: float
+) -> dict[str, Any]:
+    speed = {f"{mode}_tokens_per_second": None for mode in ("prefill", "decode")}
+    measured = {f"{job.mode}_tokens_per_second": round(job.total / seconds, 2) if seconds else None}
+    return {
+        **runtime.describe(),
+        "mode": job.mode,
+        "exact": arguments.exact,
+        "threads": arguments.threads,
+        "positions": job.total,
+        **speed,
+        **measured,
+        "load_seconds": round(load, 3),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "machine": machine(),
+    }
+
+
+def _fail(code: int, error: Exception) -> int:
+    sys.stderr.write(f"{error}\n")
+    return code
