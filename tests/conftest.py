@@ -1,11 +1,14 @@
 """Shared fixtures. Session-scoped folders are read-only by agreement: a test that changes one copies it first."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if shutil.which("nvidia-smi") is None:  # before anything imports Triton: the kernels' tests run in its interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))  # tests use samples/ and each other
 
 import pytest

@@ -224,3 +224,16 @@ def test_pool_that_does_not_fit_is_refused(pool: int) -> None:
 def test_in_features_must_divide_into_groups() -> None:
     with pytest.raises(InputError, match="groups"):
         QALoraLinear(100, 8, bits=4, group_size=32)
+
+
+@pytest.mark.parametrize("rows", [2, 64])
+def test_both_orders_of_the_adapter_gradients_agree_with_autograd(rows: int) -> None:
+    """16 pools, rank 2: past d_offset; 2 pools, rank 8: by way of it."""
+    for columns, rank in ((512, 2), (64, 8)):
+        layer = trained_layer(24, columns, rank=rank).double()
+        x = torch.randn(rows, columns, dtype=torch.float64)
+        a, b = (p.detach().clone().requires_grad_() for p in (layer.lora_A, layer.lora_B))
+        layer(x).square().sum().backward()
+        (x @ naive_weight(layer, a, b).T).square().sum().backward()
+        torch.testing.assert_close(layer.lora_A.grad, a.grad, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(layer.lora_B.grad, b.grad, rtol=1e-10, atol=1e-10)
