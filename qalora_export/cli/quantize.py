@@ -1,0 +1,132 @@
+"""qalora-export quantize"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from qalora_export.recipe import QuantizeSettings
+
+if TYPE_CHECKING:
+    from qalora_export.quantize.report import QuantizeReport
+
+D = QuantizeSettings()  # one source of defaults: the recipe's
+GRID, GPTQ = "Grid", "GPTQ"
+
+
+def command(
+    model: Path = typer.Argument(..., help="Transformers folder (fp16, bf16 or fp32), or a checkpoint in GPTQ format."),
+    out: Path = typer.Option(..., "--out", help="Folder for the canonical checkpoint."),
+    method: str | None = typer.Option(
+        None, metavar="gptq|rtn", help=f"gptq needs calibration text, rtn needs no data. \\[default: {D.method}]"
+    ),
+    bits: int | None = typer.Option(
+        None, metavar="2|3|4|8", help=f"Bits per code. \\[default: {D.bits}]", rich_help_panel=GRID
+    ),
+    group_size: int | None = typer.Option(
+        None, metavar="32|64|128", help=f"In-features that share scale and offset. \\[default: {D.group_size}]",
+        rich_help_panel=GRID,
+    ),
+    sym: bool | None = typer.Option(
+        None, "--sym/--asym", help="sym: offset is −2^(bits−1) · scale, as GGUF Q4_0 has it. \\[default: asym]",
+        rich_help_panel=GRID,
+    ),
+    rule: list[str] = typer.Option(
+        [], "--rule", help="'pattern=skip' or 'pattern=bits:3,group:64,sym:true' on module names; may be repeated, "
+        "the first that matches wins.", rich_help_panel=GRID,
+    ),
+    calibration: str | None = typer.Option(
+        None, help='Plain text, or JSONL with "text" or "messages" a line.', rich_help_panel=GPTQ
+    ),
+    calibration_samples: int | None = typer.Option(
+        None, help=f"Sequences of calibration text. \\[default: {D.calibration_samples}]", rich_help_panel=GPTQ
+    ),
+    sequence_length: int | None = typer.Option(
+        None, help=f"Tokens in each of them. \\[default: {D.sequence_length}]", rich_help_panel=GPTQ
+    ),
+    damp: float | None = typer.Option(
+        None, help=f"Damping, a share of the Hessian's mean diagonal. \\[default: {D.damp}]", rich_help_panel=GPTQ
+    ),
+    block_size: int | None = typer.Option(
+        None, help=f"Columns between lazy updates: speed only. \\[default: {D.block_size}]", rich_help_panel=GPTQ
+    ),
+    seed: int | None = typer.Option(
+        None, help=f"Chooses the calibration sequences. \\[default: {D.seed}]", rich_help_panel=GPTQ
+    ),
+    checkpoint_format: str | None = typer.Option(
+        None, metavar="gptq|gptq_v2", help="How a GPTQ checkpoint stores zero points, when it does not say rightly."
+    ),
+    recipe: Path | None = typer.Option(None, help="Take settings from the quantize table of a recipe; flags beat it."),
+    force: bool = typer.Option(False, "--force", help="Replace the output if it exists."),
+) -> None:  # fmt: skip
+    """Quantize a model into a canonical checkpoint: codes, fp16 scale, fp16 offset.
+
+    One decoder layer is in memory at a time, on the GPU when there is one. Embeddings, norms, biases and lm_head stay
+    as they are, bit for bit. A checkpoint in GPTQ format is imported with its own codes; nothing is quantized again.
+
+    [bold]Examples[/bold]
+
+    GPTQ, 4 bits, groups of 32, with text of the kind the model will read:
+
+      qalora-export quantize my-model --out base.qalora --calibration text.txt
+
+    3 bits, but 4 for the down projections:
+
+      qalora-export quantize my-model --out base.qalora --calibration chats.jsonl --bits 3 --rule '*.down_proj=bits:4'
+
+    The first layer untouched, no data at hand:
+
+      qalora-export quantize my-model --out base.qalora --method rtn --rule 'model.layers.0.*=skip'
+
+    A GPTQ checkpoint whose config does not say how zero points are stored:
+
+      qalora-export quantize my-model-gptq --out base.qalora --checkpoint-format gptq
+    """
+    given = {name: value for name, value in locals().items() if name in QuantizeSettings.model_fields}
+    from qalora_export.console import console, next_command
+    from qalora_export.quantize.rules import parse_rule
+    from qalora_export.quantize.stage import quantize
+    from qalora_export.recipe import load_recipe, validated
+
+    values: dict[str, Any] = load_recipe(recipe).quantize.model_dump(mode="json", exclude_none=True) if recipe else {}
+    values |= {name: value for name, value in given.items() if value is not None}
+    if rule:
+        values["rules"] = [parse_rule(text).model_dump(mode="json", exclude_none=True) for text in rule]
+    report = quantize(model, out, validated(QuantizeSettings, values, where="quantize options"), force=force)
+    console.print(_table(report))
+    _print_summary(report)
+    next_command(f"qalora-export train {out} --data train.jsonl --out adapter")
+
+
+def _table(report: QuantizeReport) -> object:
+    from rich.table import Table
+
+    table = Table(title=f"{report.out} ({report.method})", title_justify="left")
+    table.add_column("module", overflow="fold")
+    for heading in ("shape", "bits", "group", "bits/weight", "weight error", "output error"):
+        table.add_column(heading, justify="right")
+    for module in report.modules:
+        table.add_row(
+            module.name, f"{module.shape[0]}×{module.shape[1]}", f"{module.bits}{' sym' if module.sym else ''}",
+            str(module.group_size), f"{module.bits_per_weight:g}", f"{module.relative_error:.2g}",
+            "" if module.output_error is None else f"{module.output_error:.2g}",
+        )  # fmt: skip
+    return table
+
+
+def _print_summary(report: QuantizeReport) -> None:
+    from qalora_export.console import console
+
+    console.print(
+        f"{len(report.modules)} matrices of {report.weights:,} weights, {report.bits_per_weight:.2f} bits per weight, "
+        f"{report.changed:,} weights changed; {report.kept} other tensors kept bit for bit"
+    )
+    memory = f"{report.peak_rss_bytes / 2**30:.2f} GiB"
+    if report.peak_cuda_bytes is not None:
+        memory += f", {report.peak_cuda_bytes / 2**30:.2f} GiB on the GPU"
+    text = f", {report.calibration_tokens:,} calibration tokens" if report.calibration_tokens else ""
+    console.print(f"{report.seconds:.1f} s, peak memory {memory}{text}")
+    for note in report.notes:
+        console.print(f"note: {note}")

@@ -1,0 +1,70 @@
+"""What a quantization did, in numbers."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+OFFSET_AND_SCALE_BITS = 32  # one fp16 each per group
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleReport:
+    """One matrix. relative_error = ‖Ŵ − W‖ / ‖W‖.  output_error = tr(E H Eᵀ) / tr(W H Wᵀ), E = Ŵ − W: the normalized
+    mean squared error of the layer's output on the calibration text; None without calibration.
+    changed: weights whose value differs from the source's, of `total`; largest_change: by how much at most.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    sym: bool
+    relative_error: float
+    output_error: float | None
+    changed: int
+    largest_change: float
+
+    @property
+    def total(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.bits + OFFSET_AND_SCALE_BITS / self.group_size
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeReport:
+    """The whole model. kept: tensors copied bit for bit; peak bytes are of this process and of CUDA (None without)."""
+
+    out: Path
+    method: str
+    modules: tuple[ModuleReport, ...]
+    kept: int
+    calibration_tokens: int
+    seconds: float
+    peak_rss_bytes: int
+    peak_cuda_bytes: int | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def weights(self) -> int:
+        return sum(module.total for module in self.modules)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Average over the quantized matrices, scale and offset included."""
+        return sum(module.bits_per_weight * module.total for module in self.modules) / self.weights
+
+    @property
+    def changed(self) -> int:
+        return sum(module.changed for module in self.modules)
+
+
+def peak_rss_bytes() -> int:
+    """The most resident memory this process ever had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,139 @@
+"""One decoder layer at a time: the model is a skeleton on the meta device, weights come from the folder as needed.
+
+At any moment memory holds one layer in float32 and the calibration activations, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from qalora_export.checkpoint.model_folder import ModelFolder, as_float32
+from qalora_export.errors import InputError
+
+TOKENS_PER_BATCH = 4096
+
+
+class Skeleton:
+    """The model on the meta device and the names of its parts."""
+
+    def __init__(self, folder: ModelFolder, device: torch.device) -> None:
+        self.folder, self.device = folder, device
+        self.model = _build(folder.path)
+        self.base = self.model.base_model
+        self.prefix = f"{self.model.base_model_prefix}."
+        self.tied = bool(getattr(self.model.config, "tie_word_embeddings", False))
+
+    def check_complete(self) -> None:
+        """Raise InputError when the folder lacks a tensor or holds it in another shape."""
+        for name, parameter in self.model.named_parameters():
+            if self.tied and name == "lm_head.weight":
+                continue
+            stored = self.folder.entry(name).shape
+            if stored != tuple(parameter.shape):
+                raise InputError(f"a tensor has shape {stored}, the config says {tuple(parameter.shape)}",
+                                 where=f"{self.folder.path}: {name}", fix="is config.json of this model?")  # fmt: skip
+
+    def layer_name(self, index: int) -> str:
+        return f"{self.prefix}layers.{index}"
+
+    def layer_count(self) -> int:
+        return len(self.base.layers)
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """Every linear layer by module name, in the model's order."""
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, nn.Linear)}
+
+    @contextmanager
+    def materialized(self, name: str) -> Iterator[nn.Module]:
+        """The module `name` with real float32 weights on the device; back on the meta device afterwards."""
+        module = self.model.get_submodule(name)
+        state = {key: torch.from_numpy(as_float32(self.folder.tensor(f"{name}.{key}"))) for key in module.state_dict()}
+        module.to_empty(device=self.device)
+        module.load_state_dict(state)
+        del state
+        try:
+            yield module
+        finally:
+            module.to("meta")
+
+
+class Activations:
+    """The calibration sequences between two layers: hidden float32 (n, length, hidden), updated in place."""
+
+    def __init__(self, skeleton: Skeleton, windows: NDArray[np.int64]) -> None:
+        """Run embedding and rotary tables; remember what the model passes to each layer beside the hidden states."""
+        self._skeleton = skeleton
+        self._batch = max(1, TOKENS_PER_BATCH // windows.shape[1])
+        self._arguments: dict[int, list[dict[str, Any]]] = {}
+        base = skeleton.base
+        recorders = nn.ModuleList(_Recorder() for _ in base.layers)
+        layers, norm = base.layers, base.norm
+        base.layers, base.norm = recorders, nn.Identity()
+        base.rotary_emb = type(base.rotary_emb)(config=base.config).to(skeleton.device)
+        with skeleton.materialized(f"{skeleton.prefix}embed_tokens"), torch.no_grad():
+            chunks = [self._embed(torch.from_numpy(part)) for part in _split(windows, self._batch)]
+        base.layers, base.norm = layers, norm
+        self.hidden = torch.cat(chunks)
+
+    def run(self, layer: nn.Module, index: int, *, keep: bool) -> None:
+        """Send every sequence through `layer`; with `keep` its outputs become the new hidden states."""
+        with torch.no_grad():
+            for begin in range(0, len(self.hidden), self._batch):
+                part = self.hidden[begin : begin + self._batch]
+                output = layer(part, **self._arguments[len(part)][index])
+                if keep:
+                    self.hidden[begin : begin + self._batch] = output[0] if isinstance(output, tuple) else output
+
+    def run_plain(self, module: nn.Module) -> None:
+        """Replace the hidden states by module(hidden), for the final norm."""
+        with torch.no_grad():
+            for begin in range(0, len(self.hidden), self._batch):
+                self.hidden[begin : begin + self._batch] = module(self.hidden[begin : begin + self._batch])
+
+    def batches(self) -> Iterator[Tensor]:
+        """The hidden states a batch at a time, (b, length, hidden)."""
+        yield from self.hidden.split(self._batch)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        base = self._skeleton.base
+        output = base(input_ids=ids.to(self._skeleton.device), use_cache=False)
+        self._arguments.setdefault(len(ids), [recorder.arguments for recorder in base.layers])
+        return output.last_hidden_state
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer: returns the hidden states unchanged and keeps the other arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arguments: dict[str, Any] = {}
+
+    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
+        self.arguments = arguments
+        return hidden
+
+
+def _split(windows: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
+    return [windows[begin : begin + size] for begin in range(0, len(windows), size)]
+
+
+def _build(path: Path) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        if getattr(config, "quantization_config", None) is not None:
+            del config.quantization_config
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    except (ValueError, KeyError, OSError) as error:
+        raise InputError(f"Transformers cannot build the model: {error}", where=path) from error
+    return model.eval()
