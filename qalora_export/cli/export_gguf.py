@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ class LayoutOption(StrEnum):
 
 def command(
     checkpoint: Path = typer.Argument(..., help="Canonical checkpoint (qalora-export quantize or merge)."),
-    out: Path = typer.Argument(..., help="GGUF file to write; with --adapter, the LoRA adapter file."),
+    out: Path = typer.Option(..., "--out", help="GGUF file to write; with --adapter, the LoRA adapter file."),
     layout: LayoutOption = typer.Option(
         LayoutOption.Q4_1, help="q4_1: one self-contained file. split: Q4_0 base and an exact LoRA adapter."
     ),
@@ -37,17 +38,17 @@ def command(
 
     One file that runs anywhere llama.cpp runs:
 
-        qalora-export export gguf merged.qalora model.gguf
+        qalora-export export gguf merged.qalora --out model.gguf
 
     A Q4_0 base, which has faster prefill kernels on x86, and model.lora.gguf with the exact rest:
 
-        qalora-export export gguf merged.qalora model.gguf --layout split
+        qalora-export export gguf merged.qalora --out model.gguf --layout split
 
     Many fine-tunes over one base file: the base once, then each adapter.
 
-        qalora-export export gguf base.qalora base.gguf --layout split
+        qalora-export export gguf base.qalora --out base.gguf --layout split
 
-        qalora-export export gguf base.qalora kitchen.lora.gguf --adapter kitchen-adapter
+        qalora-export export gguf base.qalora --adapter kitchen-adapter --out kitchen.lora.gguf
     """
     from qalora_export.console import console, next_command
 
@@ -60,7 +61,7 @@ def command(
             f"{tuned.rounded:,} of {tuned.offsets:,} offsets differ from the merged checkpoint's by fp16 rounding only "
             f"(largest {tuned.largest:.3g}, relative error {tuned.nmse:.2g})"
         )
-        next_command(f"llama-cli -m BASE.gguf --lora {out}")
+        next_command(shlex.join(["llama-cli", "-m", "BASE.gguf", "--lora", str(out)]))
         return
 
     from qalora_export.formats.gguf.export import export_gguf
@@ -70,7 +71,10 @@ def command(
     console.print(_table(report))
     for note in report.notes:
         console.print(note)
-    next_command(f"qalora-export verify-parity {checkpoint} parity --gguf {out}")
+    report_folder = out.with_name(f"{out.stem}-parity")
+    next_command(shlex.join(
+        ["qalora-export", "verify-parity", str(checkpoint), "--gguf", str(out), "--out", str(report_folder)]
+    ))  # fmt: skip
 
 
 def _table(report: ExportReport) -> object:

@@ -54,7 +54,7 @@ def command(
     report = merge(base, adapter, out, convention=convention.value, force=force, compare_logits=compare_logits)
     console.print(_table(report))
     console.print(f"merged checkpoint: {out}")
-    next_command(f"qalora-export export gguf {out} {out.with_suffix('.gguf')}")
+    next_command(f"qalora-export export gguf {out} --out {out.with_suffix('.gguf')}")
 
 
 def _table(report: MergeReport) -> object:

@@ -16,7 +16,7 @@ from qalora_export.formats.gguf.compare import Comparison, compare
 from qalora_export.formats.gguf.metadata import Entry, architecture, general
 from qalora_export.formats.gguf.plan import TensorPlan, plan_model, prevailing_type
 from qalora_export.formats.gguf.readback import MODULES_KEY, read_back
-from qalora_export.formats.gguf.sidecar import sidecar_path, write_sidecar
+from qalora_export.formats.gguf.sidecar import files_of, sidecar_path, write_sidecar
 from qalora_export.formats.gguf.split import adapter_entries, adapter_path, plan_remainders
 from qalora_export.formats.gguf.tokenizer import tokenizer_entries
 from qalora_export.formats.gguf.writer import write_gguf
@@ -48,6 +48,9 @@ def export_gguf(checkpoint: Path, out: Path, settings: GgufSettings, *, force: b
             tensors |= write_gguf(adapter, arch, adapter_entries(model), remainders, description="write adapter")
         found = _checked(compare(model, read_back(files[out.name], adapter)), out)
         write_sidecar(manifest, files, tensors, [parent_of(checkpoint, "checkpoint")], settings.model_dump())
+        if adapter is None and adapter_path(out).name in files_of(sidecar_path(out)):
+            # The model that is being replaced had this adapter; it would be wrong over the new one.
+            adapter_path(out).unlink(missing_ok=True)
     return _report((*(out.with_name(name) for name in files), sidecar_path(out)), plans, found)
 
 

@@ -9,12 +9,23 @@ from typing import Any
 
 from qalora_export import __version__
 from qalora_export.checkpoint.manifest import FORMAT, Parent
-from qalora_export.safety import sha256_file
+from qalora_export.errors import QaloraError
+from qalora_export.safety import read_json, sha256_file
 
 
 def sidecar_path(out: Path) -> Path:
     """model.gguf -> model.gguf.manifest.json"""
     return out.with_name(f"{out.name}.manifest.json")
+
+
+def files_of(path: Path) -> set[str]:
+    """Names of the files a sidecar lists; empty when there is none, or it is not one of ours."""
+    try:
+        content = read_json(path)
+    except QaloraError:
+        return set()
+    files = content.get("files") if isinstance(content, dict) and content.get("format") == FORMAT else None
+    return set(files) if isinstance(files, dict) else set()
 
 
 def write_sidecar(path: Path, files: dict[str, Path], tensors: dict[str, dict[str, Any]], parents: list[Parent],
