@@ -1,6 +1,6 @@
 """Transformers' Trainer for a frozen packed base: checkpoints hold the adapter alone, validation weighs every token.
 
-Everything else (loop, accumulation, DDP, FSDP, schedule, resume) is the Trainer's own.
+Everything else (loop, accumulation, DDP, schedule, resume) is the Trainer's own.
 """
 
 from __future__ import annotations
@@ -63,15 +63,10 @@ class AdapterTrainer(Trainer):
             return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        tensors = adapter_state(self.model) if state_dict is None else {name: state_dict[name] for name in names}
-        save_file(tensors, folder / training_folder.ADAPTER)
+        save_file(adapter_state(self.model), folder / training_folder.ADAPTER)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:  # sharded tensors: written and read by accelerate
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_adapter_state(self.model, Path(resume_from_checkpoint) / training_folder.ADAPTER)
+        load_adapter_state(self.model, Path(resume_from_checkpoint) / training_folder.ADAPTER)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write, commit, and only then delete what is no longer needed: the last and the best are kept."""
@@ -87,22 +82,19 @@ class AdapterTrainer(Trainer):
                  metric_key_prefix: str = "eval") -> dict[str, float]:  # fmt: skip
         """Mean loss over every learned token of the validation set, whatever the batch size or number of processes.
 
-        (The Trainer's own averages batches, so that short ones weigh more.) Batches go round the processes; a process
-        without one repeats the last with weight 0, since FSDP needs all of them in every forward.
+        (The Trainer's own averages batches, so that short ones weigh more.) Batches go round the processes.
         """
         rows, size = (self.eval_dataset if eval_dataset is None else eval_dataset), self.args.eval_batch_size
         batches = [range(begin, min(begin + size, len(rows))) for begin in range(0, len(rows), size)]
         total = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of tokens
         training = self.model.training
         self.model.eval()
-        for first in range(0, len(batches), self.args.world_size):
-            mine = first + self.args.process_index
-            batch = self._prepare_inputs(collate([rows[i] for i in batches[min(mine, len(batches) - 1)]]))
-            learned = int((batch["labels"][:, 1:] != IGNORED).sum()) if mine < len(batches) else 0
+        for indices in batches[self.args.process_index :: self.args.world_size]:
+            batch = self._prepare_inputs(collate([rows[i] for i in indices]))
+            learned = int((batch["labels"][:, 1:] != IGNORED).sum())
             with torch.no_grad():
-                loss = self.model(**batch).loss
-            if learned:
-                total += torch.tensor([float(loss) * learned, learned], dtype=torch.float64)
+                loss = float(self.model(**batch).loss)
+            total += torch.tensor([loss * learned, learned], dtype=torch.float64)
         self.model.train(training)
         total = self.accelerator.reduce(total.to(self.args.device), reduction="sum").cpu()
         metrics = {f"{metric_key_prefix}_loss": float(total[0] / total[1])}

@@ -13,10 +13,12 @@ Plain text learns every token: tokenizer's own BOS, then the text, then EOS.
 from __future__ import annotations
 
 import re
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qalora_export.console import track
 from qalora_export.errors import InputError
 from qalora_export.qalora.data import Messages, Record, read_records
 
@@ -33,8 +35,8 @@ class Sample:
     another must not predict each other's beginning.
     """
 
-    ids: tuple[int, ...]
-    labels: tuple[int, ...]
+    ids: array[int]  # int32: a data set of a billion tokens takes 8 GB, as Python integers it would take 70
+    labels: array[int]
     line: int
 
     def __len__(self) -> int:
@@ -50,7 +52,8 @@ def load_samples(path: Path, tokenizer: Any, *, format: str = "auto", sequence_l
     unsuitable chat template.
     """
     samples: list[Sample] = []
-    for record in read_records(path, format):
+    records = read_records(path, format)
+    for record in track(records, f"tokenizing {path.name}", total=len(records)):
         if record.text is not None:
             samples += _pieces(record, tokenizer, min(sequence_length, context or sequence_length))
         else:
@@ -72,7 +75,7 @@ def _pieces(record: Record, tokenizer: Any, length: int) -> list[Sample]:
 
 def _sample(ids: list[int], learned: list[bool], line: int) -> Sample:
     labels = [token if keep else IGNORED for token, keep in zip(ids, [False, *learned[1:]], strict=True)]
-    return Sample(tuple(ids), tuple(labels), line)
+    return Sample(array("i", ids), array("i", labels), line)
 
 
 def _conversation(path: Path, record: Record, tokenizer: Any) -> Sample:
@@ -108,7 +111,8 @@ def _by_prefix(messages: Messages, tokenizer: Any, where: str) -> tuple[list[int
                              why="this chat template has no {% generation %} markers, so an answer is found by what "
                              "comes before it", fix="put a user or system message first")  # fmt: skip
         before = list(_render(messages[:index], tokenizer, where, add_generation_prompt=True)["input_ids"])
-        after = list(_render(messages[: index + 1], tokenizer, where)["input_ids"])
+        last = index == len(messages) - 1
+        after = ids if last else list(_render(messages[: index + 1], tokenizer, where)["input_ids"])
         if ids[: len(before)] != before or ids[: len(after)] != after:
             raise InputError(f"cannot tell which tokens are answer {index + 1}", where=where,
                              why="the template renders earlier turns differently once later ones follow, or the "
@@ -122,7 +126,7 @@ def _by_prefix(messages: Messages, tokenizer: Any, where: str) -> tuple[list[int
 
 def _end_of_turn(ids: list[int], begin: int, tokenizer: Any) -> int:
     """End of the answer that starts at `begin`: white space after its last control token is left out."""
-    control = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    control = tokenizer.added_tokens_decoder
     last = max((i for i in range(begin, len(ids)) if ids[i] in control), default=None)
     if last is None or tokenizer.decode(ids[last + 1 :]).strip():
         return len(ids)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from qalora_export.errors import InputError
 from qalora_export.qalora import training_folder
 from qalora_export.qalora.packing import Row, one_per_row, pack, tokens
-from qalora_export.qalora.processes import is_main, world_size
+from qalora_export.qalora.processes import is_main, refuse_sharding, world_size
 from qalora_export.recipe import TrainSettings
 from qalora_export.safety import refuse_existing, sha256_file
 
@@ -116,11 +116,12 @@ def train(base: Path, out: Path, settings: TrainSettings, *, force: bool = False
     from qalora_export.qalora.memory import check_fits
     from qalora_export.qalora.trainer_setup import arguments
 
+    refuse_sharding()
     refuse_existing(out, force=force)
     made = plan(base, settings)
-    check_fits(made.memory)
     folder = training_folder.folder_for(out)
     args = arguments(folder, settings, made.steps, evaluate=bool(made.validation), fresh=True)
+    check_fits(made.memory)  # of the GPU that belongs to this process
     with args.main_process_first(local=False):
         if is_main():
             training_folder.prepare(folder, fingerprint(base, settings), resume=resume, force=force)
@@ -197,8 +198,7 @@ def _run(trainer: AdapterTrainer, last: Path | None) -> None:
         for bar in bars:
             bar.close()
     kept = training_folder.checkpoint(Path(str(trainer.args.output_dir)), _kept_step(trainer))
-    if not trainer.is_fsdp_enabled:
-        load_adapter_state(trainer.model, kept / training_folder.ADAPTER)
+    load_adapter_state(trainer.model, kept / training_folder.ADAPTER)
 
 
 def _kept_step(trainer: AdapterTrainer) -> int:

@@ -1,5 +1,6 @@
 """Packed rows give every sample the numbers it has alone."""
 
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,13 @@ from qalora_export.qalora.samples import IGNORED, Sample
 
 
 def make(rng: np.random.Generator, length: int) -> Sample:
-    ids = tuple(int(i) for i in rng.integers(6, 360, length))
-    return Sample(ids, (IGNORED, *(i if rng.random() < 0.6 else IGNORED for i in ids[1:])), line=0)
+    ids = array("i", rng.integers(6, 360, length).tolist())
+    return Sample(ids, array("i", [IGNORED, *(i if rng.random() < 0.6 else IGNORED for i in ids[1:])]), line=0)
 
 
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=60))
 def test_every_sample_once_and_whole(lengths: list[int]) -> None:
-    samples = [Sample((n,) * n, (IGNORED,) * n, line) for line, n in enumerate(lengths)]
+    samples = [Sample(array("i", [n] * n), array("i", [IGNORED] * n), line) for line, n in enumerate(lengths)]
     rows = pack(samples, 64)
     assert sorted(s.line for row in rows for s in row) == list(range(len(lengths)))
     assert all(sum(map(len, row)) <= 64 for row in rows)

@@ -243,6 +243,12 @@ def test_bad_settings_are_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_sharding_engines_are_refused(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="FSDP has nothing to divide"):
+        run()
+
+
 def test_an_existing_output_is_refused_unless_forced(run: Runner, tmp_path: Path) -> None:
     run()
     with pytest.raises(InputError, match="exists already"):
