@@ -32,9 +32,9 @@ TARGETS = ("*.q_proj", "*.v_proj", "*.gate_proj", "*.down_proj")
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Hidden 96 and 160: in/pool² is no power of two, so a mistaken factor or rounding shows."""
+    """Hidden 96 and 192: in/pool² is no power of two, so a mistaken factor or rounding shows."""
     folder = tmp_path_factory.mktemp("interop")
-    source = make_tiny_model(folder / "model", hidden_size=96, intermediate_size=160, num_key_value_heads=4)
+    source = make_tiny_model(folder / "model", hidden_size=96, intermediate_size=192, num_key_value_heads=4)
     return make_tiny_canonical(folder / "base.qalora", source)
 
 
@@ -106,13 +106,13 @@ def layer_without_adapter(layer: QALoraLinear, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_several_pool_lengths_become_one_for_peft(base: Path, tmp_path: Path) -> None:
-    """PEFT knows one qalora_group_size; a module that pools 160 is saved as one that pools 32 five times over."""
+    """PEFT knows one qalora_group_size; a module that pools 96 is saved as one that pools 32 three times over."""
     model = load_model(base)
     settings = TrainSettings(rank=4, targets=("*.q_proj",))
     attach(model, settings)
     layers = quantized_linears(model)
     down, query = layers["model.layers.0.mlp.down_proj"], layers["model.layers.0.self_attn.q_proj"]
-    down.attach_adapter(6, 7.0, pool=160)
+    down.attach_adapter(6, 7.0, pool=96)
     for layer in (down, query):
         layer.lora_B.data.normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
     save_adapter(model, tmp_path / "adapter", base=base, settings=settings)
@@ -128,7 +128,7 @@ def test_several_pool_lengths_become_one_for_peft(base: Path, tmp_path: Path) ->
     again = load_model(base)
     load_adapter(again, tmp_path / "adapter")
     back = quantized_linears(again)["model.layers.0.mlp.down_proj"]
-    assert (back.pool, back.scaling) == (160, down.scaling)
+    assert (back.pool, back.scaling) == (96, down.scaling)
     assert torch.equal(back.lora_A, down.lora_A)
 
 
