@@ -1,0 +1,87 @@
+"""The package list in pyproject.toml is complete, imports go one way, and torch stays out of where it must not be."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# A module may import from its own layer or a lower one.
+LAYERS = (
+    {"errors"},
+    {"grid", "safety", "console", "recipe"},
+    {"checkpoint", "families"},
+    {"formats", "quantize", "qalora"},
+    {"verify", "inspection", "evaluate"},
+    {"api", "pipeline"},
+    {"cli"},
+)
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+# Found by name at import time or when called, not a dependency of the layer.
+ALLOWED = {("checkpoint", "qalora"), ("pipeline", "api"), ("grid", "safety")}
+TORCH_FREE = (
+    "qalora_export",
+    "qalora_export.grid",
+    "qalora_export.safety",
+    "qalora_export.recipe",
+    "qalora_export.checkpoint.canonical",
+    "qalora_export.formats.gguf.export",
+    "qalora_export.formats.gguf.readback",
+    "qalora_export.formats.onnx.readback",
+    "qalora_export.verify.metrics",
+    "qalora_runtimes.launch",
+    "qalora_runtimes.protocol",
+)
+
+
+def _packages(folder: str) -> set[str]:
+    return {
+        path.parent.relative_to(ROOT).as_posix().replace("/", ".")
+        for path in (ROOT / folder).rglob("__init__.py")
+    }  # fmt: skip
+
+
+def test_every_package_is_listed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = _packages("qalora_export") | {n.replace("runtimes", "qalora_runtimes", 1) for n in _packages("runtimes")}
+    assert set(listed) == found
+
+
+def _imports(path: Path) -> set[str]:
+    """First component below qalora_export of everything a module imports, at any depth."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        found |= {name.split(".")[1] for name in names if name.startswith("qalora_export.")}
+    return found
+
+
+def test_imports_go_one_way() -> None:
+    wrong = []
+    for path in (ROOT / "qalora_export").rglob("*.py"):
+        parts = path.relative_to(ROOT / "qalora_export").with_suffix("").parts
+        if parts[0] == "__init__":
+            continue
+        for target in _imports(path):
+            if RANK[target] > RANK[parts[0]] and (parts[0], target) not in ALLOWED:
+                wrong.append(f"{path.relative_to(ROOT)} imports {target}")
+    assert not wrong
+
+
+def test_runtimes_import_nothing_of_ours() -> None:
+    for path in (ROOT / "runtimes").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert "qalora_export" not in text.replace("qalora_export.verify", ""), path
+        assert "import torch" not in text, path
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_torch_is_not_imported(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0, module
