@@ -23,9 +23,8 @@ def register_with_transformers() -> None:
 
 
 def _register() -> None:
-    from qalora_export.qalora import hf_quantizer
-
-    hf_quantizer.register()
+    """Importing hf_quantizer registers; where it is being imported already, it will when it is done."""
+    import qalora_export.qalora.hf_quantizer  # noqa: F401
 
 
 class _RegistryFinder(importlib.abc.MetaPathFinder):

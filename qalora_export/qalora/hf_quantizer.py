@@ -78,3 +78,6 @@ def register() -> None:
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(QUANT_METHOD)(QALoraConfig)
         register_quantizer(QUANT_METHOD)(QALoraHfQuantizer)
+
+
+register()
