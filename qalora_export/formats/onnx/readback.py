@@ -6,6 +6,7 @@ by onnx.numpy_helper, zero point and container come from the nodes, and codes ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.formats.onnx.split_form import CONTAINER_BITS, from_blocks, implied_offset
 from qalora_export.formats.onnx.validate import read_model
 from qalora_export.grid import GroupAffine
+from qalora_export.safety import inside
 from qalora_export.safety.limits import parse_json
 
 if TYPE_CHECKING:
@@ -70,6 +72,19 @@ class OnnxContents:
         if copy.data_location == onnx.TensorProto.EXTERNAL:
             load_external_data_for_tensor(copy, str(self.folder))
         return onnx.numpy_helper.to_array(copy)
+
+    def rows(self, name: str, start: int, stop: int) -> NDArray:
+        """Rows [start, stop) of an external tensor, so that a large embedding need not be in memory as a whole."""
+        import onnx
+
+        tensor = self.initializers[name]
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        row = math.prod(tensor.dims[1:])
+        with inside(self.folder, entries["location"]).open("rb") as file:
+            file.seek(int(entries.get("offset", "0")) + start * row * dtype.itemsize)
+            raw = file.read((stop - start) * row * dtype.itemsize)
+        return np.frombuffer(raw, dtype).reshape(-1, *tensor.dims[1:])
 
     def group_affine(self, module: str) -> GroupAffine:
         """The quantized matrix of one module. Raises UnsafeInputError when node and tensors disagree."""

@@ -85,6 +85,8 @@ def check_tensor(tensor: onnx.TensorProto, folder: Path) -> None:
     import onnx
 
     where = f"{folder}: {tensor.name}"
+    if tensor.HasField("segment"):
+        raise UnsafeInputError("segmented tensors have no place in a decoder", where=where)
     if any(dim < 0 for dim in tensor.dims) or math.prod(tensor.dims) > MAX_ELEMENTS:
         raise UnsafeInputError(f"tensor claims shape {list(tensor.dims)}", where=where)
     expected = _nbytes(tensor, where)

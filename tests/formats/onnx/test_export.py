@@ -15,9 +15,10 @@ from qalora_export.checkpoint.canonical import CanonicalCheckpoint, CanonicalWri
 from qalora_export.checkpoint.manifest import parent_of, read_manifest, verify_manifest
 from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.errors import InputError, ParityError
+from qalora_export.formats.onnx import export as export_module
 from qalora_export.formats.onnx.datafile import ALIGNMENT, DataFile
 from qalora_export.formats.onnx.exact import exact_graph, exact_variant
-from qalora_export.formats.onnx.export import export_onnx
+from qalora_export.formats.onnx.export import compare, export_onnx
 from qalora_export.formats.onnx.readback import read_back
 from qalora_export.recipe import OnnxSettings
 from qalora_export.safety import sha256_file
@@ -88,6 +89,26 @@ def test_source_bytes_survive(exported: Path, tiny_canonical: Path) -> None:
     for name in contents.others:
         assert contents.tensor(name).dtype == np.float16
         assert contents.tensor(name).tobytes() == source.tensor(name).tobytes()
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_large_tensors_are_compared_by_blocks_of_rows(
+    name: str, exported: Path, tiny_canonical: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "WHOLE_BYTES", 5000)  # 19 rows of 128 fp16 values, so the last block is partial
+    carried = read_back(exported).others
+    assert compare(CanonicalCheckpoint(tiny_canonical), exported, carried) > 300_000
+    copy = Path(shutil.copytree(exported, tmp_path / "copy"))
+    tensor = next(t for t in proto(copy).graph.initializer if t.name == name)
+    entries = {entry.key: int(entry.value) for entry in tensor.external_data if entry.key != "location"}
+    with (copy / "model.onnx.data").open("r+b") as file:
+        file.seek(entries["offset"] + entries["length"] - 1)
+        last = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([last ^ 1]))
+    with pytest.raises(ParityError, match="1 values differ") as error:
+        compare(CanonicalCheckpoint(tiny_canonical), copy, carried)
+    assert name in error.value.where
 
 
 def test_manifest_is_whole_and_names_its_parent(exported: Path, tiny_canonical: Path) -> None:
