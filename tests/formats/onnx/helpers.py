@@ -34,7 +34,7 @@ def matrices(draw: st.DrawFn, ordinary: bool = False) -> GroupAffine:
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     codes = rng.integers(0, 2**bits, (out, groups * group), dtype=np.uint8)
     if ordinary:
-        scale = rng.uniform(0.001, 0.1, (out, groups)).astype(np.float16)
+        scale = (rng.uniform(0.01, 0.8, (out, groups)) / 2 ** (bits - 1)).astype(np.float16)  # |weights| below 1
         return GroupAffine(codes, scale, rng.uniform(-0.9, 0.2, (out, groups)).astype(np.float16), bits)
     pool = np.array(draw(st.lists(FLOAT16_VALUES, min_size=1, max_size=12)), np.float16)
     scale, offset = rng.choice(pool, (out, groups)), rng.choice(pool, (out, groups))
