@@ -79,6 +79,7 @@ def test_errors_are_one_line_with_exit_code_2(
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_gives_the_same_bytes(tiny_canonical: Path, tmp_path: Path, data: list[str]) -> None:
     in_process(tiny_canonical, tmp_path / "whole", data, rank=4, batch_size=4, max_steps=60, evaluate_every=3)
     arguments = [tiny_canonical, *data, "--out", tmp_path / "cut", "--rank", 4, "--batch-size", 4, "--max-steps", 60,
