@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.errors import InputError
+from qalora_export.safety.limits import parse_json
 
 MIN_TOKENS = 32
 
@@ -54,18 +54,13 @@ def _documents(path: Path, tokenizer: Any) -> Iterator[list[int]]:
     if path.suffix.lower() not in {".jsonl", ".ndjson"}:
         yield tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # a JSON string may hold other line separators
         if line.strip():
             yield _document(line, tokenizer, where=f"{path}:{number}")
 
 
 def _document(line: str, tokenizer: Any, *, where: str) -> list[int]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            "a line is not valid JSON", where=where, why=str(error), fix="one JSON object a line"
-        ) from error
+    row = parse_json(line.encode(), where=where)
     if isinstance(row, dict) and isinstance(row.get("text"), str):
         return list(tokenizer(row["text"], add_special_tokens=False, verbose=False).input_ids)
     if isinstance(row, dict) and isinstance(row.get("messages"), list):

@@ -75,14 +75,16 @@ def inverse_cholesky(hessian: Tensor, damp: float, *, where: str) -> Tensor:
     and compensates nobody. The factor comes from one Cholesky of H taken backwards, H = R Rᵀ with R upper, U = R⁻¹,
     which avoids forming the inverse.
     """
-    h = hessian.to(torch.float64).clone()
+    h = hessian.to(torch.float64).flip(0, 1)  # flip copies
     diagonal = h.diagonal()
     diagonal[diagonal == 0] = 1
     diagonal += damp * diagonal.mean()
-    backwards, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
-    if int(failed) or not backwards.isfinite().all():
+    factor, failed = torch.linalg.cholesky_ex(h)
+    del h, diagonal  # at 11,008 in-features each matrix is 1 GB
+    if int(failed) or not factor.isfinite().all():
         raise InputError("the calibration Hessian is not positive definite", where=where,
                          why="activations overflowed or the damping is too small",
                          fix="raise damp, or use other calibration text")  # fmt: skip
-    identity = torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
-    return torch.linalg.solve_triangular(backwards.flip(0, 1), identity, upper=True)
+    factor = factor.flip(0, 1)
+    identity = torch.eye(factor.shape[0], dtype=factor.dtype, device=factor.device)
+    return torch.linalg.solve_triangular(factor, identity, upper=True)
