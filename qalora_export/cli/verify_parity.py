@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +36,9 @@ def command(
     max_length: Annotated[int | None, typer.Option(help="Longest sequence, in tokens.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of every runtime and of PyTorch.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the probe set.")] = None,
+    no_bisect: Annotated[
+        bool, typer.Option("--no-bisect", help="Do not look for the first layer that diverges when logits fail.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing report.")] = False,
 ) -> None:
     """Prove that an exported model computes the numbers of its checkpoint.
@@ -63,8 +67,9 @@ def command(
     }  # fmt: skip
     flags = {key: value for key, value in given.items() if value is not None}
     settings = validated(VerifySettings, flags, where="command line")
-    report = verify_parity(checkpoint, out, settings, gguf=gguf, onnx=onnx, base=base, force=force)
-    next_command(
-        f"open {out / 'report.json'}" if report.passed else f"read what failed and where in {out / 'report.json'}"
-    )
+    report = verify_parity(checkpoint, out, settings, gguf=gguf, onnx=onnx, base=base, bisect=not no_bisect,
+                           force=force)  # fmt: skip
+    artifact = gguf or onnx  # verify_parity refuses to run without one
+    compared = [] if report.passed else [checkpoint]  # value by value, when something is wrong
+    next_command(shlex.join(["qalora-export", "inspect", *map(str, [artifact, *compared])]))
     raise typer.Exit(int(report.exit_code))

@@ -32,6 +32,8 @@ class RuntimeAdapter:
     read_back, dequantized, dequantizer: gates G0 and G1. expected, found: facts of checkpoint and artifact.
     shipped, exact: what to run for G3 and G2 (exact writes into a folder). export_like: exports another checkpoint
     with the settings of an artifact, for the noise floor. own_tokenizer: the runtime itself answers G5.
+    int8_block: activations that share one int8 step in the shipped kernels (llama.cpp: Q8_1 and Q8_0 blocks of 32;
+    MatMulNBits: the group of the weights, None).
     """
 
     runtime: str
@@ -46,6 +48,7 @@ class RuntimeAdapter:
     export_like: Callable[[Path, Path, Path], Artifact]
     habits: TextHabits
     own_tokenizer: bool = True
+    int8_block: int | None = 32
 
 
 def _gguf_expected(checkpoint: CanonicalCheckpoint, frequencies: NDArray) -> Facts:
@@ -133,6 +136,7 @@ def _onnx_adapter(
         runtime=runtime, format="onnx", read_back=onnx_side.contents_of, dequantized=_onnx_dequantized,
         dequantizer="ONNX Runtime on the file's own nodes and an identity", expected=expected, found=found,
         shipped=Artifact, exact=_onnx_exact, export_like=_onnx_export_like, habits=habits, own_tokenizer=own_tokenizer,
+        int8_block=None,
     )  # fmt: skip
 
 

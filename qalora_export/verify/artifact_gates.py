@@ -14,6 +14,7 @@ from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.grid import Differences, GroupAffine, difference, differing
 from qalora_export.verify.facts import differing_facts
 from qalora_export.verify.gates import Entry, judge
+from qalora_export.verify.merge_check import MergeCheck
 from qalora_export.verify.provenance import Link
 
 SHOWN = 12
@@ -39,17 +40,28 @@ class Contents(Protocol):
 
 
 def bytes_gate(runtime: str, checkpoint: CanonicalCheckpoint, contents: Contents, *, expected: Mapping[str, Any],
-               found: Mapping[str, Any], links: Iterable[Link]) -> Entry:  # fmt: skip
-    """G0: every code, scale, offset and other value, every fact, every link of the provenance chain."""
+               found: Mapping[str, Any], links: Iterable[Link], merge: MergeCheck | None = None) -> Entry:  # fmt: skip
+    """G0: every code, scale, offset and other value, every fact, every link of the provenance chain.
+
+    merge: whether the checkpoint itself is its base plus its adapter.
+    """
+    merge = merge or MergeCheck(note="not a merged checkpoint")
     tensors, compared = tensor_differences(checkpoint, contents)
     facts = differing_facts(expected, found)
     broken = [f"{link.child} → {link.parent or link.role}: {link.note}" for link in links if link.state == "broken"]
-    measured = {"differing_values": sum(tensors.values()), "differing_facts": len(facts), "broken_links": len(broken)}
+    unmerged = [f"{name}: {count}" for name, count in merge.wrong.items()]
+    measured = {"differing_values": sum(tensors.values()), "differing_facts": len(facts), "broken_links": len(broken),
+                "wrong_merged_values": sum(merge.wrong.values())}  # fmt: skip
     return judge("G0", runtime, measured,
                  detail=f"{compared} values in {len(checkpoint.modules)} quantized and {len(checkpoint.plain_names())} "
-                        f"other tensors, {len(expected)} facts compared",
-                 where=[*(f"{name}: {count}" for name, count in tensors.items()), *facts, *broken][:SHOWN],
+                        f"other tensors, {len(expected)} facts compared; {merge.describe()}",
+                 where=_first_of((f"{name}: {count}" for name, count in tensors.items()), facts, broken, unmerged),
                  figures=measured | {"compared_values": compared, "tensors": tensors})  # fmt: skip
+
+
+def _first_of(*kinds: Iterable[str]) -> list[str]:
+    """Findings of every kind, at most SHOWN of each: one kind never hides another."""
+    return [finding for kind in kinds for finding in list(kind)[:SHOWN]]
 
 
 def tensor_differences(checkpoint: CanonicalCheckpoint, contents: Contents) -> tuple[dict[str, int], int]:
@@ -91,7 +103,7 @@ def _matrix(contents: Contents, module: str) -> GroupAffine | str:
     try:
         return contents.group_affine(module)
     except (InputError, UnsafeInputError) as error:
-        return f"unreadable: {error.why or error.what}"
+        return f"unreadable: {error.what}"
 
 
 def _matrix_difference(want: GroupAffine, got: GroupAffine, offset_is_implied: bool) -> Differences:

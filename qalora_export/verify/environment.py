@@ -37,7 +37,7 @@ def describe_inputs(session: Session, artifacts: dict[str, Path], base: Path | N
             "texts": len(probes.texts), "conversations": len(probes.chats),
             "names": list(probes.names), "lengths": probes.lengths.tolist(),
         },
-        "noise_floor": {r: {"source": f.source, "figures": dict(f.figures)} for r, f in session.floors.items()},
+        "noise_floor": {runtime: floor.as_json() for runtime, floor in session.floors.items()},
         "runtimes": {
             run: {key: value for key, value in fingerprint.items() if key != "machine"}
             for run, fingerprint in session.runs.fingerprints.items()

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.errors import QaloraError, RuntimeUnavailableError
-from qalora_export.verify.gates import GATES, Entry, Limit, judge, not_run
+from qalora_export.verify.gates import GATES, NOISE_GAIN, Entry, Limit, judge, not_run
 from qalora_export.verify.metrics import PositionMetrics, compare, following_ids
 from qalora_export.verify.runs import Artifact, Mode, Runs
 
@@ -29,22 +29,56 @@ class LogitsResult:
 
 @dataclass(frozen=True)
 class Floor:
-    """Noise floor of one runtime. source: what it was measured on; figures as in metrics.Summary."""
+    """What noise the shipped path may have in one runtime. source: how it was found.
+
+    figures, errors: of metrics.Summary's scattering figures and kl_max, and their standard errors. gain: how noisy the
+    runtime's kernels are against simulated int8 rounding, and whether that was measured. measured_on_base: what the
+    unadapted base shows in the runtime. metrics: per position, for plots.
+    """
 
     source: str
     figures: Mapping[str, float]
+    errors: Mapping[str, float]
+    gain: float = 1.0
+    gain_measured: bool = False
+    measured_on_base: Mapping[str, float] | None = None
     metrics: PositionMetrics | None = None
 
+    def bound(self, limit: Limit) -> float:
+        """Largest passing value of a figure; "shipped_" before its name does not matter."""
+        name = limit.figure.removeprefix("shipped_")
+        return limit.bound * self.figures[name] + limit.errors * self.errors.get(name, 0.0)
 
-def logits_gates(runtime: str, runs: Runs, reference: NDArray[np.float32], *, exact: Artifact | Failure,
-                 shipped: Artifact, floor: Floor | Failure) -> LogitsResult:  # fmt: skip
+    def as_json(self) -> dict[str, Any]:
+        """For report.json."""
+        return {
+            "source": self.source, "figures": dict(self.figures), "standard_errors": dict(self.errors),
+            "gain": self.gain, "gain_measured": self.gain_measured,
+            "measured_on_base": dict(self.measured_on_base) if self.measured_on_base else None,
+        }  # fmt: skip
+
+
+def logits_gates(
+    runtime: str,
+    runs: Runs,
+    reference: NDArray[np.float32],
+    *,
+    exact: Artifact | Failure,
+    shipped: Artifact,
+    floor: Floor | Failure,
+    int8_nmse: NDArray[np.float64],
+) -> LogitsResult:
     """Run the exact and the shipped path, whole prompts and token by token, and judge them.
 
+    int8_nmse: (positions,), how sensitive each position is (metrics.PositionMetrics.scaled_by).
     exact, floor: a Failure says why that part could not be prepared; its gates are then "not run".
     """
     following = following_ids(runs.probes.ids, runs.probes.lengths)
     result = LogitsResult()
-    exact_prefill, exact_decode = _both_modes(runtime, runs, reference, following, exact, exact_path=True)
+    exact_prefill, exact_decode = (
+        measured if isinstance(measured, Failure) else measured.scaled_by(int8_nmse)
+        for measured in _both_modes(runtime, runs, reference, following, exact, exact_path=True)
+    )
     ship_prefill, ship_decode = _both_modes(runtime, runs, reference, following, shipped, exact_path=False)
     result.entries = [
         _exact_entry(runtime, runs, exact_prefill),
@@ -61,27 +95,30 @@ def logits_gates(runtime: str, runs: Runs, reference: NDArray[np.float32], *, ex
     return result
 
 
-def _both_modes(runtime: str, runs: Runs, reference: NDArray[np.float32], following: NDArray[np.int32],
-                artifact: Artifact | Failure, *, exact_path: bool) -> tuple[Measured, Measured]:  # fmt: skip
-    """(prefill against the reference, decode against …): the exact path's own prefill, or the reference when shipped.
+def _both_modes(
+    runtime: str,
+    runs: Runs,
+    reference: NDArray[np.float32],
+    following: NDArray[np.int32],
+    artifact: Artifact | Failure,
+    *,
+    exact_path: bool,
+) -> tuple[Measured, Measured]:
+    """(prefill against the reference, decode against the prefill or, on the shipped path, against the reference).
 
     Int8 kernels round differently for one token than for many, so the shipped path's decode is held to the same
-    reference and bound as its prefill; the exact path has no such excuse and must agree with itself.
+    reference and bound as its prefill; the exact path has no such excuse and must agree with itself. Without a prefill
+    there is nothing that decode could be equal to, so it is not run.
     """
     prefill = _run(runtime, runs, artifact, "prefill", exact_path)
     if isinstance(prefill, Failure):
-        return prefill, prefill if isinstance(artifact, Failure) else _run_compared(
-            runtime, runs, artifact, exact_path, reference, following
-        )
+        return prefill, prefill
     measured = compare(reference, prefill, following)
-    against = prefill if exact_path and not measured.bad.any() else reference
-    return measured, _run_compared(runtime, runs, artifact, exact_path, against, following)
-
-
-def _run_compared(runtime: str, runs: Runs, artifact: Artifact | Failure, exact_path: bool,
-                  against: NDArray[np.float32], following: NDArray[np.int32]) -> Measured:  # fmt: skip
     decoded = _run(runtime, runs, artifact, "decode", exact_path)
-    return decoded if isinstance(decoded, Failure) else compare(against, decoded, following)
+    if isinstance(decoded, Failure):
+        return measured, decoded
+    against = prefill if exact_path and not measured.bad.any() else reference
+    return measured, compare(against, decoded, following)
 
 
 def _run(runtime: str, runs: Runs, artifact: Artifact | Failure, mode: Mode,
@@ -96,20 +133,21 @@ def _run(runtime: str, runs: Runs, artifact: Artifact | Failure, mode: Mode,
 
 def _exact_entry(runtime: str, runs: Runs, measured: Measured) -> Entry:
     if isinstance(measured, Failure):
-        return not_run("G2", runtime, str(measured))
+        return not_run("G2", runtime, reason(measured))
     return judge("G2", runtime, figures_of(measured), detail=_detail(measured), figures=figures_of(measured),
                  where=worst_places(runs, measured))  # fmt: skip
 
 
 def _shipped_entry(runtime: str, runs: Runs, measured: Measured, floor: Floor | Failure) -> Entry:
     if isinstance(measured, Failure):
-        return not_run("G3", runtime, str(measured))
+        return not_run("G3", runtime, reason(measured))
     figures = figures_of(measured)
     if isinstance(floor, Failure):
-        return _without_floor("G3", runtime, figures, f"no noise floor: {floor}", worst_places(runs, measured))
-    return judge("G3", runtime, figures, floor=floor.figures, where=worst_places(runs, measured),
-                 detail=f"{_detail(measured)}; noise floor: {floor.source}",
-                 figures=figures | {"floor": dict(floor.figures), "floor_source": floor.source})  # fmt: skip
+        return _without_floor("G3", runtime, figures, f"no noise floor: {reason(floor)}", worst_places(runs, measured))
+    limits = [limit for limit in GATES["G3"].limits if limit.figure != NOISE_GAIN.figure or floor.gain_measured]
+    return judge("G3", runtime, figures | {NOISE_GAIN.figure: floor.gain}, floor=floor.bound, limits=limits,
+                 where=worst_places(runs, measured), detail=f"{_detail(measured)}; noise floor: {floor.source}",
+                 figures=figures | {"floor": floor.as_json()})  # fmt: skip
 
 
 def _decode_entry(runtime: str, runs: Runs, exact: Measured, shipped: Measured, floor: Floor | Failure) -> Entry:
@@ -117,44 +155,58 @@ def _decode_entry(runtime: str, runs: Runs, exact: Measured, shipped: Measured, 
     limits: list[Limit] = []
     missing: list[str] = []
     if isinstance(exact, Failure):
-        missing.append(f"exact path: {exact}")
+        missing.append(f"exact path: {reason(exact)}")
     else:
         figures |= {f"exact_{key}": value for key, value in figures_of(exact).items()}
         limits += [limit for limit in GATES["G4"].limits if limit.figure.startswith("exact_")]
     if isinstance(shipped, Failure):
-        missing.append(f"shipped path: {shipped}")
+        missing.append(f"shipped path: {reason(shipped)}")
     else:
         figures |= {f"shipped_{key}": value for key, value in figures_of(shipped).items()}
         ship = [limit for limit in GATES["G4"].limits if limit.figure.startswith("shipped_")]
         limits += [limit for limit in ship if limit.kind == "absolute" or isinstance(floor, Floor)]
-        missing += [f"no noise floor: {floor}"] if isinstance(floor, Failure) else []
+        missing += [f"no noise floor: {reason(floor)}"] if isinstance(floor, Failure) else []
     if not limits:
         return not_run("G4", runtime, "; ".join(missing))
-    floors = {f"shipped_{k}": v for k, v in floor.figures.items()} if isinstance(floor, Floor) else None
-    measured = exact if not isinstance(exact, Failure) else shipped
-    where = worst_places(runs, measured) if isinstance(measured, PositionMetrics) else ()
-    entry = judge("G4", runtime, figures, detail="; ".join(missing) or "prefill and decode agree at every position",
-                  limits=limits, floor=floors, figures=figures, where=where)  # fmt: skip
+    bound = floor.bound if isinstance(floor, Floor) else None
+    where = [
+        f"{path}: {place}"
+        for path, measured in (("exact", exact), ("shipped", shipped))
+        if isinstance(measured, PositionMetrics)
+        for place in worst_places(runs, measured)
+    ]
+    entry = judge("G4", runtime, figures, detail="; ".join(missing) or _decode_detail(figures),
+                  limits=limits, floor=bound, figures=figures, where=where)  # fmt: skip
     return not_run("G4", runtime, entry.detail) if missing and entry.status == "pass" else entry
+
+
+def _decode_detail(figures: dict[str, Any]) -> str:
+    return (f"exact decode against exact prefill: NMSE max {figures['exact_nmse_max']:.2e}, "
+            f"{figures['exact_disagreements']:.0f} other first choices; shipped decode against the reference: "
+            f"KL mean {figures['shipped_kl_mean']:.2e}, top-1 {100 * figures['shipped_top1']:.2f} %")  # fmt: skip
 
 
 def _without_floor(gate: str, runtime: str, figures: dict[str, Any], reason: str, where: tuple[str, ...]) -> Entry:
     """Without a floor only the absolute limits can be judged: they can fail the gate, never pass it."""
-    absolute = [limit for limit in GATES[gate].limits if limit.kind == "absolute"]
+    limits = [limit for limit in GATES[gate].limits if limit.figure != NOISE_GAIN.figure]
+    absolute = [limit for limit in limits if limit.kind == "absolute"]
     entry = judge(gate, runtime, figures, detail=reason, limits=absolute, figures=figures, where=where)
     return entry if entry.status == "fail" else not_run(gate, runtime, reason)
 
 
+def reason(error: Failure) -> str:
+    """What stopped a part, without the path of a temporary file."""
+    return "; ".join(part for part in (error.what, error.why, error.fix) if part)
+
+
 def figures_of(measured: PositionMetrics) -> dict[str, Any]:
-    """metrics.Summary under the names that gates' limits use."""
-    values = asdict(measured.summary())
-    values["bad_positions"] = values.pop("bad")
-    return values
+    """metrics.Summary, whose names the gates' limits use."""
+    return asdict(measured.summary())
 
 
 def worst_places(runs: Runs, measured: PositionMetrics) -> tuple[str, ...]:
-    """The positions with the largest error, worst first, with their NMSE."""
-    error = np.where(measured.bad, np.inf, measured.nmse)
+    """The positions with the largest error, worst first, with their NMSE (scaled where a position is sensitive)."""
+    error = np.where(measured.bad, np.inf, measured.nmse / measured.sensitivity)
     order = np.argsort(-error, kind="stable")[:WORST_SHOWN]
     return tuple(f"{runs.probes.place(int(i))} NMSE {error[i]:.2e}" for i in order)
 

@@ -9,6 +9,8 @@ Both sides are natural log-probabilities, float32 (positions, vocabulary): log-s
   to one only within 1e-7, which is far above the divergences of an exact path.
 * Values below FLOOR carry no probability a float32 can hold, and some runtimes compute log(softmax), so both sides
   are clamped there. NaN and +Inf never pass, and -Inf passes only where the reference is below the floor too.
+* An ill-conditioned position (one where int8 rounding alone moves the logits by more than SENSITIVE) amplifies float32
+  rounding just as much; `scaled_by` divides its NMSE by that excess, so that one bound fits every position.
 * A runtime's top token agrees when it is the reference's own, or when the reference rates it within TIE_MARGIN of its
   best.
 """
@@ -16,7 +18,7 @@ Both sides are natural log-probabilities, float32 (positions, vocabulary): log-s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,10 @@ FLOOR = -80.0
 # An NMSE of 1e-9 is an error of 3e-5 standard deviations; logits spread by about 3, two of them are compared, and the
 # largest of thousands of errors is about 6 standard deviations: 2 · 6 · 3 · 3e-5 = 1e-3 nats.
 TIE_MARGIN = 1e-3
+# NMSE of int8 rounding at a position, above which it counts as ill-conditioned. Measured on a fine-tuned 7.5 M model:
+# median 2e-4, largest 8e-3; float32 errors follow at 5e-9 (median) to 3e-7 (largest) of that.
+SENSITIVE = 1e-3
+BOOTSTRAP_ROUNDS = 200
 # One float64 row block at a time keeps the working set near 64 MiB for any vocabulary.
 BLOCK_VALUES = 2**21
 
@@ -36,6 +42,7 @@ class PositionMetrics:
 
     nmse, kl: float64, NaN where the runtime's row holds a bad value.  agree, tie, bad: bool.
     next_reference, next_runtime: log-probability of the token that follows, NaN at the end of a sequence.
+    sensitivity: at least 1; how much more than an ordinary position this one amplifies rounding.
     """
 
     nmse: NDArray[np.float64]
@@ -45,37 +52,73 @@ class PositionMetrics:
     bad: NDArray[np.bool_]
     next_reference: NDArray[np.float64]
     next_runtime: NDArray[np.float64]
+    sensitivity: NDArray[np.float64]
 
     def summary(self) -> Summary:
         """The figures that gates look at. With any bad position NMSE and KL are infinite: nothing may hide a NaN."""
         poisoned = bool(self.bad.any())
-        kl, nmse = (np.full(1, np.inf) if poisoned else values for values in (self.kl, self.nmse))
-        p99 = kl[0] if poisoned else np.quantile(kl, 0.99)
+        figures = _figures(self, np.arange(self.kl.size))
+        if poisoned:
+            figures |= dict.fromkeys(POISONABLE, float("inf"))
         return Summary(
-            positions=int(self.kl.size), bad=int(self.bad.sum()),
-            nmse_mean=float(nmse.mean()), nmse_max=float(nmse.max()),
-            kl_mean=float(kl.mean()), kl_p99=float(p99), kl_max=float(kl.max()),
-            top1=float(self.agree.mean()), disagreements=int((~self.agree).sum()), ties=int(self.tie.sum()),
+            positions=int(self.kl.size), bad_positions=int(self.bad.sum()), **figures,
+            nmse_max=float("inf") if poisoned else float(self.nmse.max()),
+            nmse_scaled_max=float("inf") if poisoned else float((self.nmse / self.sensitivity).max()),
+            kl_max=float("inf") if poisoned else float(self.kl.max()),
+            top1=float(self.agree.mean()), ties=int(self.tie.sum()),
             perplexity_reference=perplexity(self.next_reference), perplexity_runtime=perplexity(self.next_runtime),
         )  # fmt: skip
+
+    def scaled_by(self, int8_nmse: NDArray[np.float64]) -> PositionMetrics:
+        """The same metrics knowing how sensitive each position is: int8_nmse (positions,), see SENSITIVE."""
+        return replace(self, sensitivity=np.maximum(1.0, int8_nmse / SENSITIVE))
+
+    def standard_errors(self, seed: int = 0) -> dict[str, float]:
+        """How much each figure of SCATTERING would differ on another draw of as many positions (bootstrap)."""
+        random = np.random.default_rng(seed)
+        draws = [_figures(self, random.integers(0, self.kl.size, self.kl.size)) for _ in range(BOOTSTRAP_ROUNDS)]
+        return {name: float(np.std([draw[name] for draw in draws])) for name in SCATTERING}
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Figures over all positions. kl_* in nats; top1 is a share of positions; bad counts rows with NaN or Inf."""
+    """Figures over all positions. kl_* in nats; top1 is a share of positions; bad_positions: rows with NaN or Inf.
+
+    nmse_scaled_max: largest NMSE after dividing by each position's sensitivity. perplexity_shift: nats by which the
+    mean log-probability of the next token moved.
+    """
 
     positions: int
-    bad: int
+    bad_positions: int
     nmse_mean: float
     nmse_max: float
+    nmse_scaled_max: float
     kl_mean: float
     kl_p99: float
     kl_max: float
     top1: float
-    disagreements: int
+    disagreements: float
     ties: int
+    perplexity_shift: float
     perplexity_reference: float
     perplexity_runtime: float
+
+
+# Figures that scatter from one set of positions to the next.
+SCATTERING = ("nmse_mean", "kl_mean", "kl_p99", "disagreements", "perplexity_shift")
+
+
+POISONABLE = tuple(name for name in SCATTERING if name != "disagreements")
+
+
+def _figures(metrics: PositionMetrics, rows: NDArray[np.int64]) -> dict[str, float]:
+    """SCATTERING over the chosen positions."""
+    shift = (metrics.next_runtime - metrics.next_reference)[rows]
+    shift = shift[~np.isnan(shift)]
+    kl = metrics.kl[rows]
+    values = (metrics.nmse[rows].mean(), kl.mean(), np.quantile(kl, 0.99), np.count_nonzero(~metrics.agree[rows]),
+              abs(shift.mean()) if shift.size else 0.0)  # fmt: skip
+    return {name: float(value) for name, value in zip(SCATTERING, values, strict=True)}
 
 
 def compare(reference: NDArray[np.float32], runtime: NDArray[np.float32], following: NDArray[np.int32],
@@ -136,6 +179,7 @@ def _block(reference: NDArray[np.float32], runtime: NDArray[np.float32], followi
         agree=~bad & (best - a[rows, choice] <= tie_margin), tie=best - second <= tie_margin, bad=bad,
         next_reference=np.where(has_next, a[rows, target], np.nan),
         next_runtime=np.where(has_next, np.where(bad, -np.inf, safe[rows, target]), np.nan),
+        sensitivity=np.ones(len(a)),
     )  # fmt: skip
 
 

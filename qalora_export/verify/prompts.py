@@ -41,7 +41,7 @@ def _from_text(text: str) -> list[Prompt]:
 
 
 def _from_jsonl(path: Path, text: str) -> list[Prompt]:
-    lines = enumerate(text.splitlines(), start=1)
+    lines = enumerate(text.split("\n"), start=1)  # a JSON string may hold other line separators
     return [_prompt(parse_json(line.encode(), where=f"{path}:{n}"), f"{path}:{n}") for n, line in lines if line.strip()]
 
 

@@ -96,11 +96,16 @@ def checkpoint_links(checkpoint: Path, *, base: Path | None = None) -> list[Link
 
 def base_of(checkpoint: Path) -> Path | None:
     """The unadapted base beside a merged checkpoint, by name and manifest hash; None when it is not there."""
+    return parent_folder(checkpoint, "base")
+
+
+def parent_folder(checkpoint: Path, role: str) -> Path | None:
+    """The parent in `role` beside a checkpoint, by name and manifest hash; None when it is not there."""
     if not (checkpoint / MANIFEST).is_file():
         return None
     for parent in _parents(read_manifest(checkpoint)):
         found = _find(checkpoint, parent, None)
-        if parent["role"] == "base" and found and parent_of(found, "base").sha256 == parent["sha256"]:
+        if parent["role"] == role and found and parent_of(found, role).sha256 == parent["sha256"]:
             return found
     return None
 

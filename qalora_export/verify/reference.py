@@ -43,8 +43,8 @@ class Reference:
 
 def reference_logprobs(checkpoint: Path, probes: ProbeSet, *, threads: int, decode: bool = False) -> Reference:
     """Run the probe set through the checkpoint. Raises InputError when the reference's own numbers are in doubt."""
-    with _threads(threads), torch.inference_mode():
-        model = _float32_model(checkpoint)
+    with fixed_threads(threads), torch.inference_mode():
+        model = float32_model(checkpoint)
         prefill = np.concatenate([_prefill(model, ids) for ids in probes.sequences()])
         decoded = np.concatenate([_decode(model, ids) for ids in probes.sequences()]) if decode else None
     if not np.isfinite(prefill).all():
@@ -53,19 +53,23 @@ def reference_logprobs(checkpoint: Path, probes: ProbeSet, *, threads: int, deco
     return Reference(prefill, decoded, _frequencies(model))
 
 
-def simulated_int8_logprobs(checkpoint: Path, probes: ProbeSet, *, threads: int) -> NDArray[np.float32]:
-    """The same model with the input of every quantized layer rounded to int8 in blocks of 32 (absmax / 127).
+def simulated_int8_logprobs(
+    checkpoint: Path, probes: ProbeSet, *, threads: int, block: int | None = SIMULATED_BLOCK
+) -> NDArray[np.float32]:
+    """The same model with the input of every quantized layer rounded to int8, `block` in-features per step.
 
-    What int8 kernels do to activations, without any runtime: a noise floor when there is no unadapted base.
+    block None: the layer's own group size. What int8 kernels do to activations, without any runtime.
     """
-    with _threads(threads), torch.inference_mode():
-        model = _float32_model(checkpoint)
-        for name in CanonicalCheckpoint(checkpoint).modules:
-            model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: (_round_to_int8(inputs[0]),))
+    with fixed_threads(threads), torch.inference_mode():
+        model = float32_model(checkpoint)
+        for name, (_, group_size) in CanonicalCheckpoint(checkpoint).modules.items():
+            size = block or group_size
+            model.get_submodule(name).register_forward_pre_hook(lambda _, x, size=size: (round_to_int8(x[0], size),))
         return np.concatenate([_prefill(model, ids) for ids in probes.sequences()])
 
 
-def _float32_model(checkpoint: Path) -> Any:
+def float32_model(checkpoint: Path) -> Any:
+    """The checkpoint in float32, its quantized layers plain. Raises InputError when its numbers are in doubt."""
     model = load_model(checkpoint, dtype=torch.float32, attention="eager")
     canonical = CanonicalCheckpoint(checkpoint)
     for name in canonical.modules:
@@ -110,14 +114,15 @@ def _decode(model: Any, ids: NDArray[np.int32]) -> NDArray[np.float32]:
     return np.stack(rows)
 
 
-def _round_to_int8(x: torch.Tensor) -> torch.Tensor:
-    blocks = x.unflatten(-1, (-1, SIMULATED_BLOCK))
+def round_to_int8(x: torch.Tensor, block: int = SIMULATED_BLOCK) -> torch.Tensor:
+    """What an int8 kernel sees of x (…, in): blocks rounded to steps of absmax / 127."""
+    blocks = x.unflatten(-1, (-1, block))
     step = blocks.abs().amax(-1, keepdim=True) / 127
     return (torch.round(blocks / step.clamp_min(torch.finfo(x.dtype).tiny)) * step).flatten(-2)
 
 
 @contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
+def fixed_threads(count: int) -> Iterator[None]:
     """A fixed thread count, so the order of sums does not change between runs on one machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)

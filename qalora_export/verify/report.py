@@ -11,6 +11,8 @@ report.json (format "qalora-parity/1"):
                   where (tensors, facts or positions), checks (every figure with its bound and reason), figures
     noise_floor   per runtime: source and figures
     runtimes      per run "runtime/path/mode": the runner's fingerprint (version, CPU flags, threads, tokens/s, memory)
+    bisect        per runtime whose logits failed: first_layer, first_tensor, what, nmse, and for every layer and every
+                  point inside the first wrong one: name, what, nmse, bound, diverges; plotted in bisect-RUNTIME.svg
     reference     what computed the reference;  environment: packages, machine
     provenance    links: child, role, parent, sha256, state ("verified" | "not found" | "broken"), note
     settings      the resolved settings;  command: how to run it again;  positions: name of the npz with every position
@@ -31,6 +33,8 @@ import numpy as np
 
 from qalora_export.console import console
 from qalora_export.errors import ExitCode
+from qalora_export.verify.bisect import Bisection
+from qalora_export.verify.bisect_plot import error_plot
 from qalora_export.verify.gates import GATES, Entry, exit_code
 from qalora_export.verify.metrics import PositionMetrics
 from qalora_export.verify.provenance import Link
@@ -50,6 +54,7 @@ class ParityReport:
     links: list[Link]
     facts: dict[str, Any]
     positions: dict[tuple[str, str], PositionMetrics] = field(default_factory=dict)
+    bisections: dict[str, Bisection] = field(default_factory=dict)
 
     @property
     def exit_code(self) -> ExitCode:
@@ -69,6 +74,7 @@ class ParityReport:
             "format": FORMAT, "verdict": self.verdict, "exit_code": int(self.exit_code), **self.facts,
             "gates": [entry_json(entry) for entry in self.entries],
             "provenance": [link.as_json() for link in self.links],
+            "bisect": {runtime: found.as_json() for runtime, found in self.bisections.items()},
             "positions": POSITIONS,
         }  # fmt: skip
 
@@ -89,7 +95,7 @@ def entry_json(entry: Entry) -> dict[str, Any]:
 
 
 def write_report(report: ParityReport, folder: Path) -> None:
-    """report.json and positions.npz."""
+    """report.json, positions.npz and a plot for each bisect."""
     text = json.dumps(_plain(report.as_json()), indent=1, allow_nan=False, ensure_ascii=False)
     (folder / REPORT).write_text(text + "\n", encoding="utf-8")
     arrays = {
@@ -98,6 +104,8 @@ def write_report(report: ParityReport, folder: Path) -> None:
         for name in ("nmse", "kl", "agree", "bad")
     }
     np.savez_compressed(folder / POSITIONS, **arrays)
+    for runtime, found in report.bisections.items():
+        (folder / f"bisect-{runtime}.svg").write_text(error_plot(found), encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:
@@ -130,7 +138,7 @@ def print_table(report: ParityReport) -> None:
     for entry in report.entries:
         if entry.status != "pass":
             style = STYLES[entry.status]
-            console.print(f"[{style}]{entry.gate} {entry.runtime}: {entry.status}[/{style}]  {escape(_why(entry))}")
+            console.print(f"[{style}]{entry.gate} {entry.runtime}: {entry.status}[/{style}]  {escape(explain(entry))}")
             for place in entry.where:
                 console.print(f"    {escape(place)}")
     style = STYLES[report.verdict]
@@ -144,7 +152,8 @@ def _cell(entry: Entry) -> str:
     return f"[{style}]{entry.status}[/{style}]{figures}"
 
 
-def _why(entry: Entry) -> str:
+def explain(entry: Entry) -> str:
+    """Every figure out of bounds, then the detail."""
     failed = [f"{c.figure} {number(c.measured)} > {number(c.bound)}" for c in entry.checks if not c.passed]
     return "; ".join([*failed, entry.detail])
 

@@ -16,19 +16,24 @@ from qalora_export.recipe import VerifySettings
 from qalora_export.safety import atomic_directory, refuse_existing
 from qalora_export.verify.adapters import ADAPTERS, RuntimeAdapter
 from qalora_export.verify.artifact_gates import bytes_gate, weights_gate
+from qalora_export.verify.bisect_stage import bisect_failures
 from qalora_export.verify.environment import describe_inputs
 from qalora_export.verify.gates import GATES, Entry, not_run
-from qalora_export.verify.logits_gates import Floor, logits_gates
+from qalora_export.verify.html import write_html
+from qalora_export.verify.junit import write_junit
+from qalora_export.verify.logits_gates import Floor, logits_gates, reason
+from qalora_export.verify.merge_check import MergeCheck, merge_check
 from qalora_export.verify.noise_floor import NoiseFloor
 from qalora_export.verify.probes import ProbeSet, make_probes
 from qalora_export.verify.provenance import Link, artifact_links, checkpoint_links
 from qalora_export.verify.reference import Reference, reference_logprobs
 from qalora_export.verify.report import ParityReport, print_table, write_report
-from qalora_export.verify.runs import Runs
+from qalora_export.verify.runs import Artifact, Runs
 from qalora_export.verify.text_gate import expected_answers, folder_answers, text_gate
 
 V = TypeVar("V")
 Launch = Callable[..., Any]
+SENSITIVITY_BLOCK = 32  # one yardstick for every runtime
 
 
 @dataclass
@@ -44,17 +49,22 @@ class Session:
     runs: Runs
     floor: NoiseFloor
     workdir: Path
+    merge: MergeCheck
     links: list[Link] = field(default_factory=list)
     floors: dict[str, Floor] = field(default_factory=dict)
+    exact: dict[str, Artifact] = field(default_factory=dict)
 
 
 def verify_parity(checkpoint: Path, out: Path, settings: VerifySettings, *, gguf: Path | None = None,
                   onnx: Path | None = None, base: Path | None = None, force: bool = False,
-                  launch: Launch | None = None) -> ParityReport:  # fmt: skip
+                  bisect: bool = True, launch: Launch | None = None, taps: Launch | None = None,
+                  ) -> ParityReport:  # fmt: skip
     """Run every gate of every requested runtime and write the report folder `out`, also when parity fails.
 
     base: the unadapted base checkpoint whose noise floor bounds the shipped path; without it the base is looked for
-    beside the checkpoint by its manifest hash. launch: stands in for qalora_runtimes.launch.run_runner.
+    beside the checkpoint by its manifest hash. bisect: look for the first layer and tensor that diverges when a logits
+    gate fails. launch, taps: stand in for qalora_runtimes.launch.run_runner and qalora_runtimes.taps.run_taps; a
+    stand-in runtime without taps has nothing inside to look at.
 
     The report's exit_code is 0, 1 or 3. Raises InputError (2) and UnsafeInputError (4) for bad input.
     """
@@ -68,10 +78,15 @@ def verify_parity(checkpoint: Path, out: Path, settings: VerifySettings, *, gguf
         report = ParityReport(out, [], [], {})
         for runtime, artifact in artifacts.items():
             _verify_runtime(session, ADAPTERS[runtime], artifact, report)
+        if bisect and (taps or launch is None):
+            from qalora_runtimes.taps import run_taps
+
+            bisect_failures(session, artifacts, report, taps or run_taps)
         report.links = [*session.links, *session.chain]
         report.facts = describe_inputs(session, artifacts, base)
         shutil.rmtree(workdir)
-        write_report(report, folder)
+        for write in (write_report, write_html, write_junit):
+            write(report, folder)
     _check_complete(report, settings)
     print_table(report)
     return report
@@ -107,7 +122,8 @@ def _prepare(model: CanonicalCheckpoint, settings: VerifySettings, base: Path | 
     runs = Runs(probes, model.config["vocab_size"], workdir, settings.threads, launch)
     floor = NoiseFloor(model.path, base, probes, reference.logprobs, runs, settings.threads, workdir)
     chain = checkpoint_links(model.path, base=base)
-    return Session(model, settings, probes, reference, folder_answers(model.path, probes), chain, runs, floor, workdir)
+    return Session(model, settings, probes, reference, folder_answers(model.path, probes), chain, runs, floor, workdir,
+                   merge_check(model, base=base))  # fmt: skip
 
 
 def _verify_runtime(session: Session, adapter: RuntimeAdapter, artifact: Path, report: ParityReport) -> None:
@@ -122,8 +138,12 @@ def _verify_runtime(session: Session, adapter: RuntimeAdapter, artifact: Path, r
     if isinstance(floor, Floor):
         session.floors[runtime] = floor
     with console.status(f"{runtime}: logits"):
-        logits = logits_gates(runtime, session.runs, session.reference.logprobs, shipped=shipped, floor=floor,
-                              exact=_attempt(lambda: adapter.exact(artifact, workdir)))  # fmt: skip
+        sensitivity = session.floor.simulation(session.checkpoint.path, SENSITIVITY_BLOCK).nmse
+        exact = _attempt(lambda: adapter.exact(artifact, workdir))
+        if isinstance(exact, Artifact):
+            session.exact[runtime] = exact
+        logits = logits_gates(runtime, session.runs, session.reference.logprobs, exact=exact, shipped=shipped,
+                              floor=floor, int8_nmse=sensitivity)  # fmt: skip
     report.entries += logits.entries
     report.positions |= {(runtime, path): metrics for path, metrics in logits.positions.items()}
     if isinstance(floor, Floor) and floor.metrics is not None:
@@ -138,14 +158,15 @@ def _bytes_entry(session: Session, adapter: RuntimeAdapter, artifact: Path) -> E
     contents = adapter.read_back(artifact)
     return bytes_gate(adapter.runtime, session.checkpoint, contents,
                       expected=adapter.expected(session.checkpoint, session.reference.frequencies),
-                      found=adapter.found(artifact, contents), links=[*session.chain, *links])  # fmt: skip
+                      found=adapter.found(artifact, contents), links=[*session.chain, *links],
+                      merge=session.merge)  # fmt: skip
 
 
 def _weights_entry(session: Session, adapter: RuntimeAdapter, artifact: Path) -> Entry:
     try:
         return weights_gate(adapter.runtime, session.checkpoint, adapter.dequantized(artifact), by=adapter.dequantizer)
     except RuntimeUnavailableError as error:
-        return not_run("G1", adapter.runtime, str(error))
+        return not_run("G1", adapter.runtime, reason(error))
 
 
 def _text_entry(session: Session, adapter: RuntimeAdapter, artifact: Path) -> Entry:
@@ -155,7 +176,7 @@ def _text_entry(session: Session, adapter: RuntimeAdapter, artifact: Path) -> En
         else:
             answers = folder_answers(artifact, session.probes)
     except RuntimeUnavailableError as error:
-        return not_run("G5", adapter.runtime, str(error))
+        return not_run("G5", adapter.runtime, reason(error))
     expected = expected_answers(session.expected_text, adapter.habits)
     return text_gate(adapter.runtime, session.probes, expected, answers)
 

@@ -6,14 +6,15 @@ import pytest
 
 from qalora_export.errors import ExitCode
 from qalora_export.verify.gates import GATES, Entry, exit_code, judge, not_run
+from qalora_export.verify.logits_gates import Floor
 
-G2 = {"nmse_max": 1e-12, "disagreements": 0, "bad_positions": 0}
+G2 = {"nmse_scaled_max": 1e-12, "disagreements": 0, "bad_positions": 0}
 
 
 def entry(status: str) -> Entry:
     return {
         "pass": judge("G2", "r", G2, detail=""),
-        "fail": judge("G2", "r", G2 | {"nmse_max": 1.0}, detail=""),
+        "fail": judge("G2", "r", G2 | {"nmse_scaled_max": 1.0}, detail=""),
         "not run": not_run("G2", "r", "missing"),
     }[status]
 
@@ -29,7 +30,7 @@ def test_one_figure_out_of_bounds_fails(figure: str, value: float) -> None:
 
 def test_a_missing_figure_is_an_error_not_a_pass() -> None:
     with pytest.raises(KeyError):
-        judge("G2", "r", {"nmse_max": 0.0}, detail="")
+        judge("G2", "r", {"nmse_scaled_max": 0.0}, detail="")
 
 
 def test_no_limits_is_an_error_not_a_pass() -> None:
@@ -37,13 +38,20 @@ def test_no_limits_is_an_error_not_a_pass() -> None:
         judge("G2", "r", G2, limits=(), detail="")
 
 
+def floor(kl_mean: float) -> Floor:
+    names = ("kl_mean", "nmse_mean", "kl_p99", "kl_max", "disagreements", "perplexity_shift")
+    return Floor("test", dict.fromkeys(names, 1.0) | {"kl_mean": kl_mean}, {"kl_mean": 0.1 * kl_mean})
+
+
 def test_floor_limits_need_a_floor_and_scale_with_it() -> None:
-    figures = {"kl_mean": 1.2e-3, "nmse_mean": 1e-4, "bad_positions": 0}
+    figures = dict.fromkeys(floor(1.0).figures, 1.0) | {"bad_positions": 0, "noise_gain": 1.0}
     with pytest.raises(ValueError, match="noise floor"):
         judge("G3", "r", figures, detail="")
-    assert judge("G3", "r", figures, floor={"kl_mean": 1e-3, "nmse_mean": 1e-4}, detail="").status == "pass"
-    assert judge("G3", "r", figures, floor={"kl_mean": 9e-4, "nmse_mean": 1e-4}, detail="").status == "fail"
-    assert judge("G3", "r", figures, floor={"kl_mean": math.nan, "nmse_mean": 1e-4}, detail="").status == "fail"
+    assert judge("G3", "r", figures, floor=floor(1.0).bound, detail="").status == "pass"
+    assert judge("G3", "r", figures, floor=floor(0.61).bound, detail="").status == "pass"  # 1.25 + 4 standard errors
+    assert judge("G3", "r", figures, floor=floor(0.60).bound, detail="").status == "fail"
+    assert judge("G3", "r", figures, floor=floor(math.nan).bound, detail="").status == "fail"
+    assert judge("G3", "r", figures | {"noise_gain": 2.1}, floor=floor(1.0).bound, detail="").status == "fail"
 
 
 @pytest.mark.parametrize(

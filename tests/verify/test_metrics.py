@@ -83,7 +83,7 @@ def test_bad_values_poison_the_summary(value: float) -> None:
     found = compare(a, b, end_of_sequence(4))
     assert found.bad.tolist() == [False, False, True, False]
     summary = found.summary()
-    assert summary.bad == 1
+    assert summary.bad_positions == 1
     assert summary.kl_mean == summary.kl_max == summary.nmse_max == summary.nmse_mean == math.inf
     assert summary.disagreements == 1
 
@@ -126,3 +126,29 @@ def test_quantiles_and_counts() -> None:
     assert summary.kl_p99 == pytest.approx(np.quantile(found.kl, 0.99))
     assert summary.kl_max == found.kl.max()
     assert summary.top1 == pytest.approx(1 - summary.disagreements / 300)
+
+
+def test_sensitive_positions_are_scaled_and_ordinary_ones_are_not() -> None:
+    a, b = logprobs(3, 20, seed=12), logprobs(3, 20, seed=13)
+    found = compare(a, b, end_of_sequence(3))
+    scaled = found.scaled_by(np.array([1e-6, 1e-3, 8e-3]))
+    np.testing.assert_allclose(scaled.sensitivity, [1, 1, 8])
+    assert scaled.summary().nmse_max == found.summary().nmse_max
+    assert scaled.summary().nmse_scaled_max == max(found.nmse[0], found.nmse[1], found.nmse[2] / 8)
+
+
+def test_standard_errors_are_those_of_the_mean_and_repeatable() -> None:
+    a, b = logprobs(400, 10, seed=14), logprobs(400, 10, seed=15)
+    found = compare(a, b, end_of_sequence(400))
+    errors = found.standard_errors()
+    assert errors == found.standard_errors()
+    assert errors["kl_mean"] == pytest.approx(found.kl.std() / 20, rel=0.2)
+    assert errors["nmse_mean"] == pytest.approx(found.nmse.std() / 20, rel=0.2)
+
+
+def test_perplexity_shift_is_the_mean_change_of_the_next_ids() -> None:
+    a, b = logprobs(30, 9, seed=16), logprobs(30, 9, seed=17)
+    following = np.append(np.arange(29) % 9, -1).astype(np.int32)
+    rows = np.arange(29)
+    expected = abs(float((b.astype(np.float64) - a)[rows, following[:29]].mean()))
+    assert compare(a, b, following).summary().perplexity_shift == pytest.approx(expected, rel=1e-5)

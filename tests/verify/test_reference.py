@@ -67,7 +67,7 @@ def test_simulated_int8_is_noise_and_not_nothing(tiny_canonical: Path, probes: P
 def test_int8_rounding_is_that_of_its_definition() -> None:
     x = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)
     x[1, :32] = 0
-    found = reference._round_to_int8(torch.from_numpy(x)).numpy()
+    found = reference.round_to_int8(torch.from_numpy(x)).numpy()
     for row in range(3):
         for block in range(2):
             values = x[row, 32 * block : 32 * block + 32]

@@ -1,0 +1,194 @@
+"""verify_parity on real artifacts with stand-in runtimes: each fault turns its own gate red, nothing passes unseen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from qalora_runtimes.launch import RunnerResult
+
+from qalora_export.errors import ExitCode, InputError
+from qalora_export.recipe import VerifySettings
+from qalora_export.verify.report import ParityReport
+from qalora_export.verify.stage import verify_parity
+from tests.verify.exports import Exported
+from tests.verify.fakes import Change, FakeRuntimes
+
+SETTINGS = VerifySettings(threads=1)
+ALL = ("llama.cpp", "onnxruntime", "onnxruntime-genai")
+GATES = ["G0", "G1", "G2", "G3", "G4", "G5"]
+
+
+def verify(
+    exported: Exported, out: Path, fake: FakeRuntimes, runtimes: tuple[str, ...] = ("llama.cpp",)
+) -> ParityReport:
+    settings = SETTINGS.model_copy(update={"runtimes": runtimes})
+    return verify_parity(exported.checkpoint, out, settings, gguf=exported.gguf, onnx=exported.onnx, launch=fake)
+
+
+def statuses(report: ParityReport, runtime: str = "llama.cpp") -> dict[str, str]:
+    return {entry.gate: entry.status for entry in report.entries if entry.runtime == runtime}
+
+
+def test_right_runtimes_pass_every_gate_and_the_report_is_complete(exported: Exported, tmp_path: Path) -> None:
+    report = verify(exported, tmp_path / "report", FakeRuntimes(exported.checkpoint), ALL)
+    assert report.exit_code == ExitCode.OK
+    written = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert (written["verdict"], written["exit_code"]) == ("pass", 0)
+    assert [(e["gate"], e["runtime"]) for e in written["gates"]] == [(g, r) for r in ALL for g in GATES]
+    for entry in written["gates"]:
+        assert entry["status"] == "pass"
+        assert isinstance(entry["measured"], int | float)
+        assert isinstance(entry["bound"], int | float)
+        assert entry["measured"] <= entry["bound"]
+        assert entry["unit"] and entry["detail"] and entry["checks"]
+        assert all(check["reason"] and check["passed"] for check in entry["checks"])
+    assert written["probe"]["sequences"] >= 16
+    assert written["probe"]["positions"] >= 1000
+    assert set(written["noise_floor"]) == set(ALL)
+    assert written["checkpoint"]["quantized_parameters"] < written["checkpoint"]["parameters"]
+    assert {a["name"] for a in written["artifacts"]} == {"model.gguf", "onnx"}
+    assert all(link["state"] != "broken" for link in written["provenance"])
+    arrays = np.load(tmp_path / "report" / "positions.npz", allow_pickle=False)
+    assert arrays["llama.cpp/exact/nmse"].shape == (written["probe"]["positions"],)
+    assert sorted(p.name for p in (tmp_path / "report").iterdir() if p.is_dir()) == []
+
+
+def swap_two_positions(right: np.ndarray) -> np.ndarray:
+    right[[500, 501]] = right[[501, 500]]
+    return right
+
+
+def one_nan(right: np.ndarray) -> np.ndarray:
+    right[700, 3] = np.nan
+    return right
+
+
+def cache_off_by_one(right: np.ndarray) -> np.ndarray:
+    return np.roll(right, 1, axis=0)
+
+
+def slightly_wrong(right: np.ndarray) -> np.ndarray:
+    """An NMSE of about 1e-8 everywhere: far below anything a user would see, above what kernels may differ by."""
+    noise = np.random.default_rng(0).normal(0, 1e-4, right.shape)
+    return (right + noise * right.std()).astype(np.float32)
+
+
+def noisy(right: np.ndarray) -> np.ndarray:
+    return (right + np.random.default_rng(0).normal(0, 0.3, right.shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("path", "mode", "change", "failing"),
+    [
+        ("exact", "prefill", swap_two_positions, {"G2", "G4"}),
+        ("exact", "prefill", slightly_wrong, {"G2", "G4"}),
+        ("exact", "prefill", one_nan, {"G2"}),
+        ("exact", "decode", cache_off_by_one, {"G4"}),
+        ("exact", "decode", one_nan, {"G4"}),
+        ("exact", "decode", slightly_wrong, {"G4"}),
+        ("shipped", "prefill", noisy, {"G3"}),
+        ("shipped", "prefill", one_nan, {"G3"}),
+        ("shipped", "decode", cache_off_by_one, {"G4"}),
+        ("shipped", "decode", one_nan, {"G4"}),
+    ],
+)
+def test_wrong_logits_fail_their_gate(
+    path: str, mode: str, change: Change, failing: set[str], exported: Exported, tmp_path: Path
+) -> None:
+    fake = FakeRuntimes(exported.checkpoint, changes={("llama.cpp", path, mode): change})
+    report = verify(exported, tmp_path / "report", fake)
+    assert report.exit_code == ExitCode.PARITY_FAILED
+    assert {gate for gate, status in statuses(report).items() if status == "fail"} == failing
+    assert (tmp_path / "report" / "report.json").is_file()
+
+
+def test_the_worst_positions_are_named(exported: Exported, tmp_path: Path) -> None:
+    fake = FakeRuntimes(exported.checkpoint, changes={("llama.cpp", "exact", "prefill"): one_nan})
+    report = verify(exported, tmp_path / "report", fake)
+    entry = next(e for e in report.entries if e.gate == "G2")
+    written = json.loads((tmp_path / "report" / "report.json").read_text())
+    lengths, names = written["probe"]["lengths"], written["probe"]["names"]
+    ends = np.cumsum(lengths)
+    name = names[int(np.searchsorted(ends, 700, side="right"))]
+    assert entry.where[0].startswith(f"{name}[")
+    assert next(e for e in written["gates"] if e["gate"] == "G2")["checks"][0]["measured"] == "inf"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda answers: answers["texts"][5].append(1),
+        lambda answers: answers["texts"].pop(),
+        lambda answers: answers["texts"].__setitem__(3, None),
+        lambda answers: answers["rendered"].__setitem__(1, answers["rendered"][1] + " "),
+        lambda answers: answers["rendered_ids"][0].insert(0, answers["rendered_ids"][0][0]),
+        lambda answers: answers.clear(),
+    ],
+)
+def test_wrong_text_fails_g5(spoil: Callable[[dict], None], exported: Exported, tmp_path: Path) -> None:
+    report = verify(exported, tmp_path / "report", FakeRuntimes(exported.checkpoint, answers={"llama.cpp": spoil}))
+    assert report.exit_code == ExitCode.PARITY_FAILED
+    assert [gate for gate, status in statuses(report).items() if status == "fail"] == ["G5"]
+
+
+MISSING = RunnerResult("missing", "llama.cpp: xllamacpp is not installed; pip install xllamacpp")
+CRASHED = RunnerResult("crashed", "llama.cpp died of SIGSEGV", signal_name="SIGSEGV")
+
+
+def test_a_missing_runtime_is_exit_3_and_every_gate_of_it_is_not_run(exported: Exported, tmp_path: Path) -> None:
+    keys = [("llama.cpp", path, mode) for path in ("exact", "shipped") for mode in ("prefill", "decode", "text")]
+    fake = FakeRuntimes(exported.checkpoint, broken=dict.fromkeys(keys, MISSING))
+    report = verify(exported, tmp_path / "report", fake)
+    assert report.exit_code == ExitCode.RUNTIME_UNAVAILABLE
+    assert statuses(report) == {"G0": "pass", "G1": "pass"} | dict.fromkeys(GATES[2:], "not run")
+    assert all("pip install xllamacpp" in e.detail for e in report.entries if e.status == "not run")
+
+
+@pytest.mark.parametrize(
+    ("key", "not_run"),
+    [
+        (("llama.cpp", "exact", "prefill"), ["G2", "G4"]),
+        (("llama.cpp", "exact", "decode"), ["G4"]),
+        (("llama.cpp", "shipped", "prefill"), ["G3", "G4"]),
+        (("llama.cpp", "shipped", "decode"), ["G4"]),
+        (("llama.cpp", "shipped", "text"), ["G5"]),
+    ],
+)
+def test_a_crash_is_exit_3_and_names_the_signal(key: tuple[str, str, str], not_run: list[str], exported: Exported,
+                                                tmp_path: Path) -> None:  # fmt: skip
+    report = verify(exported, tmp_path / "report", FakeRuntimes(exported.checkpoint, broken={key: CRASHED}))
+    assert report.exit_code == ExitCode.RUNTIME_UNAVAILABLE
+    assert [gate for gate, status in statuses(report).items() if status == "not run"] == not_run
+    assert all("SIGSEGV" in e.detail for e in report.entries if e.status == "not run")
+
+
+def test_a_failure_beats_a_crash(exported: Exported, tmp_path: Path) -> None:
+    fake = FakeRuntimes(
+        exported.checkpoint,
+        changes={("llama.cpp", "exact", "prefill"): swap_two_positions},
+        broken={("llama.cpp", "shipped", "text"): CRASHED},
+    )
+    assert verify(exported, tmp_path / "report", fake).exit_code == ExitCode.PARITY_FAILED
+
+
+def test_another_vocabulary_is_never_compared(exported: Exported, tmp_path: Path) -> None:
+    fake = FakeRuntimes(exported.checkpoint, changes={("llama.cpp", "exact", "prefill"): lambda right: right[:, :-1]})
+    report = verify(exported, tmp_path / "report", fake)
+    assert statuses(report)["G2"] == "not run"
+    assert report.exit_code == ExitCode.RUNTIME_UNAVAILABLE
+
+
+def test_bad_usage(exported: Exported, tmp_path: Path) -> None:
+    fake = FakeRuntimes(exported.checkpoint)
+    with pytest.raises(InputError, match="no gguf artifact"):
+        verify_parity(exported.checkpoint, tmp_path / "r", SETTINGS, onnx=exported.onnx, launch=fake)
+    with pytest.raises(InputError, match="no runtime"):
+        verify_parity(exported.checkpoint, tmp_path / "r", SETTINGS.model_copy(update={"runtimes": ()}), launch=fake)
+    (tmp_path / "r").mkdir()
+    with pytest.raises(InputError, match="exists"):
+        verify(exported, tmp_path / "r", fake)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r"]
