@@ -13,7 +13,8 @@ the widths of queries and of keys, g the pool length, r the rank and V the vocab
                          + b · 3I of the MLP + b · Σ in/g of pooled inputs (a quantized layer saves no x)
                        with gradient checkpointing: b · H per layer, and one layer in full
     logits             T · V · (b + 12): logits, their float32 copy, log-softmax, gradient
-    workspace          rebuilding the largest matrix from its codes: 9 + b bytes per weight (b only if narrower than 4)
+    workspace          rebuilding the largest matrix from its codes: b bytes per weight with the Triton kernels, else
+                       6 + b (b only if narrower than 4)
     overhead           0.5 GiB of CUDA context and allocator on a GPU
 
 Assumptions: SDPA attention without a saved T × T matrix (packing on a GPU adds a bool mask of batch × length²); no
@@ -31,6 +32,7 @@ import torch
 
 from qalora_export.checkpoint.canonical import PARTS, CanonicalCheckpoint
 from qalora_export.errors import InputError
+from qalora_export.qalora.kernels import dispatch
 from qalora_export.recipe import TrainSettings
 
 # Optimizer state per parameter; anything else is counted like Adam in float32.
@@ -78,13 +80,13 @@ def estimate_memory(base: Path, settings: TrainSettings, *, dtype: torch.dtype, 
     adapter = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
     pooled = sum(model.get_submodule(name).lora_A.shape[1] for name in names)
     largest = max(math.prod((m.out_features, m.in_features)) for m in _linears(model))
-    narrow = dtype.itemsize if dtype.itemsize < 4 else 0
+    rebuilt = dtype.itemsize if cuda and dispatch.TRITON else 6 + (dtype.itemsize if dtype.itemsize < 4 else 0)
     tokens = settings.batch_size * settings.sequence_length
     return MemoryEstimate(
         packed_weights=packed, other_weights=other, adapter=adapter, gradients=adapter,
         optimizer=adapter // 4 * STATE_BYTES.get(settings.optimizer, ADAM_STATE_BYTES),
         activations=_activations(model.config, tokens, dtype.itemsize, pooled, settings.gradient_checkpointing),
-        logits=tokens * model.config.vocab_size * (dtype.itemsize + 12), workspace=largest * (9 + narrow),
+        logits=tokens * model.config.vocab_size * (dtype.itemsize + 12), workspace=largest * rebuilt,
         overhead=CUDA_OVERHEAD if cuda else 0, trainable_parameters=adapter // 4, adapted_modules=len(names),
     )  # fmt: skip
 

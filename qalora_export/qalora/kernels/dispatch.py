@@ -44,6 +44,6 @@ def _warn_once() -> None:
     if not _warned:
         _warned = True
         logger.warning(
-            "Triton is not installed: layers are dequantized by torch, which moves about 6 times the memory of the "
-            "kernel and needs 9 more bytes per weight of the largest layer; pip install 'qalora-export[cuda]'"
+            "Triton is not installed: layers are dequantized by torch, which moves about 10 times the memory of the "
+            "kernel and needs 6 more bytes per weight of the largest layer; pip install 'qalora-export[cuda]'"
         )
