@@ -14,9 +14,10 @@ and config.json says per module how to read them:
 Everything else is stored under its own name in its source dtype, bit for bit.
 """
 
+import contextlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,7 +29,7 @@ from safetensors import TensorSpec, serialize_file
 from qalora_export.checkpoint.manifest import FileKind, Parent, write_manifest
 from qalora_export.checkpoint.model_folder import INDEX, ModelFolder
 from qalora_export.errors import InputError, UnsafeInputError
-from qalora_export.grid import BITS, GroupAffine, pack_codes, packed_width, unpack_codes
+from qalora_export.grid import BITS, GroupAffine, PackedAffine, pack_codes, packed_width
 from qalora_export.safety import atomic_directory, sha256_bytes
 
 QUANT_METHOD = "qalora"
@@ -56,12 +57,25 @@ class CanonicalCheckpoint(ModelFolder):
 
     def group_affine(self, module: str) -> GroupAffine:
         """The quantized matrix of one module, unpacked in memory."""
-        bits, _ = self.modules[module]
-        packed, scale, offset = (np.asarray(self.tensor(f"{module}.{part}")) for part in PARTS)
+        with self._located(module):
+            return self.packed(module).unpack()
+
+    def packed(self, module: str, rows: slice | NDArray[np.intp] = slice(None)) -> PackedAffine:
+        """Some rows of a module's matrix, codes still packed; only the pages of those rows are read."""
+        bits, group_size = self.modules[module]
+        codes, scale, offset = (np.asarray(self.tensor(f"{module}.{part}")[rows]) for part in PARTS)
+        with self._located(module):
+            return PackedAffine(codes, scale, offset, bits, group_size)
+
+    @contextlib.contextmanager
+    def _located(self, module: str) -> Iterator[None]:
         try:
-            return GroupAffine(unpack_codes(packed, bits), scale, offset, bits)
+            yield
         except InputError as error:
-            raise InputError(error.what, where=f"{self.path}: {module}", why=error.why, fix="re-create it") from error
+            if error.where:
+                raise
+            where = f"{self.path}: {module}"
+            raise InputError(error.what, where=where, why=error.why, fix="re-create it") from error
 
     def plain_names(self) -> list[str]:
         """Names of the tensors that are not part of a quantized module, in file order."""

@@ -3,6 +3,7 @@
 from qalora_export.grid.exactness import Differences, difference, differing
 from qalora_export.grid.group_affine import BITS, GROUP_SIZES, GroupAffine
 from qalora_export.grid.narrow import Narrowed, narrow
+from qalora_export.grid.packed_affine import PackedAffine
 from qalora_export.grid.packing import pack_codes, packed_width, unpack_codes
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Differences",
     "GroupAffine",
     "Narrowed",
+    "PackedAffine",
     "difference",
     "differing",
     "narrow",

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from qalora_export.errors import InputError
 
+NIBBLE, TWO_NIBBLES = np.uint16(4), np.uint16(0x0F0F)
+
 
 def packed_width(in_features: int, bits: int) -> int:
     """Bytes per packed row."""
@@ -25,14 +27,18 @@ def pack_codes(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     if codes.size and int(codes.max()) >> bits:
         raise InputError(f"code {int(codes.max())} does not fit in {bits} bits")
     out, width = codes.shape[0], packed_width(codes.shape[1], bits)
+    if bits == 4:  # two codes are the bytes of one word: 0x0H0L -> 0xHL
+        words = np.ascontiguousarray(codes).view("<u2")
+        return (words | (words >> NIBBLE)).astype(np.uint8)
     if bits == 3:
         words = codes.reshape(out, -1, 8).astype(np.uint32)  # (out, in/8, 8): 24 bits to a word
         word = np.bitwise_or.reduce(words << (3 * np.arange(8, dtype=np.uint32)), axis=-1)
         return np.stack([word & 255, (word >> 8) & 255, word >> 16], axis=-1).astype(np.uint8).reshape(out, width)
-    per_byte = 8 // bits
-    lanes = codes.reshape(out, width, per_byte)
-    shifts = bits * np.arange(per_byte, dtype=np.uint8)
-    return np.bitwise_or.reduce(lanes << shifts, axis=-1).astype(np.uint8)
+    lanes = codes.reshape(out, width, 8 // bits)
+    packed = lanes[..., 0].copy()
+    for lane in range(1, 8 // bits):
+        packed |= lanes[..., lane] << np.uint8(bits * lane)
+    return packed
 
 
 def unpack_codes(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
@@ -40,6 +46,11 @@ def unpack_codes(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     if bits == 8:
         return np.ascontiguousarray(packed)
     out = packed.shape[0]
+    if bits == 4:  # one byte becomes a word: 0xHL -> 0x0H0L
+        words = packed.astype("<u2")
+        words |= words << NIBBLE
+        words &= TWO_NIBBLES
+        return np.ascontiguousarray(words).view(np.uint8)
     if bits == 3:
         triple = packed.reshape(out, -1, 3).astype(np.uint32)
         word = triple[..., 0] | (triple[..., 1] << 8) | (triple[..., 2] << 16)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.errors import InputError, UnsafeInputError
-from qalora_export.grid import GroupAffine
+from qalora_export.grid import GroupAffine, PackedAffine
 
 QK = 32
 HALF = QK // 2
@@ -126,7 +126,7 @@ BLOCK_FORMATS = {
 }
 
 
-def remainder(matrix: GroupAffine, zero: int, *, where: str) -> NDArray[np.float32]:
+def remainder(matrix: GroupAffine | PackedAffine, zero: int, *, where: str) -> NDArray[np.float32]:
     """R = m + zero·s, float32 (out, in/g): what a block format with a fixed zero leaves over.
 
     Raises InputError when float32 cannot hold R exactly (m and s more than about 13 binary orders apart); float64

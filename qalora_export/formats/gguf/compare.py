@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +14,10 @@ from qalora_export.checkpoint.model_folder import as_float32
 from qalora_export.console import track
 from qalora_export.formats.gguf.plan import DERIVED
 from qalora_export.formats.gguf.readback import GgufContents
-from qalora_export.grid import Differences, GroupAffine, difference, differing
+from qalora_export.formats.streaming import prepared, release, row_blocks
+from qalora_export.grid import Differences, differing
+
+POSITIVE_ZERO = np.float16(0)  # x + 0 turns −0 into +0 and leaves every other value alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +46,21 @@ def compare(checkpoint: CanonicalCheckpoint, contents: GgufContents, *, quiet: b
     """
     compared, quantized, plain = 0, dict[str, Differences](), dict[str, int]()
     names = list(checkpoint.modules)
+    blocks = prepared(
+        lambda job: _difference(checkpoint, contents, *job),
+        ((module, rows) for module in names for rows in _row_blocks(checkpoint, module)),
+    )
     for module in names if quiet else track(names, "read back"):
-        matrix = checkpoint.group_affine(module)
-        compared += matrix.codes.size + 2 * matrix.scale.size
-        found = Differences(matrix.codes.size, matrix.scale.size, matrix.offset.size)
-        if module in contents.modules:
-            found = _difference(matrix, contents.group_affine(module), module in contents.offset_is_implied)
+        found = Differences(0, 0, 0)
+        for _ in _row_blocks(checkpoint, module):
+            found += next(blocks)
+        compared += _values(checkpoint, module, slice(None)).total
         if found.total:
             quantized[module] = found
     expected = _carried(checkpoint)
     for name in expected:
-        tensor = checkpoint.tensor(name)
-        compared += tensor.size
-        count = plain_differing(tensor, contents.tensor(name)) if name in contents.others else tensor.size
-        if count:
+        compared += math.prod(checkpoint.entry(name).shape)
+        if count := _plain_difference(checkpoint, contents, name):
             plain[name] = count
     known = {*expected, *(f"{module}.weight" for module in checkpoint.modules)}
     plain |= {name: 1 for name in contents.types if name not in known}
@@ -75,11 +81,39 @@ def plain_differing(source: NDArray, found: NDArray) -> int:
     return differing(np.asarray(source), found)
 
 
-def _difference(left: GroupAffine, right: GroupAffine, offset_is_implied: bool) -> Differences:
-    if not offset_is_implied:
-        return difference(left, right)
-    zero = np.float16(0.0)  # x + 0 turns −0 into +0 and leaves every other value alone
-    return Differences(
-        differing(left.codes, right.codes), differing(left.scale, right.scale),
-        differing(left.offset + zero, right.offset + zero),
-    )  # fmt: skip
+def _row_blocks(checkpoint: CanonicalCheckpoint, module: str) -> Iterator[slice]:
+    codes = checkpoint.entry(f"{module}.codes")
+    return row_blocks(codes.shape[0], codes.nbytes)
+
+
+def _values(checkpoint: CanonicalCheckpoint, module: str, rows: slice) -> Differences:
+    """How many codes, scales and offsets those rows hold."""
+    bits, (total, width) = checkpoint.modules[module][0], checkpoint.entry(f"{module}.codes").shape
+    count, groups = len(range(total)[rows]), checkpoint.entry(f"{module}.scale").shape[1]
+    return Differences(count * width * 8 // bits, count * groups, count * groups)
+
+
+def _difference(checkpoint: CanonicalCheckpoint, contents: GgufContents, module: str, rows: slice) -> Differences:
+    """Packed codes are compared as bytes; only where those differ are codes unpacked and counted."""
+    if module not in contents.modules:
+        return _values(checkpoint, module, rows)
+    left, right = checkpoint.packed(module, rows), contents.packed(module, rows)
+    if left.shape != right.shape or left.bits != right.bits:
+        return _values(checkpoint, module, rows)
+    codes = 0 if np.array_equal(left.codes, right.codes) else differing(left.unpack().codes, right.unpack().codes)
+    m_left, m_right = left.offset, right.offset
+    if module in contents.offset_is_implied:
+        m_left, m_right = m_left + POSITIVE_ZERO, m_right + POSITIVE_ZERO
+    return Differences(codes, differing(left.scale, right.scale), differing(m_left, m_right))
+
+
+def _plain_difference(checkpoint: CanonicalCheckpoint, contents: GgufContents, name: str) -> int:
+    entry = checkpoint.entry(name)
+    if name not in contents.others or contents.tensor(name).shape != entry.shape:
+        return math.prod(entry.shape)
+    count = 0
+    for rows in row_blocks(entry.shape[0], entry.nbytes):
+        found = contents.tensor(name, rows)
+        count += plain_differing(checkpoint.tensor(name)[rows], found)
+        release(found)
+    return count

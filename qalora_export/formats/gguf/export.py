@@ -21,6 +21,7 @@ from qalora_export.formats.gguf.split import adapter_entries, adapter_path, plan
 from qalora_export.formats.gguf.tokenizer import tokenizer_entries
 from qalora_export.formats.gguf.writer import write_gguf
 from qalora_export.formats.report import ExportReport
+from qalora_export.formats.streaming import finished
 from qalora_export.recipe import GgufSettings
 from qalora_export.safety import atomic_file
 
@@ -46,8 +47,10 @@ def export_gguf(checkpoint: Path, out: Path, settings: GgufSettings, *, force: b
             adapter = stack.enter_context(atomic_file(adapter_path(out), force=force))
             files[adapter_path(out).name] = adapter
             tensors |= write_gguf(adapter, arch, adapter_entries(model), remainders, description="write adapter")
-        found = _checked(compare(model, read_back(files[out.name], adapter)), out)
-        write_sidecar(manifest, files, tensors, [parent_of(checkpoint, "checkpoint")], settings.model_dump())
+        with finished(files) as digests:  # hashed and on their way to the disk while they are read back
+            found = _checked(compare(model, read_back(files[out.name], adapter)), out)
+        write_sidecar(manifest, files, tensors, [parent_of(checkpoint, "checkpoint")], settings.model_dump(),
+                      digests=digests)  # fmt: skip
         if adapter is None and adapter_path(out).name in files_of(sidecar_path(out)):
             # The model that is being replaced had this adapter; it would be wrong over the new one.
             adapter_path(out).unlink(missing_ok=True)

@@ -17,8 +17,9 @@ from qalora_export.families import Family, family_of, rope_of
 from qalora_export.families.family import head_dim
 from qalora_export.formats.gguf.blocks import BLOCK_FORMATS, QK, check_group, exact_format
 from qalora_export.formats.gguf.names import NameMap
-from qalora_export.formats.gguf.permute import row_order, take_rows
-from qalora_export.grid import GroupAffine
+from qalora_export.formats.gguf.packed_blocks import encode
+from qalora_export.formats.gguf.permute import row_order
+from qalora_export.grid import PackedAffine
 from qalora_export.grid.narrow import BFLOAT16
 
 # A GGUF type for every dtype a plain matrix may have: the bytes are copied.
@@ -37,12 +38,12 @@ LAYOUTS: dict[str, dict[int, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
-    """name: in GGUF; kind: GGUF type; shape: elements, row-major; load: the array as stored (uint8 rows for blocks)."""
+    """name: in GGUF; kind: GGUF type; shape: elements, row-major; load: those rows as stored (uint8 for blocks)."""
 
     name: str
     kind: str
     shape: tuple[int, ...]
-    load: Callable[[], NDArray]
+    load: Callable[[slice], NDArray]
 
     @property
     def nbytes(self) -> int:
@@ -73,11 +74,11 @@ def prevailing_type(plans: list[TensorPlan]) -> str:
     return max(totals, key=lambda kind: totals[kind])
 
 
-def gguf_rows(checkpoint: CanonicalCheckpoint, family: Family, module: str) -> GroupAffine:
-    """The quantized matrix of a module with its rows in GGUF order."""
-    matrix = checkpoint.group_affine(module)
+def gguf_rows(checkpoint: CanonicalCheckpoint, family: Family, module: str, rows: slice) -> PackedAffine:
+    """Rows `rows`, counted in GGUF order, of the quantized matrix of a module."""
     heads = family.permuted_heads(module, checkpoint.config)
-    return matrix if heads is None else take_rows(matrix, row_order(matrix.shape[0], heads))
+    total = checkpoint.entry(f"{module}.scale").shape[0]
+    return checkpoint.packed(module, rows if heads is None else row_order(total, heads)[rows])
 
 
 def _quantized(checkpoint: CanonicalCheckpoint, family: Family, names: NameMap, module: str, layout: str) -> TensorPlan:
@@ -89,9 +90,9 @@ def _quantized(checkpoint: CanonicalCheckpoint, family: Family, names: NameMap, 
     if layout == "q4_1" and bits == 8:
         exact_format(checkpoint.group_affine(module), where=f"{checkpoint.path}: {module}")
 
-    def load() -> NDArray:
-        matrix = gguf_rows(checkpoint, family, module)
-        return matrix.dequantize() if kind == "F32" else BLOCK_FORMATS[kind].encode(matrix)
+    def load(wanted: slice) -> NDArray:
+        matrix = gguf_rows(checkpoint, family, module, wanted)
+        return matrix.unpack().dequantize() if kind == "F32" else encode(kind, matrix)
 
     return TensorPlan(names.to_gguf(f"{module}.weight"), kind, (rows, groups * group_size), load)
 
@@ -105,10 +106,10 @@ def _plain(checkpoint: CanonicalCheckpoint, family: Family, names: NameMap, name
     kind = "F32" if layout == "f32" or len(entry.shape) == 1 else PLAIN_TYPES[entry.dtype]
     heads = family.permuted_heads(name.rpartition(".")[0], checkpoint.config)
 
-    def load() -> NDArray:
+    def load(wanted: slice) -> NDArray:
         tensor = checkpoint.tensor(name)
-        tensor = as_float32(tensor) if kind == "F32" else tensor
-        return tensor if heads is None else tensor[row_order(tensor.shape[0], heads)]
+        tensor = tensor[wanted] if heads is None else tensor[row_order(tensor.shape[0], heads)[wanted]]
+        return as_float32(tensor) if kind == "F32" else tensor
 
     return TensorPlan(names.to_gguf(name), kind, entry.shape, load)
 
@@ -118,7 +119,7 @@ def _frequencies(checkpoint: CanonicalCheckpoint, family: Family) -> TensorPlan:
     factors = rope_of(checkpoint.config, family.rope_types).frequency_factors(size)
     if factors is None:
         raise InputError("rotary scaling has no frequency factors", where=checkpoint.path)
-    return TensorPlan(ROPE_FREQUENCIES, "F32", factors.shape, lambda: factors)
+    return TensorPlan(ROPE_FREQUENCIES, "F32", factors.shape, factors.__getitem__)
 
 
 def _plain_names(checkpoint: CanonicalCheckpoint) -> Iterator[str]:

@@ -5,6 +5,7 @@ Nothing here shares code with the writer but the block functions; tests judge th
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.families import FAMILIES, Family
 from qalora_export.formats.gguf.blocks import BLOCK_FORMATS, QK, remainder
 from qalora_export.formats.gguf.names import SUFFIXES, NameMap
-from qalora_export.formats.gguf.permute import hf_order, take_rows
+from qalora_export.formats.gguf.packed_blocks import decode
+from qalora_export.formats.gguf.permute import hf_order
 from qalora_export.formats.gguf.plan import ROPE_FREQUENCIES
 from qalora_export.formats.gguf.validate import validate_gguf
-from qalora_export.grid import GroupAffine
+from qalora_export.formats.streaming import release
+from qalora_export.grid import GroupAffine, PackedAffine
 from qalora_export.grid.narrow import BFLOAT16
 from qalora_export.safety.limits import parse_json
 
@@ -51,22 +54,31 @@ class GgufContents:
 
     def group_affine(self, module: str) -> GroupAffine:
         """The matrix of one module, rows in Transformers order. UnsafeInputError when blocks and metadata disagree."""
+        return self.packed(module).unpack()
+
+    def packed(self, module: str, rows: slice = slice(None)) -> PackedAffine:
+        """Some rows of it, codes packed; their pages of the file do not stay in memory. Errors as in group_affine."""
         source, tensor = self._source, self._source.tensors[f"{module}.weight"]
         fmt, (bits, group_size) = BLOCK_FORMATS[tensor.tensor_type.name], self.modules[module]
         if bits not in fmt.bits:
             raise UnsafeInputError(f"{bits}-bit codes declared for {fmt.name}", where=f"{source.path}: {module}")
-        matrix = fmt.decode(np.ascontiguousarray(tensor.data), bits=bits, group_size=group_size)
+        heads = source.heads(module)
+        wanted = rows if heads is None else hf_order(tensor.data.shape[0], heads)[rows]
+        matrix = decode(fmt.name, np.ascontiguousarray(tensor.data[wanted]), bits=bits, group_size=group_size)
+        release(tensor.data)
         extra = self._adapter
         if extra is not None and fmt.zero is not None and f"{module}.weight.lora_b" in extra.lora:
-            matrix = _with_remainder(matrix, extra, module, fmt.zero)
-        heads = source.heads(module)
-        return matrix if heads is None else take_rows(matrix, hf_order(matrix.shape[0], heads))
+            return with_remainder(matrix, extra.remainder(module, group_size)[wanted], fmt.zero, where=extra.path)
+        return matrix
 
-    def tensor(self, name: str) -> NDArray:
-        """One tensor that is not quantized, in its stored dtype (vectors are F32 in GGUF), in Transformers order."""
+    def tensor(self, name: str, rows: slice = slice(None)) -> NDArray:
+        """One tensor that is not quantized, in its stored dtype (vectors are F32 in GGUF), in Transformers order.
+
+        Some of its rows, when asked for; what is returned may be a view of the mapped file.
+        """
         if name not in self.others:
             raise InputError(f"the file has no plain tensor {name!r}", where=self._source.path)
-        return self._source.plain(name)
+        return self._source.plain(name, rows)
 
     def matrices(self) -> Iterator[tuple[str, GroupAffine]]:
         for module in self.modules:
@@ -117,6 +129,7 @@ class _Source:
         self.names = _hf_names(self.family, self._number("block_count"))
         self.tensors: dict[str, Any] = {}
         self.lora: dict[str, Any] = {}
+        self._indicators: set[str] = set()  # modules whose lora_a has been checked
         for tensor in reader.tensors:
             base, _, part = tensor.name.rpartition(".")
             if part in ("lora_a", "lora_b"):
@@ -124,11 +137,24 @@ class _Source:
             elif tensor.name != ROPE_FREQUENCIES:
                 self.tensors[self._hf_name(tensor.name)] = tensor
 
-    def plain(self, name: str) -> NDArray:
+    def plain(self, name: str, rows: slice = slice(None)) -> NDArray:
         tensor = self.tensors[name]
         dtype = PLAIN_DTYPES[tensor.tensor_type.name]
         shape = tuple(int(n) for n in tensor.shape[::-1])
-        return self.in_hf_order(name, np.ascontiguousarray(tensor.data).view(np.uint8).view(dtype).reshape(shape))
+        stored = np.ascontiguousarray(tensor.data).view(np.uint8).view(dtype).reshape(shape)
+        heads = self.heads(name.rpartition(".")[0])
+        return stored[rows if heads is None else hf_order(shape[0], heads)[rows]]
+
+    def remainder(self, module: str, group_size: int) -> NDArray[np.float32]:
+        """lora_b of an offset adapter, rows in GGUF order. UnsafeInputError unless lora_a is the group indicator."""
+        indicator, rest = (self.lora[f"{module}.weight.{part}"].data for part in ("lora_a", "lora_b"))
+        if module not in self._indicators:
+            expected = group_indicator(rest.shape[1], group_size)
+            if not np.array_equal(indicator, expected):
+                raise UnsafeInputError("not an offset adapter of this matrix", where=f"{self.path}: {module}")
+            release(indicator)
+            self._indicators.add(module)
+        return rest
 
     def in_hf_order(self, name: str, rows: NDArray) -> NDArray:
         heads = self.heads(name.rpartition(".")[0])
@@ -176,18 +202,17 @@ def _hf_names(family: Family, layers: int) -> dict[str, str]:
     return {names.to_gguf(module + suffix): module + suffix for module in modules for suffix in SUFFIXES}
 
 
-def _with_remainder(matrix: GroupAffine, extra: _Source, module: str, zero: int) -> GroupAffine:
-    """offset = R − z·s. Raises UnsafeInputError unless lora_a is the group indicator and the offset is an fp16."""
-    indicator, rest = (np.asarray(extra.lora[f"{module}.weight.{part}"].data) for part in ("lora_a", "lora_b"))
-    where = f"{extra.path}: {module}"
-    groups = matrix.scale.shape[1]
-    if not np.array_equal(indicator, group_indicator(groups, matrix.group_size)) or rest.shape != matrix.scale.shape:
+def with_remainder(matrix: PackedAffine, rest: NDArray[np.float32], zero: int, *, where: object) -> PackedAffine:
+    """The same rows with offset = R − z·s. Raises UnsafeInputError unless that offset is an fp16."""
+    if rest.shape != matrix.scale.shape:
         raise UnsafeInputError("not an offset adapter of this matrix", where=where)
     exact = rest.astype(np.float64) - zero * matrix.scale.astype(np.float64)
     with np.errstate(over="ignore"):
         offset = exact.astype(np.float16)
-    found = GroupAffine(matrix.codes, matrix.scale, offset, matrix.bits)
-    if not np.array_equal(remainder(found, zero, where=where), rest):
+    if not np.isfinite(offset).all():
+        raise UnsafeInputError("a remainder makes an offset that fp16 does not hold", where=where)
+    found = dataclasses.replace(matrix, offset=offset)
+    if not np.array_equal(remainder(found, zero, where=str(where)), rest):
         raise UnsafeInputError("a remainder does not come from an fp16 offset", where=where)
     return found
 

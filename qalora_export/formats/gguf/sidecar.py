@@ -29,12 +29,16 @@ def files_of(path: Path) -> set[str]:
 
 
 def write_sidecar(path: Path, files: dict[str, Path], tensors: dict[str, dict[str, Any]], parents: list[Parent],
-                  settings: dict[str, Any]) -> None:  # fmt: skip
-    """Hash the finished files (final name -> where they lie now) and write the manifest, without times and paths."""
+                  settings: dict[str, Any], *, digests: dict[str, str] | None = None) -> None:  # fmt: skip
+    """Hash the finished files (final name -> where they lie now) and write the manifest, without times and paths.
+
+    digests: sha256 of files that the caller has hashed already.
+    """
+    digests = digests or {name: sha256_file(file) for name, file in files.items()}
     content = {
         "format": FORMAT, "kind": "gguf", "created_by": f"qalora-export {__version__}", "settings": settings,
         "parents": [asdict(parent) for parent in parents],
-        "files": {name: {"bytes": f.stat().st_size, "sha256": sha256_file(f)} for name, f in files.items()},
+        "files": {name: {"bytes": f.stat().st_size, "sha256": digests[name]} for name, f in files.items()},
         "tensors": tensors,
     }  # fmt: skip
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

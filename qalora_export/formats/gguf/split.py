@@ -56,16 +56,21 @@ def plan_remainders(model: CanonicalCheckpoint) -> list[TensorPlan]:
     plans: list[TensorPlan] = []
     for module, (bits, group_size) in model.modules.items():
         zero = BLOCK_FORMATS[LAYOUTS["split"][bits]].zero
-        if zero is None or not remainder(model.group_affine(module), zero, where=f"{model.path}: {module}").any():
+        if zero is None or not remainder(model.packed(module), zero, where=f"{model.path}: {module}").any():
             continue
         rows, groups = model.entry(f"{module}.scale").shape
         name = names.to_gguf(f"{module}.weight")
-        load_a = functools.partial(group_indicator, groups, group_size)
+        load_a = functools.partial(_indicator_rows, groups, group_size)
         load_b = functools.partial(_remainder_rows, model, family, module, zero)
         plans.append(TensorPlan(f"{name}.lora_a", "F32", (groups, groups * group_size), load_a))
         plans.append(TensorPlan(f"{name}.lora_b", "F32", (rows, groups), load_b))
     return plans
 
 
-def _remainder_rows(model: CanonicalCheckpoint, family: Family, module: str, zero: int) -> NDArray[np.float32]:
-    return remainder(gguf_rows(model, family, module), zero, where=f"{model.path}: {module}")
+def _indicator_rows(groups: int, group_size: int, rows: slice) -> NDArray[np.float32]:
+    return group_indicator(groups, group_size)[rows]
+
+
+def _remainder_rows(model: CanonicalCheckpoint, family: Family, module: str, zero: int,
+                    rows: slice) -> NDArray[np.float32]:  # fmt: skip
+    return remainder(gguf_rows(model, family, module, rows), zero, where=f"{model.path}: {module}")

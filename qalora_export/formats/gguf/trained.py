@@ -9,7 +9,6 @@ report counts them.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +62,7 @@ def write_adapter(base: Path, modules: Mapping[str, LowRank], out: Path, *, pare
     """
     model = CanonicalCheckpoint(base)
     arrays = _arrays(model, modules)
-    plans = [TensorPlan(name, "F32", array.shape, functools.partial(_same, array)) for name, array in arrays.items()]
+    plans = [TensorPlan(name, "F32", array.shape, array.__getitem__) for name, array in arrays.items()]
     with atomic_file(sidecar_path(out), force=force) as manifest, atomic_file(out, force=force) as temporary:
         tensors = write_gguf(temporary, family_of(model.config).gguf_arch, adapter_entries(model), plans,
                              description="write adapter")  # fmt: skip
@@ -101,10 +100,6 @@ def _shape(model: CanonicalCheckpoint, module: str) -> tuple[int, int]:
         raise InputError("the adapter targets a module that the base has not quantized", where=module)
     rows, groups = model.entry(f"{module}.scale").shape
     return rows, groups * model.modules[module][1]
-
-
-def _same(array: NDArray[np.float32]) -> NDArray[np.float32]:
-    return array
 
 
 def _check(path: Path, arrays: Mapping[str, NDArray[np.float32]], out: Path) -> None:

@@ -1,17 +1,21 @@
-"""Stream a GGUF file: header and names first, then one tensor in memory at a time (gguf.GGUFWriter does the bytes)."""
+"""Stream a GGUF file: header and names by gguf.GGUFWriter, then the tensors a block of rows at a time."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qalora_export.console import track
 from qalora_export.formats.gguf.blocks import BLOCK_FORMATS
 from qalora_export.formats.gguf.metadata import Entry
 from qalora_export.formats.gguf.plan import TensorPlan
-from qalora_export.safety import sha256_bytes
+from qalora_export.formats.gguf.validate import ALIGNMENT
+from qalora_export.formats.streaming import prepared, row_blocks
 
 
 def write_gguf(path: Path, arch: str, entries: list[Entry], plans: list[TensorPlan], *,
@@ -20,6 +24,18 @@ def write_gguf(path: Path, arch: str, entries: list[Entry], plans: list[TensorPl
 
     The caller passes a temporary path (safety.atomic_file): this function neither syncs nor renames.
     """
+    _write_header(path, arch, entries, plans)
+    tensors: dict[str, dict[str, Any]] = {}
+    with path.open("ab") as file:
+        _pad(file)
+        blocks = prepared(_load, ((plan, rows) for plan in plans for rows in row_blocks(plan.shape[0], plan.nbytes)))
+        for plan in track(plans, description):
+            digest = _write_tensor(file, plan, blocks)
+            tensors[plan.name] = {"dtype": plan.kind, "shape": list(plan.shape), "sha256": digest}
+    return tensors
+
+
+def _write_header(path: Path, arch: str, entries: list[Entry], plans: list[TensorPlan]) -> None:
     from gguf import GGMLQuantizationType, GGUFWriter
 
     writer = GGUFWriter(path, arch)
@@ -34,12 +50,26 @@ def write_gguf(path: Path, arch: str, entries: list[Entry], plans: list[TensorPl
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        tensors: dict[str, dict[str, Any]] = {}
-        for plan in track(plans, description):
-            array = np.ascontiguousarray(plan.load())
-            array = array if array.dtype.kind == "f" else array.view(np.uint8)  # bfloat16 goes as its bytes
-            writer.write_tensor_data(array)
-            tensors[plan.name] = {"dtype": plan.kind, "shape": list(plan.shape), "sha256": sha256_bytes(array)}
-        return tensors
     finally:
         writer.close()
+
+
+def _load(job: tuple[TensorPlan, slice]) -> NDArray[np.uint8]:
+    plan, rows = job
+    return np.ascontiguousarray(plan.load(rows)).reshape(-1).view(np.uint8)
+
+
+def _write_tensor(file: BinaryIO, plan: TensorPlan, blocks: Iterator[NDArray[np.uint8]]) -> str:
+    """Take the blocks of one tensor from the stream, write them, pad; sha256 of the bytes."""
+    digest, missing = hashlib.sha256(), plan.nbytes
+    while missing > 0:
+        block = next(blocks)
+        file.write(block.data)
+        digest.update(block.data)
+        missing -= block.nbytes
+    _pad(file)
+    return digest.hexdigest()
+
+
+def _pad(file: BinaryIO) -> None:
+    file.write(b"\0" * (-file.tell() % ALIGNMENT))

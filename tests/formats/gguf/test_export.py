@@ -18,7 +18,7 @@ from qalora_export.formats.gguf import export as export_module
 from qalora_export.formats.gguf.compare import compare
 from qalora_export.formats.gguf.export import export_f32_twin, export_gguf
 from qalora_export.formats.gguf.readback import read_back, runtime_dequantized
-from qalora_export.grid import GroupAffine, differing
+from qalora_export.grid import GroupAffine, PackedAffine, differing
 from qalora_export.recipe import GgufSettings
 from qalora_export.safety import sha256_file
 from tests.models import make_tiny_canonical, round_to_nearest
@@ -163,14 +163,14 @@ def test_an_exception_half_way_leaves_nothing(
 ) -> None:
     calls: list[str] = []
 
-    def failing(checkpoint: CanonicalCheckpoint, module: str) -> GroupAffine:
+    def failing(checkpoint: CanonicalCheckpoint, module: str, *rows: object) -> PackedAffine:
         calls.append(module)
         if len(calls) > 20:
             raise OSError(28, "No space left on device")
-        return original(checkpoint, module)
+        return original(checkpoint, module, *rows)
 
-    original = CanonicalCheckpoint.group_affine
-    monkeypatch.setattr(CanonicalCheckpoint, "group_affine", failing)
+    original = CanonicalCheckpoint.packed
+    monkeypatch.setattr(CanonicalCheckpoint, "packed", failing)
     with pytest.raises(InputError, match="No space left"):
         export_gguf(tiny_canonical, tmp_path / "m.gguf", GgufSettings(layout=layout))
     assert not list(tmp_path.iterdir())
@@ -183,9 +183,9 @@ def test_killed_half_way_leaves_no_output_and_the_next_run_is_as_if_undisturbed(
         "import sys, time; from pathlib import Path\n"
         "from qalora_export.checkpoint.canonical import CanonicalCheckpoint as C\n"
         "from qalora_export.formats.gguf.export import export_gguf; from qalora_export.recipe import GgufSettings\n"
-        "real = C.group_affine\n"
-        "def slow(self, module): print(module, flush=True); time.sleep(0.2); return real(self, module)\n"
-        "C.group_affine = slow\n"
+        "real = C.packed\n"
+        "def slow(self, module, *rows): print(module, flush=True); time.sleep(0.2); return real(self, module, *rows)\n"
+        "C.packed = slow\n"
         "export_gguf(Path(sys.argv[1]), Path(sys.argv[2]), GgufSettings())\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(tiny_canonical), str(tmp_path / "m.gguf")], cwd=ROOT,

@@ -1,0 +1,53 @@
+"""A quantized matrix, or some rows of one, with its codes still packed: what the streaming exporters move about."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qalora_export.errors import InputError
+from qalora_export.grid.group_affine import GroupAffine
+from qalora_export.grid.packing import pack_codes, packed_width, unpack_codes
+
+MAGNITUDE, INFINITY = np.uint16(0x7FFF), 0x7C00  # fp16 bit patterns: order of magnitudes is order of integers
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedAffine:
+    """codes uint8 (out, in·bits/8) as in grid.packing, scale and offset float16 (out, in/g), bits in {2, 3, 4, 8}.
+
+    Raises InputError when shapes disagree or a scale or offset is not finite; packed codes always fit their bits.
+    """
+
+    codes: NDArray[np.uint8]
+    scale: NDArray[np.float16]
+    offset: NDArray[np.float16]
+    bits: int
+    group_size: int
+
+    def __post_init__(self) -> None:
+        out, groups = self.scale.shape
+        if self.offset.shape != (out, groups) or self.codes.shape != (out, packed_width(self.shape[1], self.bits)):
+            raise InputError(
+                f"shapes {self.codes.shape}, {self.scale.shape}, {self.offset.shape} do not belong together"
+            )
+        if not (fp16_is_finite(self.scale) and fp16_is_finite(self.offset)):
+            raise InputError("not a quantized matrix: a scale or offset is NaN or infinite",
+                             why="codes, scale and offset must follow design §2")  # fmt: skip
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)"""
+        return self.scale.shape[0], self.scale.shape[1] * self.group_size
+
+    def unpack(self) -> GroupAffine:
+        return GroupAffine(unpack_codes(self.codes, self.bits), self.scale, self.offset, self.bits)
+
+    @classmethod
+    def pack(cls, matrix: GroupAffine) -> "PackedAffine":
+        return cls(pack_codes(matrix.codes, matrix.bits), matrix.scale, matrix.offset, matrix.bits, matrix.group_size)
+
+
+def fp16_is_finite(values: NDArray[np.float16]) -> bool:
+    """np.isfinite(values).all() on the bit patterns, which is many times faster for fp16."""
+    return not values.size or int((values.view(np.uint16) & MAGNITUDE).max()) < INFINITY
