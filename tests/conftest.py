@@ -16,6 +16,8 @@ import pytest
 from tests.models import make_tiny_canonical, make_tiny_model
 
 ROOT = Path(__file__).parent.parent
+# Triton exists for Linux only.
+collect_ignore_glob = [] if sys.platform == "linux" else ["qalora/test_kernels*.py", "benchmarks/test_train_*.py"]
 
 
 @pytest.fixture(scope="session")

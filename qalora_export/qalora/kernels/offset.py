@@ -25,7 +25,7 @@ def _effective_offset(offset, a, b, result, rows, pools, RANK: tl.constexpr, REP
     for k in range(RANK):
         left = tl.load(b + row * RANK + k, mask=row < rows, other=0).to(tl.float64)
         right = tl.load(a + k * pools + pool, mask=pool < pools, other=0).to(tl.float64)
-        total += left[:, None] * right[None, :]
+        total = tl.fma(left[:, None], right[None, :], total)
     delta = total * tl.full((1, 1), SCALING, tl.float64)  # a bare float would be a float32
     keep = (row < rows)[:, None] & (pool < pools)[None, :]
     for repeat in tl.static_range(REPEAT):
