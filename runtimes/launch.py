@@ -95,10 +95,9 @@ def run_runner(name: str, *, model: Path, job: Path | Job, workdir: Path, exact:
     out, fingerprint = workdir / "logits.npz", workdir / "fingerprint.json"
     out.unlink(missing_ok=True)
     fingerprint.unlink(missing_ok=True)
-    command = [sys.executable, "-P", "-m", runner.module, "--model", model, "--job", job, "--out", out,
-               "--fingerprint", fingerprint, "--threads", threads, *(["--exact"] if exact else []),
-               *(["--lora", lora] if lora else []), *options]  # fmt: skip
-    code, log = _run([str(word) for word in command], workdir / "stderr.txt", timeout)
+    words = ["--model", model, "--job", job, "--out", out, "--fingerprint", fingerprint, "--threads", threads,
+             *(["--exact"] if exact else []), *(["--lora", lora] if lora else []), *options]  # fmt: skip
+    code, log = run_module(runner.module, words, workdir / "stderr.txt", timeout)
     if code == EXIT_OK:
         return _answer(name, out, fingerprint, positions, log)
     if code == EXIT_MISSING:
@@ -106,8 +105,9 @@ def run_runner(name: str, *, model: Path, job: Path | Job, workdir: Path, exact:
     return _crash(name, runner, code, timeout, log)
 
 
-def _run(command: list[str], log: Path, timeout: float) -> tuple[int | None, str]:
+def run_module(module: str, words: Sequence[object], log: Path, timeout: float) -> tuple[int | None, str]:
     """Exit code (None after a timeout, −n after signal n) and the end of what was written to stdout and stderr."""
+    command = [sys.executable, "-P", "-m", module, *map(str, words)]
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
         try:

@@ -90,12 +90,12 @@ def write_job(path: Path, job: Job) -> None:
     }
     if job.text is not None:
         arrays["text"] = _json_bytes({"texts": job.text.texts, "chats": job.text.chats})
-    _write_npz(path, arrays)
+    write_arrays(path, arrays)
 
 
 def read_job(path: Path) -> Job:
     """Raises ProtocolError for anything that is not a job within the limits."""
-    arrays = _read_npz(path, required={"ids", "lengths", "mode"}, optional={"text"})
+    arrays = read_arrays(path, required={"ids", "lengths", "mode"}, optional={"text"})
     ids, lengths, mode = arrays["ids"], arrays["lengths"], arrays["mode"]
     if ids.dtype != np.int32 or lengths.dtype != np.int32 or ids.ndim != 1 or lengths.ndim != 1:
         raise ProtocolError(f"{path}: ids and lengths must be one-dimensional int32")
@@ -112,12 +112,12 @@ def write_answers(path: Path, logprobs: Logprobs, text_answers: Mapping[str, Any
     arrays: dict[str, Any] = {"logprobs": logprobs}
     if text_answers is not None:
         arrays["text_answers"] = _json_bytes(text_answers)
-    _write_npz(path, arrays)
+    write_arrays(path, arrays)
 
 
 def read_answers(path: Path, *, positions: int) -> tuple[Logprobs, dict[str, Any] | None]:
     """logprobs float32 (positions, vocab) and the text answers. Raises ProtocolError."""
-    arrays = _read_npz(path, required={"logprobs"}, optional={"text_answers"})
+    arrays = read_arrays(path, required={"logprobs"}, optional={"text_answers"})
     logprobs = arrays["logprobs"]
     if logprobs.dtype != np.float32 or logprobs.ndim != 2 or len(logprobs) != positions:
         raise ProtocolError(f"{path}: logprobs is {logprobs.dtype} {logprobs.shape}, expected float32 ({positions}, V)")
@@ -151,14 +151,14 @@ def _parse_json(path: Path, raw: NDArray[Any]) -> Any:
         raise ProtocolError(f"{path}: not valid JSON: {error}") from error
 
 
-def _write_npz(path: Path, arrays: dict[str, Any]) -> None:
+def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
         np.savez(file, **arrays)
     partial.replace(path)
 
 
-def _read_npz(path: Path, *, required: set[str], optional: set[str]) -> dict[str, NDArray[Any]]:
+def read_arrays(path: Path, *, required: set[str], optional: set[str]) -> dict[str, NDArray[Any]]:
     """Named arrays of an npz, each header checked against its real size before anything is allocated."""
     try:
         with zipfile.ZipFile(path) as archive:

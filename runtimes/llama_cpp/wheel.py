@@ -65,25 +65,27 @@ def version() -> str:
     return importlib.metadata.version(PACKAGE)
 
 
+def parameters(settings: LlamaSettings) -> tuple[dict[str, int], dict[str, int]]:
+    """(model, context) parameters that differ from llama.cpp's own defaults."""
+    batch = min(BATCH, settings.context)
+    exact_model = {"use_extra_bufts": 0, "n_gpu_layers": 0}
+    exact_context = {"type_k": KV_F32, "type_v": KV_F32, "flash_attn_type": FLASH_ATTENTION_OFF,
+                     "offload_kqv": 0, "op_offload": 0}  # fmt: skip
+    context = {
+        "n_ctx": settings.context, "n_batch": batch, "n_ubatch": min(MICRO_BATCH, batch),
+        "n_threads": settings.threads, "n_threads_batch": settings.threads,
+    }  # fmt: skip
+    return (exact_model, context | exact_context) if settings.exact else ({}, context)
+
+
 class CApiRuntime:
     """runner.Runtime on llama_decode: every position of a sequence from one batch, or one token per step."""
 
     def __init__(self, library: Library, model: Path, lora: Path | None, settings: LlamaSettings, job: Job,
                  server: LocalServer) -> None:  # fmt: skip
         self._settings, self._server, self._lora = settings, server, lora
-        batch = min(BATCH, settings.context)
-        exact_model = {"use_extra_bufts": 0, "n_gpu_layers": 0}
-        exact_context = {"type_k": KV_F32, "type_v": KV_F32, "flash_attn_type": FLASH_ATTENTION_OFF,
-                         "offload_kqv": 0, "op_offload": 0}  # fmt: skip
-        context = {
-            "n_ctx": settings.context, "n_batch": batch, "n_ubatch": min(MICRO_BATCH, batch),
-            "n_threads": settings.threads, "n_threads_batch": settings.threads,
-        }  # fmt: skip
-        self._context = Context(
-            library, model, lora,
-            model=exact_model if settings.exact else {},
-            context=context | (exact_context if settings.exact else {}),
-        )  # fmt: skip
+        for_model, for_context = parameters(settings)
+        self._context = Context(library, model, lora, model=for_model, context=for_context)
         check_vocabulary(job, self._context.vocabulary)
         log = "".join(library.log)
         self._logged = {name: found[-1] for name, pattern in LOGGED.items() if (found := pattern.findall(log))}

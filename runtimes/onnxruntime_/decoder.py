@@ -15,6 +15,7 @@ from qalora_runtimes.scoring import MissingRuntimeError, Rows, RunnerError, ever
 PACKAGE = "onnxruntime"
 PROVIDER = "CPUExecutionProvider"
 ERRORS_ONLY = 3  # log severity
+DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 CACHE_NAME = re.compile(r"^(past|present)\w*\.(\d+)\.(key|value)$")
 DTYPES: dict[str, Any] = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(int32)": np.int32,
@@ -34,8 +35,11 @@ class CacheSlot:
 class Decoder:
     """runner.Runtime on folder/model.onnx."""
 
-    def __init__(self, folder: Path, threads: int) -> None:
-        """Raises MissingRuntimeError, or RunnerError for a file that does not load or is no such decoder."""
+    def __init__(self, folder: Path, threads: int, *, data: Path | None = None) -> None:
+        """data: folder of the external data where it is not the graph's own.
+
+        Raises MissingRuntimeError, or RunnerError for a file that does not load or is no such decoder.
+        """
         try:
             import onnxruntime
         except ImportError as error:
@@ -46,7 +50,10 @@ class Decoder:
         options.log_severity_level = ERRORS_ONLY
         file = folder / "model.onnx" if folder.is_dir() else folder
         try:
-            self._session = onnxruntime.InferenceSession(str(file), options, providers=[PROVIDER])
+            if data is not None:
+                options.add_session_config_entry(DATA_FOLDER, str(data))
+            graph = str(file) if data is None else file.read_bytes()
+            self._session = onnxruntime.InferenceSession(graph, options, providers=[PROVIDER])
         except Exception as error:  # its exception classes have no other base in common
             raise RunnerError(f"ONNX Runtime cannot load {file}: {error}") from error
         self._value = onnxruntime.OrtValue.ortvalue_from_numpy
@@ -96,15 +103,17 @@ class Decoder:
 
     def _run(self, ids: Ids, start: int, cache: dict[str, Any]) -> tuple[Rows, dict[str, Any]]:
         """Rows (len(ids) or 1, vocab) and the next cache, after `start` tokens that are in `cache`."""
-        end = start + len(ids)
-        plain = {"input_ids": ids, "attention_mask": np.ones(end), "position_ids": np.arange(start, end)}
-        feeds = {n: self._value(np.asarray(v, self._inputs[n])[None]) for n, v in plain.items() if n in self._inputs}
         names = ["logits", *(slot.present for slot in self._slots)]
-        logits, *present = self._session.run_with_ort_values(names, {**feeds, **cache})
+        logits, *present = self._session.run_with_ort_values(names, {**self._feeds(ids, start), **cache})
         rows = logits.numpy().astype(np.float32)
         return rows.reshape(-1, rows.shape[-1]), {
             slot.past: value for slot, value in zip(self._slots, present, strict=True)
         }
+
+    def _feeds(self, ids: Ids, start: int) -> dict[str, Any]:
+        end = start + len(ids)
+        plain = {"input_ids": ids, "attention_mask": np.ones(end), "position_ids": np.arange(start, end)}
+        return {n: self._value(np.asarray(v, self._inputs[n])[None]) for n, v in plain.items() if n in self._inputs}
 
     def text_answers(self, _request: TextRequest) -> None:
         """ONNX Runtime has no tokenizer; GenAI, which runs the same folder, answers."""

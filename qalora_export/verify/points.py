@@ -1,0 +1,140 @@
+"""Points of a decoder at which reference and runtime are compared, in the order of the data flow.
+
+A point is the input or the output of a module, under its Transformers name. llama.cpp's names are those of its graph
+builders (src/models/*.cpp, the second argument of `cb`); in an ONNX graph by mobius a value's name starts with the
+module that made it, and residual sums are found by their place beside the norms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import onnx
+
+Side = Literal["input", "output"]
+NORMS = ("RMSNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
+WITH_RESIDUAL = "SkipSimplifiedLayerNormalization"  # output 3 is the sum that was normalized
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """module: Transformers name. side: which end of it. name, what: for the reader. node: llama.cpp's name."""
+
+    module: str
+    side: Side
+    name: str
+    what: str
+    node: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.module} {self.side}"
+
+
+# Module inside a decoder layer, side, what made the value, what a divergence that starts there means, llama.cpp's node.
+LAYER_POINTS: tuple[tuple[str, Side, str, str, str], ...] = (
+    ("input_layernorm", "output", "input_layernorm", "norm before attention: its weight or epsilon", "attn_norm"),
+    ("self_attn.q_proj", "output", "self_attn.q_proj", "query projection", "Qcur"),
+    ("self_attn.k_proj", "output", "self_attn.k_proj", "key projection", "Kcur"),
+    ("self_attn.v_proj", "output", "self_attn.v_proj", "value projection", "Vcur"),
+    ("self_attn.o_proj", "input", "self_attn", "attention over the heads: RoPE, mask, scale or KV cache", "kqv_out"),
+    ("self_attn.o_proj", "output", "self_attn.o_proj", "output projection of attention", "attn_out"),
+    ("post_attention_layernorm", "input", "", "residual sum after attention", "ffn_inp"),
+    (
+        "post_attention_layernorm",
+        "output",
+        "post_attention_layernorm",
+        "norm before the MLP: its weight or epsilon",
+        "ffn_norm",
+    ),
+    ("mlp.gate_proj", "output", "mlp.gate_proj", "gate projection", "ffn_gate"),
+    ("mlp.up_proj", "output", "mlp.up_proj", "up projection", "ffn_up"),
+    ("mlp.down_proj", "input", "mlp", "activation function times up projection", "ffn_swiglu"),
+    ("mlp.down_proj", "output", "mlp.down_proj", "down projection", "ffn_out"),
+    ("", "output", "", "residual sum after the MLP", "l_out"),
+)
+
+
+def model_points(layers: int) -> list[Point]:
+    """Embedding, hidden state after every decoder layer, final norm, logits."""
+    return [
+        _output("model.embed_tokens", "embedding", "embd"),
+        *(_output(f"model.layers.{i}", f"hidden state after layer {i}", f"l_out-{i}") for i in range(layers)),
+        _output("model.norm", "final norm: its weight or epsilon", "result_norm"),
+        _output("lm_head", "logits", "result_output"),
+    ]
+
+
+def layer_points(layer: int) -> list[Point]:
+    prefix = f"model.layers.{layer}"
+    return [
+        Point(f"{prefix}.{module}".rstrip("."), side, f"{prefix}.{name}".rstrip("."), what, f"{node}-{layer}")
+        for module, side, name, what, node in LAYER_POINTS
+    ]
+
+
+def _output(module: str, what: str, node: str) -> Point:
+    return Point(module, "output", module, what, node)
+
+
+def onnx_values(model: onnx.ModelProto, points: list[Point]) -> dict[str, str]:
+    """Point key -> name of the value in the graph; points that the graph does not show are left out."""
+    made = [name for node in model.graph.node for name in node.output if name]
+    sums = _residual_sums(model)
+    found: dict[str, str | None] = {}
+    for point in points:
+        found[point.key] = sums.get(point.key) or _last(made, point)
+    return {key: name for key, name in found.items() if name}
+
+
+def _last(made: list[str], point: Point) -> str | None:
+    """The last value that the module made: after bias and offset branch."""
+    prefix = f"v_{point.module}."
+    if point.side == "input":  # of o_proj and down_proj: the last thing its parent did itself
+        prefix = f"v_{point.module.rpartition('.')[0]}."
+    if point.module == "lm_head":
+        return "logits"
+    own = [name for name in made if name.startswith(prefix) and name[len(prefix) :][:1].isupper()]
+    return own[-1] if own else None
+
+
+def _residual_sums(model: onnx.ModelProto) -> dict[str, str]:
+    """Point key -> value for what goes into each norm: the residual stream, and the embedding at its start."""
+    sources = _weight_names(model)
+    sums: dict[str, str] = {}
+    for node in model.graph.node:
+        if node.op_type not in NORMS:
+            continue
+        with_residual = node.op_type == WITH_RESIDUAL
+        norm = sources.get(node.input[2 if with_residual else 1], "").removesuffix(".weight")
+        value = node.output[3] if with_residual and len(node.output) > 3 else node.input[0]
+        layer = _layer_of(norm)
+        if norm.endswith(".post_attention_layernorm"):
+            sums[f"{norm} input"] = value
+        elif layer == 0:
+            sums["model.embed_tokens output"] = value
+        elif layer is not None:
+            sums[f"model.layers.{layer - 1} output"] = value
+        elif norm == "model.norm":
+            last = max((i for name in sources.values() if (i := _layer_of(name)) is not None), default=0)
+            sums[f"model.layers.{last} output"] = value
+    return sums
+
+
+def _weight_names(model: onnx.ModelProto) -> Mapping[str, str]:
+    """Value name -> initializer it is, or is cast from."""
+    names = {tensor.name: tensor.name for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Cast" and node.input[0] in names:
+            names[node.output[0]] = names[node.input[0]]
+    return names
+
+
+def _layer_of(name: str) -> int | None:
+    """5 for "model.layers.5.input_layernorm"; None for a name outside the decoder layers."""
+    rest = name.removeprefix("model.layers.")
+    number = rest.partition(".")[0]
+    return int(number) if rest != name and number.isdigit() else None
