@@ -12,14 +12,14 @@ from qalora_export.recipe import Recipe
 from qalora_export.safety import read_json
 
 STYLES = {"pass": "green", "fail": "bold red", "not run": "bold yellow"}
-# Column title -> gate and figure, as named in report.json.
-COLUMNS = {
-    "bytes": ("G0", "differing_values"),
-    "weights, ulp": ("G1", "ulp_max"),
-    "exact path, NMSE": ("G2", "nmse_max"),
-    "shipped path, KL": ("G3", "kl_mean"),
-    "KV decode, NMSE": ("G4", "exact_nmse_max"),
-    "text, ids": ("G5", "differing_ids"),
+# Gate in report.json -> what its headline figure means to a reader.
+ROWS = {
+    "G0": "values that differ in the file",
+    "G1": "weights, largest ulp",
+    "G2": "exact path, largest NMSE",
+    "G3": "shipped path, mean KL in nats",
+    "G4": "KV-cache decode, largest NMSE",
+    "G5": "token ids that differ",
 }
 
 
@@ -36,27 +36,29 @@ def print_summary(recipe: Recipe) -> None:
 
 
 def _parity_table(report: dict[str, Any]) -> Table:
-    table = Table(
-        "runtime", *COLUMNS, "verdict", title="one INT4 model, the same numbers as PyTorch", title_justify="left"
-    )
-    for runtime in dict.fromkeys(entry["runtime"] for entry in report["gates"]):
-        entries = {entry["gate"]: entry for entry in report["gates"] if entry["runtime"] == runtime}
-        statuses = {entry["status"] for entry in entries.values()}
-        worst = next(status for status in ("fail", "not run", "pass") if status in statuses)
-        cells = [_cell(entries.get(gate), figure) for gate, figure in COLUMNS.values()]
-        table.add_row(runtime, *cells, f"[{STYLES[worst]}]{worst}[/]")
+    runtimes = list(dict.fromkeys(entry["runtime"] for entry in report["gates"]))
+    entries = {(entry["gate"], entry["runtime"]): entry for entry in report["gates"]}
+    table = Table("against PyTorch float32", *runtimes, title="one fine-tuned INT4 model, the same numbers everywhere",
+                  title_justify="left")  # fmt: skip
+    for gate, title in ROWS.items():
+        table.add_row(title, *(_cell(entries.get((gate, runtime))) for runtime in runtimes))
+    verdicts = [_verdict([e for (_, name), e in entries.items() if name == runtime]) for runtime in runtimes]
+    table.add_row("verdict", *verdicts, style="bold")
     return table
 
 
-def _cell(entry: dict[str, Any] | None, figure: str) -> str:
-    if entry is None:
-        return "–"
-    for check in entry["checks"]:
-        if check["figure"] == figure:
-            value = check["measured"]
-            text = f"{value:.3g}" if isinstance(value, float) and value % 1 else str(value)
-            return f"[{STYLES[entry['status']]}]{text}[/]"
-    return f"[{STYLES[entry['status']]}]{entry['status']}[/]"
+def _cell(entry: dict[str, Any] | None) -> str:
+    if entry is None or entry["measured"] is None:
+        return f"[{STYLES['not run']}]not run[/]"
+    measured = entry["measured"]  # non-finite numbers are strings in report.json
+    text = measured if isinstance(measured, str) else f"{measured:.3g}"
+    return f"[{STYLES[entry['status']]}]{text}[/]"
+
+
+def _verdict(entries: list[dict[str, Any]]) -> str:
+    statuses = {entry["status"] for entry in entries}
+    worst = next(status for status in ("fail", "not run", "pass") if status in statuses)
+    return f"[{STYLES[worst]}]{worst}[/]"
 
 
 def _score_line(out: Path) -> str:
