@@ -6,8 +6,10 @@ path, so equal inputs and settings give equal bytes.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from qalora_export.errors import InputError, UnsafeInputError
@@ -37,14 +39,15 @@ def parent_of(folder: Path, role: str) -> Parent:
 
 
 def write_manifest(folder: Path, kind: FileKind, *, tensors: dict[str, dict[str, Any]], parents: list[Parent],
-                   settings: dict[str, Any], name: str = MANIFEST) -> None:  # fmt: skip
-    """Hash every file in `folder` and write the manifest last."""
+                   settings: dict[str, Any], name: str = MANIFEST,
+                   digests: Mapping[str, str] = MappingProxyType({})) -> None:  # fmt: skip
+    """Hash every file in `folder` and write the manifest last. digests: sha256 of files hashed already, by name."""
     from qalora_export import __version__
 
     files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        key: {"bytes": path.stat().st_size, "sha256": digests.get(key) or sha256_file(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != name
+        if path.is_file() and path.name != name and (key := path.relative_to(folder).as_posix())
     }
     content = {
         "format": FORMAT, "kind": kind, "created_by": f"qalora-export {__version__}", "settings": settings,

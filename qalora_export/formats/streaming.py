@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import hashlib
 import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.safety import sha256_file
@@ -60,6 +62,36 @@ def release(array: NDArray) -> None:
         base = base.obj if isinstance(base, memoryview) else getattr(base, "base", None)
     if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         base.madvise(mmap.MADV_DONTNEED)
+
+
+class BlockHasher:
+    """sha256 of consecutive tensors on a thread of its own, at most AHEAD blocks behind the writer.
+
+    Use as a context manager; the futures that `finish` returns are done when it ends.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._waiting: collections.deque[Future[None]] = collections.deque()
+        self._digest = hashlib.sha256()
+
+    def __enter__(self) -> BlockHasher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def update(self, block: NDArray[np.uint8]) -> None:
+        """The block must not change afterwards; it is kept until it has been hashed."""
+        self._waiting.append(self._pool.submit(self._digest.update, block.data))
+        if len(self._waiting) > AHEAD:
+            self._waiting.popleft().result()
+
+    def finish(self) -> Future[str]:
+        """Hex digest of the tensor whose last block was given; the next block begins another one."""
+        answer = self._pool.submit(self._digest.hexdigest)
+        self._digest = hashlib.sha256()
+        return answer
 
 
 @contextlib.contextmanager

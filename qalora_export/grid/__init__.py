@@ -1,9 +1,9 @@
 """The canonical numbers: codes, scale, offset; packing; exact comparison; counted narrowing. numpy only."""
 
-from qalora_export.grid.exactness import Differences, difference, differing
+from qalora_export.grid.exactness import Differences, difference, differing, packed_difference
 from qalora_export.grid.group_affine import BITS, GROUP_SIZES, GroupAffine
 from qalora_export.grid.narrow import Narrowed, narrow
-from qalora_export.grid.packed_affine import PackedAffine
+from qalora_export.grid.packed_affine import PackedAffine, fp16_is_finite, fp16_largest
 from qalora_export.grid.packing import pack_codes, packed_width, unpack_codes
 
 __all__ = [
@@ -15,8 +15,11 @@ __all__ = [
     "PackedAffine",
     "difference",
     "differing",
+    "fp16_is_finite",
+    "fp16_largest",
     "narrow",
     "pack_codes",
+    "packed_difference",
     "packed_width",
     "unpack_codes",
 ]

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.grid.group_affine import GroupAffine
+from qalora_export.grid.packed_affine import PackedAffine
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,13 @@ def differing(left: NDArray, right: NDArray) -> int:
     unsigned = np.dtype(f"u{left.dtype.itemsize}")
     view_l, view_r = np.ascontiguousarray(left).view(unsigned), np.ascontiguousarray(right).view(unsigned)
     return int(np.count_nonzero(view_l != view_r))
+
+
+def packed_difference(left: PackedAffine, right: PackedAffine) -> Differences:
+    """The same for packed matrices: codes are compared as bytes, and unpacked only where those differ."""
+    if left.bits == right.bits and np.array_equal(left.codes, right.codes):
+        return Differences(0, differing(left.scale, right.scale), differing(left.offset, right.offset))
+    return difference(left.unpack(), right.unpack())
 
 
 def difference(left: GroupAffine, right: GroupAffine) -> Differences:

@@ -51,3 +51,8 @@ class PackedAffine:
 def fp16_is_finite(values: NDArray[np.float16]) -> bool:
     """np.isfinite(values).all() on the bit patterns, which is many times faster for fp16."""
     return not values.size or int((values.view(np.uint16) & MAGNITUDE).max()) < INFINITY
+
+
+def fp16_largest(values: NDArray[np.float16]) -> float:
+    """abs(values).max() on the bit patterns; NaN counts as larger than infinity."""
+    return float((values.view(np.uint16) & MAGNITUDE).max(keepdims=True, initial=0).view(np.float16).item())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,7 +15,7 @@ from qalora_export.formats.gguf.blocks import BLOCK_FORMATS
 from qalora_export.formats.gguf.metadata import Entry
 from qalora_export.formats.gguf.plan import TensorPlan
 from qalora_export.formats.gguf.validate import ALIGNMENT
-from qalora_export.formats.streaming import prepared, row_blocks
+from qalora_export.formats.streaming import BlockHasher, prepared, row_blocks
 
 
 def write_gguf(path: Path, arch: str, entries: list[Entry], plans: list[TensorPlan], *,
@@ -26,13 +26,13 @@ def write_gguf(path: Path, arch: str, entries: list[Entry], plans: list[TensorPl
     """
     _write_header(path, arch, entries, plans)
     tensors: dict[str, dict[str, Any]] = {}
-    with path.open("ab") as file:
+    with path.open("ab") as file, BlockHasher() as hasher:
         _pad(file)
         blocks = prepared(_load, ((plan, rows) for plan in plans for rows in row_blocks(plan.shape[0], plan.nbytes)))
         for plan in track(plans, description):
-            digest = _write_tensor(file, plan, blocks)
+            digest = _write_tensor(file, plan, blocks, hasher)
             tensors[plan.name] = {"dtype": plan.kind, "shape": list(plan.shape), "sha256": digest}
-    return tensors
+    return {name: entry | {"sha256": entry["sha256"].result()} for name, entry in tensors.items()}
 
 
 def _write_header(path: Path, arch: str, entries: list[Entry], plans: list[TensorPlan]) -> None:
@@ -59,16 +59,17 @@ def _load(job: tuple[TensorPlan, slice]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(plan.load(rows)).reshape(-1).view(np.uint8)
 
 
-def _write_tensor(file: BinaryIO, plan: TensorPlan, blocks: Iterator[NDArray[np.uint8]]) -> str:
+def _write_tensor(file: BinaryIO, plan: TensorPlan, blocks: Iterator[NDArray[np.uint8]],
+                  hasher: BlockHasher) -> Future[str]:  # fmt: skip
     """Take the blocks of one tensor from the stream, write them, pad; sha256 of the bytes."""
-    digest, missing = hashlib.sha256(), plan.nbytes
+    missing = plan.nbytes
     while missing > 0:
         block = next(blocks)
+        hasher.update(block)
         file.write(block.data)
-        digest.update(block.data)
         missing -= block.nbytes
     _pad(file)
-    return digest.hexdigest()
+    return hasher.finish()
 
 
 def _pad(file: BinaryIO) -> None:

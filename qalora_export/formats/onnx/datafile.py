@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -10,23 +11,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.errors import InputError
-from qalora_export.safety import sha256_bytes
+from qalora_export.formats.streaming import BlockHasher, release
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 DATA_FILE = "model.onnx.data"
 ALIGNMENT = 4096  # so that a runtime can map each tensor (onnx.proto: external_data "offset" SHOULD be page aligned)
-CHUNK = 1 << 24
+CHUNK = 1 << 22
 
 
 class DataFile:
-    """Appends tensors to DATA_FILE inside `folder`; `hashes` collects manifest entries (dtype, shape, sha256)."""
+    """Appends tensors to DATA_FILE inside `folder`; `hashes`: their manifest entries (dtype, shape, sha256)."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._file = (folder / DATA_FILE).open("wb")
-        self.hashes: dict[str, dict[str, Any]] = {}
+        self._hasher = BlockHasher()
+        self._digests: dict[str, Future[str]] = {}
+        self._entries: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> DataFile:
         return self
@@ -34,21 +37,31 @@ class DataFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._hasher.__exit__(kind, error, trace)
         self._file.close()
+
+    @property
+    def hashes(self) -> dict[str, dict[str, Any]]:
+        """Manifest entry of every tensor so far."""
+        return {name: entry | {"sha256": self._digests[name].result()} for name, entry in self._entries.items()}
 
     def add(self, name: str, array: NDArray) -> ir.ExternalTensor:
         """Write the bytes of `array` (C order, little-endian) and return the reference to them."""
         import onnx_ir as ir
 
-        if name in self.hashes:
+        if name in self._entries:
             raise InputError("tensor written twice", where=name)
         array = np.ascontiguousarray(array)
         self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
         offset = self._file.tell()
         raw = array.reshape(-1).view(np.uint8)
-        for start in range(0, raw.size, CHUNK):  # a mapped tensor is never copied whole
-            self._file.write(raw[start : start + CHUNK].data)
-        self.hashes[name] = {"dtype": array.dtype.name, "shape": list(array.shape), "sha256": sha256_bytes(array)}
+        for start in range(0, raw.size, CHUNK):  # a mapped tensor is never in memory whole
+            chunk = raw[start : start + CHUNK]
+            self._hasher.update(chunk)
+            self._file.write(chunk.data)
+            release(array)
+        self._digests[name] = self._hasher.finish()
+        self._entries[name] = {"dtype": array.dtype.name, "shape": list(array.shape)}
         return ir.ExternalTensor(
             DATA_FILE, offset, array.nbytes, ir.DataType.from_numpy(array.dtype), shape=ir.Shape(array.shape),
             name=name, base_dir=str(self._folder),

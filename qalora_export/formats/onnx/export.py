@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,19 @@ from qalora_export.checkpoint.manifest import MANIFEST, parent_of, write_manifes
 from qalora_export.console import track
 from qalora_export.errors import InputError, ParityError
 from qalora_export.families import family_of
+from qalora_export.formats.onnx.datafile import DATA_FILE
 from qalora_export.formats.onnx.readback import MODULES_KEY, OnnxContents, read_back
 from qalora_export.formats.onnx.split_form import SplitForm
 from qalora_export.formats.onnx.validate import MODEL_FILE
 from qalora_export.formats.report import ExportReport
-from qalora_export.grid import difference, differing
+from qalora_export.formats.streaming import finished, prepared, row_blocks
+from qalora_export.grid import Differences, differing, packed_difference
 from qalora_export.recipe import OnnxSettings
 from qalora_export.safety import atomic_directory, refuse_existing
 
 PRODUCER = "qalora-export"
 HEAD = "lm_head"
-WHOLE_BYTES = 64 * 2**20  # tensors up to here are compared in one piece
+WHOLE_BYTES = 8 * 2**20  # tensors up to here are compared in one piece
 BUG = "this is a defect of the exporter: please report it; nothing was written"
 
 
@@ -47,10 +50,10 @@ def export_onnx(checkpoint: Path, out_dir: Path, settings: OnnxSettings, *, forc
     parents = [parent_of(checkpoint, "checkpoint")]
     with atomic_directory(out_dir, force=force) as folder:
         written = _write(source, folder, settings)
-        compared = compare(source, folder, written.carried)
-        write_manifest(
-            folder, "onnx", tensors=written.hashes, parents=parents, settings=settings.model_dump(mode="json")
-        )
+        with finished({DATA_FILE: folder / DATA_FILE}) as digests:  # hashed while it is read back
+            compared = compare(source, folder, written.carried)
+        write_manifest(folder, "onnx", tensors=written.hashes, parents=parents,
+                       settings=settings.model_dump(mode="json"), digests=digests)  # fmt: skip
     files = sorted(out_dir.iterdir(), key=lambda path: (path.name == MANIFEST, path.name))
     size = sum(path.stat().st_size for path in files)
     return ExportReport(tuple(files), written.types, size, compared, 0, written.notes)
@@ -110,18 +113,29 @@ def compare(source: CanonicalCheckpoint, folder: Path, carried: list[str]) -> in
     contents, compared = read_back(folder), 0
     if odd := sorted(set(source.modules) ^ set(contents.modules)) + sorted(set(carried) ^ set(contents.others)):
         raise ParityError("checkpoint and ONNX folder hold different tensors", where=odd[0], fix=BUG)
+    blocks = prepared(
+        lambda job: packed_difference(source.packed(*job), contents.packed(*job)),
+        ((module, rows) for module in source.modules for rows in _row_blocks(source, module)),
+    )
     for module in track(source.modules, "read back"):
-        matrix = source.group_affine(module)
-        found = difference(matrix, contents.group_affine(module))
+        found = Differences(0, 0, 0)
+        for _ in _row_blocks(source, module):
+            found += next(blocks)
         if found.total:
             raise ParityError(f"{found.codes} codes, {found.scale} scales and {found.offset} offsets differ",
                               where=f"{folder.name}: {module}", fix=BUG)  # fmt: skip
-        compared += matrix.codes.size + matrix.scale.size + matrix.offset.size
+        (out, groups), (_, group_size) = source.entry(f"{module}.scale").shape, source.modules[module]
+        compared += out * groups * (group_size + 2)
     for name in carried:
         if count := _other_differing(source, contents, name):
             raise ParityError(f"{count} values differ", where=f"{folder.name}: {name}", fix=BUG)
         compared += math.prod(source.entry(name).shape)
     return compared
+
+
+def _row_blocks(source: CanonicalCheckpoint, module: str) -> Iterator[slice]:
+    codes = source.entry(f"{module}.codes")
+    return row_blocks(codes.shape[0], codes.nbytes)
 
 
 def _other_differing(source: CanonicalCheckpoint, contents: OnnxContents, name: str) -> int:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.formats.onnx.split_form import CONTAINER_BITS, from_blocks, implied_offset
 from qalora_export.formats.onnx.validate import read_model
-from qalora_export.grid import GroupAffine
+from qalora_export.grid import GroupAffine, PackedAffine, pack_codes
 from qalora_export.safety import inside
 from qalora_export.safety.limits import parse_json
 
@@ -88,22 +88,54 @@ class OnnxContents:
 
     def group_affine(self, module: str) -> GroupAffine:
         """The quantized matrix of one module. Raises UnsafeInputError when node and tensors disagree."""
+        blocks, scale, offset, bits = self._parts(module, slice(None))
+        try:
+            return GroupAffine(from_blocks(blocks, CONTAINER_BITS[bits]), scale, offset, bits)
+        except InputError as error:
+            raise UnsafeInputError(error.what, where=f"{self.folder}: {module}", why=error.why) from error
+
+    def packed(self, module: str, rows: slice) -> PackedAffine:
+        """Some rows of it with packed codes: a container's bytes are the packed ones. Errors as in group_affine."""
+        blocks, scale, offset, bits = self._parts(module, rows)
+        container = CONTAINER_BITS[bits]
+        same = container == bits
+        try:
+            codes = blocks.reshape(len(blocks), -1) if same else pack_codes(from_blocks(blocks, container), bits)
+            return PackedAffine(codes, scale, offset, bits, self.modules[module][1])
+        except InputError as error:
+            raise UnsafeInputError(error.what, where=f"{self.folder}: {module}", why=error.why) from error
+
+    def _parts(self, module: str, rows: slice) -> tuple[NDArray, NDArray, NDArray, int]:
+        """Rows of codes (rows, groups, bytes), scale and offset (rows, groups), and bits; the node is checked."""
         where = f"{self.folder}: {module}"
         bits, group_size = self.modules[module]
         said = integers_of(self.nodes[module])
-        blocks, scale = self.tensor(f"{module}.codes"), self.tensor(f"{module}.scale")
+        shape = tuple(self.initializers[f"{module}.codes"].dims)
         container = CONTAINER_BITS[bits]
         expected = (said.get("N"), said.get("K", 0) // group_size, group_size * container // 8)
-        if (said.get("bits", 4), said.get("block_size")) != (container, group_size) or blocks.shape != expected:
-            raise UnsafeInputError(f"MatMulNBits says {said}, its codes are {blocks.shape}", where=where)
+        if (said.get("bits", 4), said.get("block_size")) != (container, group_size) or shape != expected:
+            raise UnsafeInputError(f"MatMulNBits says {said}, its codes are {shape}", where=where)
+        blocks, scale = self._some(f"{module}.codes", rows), self._some(f"{module}.scale", rows)
         if blocks.dtype != np.uint8 or (scale.shape, scale.dtype) != (blocks.shape[:2], np.float16):
             raise UnsafeInputError(f"codes are {blocks.dtype}, scale {scale.dtype}{scale.shape}", where=where)
         stored = module not in self.offset_is_implied
-        offset = self.tensor(f"{module}.offset") if stored else implied_offset(scale, self._zero(module, container))
-        try:
-            return GroupAffine(from_blocks(blocks, container), scale, offset, bits)
-        except InputError as error:
-            raise UnsafeInputError(error.what, where=where, why=error.why) from error
+        offset = (
+            self._some(f"{module}.offset", rows) if stored else implied_offset(scale, self._zero(module, container))
+        )
+        if (offset.shape, offset.dtype) != (scale.shape, np.float16):
+            raise UnsafeInputError(f"offset is {offset.dtype}{offset.shape}, scale {scale.shape}", where=where)
+        return blocks, scale, offset, bits
+
+    def _some(self, name: str, rows: slice) -> NDArray:
+        """Rows of a tensor, from the data file when it lies there."""
+        import onnx
+
+        tensor = self.initializers[name]
+        start, stop, _ = rows.indices(tensor.dims[0] if tensor.dims else 0)
+        whole = (start, stop) == (0, tensor.dims[0] if tensor.dims else 0)
+        if whole or tensor.data_location != onnx.TensorProto.EXTERNAL:
+            return self.tensor(name)[rows]
+        return self.rows(name, start, stop)
 
     def matrices(self) -> Iterator[tuple[str, GroupAffine]]:
         """(module, matrix), one in memory at a time."""

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.errors import InputError
-from qalora_export.grid import pack_codes, unpack_codes
+from qalora_export.grid import fp16_is_finite, fp16_largest, pack_codes, unpack_codes
 
 CONTAINER_BITS = {2: 2, 3: 4, 4: 4, 8: 8}  # code bits -> bits of one MatMulNBits element
 MIN_BLOCK = 16  # MatMulNBits: block_size is a power of two, at least 16
@@ -48,15 +48,22 @@ def choose_form(bits: int, scale: NDArray[np.float16], offset: NDArray[np.float1
     scale and offset are float16 (out, in/g). R is a multiple of 2^−24, so it is exact whenever |R| < 1; a tensor with
     a larger R and tiny scales may need z = 0, where R = m is exact always. Raises InputError for NaN or infinity.
     """
-    if not (np.isfinite(scale).all() and np.isfinite(offset).all()):
+    if not (fp16_is_finite(scale) and fp16_is_finite(offset)):
         raise InputError("a scale or offset is NaN or infinite", where=where, fix="quantize or merge again")
     middle = 2 ** (bits - 1)
     container = CONTAINER_BITS[bits]
-    implied = implied_offset(scale, middle)
-    if np.array_equal(implied.view(np.uint16), offset.view(np.uint16)):
+    if _is_symmetric(scale, offset, middle):
         return SplitForm(bits, container, middle, has_remainder=False)
     exact = remainder_is_exact(scale, offset, middle)
     return SplitForm(bits, container, middle if exact else 0, has_remainder=True)
+
+
+def _is_symmetric(scale: NDArray[np.float16], offset: NDArray[np.float16], zero: int) -> bool:
+    """offset == fp16(−zero·scale), bit for bit; the first row alone answers for most tensors that are not."""
+    return all(
+        np.array_equal(implied_offset(scale[rows], zero).view(np.uint16), offset[rows].view(np.uint16))
+        for rows in (slice(1), slice(None))
+    )
 
 
 def implied_offset(scale: NDArray[np.float16], zero: int) -> NDArray[np.float16]:
@@ -66,7 +73,12 @@ def implied_offset(scale: NDArray[np.float16], zero: int) -> NDArray[np.float16]
 
 
 def remainder_is_exact(scale: NDArray[np.float16], offset: NDArray[np.float16], zero: int) -> bool:
-    """True when float32(m) + z·float32(s) needs no rounding anywhere (float64 holds the sum exactly: 48 bits)."""
+    """True when float32(m) + z·float32(s) needs no rounding anywhere (float64 holds the sum exactly: 48 bits).
+
+    Both terms are multiples of 2^−24, so a sum below 1 has at most 24 bits and is exact without looking further.
+    """
+    if fp16_largest(offset) + zero * fp16_largest(scale) < 1:
+        return True
     exact = offset.astype(np.float64) + zero * scale.astype(np.float64)
     return bool(np.array_equal(exact.astype(np.float32).astype(np.float64), exact))
 
@@ -82,7 +94,9 @@ def to_blocks(packed: NDArray[np.uint8], bits: int, groups: int) -> NDArray[np.u
 def from_blocks(blocks: NDArray[np.uint8], container: int) -> NDArray[np.uint8]:
     """B of MatMulNBits (out, groups, g·container/8) -> codes (out, in); written apart from grid.packing on purpose."""
     shifts = np.arange(0, 8, container, dtype=np.uint8)
-    lanes = (blocks[..., None] >> shifts) & np.uint8(2**container - 1)  # (out, groups, bytes, 8/container)
+    lanes = np.empty((*blocks.shape, len(shifts)), np.uint8)  # (out, groups, bytes, 8/container)
+    for lane, shift in enumerate(shifts):
+        np.bitwise_and(blocks >> shift, np.uint8(2**container - 1), out=lanes[..., lane])
     return lanes.reshape(blocks.shape[0], -1)
 
 
