@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 T = TypeVar("T")
@@ -21,4 +22,4 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
 
 def next_command(command: str) -> None:
     """Print what the user would run after this stage."""
-    console.print(f"[dim]next:[/dim] {command}", markup=True)
+    console.print(f"[dim]next:[/dim] {escape(command)}", markup=True)

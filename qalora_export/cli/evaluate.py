@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qalora_export.console import console
+from qalora_export.console import console, next_command
 
 
 def command(
@@ -32,3 +33,14 @@ def command(
     console.print(f"exact match {score.exact}/{score.total} = {score.accuracy:.1%}")
     for miss in score.misses:
         console.print(f"  {miss['prompt']!r}: expected {miss['expected']!r}, got {miss['answer']!r}", markup=False)
+    next_command(shlex.join(["qalora-export", *_next(model)]))
+
+
+def _next(model: Path) -> list[str]:
+    from qalora_export.checkpoint.canonical import QUANT_METHOD
+    from qalora_export.checkpoint.model_folder import ModelFolder
+
+    quantization = ModelFolder(model).config.get("quantization_config") or {}
+    if quantization.get("quant_method") == QUANT_METHOD:
+        return ["export", "gguf", str(model), "--out", str(model.with_suffix(".gguf"))]
+    return ["quantize", str(model), "--calibration", "text.txt", "--out", "base.qalora"]

@@ -30,9 +30,10 @@ def command(
     ONNX Runtime GenAI. Codes, scales and offsets are those of the checkpoint, embeddings, norms and lm_head keep their
     bytes; the written file is read back with the onnx package and kept only if no value differs.
 
-    \b
-    Examples:
+    [bold]Examples[/bold]
+
       qalora-export export onnx merged.qalora --out onnx
+
       qalora-export export onnx merged.qalora --out onnx-exact --accuracy-level 1
     """
     from qalora_export.console import next_command
@@ -41,7 +42,10 @@ def command(
 
     settings = validated(OnnxSettings, {"accuracy_level": accuracy_level}, where="export onnx")
     _show(export_onnx(checkpoint, out, settings, force=force))
-    next_command(shlex.join(["qalora-export", "verify-parity", str(checkpoint), "--onnx", str(out)]))
+    report_folder = out.with_name(f"{out.name}-parity")
+    next_command(shlex.join(
+        ["qalora-export", "verify-parity", str(checkpoint), "--onnx", str(out), "--out", str(report_folder)]
+    ))  # fmt: skip
 
 
 def _show(report: ExportReport) -> None:

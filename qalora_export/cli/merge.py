@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ class ConventionOption(StrEnum):
 def command(
     base: Path = typer.Argument(..., help="Canonical checkpoint the adapter was trained on (qalora-export quantize)."),
     adapter: Path = typer.Argument(..., help="Adapter folder: ours, or PEFT's layout with safetensors."),
-    out: Path = typer.Argument(..., help="Folder for the merged checkpoint."),
+    out: Path = typer.Option(..., "--out", help="Folder for the merged checkpoint."),
     convention: ConventionOption = typer.Option(
         ConventionOption.auto, help="How the adapter pools its input; auto takes what the adapter itself declares."
     ),
@@ -38,15 +39,15 @@ def command(
 
     An adapter trained here:
 
-        qalora-export merge base.qalora adapter merged.qalora
+        qalora-export merge base.qalora adapter --out merged.qalora
 
     An adapter trained by PEFT with use_qalora (recognised by its config):
 
-        qalora-export merge base.qalora peft-adapter merged.qalora
+        qalora-export merge base.qalora peft-adapter --out merged.qalora
 
     An adapter of the QA-LoRA authors' code, which averages where the paper sums:
 
-        qalora-export merge base.qalora their-adapter merged.qalora --convention mean
+        qalora-export merge base.qalora their-adapter --out merged.qalora --convention mean
     """
     from qalora_export.console import console, next_command
     from qalora_export.qalora.merge import merge
@@ -54,7 +55,7 @@ def command(
     report = merge(base, adapter, out, convention=convention.value, force=force, compare_logits=compare_logits)
     console.print(_table(report))
     console.print(f"merged checkpoint: {out}")
-    next_command(f"qalora-export export gguf {out} --out {out.with_suffix('.gguf')}")
+    next_command(shlex.join(["qalora-export", "export", "gguf", str(out), "--out", str(out.with_suffix(".gguf"))]))
 
 
 def _table(report: MergeReport) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +98,7 @@ def command(
     report = quantize(model, out, validated(QuantizeSettings, values, where="quantize options"), force=force)
     console.print(_table(report))
     _print_summary(report)
-    next_command(f"qalora-export train {out} --data train.jsonl --out adapter")
+    next_command(shlex.join(["qalora-export", "train", str(out), "--data", "train.jsonl", "--out", "adapter"]))
 
 
 def _table(report: QuantizeReport) -> object:

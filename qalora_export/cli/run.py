@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from qalora_export.console import console
+from qalora_export.console import console, next_command
 from qalora_export.errors import InputError
 
 
@@ -43,6 +44,8 @@ def command(
     from qalora_export.cli.run_summary import print_summary
 
     print_summary(resolved)
+    artifacts = (report.out / name for name in ("model.gguf", "onnx", "merged.qalora"))
+    next_command(shlex.join(["qalora-export", "inspect", str(next(path for path in artifacts if path.exists()))]))
 
 
 def _parse(text: str) -> tuple[str, Any]:

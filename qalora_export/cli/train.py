@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,13 +107,16 @@ def command(
         made = plan(base, settings)
         _print_plan(made)
         check_fits(made.memory)
+        console.print("it fits: run the same command without --dry-run")
         return
     from qalora_export.console import next_command
     from qalora_export.qalora.train import train
 
     report = train(base, out, settings, force=force, resume=resume)
     _print_report(report, out)
-    next_command(f"qalora-export merge {base} {out} {out.with_name('merged.qalora')}")
+    next_command(shlex.join(
+        ["qalora-export", "merge", str(base), str(out), "--out", str(out.with_name("merged.qalora"))]
+    ))  # fmt: skip
 
 
 def _print_plan(made: TrainPlan) -> None:
