@@ -16,11 +16,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qalora_export.checkpoint.manifest import MANIFEST, parent_of, verify_manifest
+from qalora_export.checkpoint.manifest import MANIFEST, parent_of, verify_files, verify_manifest
 from qalora_export.console import console
 from qalora_export.errors import ExitCode, InputError, ParityError, RuntimeUnavailableError
+from qalora_export.formats.gguf.sidecar import sidecar_path
 from qalora_export.recipe import EvaluateSettings, Recipe, Settings, dump_toml
-from qalora_export.safety import atomic_file, read_json, sha256_bytes, sha256_file
+from qalora_export.safety import (
+    atomic_file,
+    could_not_write,
+    read_json,
+    sha256_bytes,
+    sha256_file,
+    single_writer,
+    sweep,
+)
 
 STATE = "run.json"
 RESOLVED = "recipe.resolved.toml"
@@ -53,7 +62,15 @@ def run(recipe: Recipe, *, force: bool = False) -> RunReport:
     verify-parity fails, and whatever a stage raises.
     """
     out = Path(recipe.out)
-    out.mkdir(parents=True, exist_ok=True)
+    with could_not_write(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with single_writer(out):
+        report = _run(recipe, out, force=force)
+        sweep(out)
+    return report
+
+
+def _run(recipe: Recipe, out: Path, *, force: bool) -> RunReport:
     with atomic_file(out / RESOLVED, force=True) as temporary:
         temporary.write_text(dump_toml(recipe), encoding="utf-8")
     state = _State(out / STATE)
@@ -160,13 +177,14 @@ def _input_hash(path: Path) -> str:
         return parent_of(path, "input").sha256
     if not path.is_file():
         raise InputError("input not found", where=path, fix="check the path in the recipe")
-    return sha256_file(path)
+    return _output_hash(path)
 
 
 def _output_hash(path: Path) -> str:
-    """Identity of an output: its manifest when it is a stage folder, its bytes when it is a file."""
+    """Identity of an output: its manifest where it has one, else its bytes."""
     if path.is_file():
-        return sha256_file(path)
+        sidecar = sidecar_path(path)
+        return sha256_file(sidecar if sidecar.is_file() else path)
     if (path / MANIFEST).is_file():
         return sha256_file(path / MANIFEST)
     return sha256_bytes("".join(f"{p.relative_to(path)} {sha256_file(p)}\n" for p in _tree(path)).encode())
@@ -179,7 +197,15 @@ def _tree(folder: Path) -> list[Path]:
 def _intact(path: Path, expected: str) -> bool:
     if not path.exists() or _output_hash(path) != expected:
         return False
-    return not (path.is_dir() and (path / MANIFEST).is_file()) or not verify_manifest(path)
+    if path.is_file():
+        return not verify_files(path.parent, _sidecar_files(path))
+    return not (path / MANIFEST).is_file() or not verify_manifest(path)
+
+
+def _sidecar_files(path: Path) -> dict[str, dict[str, Any]]:
+    """The files that the manifest beside a GGUF names; none for other files."""
+    sidecar = sidecar_path(path)
+    return read_json(sidecar)["files"] if sidecar.is_file() else {}
 
 
 class _State:
@@ -187,7 +213,7 @@ class _State:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._stages: dict[str, dict[str, str | None]] = read_json(path)["stages"] if path.is_file() else {}
+        self._stages = _read_state(path) if path.is_file() else {}
 
     def done(self, stage: Stage, key: str) -> bool:
         entry = self._stages.get(stage.name, {})
@@ -201,3 +227,13 @@ class _State:
         self._stages[stage.name] = {"key": key, "output": output_hash}
         with atomic_file(self._path, force=True) as temporary:
             temporary.write_text(json.dumps({"stages": self._stages}, indent=1) + "\n", encoding="utf-8")
+
+
+def _read_state(path: Path) -> dict[str, dict[str, str | None]]:
+    """The stages of run.json. Raises InputError when it is not what `record` writes."""
+    content = read_json(path)
+    stages = content.get("stages") if isinstance(content, dict) else None
+    if not isinstance(stages, dict) or not all(isinstance(entry, dict) for entry in stages.values()):
+        raise InputError("run.json is not the record of a run", where=path,
+                         fix="delete it and pass --force to run every stage again")  # fmt: skip
+    return stages

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from qalora_export.checkpoint.model_folder import COMPANIONS
 from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.safety import inside, read_json, sha256_bytes, sha256_file
 
@@ -30,10 +31,10 @@ class Parent:
 
 
 def parent_of(folder: Path, role: str) -> Parent:
-    """Reference to a stage output (by its manifest) or, for a plain model folder, by its config and weights."""
+    """Reference to a stage output (by its manifest) or, for a plain folder, by its config, weights and tokenizer."""
     if (folder / MANIFEST).is_file():
         return Parent(role, folder.name, sha256_file(folder / MANIFEST))
-    files = sorted(p for p in folder.glob("*") if p.suffix in {".json", ".safetensors"})
+    files = sorted(p for p in folder.glob("*") if p.suffix in {".json", ".safetensors"} or p.name in COMPANIONS)
     listing = "".join(f"{p.name} {sha256_file(p)}\n" for p in files)
     return Parent(role, folder.name, sha256_bytes(listing.encode()))
 
@@ -61,10 +62,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST).is_file():
         raise InputError("no manifest.json", where=folder, why="the stage that writes this folder did not finish",
                          fix="run that stage again")  # fmt: skip
-    content = read_json(folder / MANIFEST)
-    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("files"), dict):
-        raise UnsafeInputError("manifest.json is not one of ours", where=folder)
+    return manifest_at(folder / MANIFEST)
+
+
+def manifest_at(path: Path) -> dict[str, Any]:
+    """A manifest of any name (a GGUF's lies beside it). UnsafeInputError when it is not one of ours."""
+    content = read_json(path)
+    known = isinstance(content, dict) and content.get("format") == FORMAT
+    if not known or not _tables(content.get("files")) or not _tables(content.get("tensors")):
+        raise UnsafeInputError("the manifest is not one of ours", where=path)
+    parents = content.get("parents")
+    if not isinstance(parents, list) or not all(isinstance(parent, dict) for parent in parents):
+        raise UnsafeInputError("the manifest's parents are no list of tables", where=path)
     return content
+
+
+def _tables(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(entry, dict) for entry in value.values())
 
 
 def verify_manifest(folder: Path) -> list[str]:

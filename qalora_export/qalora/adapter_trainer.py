@@ -19,6 +19,7 @@ from qalora_export.errors import InputError
 from qalora_export.qalora import training_folder
 from qalora_export.qalora.packing import Row, collate
 from qalora_export.qalora.samples import IGNORED
+from qalora_export.safety import could_not_write
 
 
 class RowDataset(Dataset[Row]):
@@ -70,10 +71,11 @@ class AdapterTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write, commit, and only then delete what is no longer needed: the last and the best are kept."""
-        super()._save_checkpoint(model, trial)
+        folder, step = Path(str(self.args.output_dir)), self.state.global_step
+        with could_not_write(folder):
+            super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            folder, step = Path(str(self.args.output_dir)), self.state.global_step
             training_folder.mark_complete(training_folder.checkpoint(folder, step))
             training_folder.keep_only(folder, {step, self.state.best_global_step or step})
         self.accelerator.wait_for_everyone()

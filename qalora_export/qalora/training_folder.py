@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qalora_export.errors import InputError
-from qalora_export.safety import atomic_file, read_json, sha256_file
+from qalora_export.safety import atomic_directory, atomic_file, read_json, sha256_file
 
 RUN, COMPLETE, ADAPTER = "run.json", "complete.json", "adapter.safetensors"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -45,10 +45,8 @@ def prepare(folder: Path, fingerprint: dict[str, Any], *, resume: bool, force: b
             raise InputError("cannot resume: this is not the run that was interrupted", where=folder,
                              why="changed since then: " + ", ".join(changed),
                              fix="restore what changed, or pass --no-resume to start again from step 0")  # fmt: skip
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    write_json(folder / RUN, fingerprint)
+    with atomic_directory(folder, force=True) as fresh:  # a kill must not leave a folder without its run.json
+        write_json(fresh / RUN, fingerprint)
 
 
 def _differences(before: Any, now: dict[str, Any]) -> list[str]:
@@ -96,9 +94,12 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def keep_only(folder: Path, steps: Iterable[int]) -> None:
-    """Delete every checkpoint but those of `steps`."""
+    """Delete every checkpoint but those of `steps`, the newest first.
+
+    A checkpoint may name an older one as the best, so a kill in between must not leave it without that one.
+    """
     kept = {checkpoint(folder, step) for step in steps}
-    for path in _checkpoints(folder):
+    for path in sorted(_checkpoints(folder), key=_step, reverse=True):
         if path not in kept:
             shutil.rmtree(path)
 

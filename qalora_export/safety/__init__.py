@@ -1,8 +1,9 @@
 """Model files are untrusted input: bounded sizes, paths that cannot escape, writes that are whole or absent."""
 
-from qalora_export.safety.atomic import atomic_directory, atomic_file, refuse_existing
+from qalora_export.safety.atomic import atomic_directory, atomic_file, could_not_write, refuse_existing, sweep
 from qalora_export.safety.hashing import sha256_bytes, sha256_file
 from qalora_export.safety.limits import MAX_HEADER_BYTES, MAX_JSON_BYTES, read_json
+from qalora_export.safety.lock import single_writer
 from qalora_export.safety.paths import inside
 
 __all__ = [
@@ -10,9 +11,12 @@ __all__ = [
     "MAX_JSON_BYTES",
     "atomic_directory",
     "atomic_file",
+    "could_not_write",
     "inside",
     "read_json",
     "refuse_existing",
     "sha256_bytes",
     "sha256_file",
+    "single_writer",
+    "sweep",
 ]

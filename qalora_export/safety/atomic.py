@@ -2,11 +2,17 @@
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from qalora_export.errors import InputError
+
+# How safetensors' and torch's own writers, which raise no OSError, report what the system refused.
+_FOREIGN = re.compile(r"I/O error|os error \d+|PytorchStreamWriter|inline_container")
 
 
 def refuse_existing(target: Path, *, force: bool) -> None:
@@ -19,7 +25,7 @@ def refuse_existing(target: Path, *, force: bool) -> None:
 def atomic_file(target: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success sync it and rename it to `target`, else delete it."""
     refuse_existing(target, force=force)
-    with _os_errors_as_input(target):
+    with could_not_write(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.partial")
         _remove(temporary)
@@ -37,13 +43,16 @@ def atomic_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `target`; on success sync every file and rename the folder into place.
 
     With `force` an existing target is moved aside first and deleted after the rename, so at no moment does a half
-    written folder stand under the final name.
+    written folder stand under the final name. One that a kill left aside, between the two renames, is put back.
     """
+    temporary = target.with_name(f".{target.name}.partial")
+    replaced = target.with_name(f".{target.name}.replaced.partial")
+    with could_not_write(target):
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
     refuse_existing(target, force=force)
-    with _os_errors_as_input(target):
+    with could_not_write(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.partial")
-        replaced = target.with_name(f".{target.name}.replaced.partial")
         _remove(temporary)
         _remove(replaced)
         temporary.mkdir()
@@ -61,19 +70,30 @@ def atomic_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
             _remove(replaced)
 
 
+def sweep(folder: Path) -> None:
+    """Delete what killed runs left under temporary names in `folder`."""
+    for path in folder.glob(".*.partial"):
+        _remove(path)
+
+
 @contextlib.contextmanager
-def _os_errors_as_input(target: Path) -> Iterator[None]:
+def could_not_write(target: Path) -> Iterator[None]:
+    """Turn the system's errors inside the block into one InputError that names the file."""
     try:
         yield
     except OSError as error:
         if isinstance(error, FileNotFoundError) and error.filename and str(target) not in str(error.filename):
             raise
-        raise InputError(
-            f"could not write: {error.strerror or error}",
-            where=error.filename or target,
-            why="nothing was left behind under the final name",
-            fix="free disk space or check the folder's permissions, then run the same command again",
-        ) from error
+        raise _refused(error.strerror or str(error), error.filename or target) from error
+    except Exception as error:
+        if not (isinstance(error, SafetensorError) or type(error) is RuntimeError) or not _FOREIGN.search(str(error)):
+            raise
+        raise _refused(str(error).partition("\n")[0], target) from error
+
+
+def _refused(reason: str, where: object) -> InputError:
+    return InputError(f"could not write: {reason}", where=where, why="nothing was left behind under the final name",
+                      fix="free disk space or check the folder's permissions, then run the command again")  # fmt: skip
 
 
 def _sync(path: Path) -> None:

@@ -1,0 +1,81 @@
+"""Starts `qalora-export` many times without paying for its imports each time: import once, fork per attempt.
+
+One JSON line per attempt on stdin: {"arguments": [...], "log": path, "die_at": n or null}. Answers on stdout, a line
+each: the process id when it has started, and the status (exit code, or −n after signal n) when it has ended. The
+attempt leads a process group of its own, so that the caller can kill it with everything it started.
+
+die_at: the attempt kills itself before its n-th change of the file system (rename, remove, mkdir, rmdir, open for
+writing), which reaches the narrow places between two changes that a clock hardly ever hits. The number of changes an
+attempt made is left in LOG.changes.
+
+Started as `python -m tests.survival.driver`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+# Imported here so that attempts need not; none of them starts a thread, which would not survive the fork.
+import matplotlib.pyplot  # noqa: F401
+import mobius  # noqa: F401
+import onnx  # noqa: F401
+import torch.utils.tensorboard  # noqa: F401
+import transformers.integrations
+import transformers.models.llama.modeling_llama
+import transformers.trainer  # noqa: F401
+
+import qalora_export.api
+import qalora_export.cli.main
+import qalora_export.cli.run_summary
+import qalora_export.formats.onnx.genai_folder
+import qalora_export.formats.onnx.graph
+import qalora_export.formats.onnx.rewrite
+import qalora_export.qalora.adapter_trainer
+import qalora_export.qalora.plots
+import qalora_export.qalora.reference
+from tests.survival.changes import count_changes
+
+
+def attempt(request: dict) -> None:
+    """In the forked child: become a group, redirect, run the command line. Never returns."""
+    os.setsid()
+    log = os.open(request["log"], os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    null = os.open(os.devnull, os.O_RDONLY)
+    for target, source in ((0, null), (1, log), (2, log)):
+        os.dup2(source, target)
+    count_changes(Path(request["log"] + ".changes"), request.get("die_at"))
+    code = 1
+    try:
+        qalora_export.cli.main.main(request["arguments"])
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def main() -> None:
+    say = sys.stdout
+    say.write("ready\n")
+    say.flush()
+    for line in sys.stdin:
+        request = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            attempt(request)
+        say.write(f"{child}\n")
+        say.flush()
+        _, status = os.waitpid(child, 0)
+        say.write(f"{os.waitstatus_to_exitcode(status)}\n")
+        say.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""`run` killed with −9 at any moment and started again ends with the bytes of a run that nobody disturbed."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.survival.driven import STAGES, Driver, gates, hashes, left_overs, write_recipe
+
+KILLED = -9
+KILLS_PER_STAGE = 3
+START = 15  # changes on disk before a resumed run comes to its stage, about
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """hashes and gates of a run to the end; seconds: how long each stage took; changes: of the file system."""
+
+    recipe: Path
+    hashes: dict[str, str]
+    gates: list[tuple[str, str, str]]
+    seconds: dict[str, float]
+    changes: int
+
+    @property
+    def out(self) -> Path:
+        return self.recipe.with_name("out")
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
+    with Driver(tmp_path_factory.mktemp("logs")) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def undisturbed(driver: Driver, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    folder = tmp_path_factory.mktemp("kill")
+    shutil.copytree(tiny_model, folder / "model")
+    recipe = write_recipe(folder)
+    run = driver.start("run", recipe)
+    begun = []
+    for stage in STAGES:
+        assert run.wait_for(stage), run.said()
+        begun.append(time.monotonic())
+    assert driver.ended() == 0, run.said()
+    begun.append(time.monotonic())
+    seconds = {stage: begun[i + 1] - begun[i] for i, stage in enumerate(STAGES)}
+    out = folder / "out"
+    assert {status for *_, status in gates(out)} == {"pass"}
+    assert left_overs(out) == []
+    result = Undisturbed(recipe, hashes(out), gates(out), seconds, run.changes())
+    assert {"base.qalora/manifest.json", "adapter/adapter_model.safetensors", "merged.qalora/model.safetensors",
+            "model.gguf", "model.gguf.manifest.json", "onnx/model.onnx.data"} <= set(result.hashes)  # fmt: skip
+    return result
+
+
+@pytest.fixture(autouse=True)
+def fresh(undisturbed: Undisturbed) -> None:
+    shutil.rmtree(undisturbed.out)
+
+
+def finish(driver: Driver, undisturbed: Undisturbed) -> None:
+    """One run to the end: everything equal, nothing left over; then another, which finds nothing to do."""
+    run = driver.start("run", undisturbed.recipe)
+    assert driver.ended() == 0, run.said()
+    assert hashes(undisturbed.out) == undisturbed.hashes
+    assert gates(undisturbed.out) == undisturbed.gates
+    assert left_overs(undisturbed.out) == []
+    run = driver.start("run", undisturbed.recipe)
+    assert driver.ended() == 0, run.said()
+    assert run.said().count("up to date") >= len(STAGES)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_of_every_stage(driver: Driver, undisturbed: Undisturbed) -> None:
+    """A chain: each attempt goes on where the one before was killed."""
+    moments = random.Random(20)
+    kills = 0
+    for stage in STAGES:
+        done = tries = 0
+        while done < KILLS_PER_STAGE:
+            tries += 1
+            assert tries < 10 * KILLS_PER_STAGE, f"{stage} ends before it can be killed"
+            run = driver.start("run", undisturbed.recipe)
+            if not run.wait_for(stage):  # the kill before fell behind its last byte
+                assert driver.ended() == 0, run.said()
+                shutil.rmtree(undisturbed.out)
+                continue
+            time.sleep(moments.random() * undisturbed.seconds[stage] / tries)
+            run.kill(group=bool(done % 2))
+            code = driver.ended()
+            assert code in (KILLED, 0), run.said()
+            done += code == KILLED
+        kills += done
+    assert kills >= 20
+    finish(driver, undisturbed)
+
+
+@pytest.mark.slow
+def test_killed_between_any_two_changes_on_disk(driver: Driver, undisturbed: Undisturbed) -> None:
+    """The narrow places: between two renames, between a file and its manifest, in the middle of deleting a folder."""
+    places = random.Random(8)
+    kills = 0
+    for _ in range(40):
+        run = driver.start("run", undisturbed.recipe, die_at=places.randint(START, undisturbed.changes // 3))
+        code = driver.ended()
+        assert code in (KILLED, 0), run.said()
+        if code == 0:
+            break
+        kills += 1
+    assert kills >= 10
+    finish(driver, undisturbed)
