@@ -10,8 +10,12 @@ from typing import Any
 
 from qalora_export.console import track
 from qalora_export.errors import InputError
+from qalora_export.qalora.data import Record, read_records
+from qalora_export.qalora.samples import render
 from qalora_export.recipe import EvaluateSettings
-from qalora_export.safety import atomic_file, sha256_file
+from qalora_export.safety import atomic_file, refuse_existing, sha256_file
+
+Prompt = tuple[list[int], Record]  # token ids of everything before the answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +40,21 @@ def evaluate(model: Path, settings: EvaluateSettings, out: Path | None = None, *
     """
     from qalora_export.qalora.reference import load_model, load_tokenizer
 
+    if out is not None:
+        refuse_existing(out, force=force)
     samples = read_samples(Path(settings.data))[: settings.limit]
     network, tokenizer = load_model(model), load_tokenizer(model)
-    batches = _batches(tokenizer, samples, settings.batch_size)
+    context = network.config.max_position_embeddings
+    batches = _batches(tokenizer, samples, settings.batch_size, context - settings.max_new_tokens, Path(settings.data))
     exact, misses = 0, list[dict[str, str]]()
     for batch in track(batches, f"evaluate {model.name}"):
         answers = _answers(network, tokenizer, [ids for ids, _ in batch], settings.max_new_tokens)
         for (_, sample), answer in zip(batch, answers, strict=True):
-            if answer == sample[-1]["content"].strip():
+            expected = sample.messages[-1][1]
+            if answer == expected.strip():
                 exact += 1
             elif len(misses) < 5:
-                misses.append({"prompt": sample[-2]["content"], "expected": sample[-1]["content"], "answer": answer})
+                misses.append({"prompt": sample.messages[-2][1], "expected": expected, "answer": answer})
     score = Score(model.name, sha256_file(Path(settings.data)), len(samples), exact, misses)
     if out is not None:
         with atomic_file(out, force=force) as temporary:
@@ -54,34 +62,26 @@ def evaluate(model: Path, settings: EvaluateSettings, out: Path | None = None, *
     return score
 
 
-def read_samples(path: Path) -> list[list[dict[str, str]]]:
+def read_samples(path: Path) -> list[Record]:
     """Chat lines whose last turn is the assistant's. Raises InputError with the line number of the first bad one."""
-    if not path.is_file():
-        raise InputError("evaluation data not found", where=path, fix="check [evaluate] data in the recipe")
-    samples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            messages = json.loads(line)["messages"]
-            usable = (
-                len(messages) >= 2 and messages[-1]["role"] == "assistant" and isinstance(messages[-1]["content"], str)
-            )
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise InputError("line is not a chat sample", where=f"{path}:{number}", why=repr(error)) from error
-        if not usable:
-            raise InputError("the last turn must be the assistant's answer", where=f"{path}:{number}")
-        samples.append(messages)
-    if not samples:
-        raise InputError("evaluation data is empty", where=path)
-    return samples
+    records = read_records(path, "chat")
+    for record in records:
+        if len(record.messages) < 2 or record.messages[-1][0] != "assistant":
+            raise InputError("the last turn must be the assistant's answer", where=f"{path}, line {record.line}",
+                             why="it is the text that the model's answer is compared with")  # fmt: skip
+    return records
 
 
-def _batches(tokenizer: Any, samples: list[list[dict[str, str]]], size: int) -> list[list[tuple[list[int], Any]]]:
-    by_length: dict[int, list[tuple[list[int], Any]]] = defaultdict(list)
+def _batches(tokenizer: Any, samples: list[Record], size: int, longest: int, where: Path) -> list[list[Prompt]]:
+    """Prompts of equal length together, at most `size`. Raises InputError for one that the context cannot hold."""
+    by_length: dict[int, list[Prompt]] = defaultdict(list)
     for sample in samples:
-        text = tokenizer.apply_chat_template(sample[:-1], tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False).input_ids
+        place = f"{where}, line {sample.line}"
+        ids = list(render(sample.messages[:-1], tokenizer, place, add_generation_prompt=True)["input_ids"])
+        if len(ids) > longest:
+            raise InputError(f"the prompt and its answer do not fit in the model's context ({len(ids)} tokens)",
+                             where=place, why=f"room for {longest} is left for the prompt",
+                             fix="shorten the line, or lower max_new_tokens")  # fmt: skip
         by_length[len(ids)].append((ids, sample))
     groups = [by_length[length] for length in sorted(by_length)]
     return [group[i : i + size] for group in groups for i in range(0, len(group), size)]

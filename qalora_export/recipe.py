@@ -149,7 +149,9 @@ def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
         *tables, leaf = dotted.split(".")
         target = raw
         for table in tables:
-            target = target.setdefault(table, {})
+            target = target.setdefault(table, {}) if isinstance(target, dict) else target
+        if not isinstance(target, dict):
+            raise InputError("a setting lies below a value that is not a table", where=dotted, fix="check the key")
         target[leaf] = value
     return validated(Recipe, raw, where=path)
 

@@ -119,7 +119,13 @@ def test_plan_names_every_path(recipe: Recipe) -> None:
 
 @pytest.mark.parametrize(
     ("line", "expected"),
-    [("{", ":1"), ('{"messages": 3}', ":1"), ('{"messages": [{"role": "user", "content": "x"}]}', ":1"), ("", "empty")],
+    [
+        ("{", "line 1"),
+        ('{"messages": 3}', "line 1"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "line 1"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', "line 1"),
+        ("", "empty"),
+    ],
 )
 def test_bad_evaluation_data(tiny_canonical: Path, tmp_path: Path, line: str, expected: str) -> None:
     from qalora_export.recipe import EvaluateSettings

@@ -59,8 +59,8 @@ def _entry(path: Path, name: str, raw: object, base: int) -> TensorEntry:
     if not isinstance(raw, dict) or set(raw) != {"dtype", "shape", "data_offsets"} or str(raw["dtype"]) not in DTYPES:
         raise UnsafeInputError("tensor entry is malformed or of an unknown dtype", where=where, why=str(raw)[:200])
     shape, offsets = raw["shape"], raw["data_offsets"]
-    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [-1]
-    if len(numbers) != len(shape) + 2 or not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
+    lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    if not lists or not all(type(n) is int and 0 <= n < 2**62 for n in [*shape, *offsets]):
         raise UnsafeInputError("tensor shape or offsets are not sane numbers", where=where, why=str(raw)[:200])
     entry = TensorEntry(DTYPES[raw["dtype"]], tuple(shape), base + offsets[0])
     if entry.nbytes != offsets[1] - offsets[0]:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qalora_export.checkpoint.manifest import MANIFEST
-from qalora_export.errors import InputError
+from qalora_export.checkpoint.manifest import MANIFEST, manifest_at, read_manifest
+from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.grid import GroupAffine
 from qalora_export.safety import read_json
 
@@ -66,7 +66,7 @@ def _gguf(path: Path) -> View:
     contents = read_back(path)
     facts = {key: _short(value) for key, value in contents.metadata.items() if not key.startswith("qalora.modules")}
     sidecar = sidecar_path(path)
-    manifest = read_json(sidecar) if sidecar.is_file() else None
+    manifest = manifest_at(sidecar) if sidecar.is_file() else None
     return View(
         "GGUF", path, contents.modules, contents.others, contents.group_affine, contents.tensor, facts, manifest
     )
@@ -87,7 +87,10 @@ def _adapter(path: Path) -> View:
 
     file = path / "adapter_model.safetensors"
     entries = read_header(file)
-    facts = {key: _short(value) for key, value in read_json(path / "adapter_config.json").items()}
+    config = read_json(path / "adapter_config.json")
+    if not isinstance(config, dict):
+        raise UnsafeInputError("adapter_config.json is not a JSON object", where=path)
+    facts = {key: _short(value) for key, value in config.items()}
     return View("adapter", path, {}, list(entries), _no_matrices, lambda name: map_tensor(file, entries[name]), facts,
                 _manifest(path))  # fmt: skip
 
@@ -107,7 +110,7 @@ def _folder(path: Path) -> View:
 
 
 def _manifest(path: Path) -> dict[str, Any] | None:
-    return read_json(path / MANIFEST) if (path / MANIFEST).is_file() else None
+    return read_manifest(path) if (path / MANIFEST).is_file() else None
 
 
 def _no_matrices(module: str) -> GroupAffine:

@@ -95,13 +95,13 @@ def _conversation(path: Path, record: Record, tokenizer: Any) -> Sample:
 
 def _marked(messages: Messages, tokenizer: Any, where: str) -> tuple[list[int], list[bool]]:
     """Mask from the template's {% generation %} blocks."""
-    encoded = _render(messages, tokenizer, where, return_assistant_tokens_mask=True)
+    encoded = render(messages, tokenizer, where, return_assistant_tokens_mask=True)
     return list(encoded["input_ids"]), [bool(keep) for keep in encoded["assistant_masks"]]
 
 
 def _by_prefix(messages: Messages, tokenizer: Any, where: str) -> tuple[list[int], list[bool]]:
     """Mask from renderings that end before and after each answer."""
-    ids = list(_render(messages, tokenizer, where)["input_ids"])
+    ids = list(render(messages, tokenizer, where)["input_ids"])
     learned = [False] * len(ids)
     for index, (role, _) in enumerate(messages):
         if role != "assistant":
@@ -110,9 +110,9 @@ def _by_prefix(messages: Messages, tokenizer: Any, where: str) -> tuple[list[int
             raise InputError("a conversation cannot begin with the assistant", where=where,
                              why="this chat template has no {% generation %} markers, so an answer is found by what "
                              "comes before it", fix="put a user or system message first")  # fmt: skip
-        before = list(_render(messages[:index], tokenizer, where, add_generation_prompt=True)["input_ids"])
+        before = list(render(messages[:index], tokenizer, where, add_generation_prompt=True)["input_ids"])
         last = index == len(messages) - 1
-        after = ids if last else list(_render(messages[: index + 1], tokenizer, where)["input_ids"])
+        after = ids if last else list(render(messages[: index + 1], tokenizer, where)["input_ids"])
         if ids[: len(before)] != before or ids[: len(after)] != after:
             raise InputError(f"cannot tell which tokens are answer {index + 1}", where=where,
                              why="the template renders earlier turns differently once later ones follow, or the "
@@ -133,7 +133,7 @@ def _end_of_turn(ids: list[int], begin: int, tokenizer: Any) -> int:
     return last + 1
 
 
-def _render(messages: Messages, tokenizer: Any, where: str, **options: Any) -> Any:
+def render(messages: Messages, tokenizer: Any, where: str, **options: Any) -> Any:
     """apply_chat_template (Transformers runs it in Jinja's immutable sandbox) with errors that name the line."""
     from jinja2.exceptions import TemplateError
 
