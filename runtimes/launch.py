@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -96,6 +97,7 @@ def run_runner(name: str, *, model: Path, job: Path | Job, workdir: Path, exact:
     out.unlink(missing_ok=True)
     fingerprint.unlink(missing_ok=True)
     words = ["--model", model, "--job", job, "--out", out, "--fingerprint", fingerprint, "--threads", threads,
+             "--parent", os.getpid(),
              *(["--exact"] if exact else []), *(["--lora", lora] if lora else []), *options]  # fmt: skip
     code, log = run_module(runner.module, words, workdir / "stderr.txt", timeout)
     if code == EXIT_OK:

@@ -7,7 +7,10 @@ package is not installed. Anything else, or death by a signal, is a crash of the
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +23,7 @@ from qalora_runtimes.protocol import Ids, Job, Logprobs, ProtocolError, TextRequ
 from qalora_runtimes.scoring import MissingRuntimeError, Rows, RunnerError, log_softmax
 
 EXIT_OK, EXIT_REFUSED, EXIT_MISSING = 0, 2, 3
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Runtime(Protocol):
@@ -45,12 +49,15 @@ def parser(module: str, description: str, *, model_help: str, model_required: bo
     out.add_argument("--out", type=Path, required=True, help="logits.npz to write")
     out.add_argument("--fingerprint", type=Path, required=True, help="fingerprint.json to write")
     out.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    out.add_argument("--parent", type=int, help="process that reads the answer; die with it (Linux)")
     out.add_argument("--exact", action="store_true", help="rounding-free settings of this runtime")
     return out
 
 
 def main(arguments: argparse.Namespace, open_runtime: Callable[[argparse.Namespace, Job], Runtime]) -> int:
     """Run one job; returns the exit code."""
+    if arguments.parent is not None:
+        _die_with(arguments.parent)
     try:
         job = read_job(arguments.job)
         if arguments.threads < 1:
@@ -70,6 +77,14 @@ def main(arguments: argparse.Namespace, open_runtime: Callable[[argparse.Namespa
     report = _fingerprint(runtime, job, arguments, seconds, load_seconds)
     arguments.fingerprint.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return EXIT_OK
+
+
+def _die_with(parent: int) -> None:
+    """Ask the kernel to end this process when its parent is killed: nobody would read the answer."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # killed before the request
+            sys.exit(EXIT_REFUSED)
 
 
 def run_job(runtime: Runtime, job: Job) -> tuple[Logprobs, float]:
