@@ -12,6 +12,7 @@ from qalora_export import __version__
 from qalora_export.checkpoint.canonical import PARTS, CanonicalCheckpoint
 from qalora_export.checkpoint.manifest import MANIFEST
 from qalora_export.safety import sha256_bytes, sha256_file
+from qalora_export.verify.gguf_side import adapter_of
 from qalora_export.verify.provenance import kind_of
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ def parameter_counts(checkpoint: CanonicalCheckpoint) -> dict[str, int]:
 def describe_artifact(path: Path, artifacts: dict[str, Path], parameters: int) -> dict[str, Any]:
     """Name, bytes of weights and graph (not the tokenizer), sha256, bits per weight over all parameters."""
     files = [path] if path.is_file() else sorted(p for p in path.glob("model.onnx*") if p.is_file())
+    if path.is_file() and (adapter := adapter_of(path)):
+        files.append(adapter)
     nbytes = sum(file.stat().st_size for file in files)
     listing = "".join(f"{file.name} {sha256_file(file)}\n" for file in files)
     return {

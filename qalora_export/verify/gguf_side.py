@@ -18,9 +18,12 @@ FREQUENCY_DIVISORS = "rope_freqs.weight"
 
 
 def adapter_of(artifact: Path) -> Path | None:
-    """The offset adapter that belongs to a file of layout "split", when it is there."""
+    """The offset adapter that belongs to a file of layout "split", when it is there.
+
+    A file of another layout has none: an adapter that lies beside it by chance must not be applied.
+    """
     path = adapter_path(artifact)
-    return path if path.is_file() else None
+    return path if path.is_file() and read_back(artifact).metadata.get("qalora.layout") == "split" else None
 
 
 def contents_of(artifact: Path) -> GgufContents:

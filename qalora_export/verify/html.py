@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qalora_export.verify import plots
+from qalora_export.verify.bisect_plot import data_uri, error_plot
 from qalora_export.verify.gates import GATES
 from qalora_export.verify.report import ParityReport, number
 
@@ -49,6 +50,7 @@ def context(report: ParityReport) -> dict[str, Any]:
         "marks": MARKS, "gates": list(GATES.values()), "runtimes": runtimes, "entries": report.entries,
         "by_place": {(entry.gate, entry.runtime): entry for entry in report.entries}, "facts": report.facts,
         "links": report.links, "noise": [noise_rows(report, runtime) for runtime in runtimes], "noise_names": NOISE,
+        "bisections": [(found, data_uri(error_plot(found))) for found in report.bisections.values()],
         "speeds": [speed_row(report, runtime) for runtime in runtimes],
         "plots": {
             "positions": plots.error_by_position(report.positions, runtimes, lengths),

@@ -33,7 +33,7 @@ class Floor:
 
     figures, errors: of metrics.Summary's scattering figures and kl_max, and their standard errors. gain: how noisy the
     runtime's kernels are against simulated int8 rounding, and whether that was measured. measured_on_base: what the
-    unadapted base shows in the runtime. metrics: per position, for plots.
+    unadapted base shows in the runtime. metrics, base_metrics: simulation and base per position, for plots.
     """
 
     source: str
@@ -43,6 +43,7 @@ class Floor:
     gain_measured: bool = False
     measured_on_base: Mapping[str, float] | None = None
     metrics: PositionMetrics | None = None
+    base_metrics: PositionMetrics | None = None
 
     def bound(self, limit: Limit) -> float:
         """Largest passing value of a figure; "shipped_" before its name does not matter."""

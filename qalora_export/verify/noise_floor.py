@@ -34,6 +34,8 @@ from qalora_export.verify.runs import Artifact, Runs
 ASSUMED_GAIN = 1.25  # the largest measured was 1.11
 # Counts and shifts grow with the size of the error, NMSE and KL with its square.
 LINEAR = ("disagreements", "perplexity_shift")
+# A count of zero still scatters by about one (Poisson), which no bootstrap of zeros can show.
+LEAST_ERRORS = {"disagreements": 1.0}
 # What float32 rounding leaves even where no activation is rounded to int8 (accuracy_level 1, bits without a kernel).
 FLOAT32_NOISE = 1e-9
 
@@ -111,13 +113,15 @@ class NoiseFloor:
 def _scaled(source: str, expected: PositionMetrics, gain: float, *, on_base: PositionMetrics | None = None) -> Floor:
     """The simulation's figures times the gain of noise power, and never below float32's own noise."""
     powers = {name: gain**0.5 if name in LINEAR else gain for name in (*SCATTERING, "kl_max")}
+    least = {name: FLOAT32_NOISE**0.5 if name in LINEAR else FLOAT32_NOISE for name in powers}
     summary, errors = asdict(expected.summary()), expected.standard_errors()
     return Floor(
         source=source,
-        figures={name: max(power * summary[name], FLOAT32_NOISE) for name, power in powers.items()},
-        errors={name: powers[name] * error for name, error in errors.items()},
+        figures={name: max(power * summary[name], least[name]) for name, power in powers.items()},
+        errors={name: max(powers[name] * error, LEAST_ERRORS.get(name, 0.0)) for name, error in errors.items()},
         gain=gain,
         gain_measured=on_base is not None,
         measured_on_base=asdict(on_base.summary()) if on_base else None,
-        metrics=on_base or expected,
+        metrics=expected,
+        base_metrics=on_base,
     )

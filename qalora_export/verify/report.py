@@ -148,7 +148,8 @@ def print_table(report: ParityReport) -> None:
 def _cell(entry: Entry) -> str:
     style, check = STYLES[entry.status], entry.deciding
     sign = "≤" if entry.status == "pass" else ">"
-    figures = f"\n[dim]{number(check.measured)} {sign} {number(check.bound)}[/dim]" if check else ""
+    unit = "" if not check or entry.status == "pass" else f"\n{check.unit}"
+    figures = f"\n[dim]{number(check.measured)} {sign} {number(check.bound)}{unit}[/dim]" if check else ""
     return f"[{style}]{entry.status}[/{style}]{figures}"
 
 
@@ -160,4 +161,6 @@ def explain(entry: Entry) -> str:
 
 def number(value: float) -> str:
     """Counts as they are, everything else with three significant digits."""
-    return str(int(value)) if float(value).is_integer() and abs(value) < 1e6 else f"{value:.3g}"
+    if float(value).is_integer() and abs(value) < 1e6:
+        return str(int(value))
+    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.3g}"

@@ -146,8 +146,9 @@ def _verify_runtime(session: Session, adapter: RuntimeAdapter, artifact: Path, r
                               floor=floor, int8_nmse=sensitivity)  # fmt: skip
     report.entries += logits.entries
     report.positions |= {(runtime, path): metrics for path, metrics in logits.positions.items()}
-    if isinstance(floor, Floor) and floor.metrics is not None:
-        report.positions[(runtime, "noise floor")] = floor.metrics
+    if isinstance(floor, Floor):
+        curves = {"noise floor": floor.metrics, "base": floor.base_metrics}
+        report.positions |= {(runtime, path): metrics for path, metrics in curves.items() if metrics is not None}
     with console.status(f"{runtime}: text"):
         report.entries.append(_text_entry(session, adapter, artifact))
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from qalora_export.cli.main import main
+from qalora_export.formats.gguf.export import export_gguf
+from qalora_export.recipe import GgufSettings
 from tests.verify.exports import Exported, copy_of, export_both, float32, gguf_block, gguf_value, patch, read_at
 
 GATES = ["G0", "G1", "G2", "G3", "G4", "G5"]
@@ -68,6 +70,19 @@ def test_a_damaged_gguf_turns_the_real_run_red(
     assert run(exported.checkpoint, "--gguf", copy.gguf, "--out", tmp_path / "parity") == 1
     found = gates(tmp_path / "parity")
     assert {gate for (gate, _), status in found.items() if status == "fail"} >= failing
+
+
+@pytest.mark.slow
+def test_a_split_artifact_passes_through_llama_cpps_own_lora_loading(exported: Exported, tmp_path: Path) -> None:
+    export_gguf(exported.checkpoint, tmp_path / "model.gguf", GgufSettings(layout="split"))
+    assert run(exported.checkpoint, "--gguf", tmp_path / "model.gguf", "--out", tmp_path / "parity") == 0
+    written = json.loads((tmp_path / "parity" / "report.json").read_text())
+    assert all(f["settings"]["lora"] for run, f in written["runtimes"].items() if "/text/" not in run)
+    assert set(written["artifacts"][0]["files"]) == {"model.gguf", "model.lora.gguf"}
+    (tmp_path / "model.lora.gguf").unlink()
+    assert run(exported.checkpoint, "--gguf", tmp_path / "model.gguf", "--out", tmp_path / "without") == 1
+    failing = {gate for (gate, _), status in gates(tmp_path / "without").items() if status == "fail"}
+    assert {"G0", "G1", "G2"} <= failing
 
 
 def test_bad_usage_is_exit_2_and_leaves_nothing(
