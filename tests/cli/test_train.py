@@ -111,9 +111,10 @@ def test_two_processes_equal_one(tiny_canonical: Path, tmp_path: Path, data: lis
     for curve in ("train_curve", "validation_curve"):
         left, right = (dict(report[curve]) for report in reports)
         assert left.keys() == right.keys()
-        assert [right[step] for step in left] == pytest.approx(list(left.values()), rel=1e-5)
+        # Sums in another order move an offset by at most one fp16 step, and a flipped step moves the loss by 1e-5.
+        assert [right[step] for step in left] == pytest.approx(list(left.values()), rel=1e-4)
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     error = sum(float((one[n].double() - two[n].double()).square().sum()) for n in one)
-    assert error <= 1e-8 * sum(float(t.double().square().sum()) for t in one.values())
+    assert error <= 1e-6 * sum(float(t.double().square().sum()) for t in one.values())
     assert result.stderr.count("adapter: ") == 1, "only rank 0 talks"
     assert len(list((tmp_path / "two.training" / "tensorboard").iterdir())) == 1, "only rank 0 writes"
