@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from html import escape
 
@@ -27,6 +28,11 @@ def error_plot(found: Bisection) -> str:
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
+
+
+def data_uri(svg: str) -> str:
+    """For a page that needs no other file."""
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode("ascii")
 
 
 def _row(step: Step, y: int, indent: int) -> str:

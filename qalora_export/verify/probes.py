@@ -19,6 +19,8 @@ from qalora_export.safety import sha256_bytes
 from qalora_export.verify.probe_text import CHATS, EDGE_TEXTS, LONG_TEXT, TEXTS
 from qalora_export.verify.prompts import canonical_json, read_prompts, token_ids
 
+TOKENS_PER_TEXT = 1000
+
 
 @dataclass(frozen=True)
 class ProbeSet:
@@ -73,7 +75,22 @@ def make_probes(tokenizer: Any, config: dict[str, Any], settings: VerifySettings
     sequences = [np.asarray(ids, np.int32) for _, ids in chosen]
     lengths = np.asarray([len(ids) for ids in sequences], np.int32)
     return ProbeSet(np.concatenate(sequences), lengths, tuple(name for name, _ in chosen),
+                    texts=(*TEXTS, *_vocabulary_texts(tokenizer)),
                     chats=CHATS if tokenizer.chat_template else ())  # fmt: skip
+
+
+def _vocabulary_texts(tokenizer: Any) -> Iterator[str]:
+    """Every token's own text, alone and doubled, a line each: a lost merge rule shows in one of them.
+
+    Doubled because many tokenizers look a whole word up before they apply any rule. Tokens that are no whole
+    characters, and NUL, which C strings cannot hold, are left out.
+    """
+    special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+    ids = [[i] for i in range(len(tokenizer)) if i not in special]
+    lines = [text for text in tokenizer.batch_decode(ids) if text and "\ufffd" not in text and "\0" not in text]
+    for start in range(0, len(lines), TOKENS_PER_TEXT):
+        chosen = lines[start : start + TOKENS_PER_TEXT]
+        yield "\n".join([*chosen, *(text + text.lstrip() for text in chosen)])
 
 
 def _edge_cases(tokenizer: Any, vocabulary: int, limit: int, seed: int) -> Iterator[tuple[str, list[int]]]:
