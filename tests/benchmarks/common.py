@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import time
@@ -40,7 +41,8 @@ def config_of(shape: str, *, layers: int | None, sequence: int) -> Any:
 def hardware(device: torch.device) -> dict[str, Any]:
     """What the numbers were measured on."""
     found: dict[str, Any] = {
-        "cpu": _cpu_name(), "threads": torch.get_num_threads(), "system": platform.platform(),
+        "cpu": _cpu_name(), "threads": torch.get_num_threads(), "load_average": os.getloadavg()[0],
+        "system": platform.platform(),
         "python": platform.python_version(), "packages": {name: _version(name) for name in PACKAGES},
     }  # fmt: skip
     if device.type == "cuda":
