@@ -68,7 +68,7 @@ SHIPPED = (
 )
 NOISE_GAIN = Limit(
     "noise_gain", 2.0, "times simulated int8 noise",
-    "int8 kernels were 0.91 to 1.16 times as noisy as int8 rounding in PyTorch; a broken base would raise its own bound",
+    "kernels were 0.91 to 1.16 times as noisy as int8 rounding in PyTorch; a broken base would raise its own bound",
 )  # fmt: skip
 GATES: dict[str, Gate] = {
     gate.id: gate
