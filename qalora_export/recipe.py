@@ -159,7 +159,8 @@ def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
 def validated(model: type[SettingsT], raw: dict[str, Any], *, where: object) -> SettingsT:
     """Validate a table of settings; one InputError naming every offending key."""
     try:
-        return model.model_validate_json(json.dumps(raw))  # JSON mode: lists become tuples, numbers stay strict
+        # JSON mode: lists become tuples, numbers stay strict; TOML's dates become strings, which no setting takes.
+        return model.model_validate_json(json.dumps(raw, default=str))
     except ValidationError as error:
         problems = [_explain(model, item) for item in error.errors()]
         raise InputError("settings are not valid", where=where, why="; ".join(problems)) from error
@@ -198,7 +199,14 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
         target = raw.get(table, {}) if table else raw
         for key in keys:
             if isinstance(target, dict) and isinstance(target.get(key), str):
-                target[key] = str(folder / Path(target[key]).expanduser())
+                target[key] = str(folder / _expanded(target[key]))
+
+
+def _expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # ~name of a user that this machine does not have
+        raise InputError("a path begins with an unknown user", where=path, why=str(error)) from error
 
 
 def _explain(model: type[BaseModel], item: Any) -> str:

@@ -169,13 +169,16 @@ def read_arrays(path: Path, *, required: set[str], optional: set[str]) -> dict[s
                 _check_member(path, archive, info)
         with np.load(path, allow_pickle=False) as loaded:
             return {name: loaded[name] for name in members}
-    except (OSError, zipfile.BadZipFile, ValueError, EOFError) as error:
+    except (OSError, zipfile.BadZipFile, ValueError, EOFError, RuntimeError) as error:
+        # RuntimeError: zipfile's answer to encryption and to features it does not know
         if isinstance(error, ProtocolError):
             raise
         raise ProtocolError(f"{path}: cannot be read as npz: {error}") from error
 
 
 def _check_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
+    if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+        raise ProtocolError(f"{path}: {info.filename} is compressed: a small file could claim any amount of memory")
     with archive.open(info) as file:
         version = np.lib.format.read_magic(file)
         if version not in ((1, 0), (2, 0)):
