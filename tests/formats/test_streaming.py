@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qalora_export.formats.streaming import AHEAD, finished, prepared, release, row_blocks
+from qalora_export.formats.streaming import AHEAD, BlockHasher, finished, prepared, release, row_blocks
 
 
 @pytest.mark.parametrize("rows, nbytes, block", [(1, 10, 1), (7, 700, 200), (5, 5, 100), (100, 10_000, 333), (3, 0, 9)])
@@ -64,3 +64,21 @@ def test_released_pages_leave_memory_and_stay_readable(tmp_path: Path) -> None:
 def _resident_file_bytes() -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile"))
     return int(line.split()[1]) * 1024
+
+
+def test_digests_are_those_of_hashlib() -> None:
+    rng = np.random.default_rng(0)
+    tensors = [[rng.integers(0, 256, size, np.uint8) for size in (5, 0, 70_000)] for _ in range(3 * AHEAD)]
+    with BlockHasher() as hasher:
+        answers = []
+        for blocks in tensors:
+            for block in blocks:
+                hasher.update(block)
+            answers.append(hasher.finish())
+    expected = [hashlib.sha256(b"".join(block.tobytes() for block in blocks)).hexdigest() for blocks in tensors]
+    assert [answer.result() for answer in answers] == expected
+
+
+def test_a_tensor_without_blocks_has_the_empty_digest() -> None:
+    with BlockHasher() as hasher:
+        assert hasher.finish().result() == hashlib.sha256().hexdigest()

@@ -1,0 +1,195 @@
+"""Speed of llama.cpp on one model in six files: our exact layouts and the lossy types users know.
+
+    python -m tests.benchmarks.llama_layouts --work /tmp/llama-bench
+
+Random weights at the shape of a 1.1B Llama; speed does not depend on their values. Every file is loaded at once and
+the files take turns, so a busy moment of the machine hits all alike. Ratios are medians of ratios within a turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from qalora_runtimes.llama_cpp.c_api import Context, Library
+from qalora_runtimes.llama_cpp.wheel import import_wheel
+
+from tests.benchmarks.machine import (
+    LLAMA_1_1B,
+    RESULTS,
+    TINY,
+    linears,
+    llama_config,
+    machine,
+    write_random_checkpoint,
+)
+
+RANK = 16
+AIM = 0.9  # of Q4_K_M
+OURS = {
+    "q4_1": "one file, exact",
+    "split": "Q4_0 base + exact offset adapter",
+    "split, rank 16": "symmetric Q4_0 base + trained adapter of rank 16",
+    "split, F16 lm_head": "as split, lm_head left in float16 (the default of quantize)",
+}
+LOSSY = {"Q4_0": "lossy, lm_head Q6_K", "Q4_K_M": "lossy, lm_head Q6_K"}
+REFERENCE = "Q4_K_M"
+
+
+def main() -> None:
+    options = _arguments()
+    if options.omp_passive:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+    found = machine()
+    shape = TINY | {"hidden": 256, "intermediate": 512} if options.smoke else LLAMA_1_1B
+    config = llama_config(**shape | ({"layers": options.layers} if options.layers else {}))
+    prompt, tokens, repeats = (8, 2, 1) if options.smoke else (options.prompt, options.tokens, options.repeats)
+    work = options.work / "llama-layouts"
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        files = _files(work, config)
+        turns = _measure(files, options.threads, config["vocab_size"], prompt, tokens, repeats)
+        sizes = {name: sum(path.stat().st_size for path in pair if path) for name, pair in files.items()}
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    rows = {name: _row(name, turns, prompt, tokens) | {"bytes": sizes[name]} for name in files}
+    content = {"benchmark": "llama_layouts", "machine": found, "shape": config, "threads": options.threads,
+               "prompt_tokens": prompt, "decoded_tokens": tokens, "turns": repeats,
+               "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"), "aim_of_q4_k_m": AIM,
+               "rows": rows}  # fmt: skip
+    _report(content, options.json)
+
+
+def _files(work: Path, config: dict[str, Any]) -> dict[str, tuple[Path, Path | None]]:
+    """Label -> (model, adapter). lm_head is 8-bit symmetric (Q8_0) but in the last of ours; llama.cpp makes it Q6_K."""
+    from qalora_export.formats.gguf.export import export_gguf
+    from qalora_export.formats.gguf.split import adapter_path
+    from qalora_export.recipe import GgufSettings
+    from tests.benchmarks.ggml_quantize import quantize_gguf
+
+    work.mkdir(parents=True)
+    model = write_random_checkpoint(work / "model", config, head_bits=8)
+    symmetric = write_random_checkpoint(work / "symmetric", config, head_bits=8, sym=True)
+    plain = write_random_checkpoint(work / "plain", config)
+    split = GgufSettings(layout="split")
+    export_gguf(model, work / "q4_1.gguf", GgufSettings())
+    export_gguf(model, work / "split.gguf", split)
+    export_gguf(symmetric, work / "base.gguf", split)
+    export_gguf(plain, work / "plain.gguf", split)
+    adapter = _trained_adapter(symmetric, work / "trained.gguf", config)
+    library = Path(import_wheel().xllamacpp.__file__)
+    lossy = {
+        name: (quantize_gguf(library, model, work / "q4_1.gguf", work / f"{name}.gguf", name), None) for name in LOSSY
+    }
+    return {
+        "q4_1": (work / "q4_1.gguf", None),
+        "split": (work / "split.gguf", adapter_path(work / "split.gguf")),
+        "split, rank 16": (work / "base.gguf", adapter),
+        "split, F16 lm_head": (work / "plain.gguf", adapter_path(work / "plain.gguf")),
+        **lossy,
+    }  # fmt: skip
+
+
+def _trained_adapter(base: Path, out: Path, config: dict[str, Any]) -> Path:
+    """A rank-16 QA-LoRA adapter over every linear layer, with random A and B."""
+    from qalora_export.checkpoint.manifest import Parent
+    from qalora_export.formats.gguf.trained import LowRank, write_adapter
+
+    rng = np.random.default_rng(1)
+    modules = {
+        module: LowRank(rng.standard_normal((RANK, columns // 32), np.float32) * 0.01,
+                        rng.standard_normal((rows, RANK), np.float32) * 0.01, 1.0)
+        for module, rows, columns in linears(config)
+    }  # fmt: skip
+    write_adapter(base, modules, out, parent=Parent("adapter", "random", "0" * 64))
+    return out
+
+
+def _measure(files: dict[str, tuple[Path, Path | None]], threads: int, vocab: int, prompt: int, tokens: int,
+             repeats: int) -> list[dict[str, tuple[float, float]]]:  # fmt: skip
+    """Per turn and label: seconds of the prefill and of the decode."""
+    library = Library(Path(import_wheel().xllamacpp.__file__))
+    cells = -(-(prompt + tokens) // 256) * 256
+    settings = {"n_ctx": cells, "n_batch": max(prompt, 32), "n_ubatch": max(prompt, 32), "n_threads": threads,
+                "n_threads_batch": threads}  # fmt: skip
+    contexts = {name: Timed(library, path, lora, model={}, context=settings) for name, (path, lora) in files.items()}
+    ids = np.random.default_rng(2).integers(0, vocab, prompt + tokens).astype(np.int32)
+    for context in contexts.values():  # weights into memory, buffers allocated
+        _turn(context, ids[:4], 2)
+    return [{name: _turn(context, ids, prompt) for name, context in contexts.items()} for _ in range(repeats)]
+
+
+class Timed(Context):
+    """A context that computes logits of the last position alone, as text generation does."""
+
+    def evaluate(self, ids: np.ndarray, start: int) -> None:
+        batch, last = self._batch, len(ids) - 1
+        for i, token in enumerate(ids.tolist()):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, start + i, i == last
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+        batch.n_tokens = len(ids)
+        code = self._library.c.llama_decode(self._context, batch)
+        logits = self._library.c.llama_get_logits_ith(self._context, last)  # waits until they are there
+        if code or not logits:
+            raise RuntimeError(f"llama_decode failed with code {code}: {self._library.last_words()}")
+
+
+def _turn(context: Timed, ids: np.ndarray, prompt: int) -> tuple[float, float]:
+    context.clear()
+    prefill = _seconds(lambda: context.evaluate(ids[:prompt], 0))
+    decode = _seconds(lambda: [context.evaluate(ids[at : at + 1], at) for at in range(prompt, len(ids))])
+    return prefill, decode
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _row(name: str, turns: list[dict[str, tuple[float, float]]], prompt: int, tokens: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"what": (OURS | LOSSY)[name]}
+    for index, (phase, count) in enumerate((("prefill", prompt), ("decode", tokens))):
+        row[f"{phase}_tokens_per_second"] = count / statistics.median(turn[name][index] for turn in turns)
+        row[f"{phase}_of_q4_k_m"] = statistics.median(turn[REFERENCE][index] / turn[name][index] for turn in turns)
+        row[f"{phase}_seconds"] = [turn[name][index] for turn in turns]
+    return row
+
+
+def _report(content: dict[str, Any], path: Path) -> None:
+    from tests.benchmarks.common import print_table, write_json
+
+    write_json(path, content)
+    header = ["layout", "what", "MB", "prefill tok/s", "decode tok/s", "prefill / Q4_K_M", "decode / Q4_K_M"]
+    rows = [[name, row["what"], f"{row['bytes'] / 1e6:.0f}", f"{row['prefill_tokens_per_second']:.1f}",
+             f"{row['decode_tokens_per_second']:.1f}", f"{row['prefill_of_q4_k_m']:.2f}",
+             f"{row['decode_of_q4_k_m']:.2f}"] for name, row in content["rows"].items()]  # fmt: skip
+    print_table(f"llama.cpp, {content['threads']} threads, prompt {content['prompt_tokens']}; "
+                f"{content['machine']['cpu']}; {path}", header, rows)  # fmt: skip
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("build/bench/work"), help="needs about 7 GB")
+    parser.add_argument("--layers", type=int, help="fewer decoder layers than 22")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of the prefill")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens decoded one by one after it")
+    parser.add_argument("--repeats", type=int, default=7, help="turns")
+    parser.add_argument(
+        "--omp-passive", action="store_true", help="waiting threads sleep; for a machine shared with others"
+    )
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, once: does the benchmark itself work?")
+    parser.add_argument("--json", type=Path, default=RESULTS / "llama_layouts.json")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
