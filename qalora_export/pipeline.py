@@ -20,6 +20,7 @@ from qalora_export.checkpoint.manifest import MANIFEST, parent_of, verify_files,
 from qalora_export.console import console
 from qalora_export.errors import ExitCode, InputError, ParityError, RuntimeUnavailableError
 from qalora_export.formats.gguf.sidecar import sidecar_path
+from qalora_export.model_card import write_card
 from qalora_export.recipe import EvaluateSettings, Recipe, Settings, dump_toml
 from qalora_export.safety import (
     atomic_file,
@@ -92,6 +93,7 @@ def _run(recipe: Recipe, out: Path, *, force: bool) -> RunReport:
         stage.action(ours)
         state.record(stage, key, output_hash=_output_hash(stage.output))
         ran.append(stage.name)
+    write_card(recipe)
     return RunReport(out, ran, skipped)
 
 

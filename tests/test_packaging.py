@@ -17,7 +17,7 @@ LAYERS = (
     {"grid", "safety", "console", "recipe"},
     {"checkpoint", "families"},
     {"formats", "quantize", "qalora"},
-    {"verify", "inspection", "evaluate"},
+    {"verify", "inspection", "evaluate", "model_card"},
     {"api", "pipeline"},
     {"cli"},
 )

@@ -43,7 +43,7 @@ def no_parity(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def fake(merged: Path, report: Path, *_: object) -> None:
         report.mkdir(exist_ok=True)
-        (report / "report.json").write_text("{}")
+        (report / "report.json").write_text('{"verdict": "pass", "gates": []}')
 
     monkeypatch.setattr("qalora_export.pipeline._verify", fake)
 
@@ -66,6 +66,10 @@ def test_all_stages_then_nothing_then_what_changed(recipe: Recipe, no_parity: No
     out = Path(recipe.out)
     assert load_recipe(out / "recipe.resolved.toml") == recipe
     assert (out / "recipe.resolved.toml").read_text() == dump_toml(recipe)
+    card = (out / "README.md").read_text()
+    assert all(
+        word in card for word in ("RTN to 4 bits", "llama-cli -m model.gguf", "/2 |", "merged.qalora/manifest.json")
+    )
 
     # Other training settings: quantize and the base's score stand, everything after training runs again.
     changed = recipe.model_copy(update={"train": recipe.train.model_copy(update={"rank": 3})})

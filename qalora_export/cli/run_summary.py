@@ -29,7 +29,15 @@ def print_summary(recipe: Recipe) -> None:
     if (out / "report" / "report.json").is_file():
         results.print(_parity_table(read_json(out / "report" / "report.json")))
     results.print(_score_line(out), markup=True)
-    artifacts = ("model.gguf", "onnx", "merged.qalora", "adapter", "report/report.html", "report/report.json")
+    artifacts = (
+        "model.gguf",
+        "onnx",
+        "merged.qalora",
+        "adapter",
+        "README.md",
+        "report/report.html",
+        "report/report.json",
+    )
     for name in artifacts:
         if (out / name).exists():
             results.print(f"  {out / name}", markup=False)

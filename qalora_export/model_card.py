@@ -1,0 +1,82 @@
+"""README.md beside the artifacts of a run: what the model is, how to run it, what was proven, where it came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qalora_export.checkpoint.manifest import MANIFEST
+from qalora_export.recipe import Recipe
+from qalora_export.safety import atomic_file, read_json, sha256_file
+
+CARD = "README.md"
+
+
+def write_card(recipe: Recipe) -> Path:
+    """Write the card of a finished run and return its path. It holds no times and no absolute paths."""
+    path = Path(recipe.out) / CARD
+    with atomic_file(path, force=True) as temporary:
+        temporary.write_text(card(recipe), encoding="utf-8")
+    return path
+
+
+def card(recipe: Recipe) -> str:
+    """The card as Markdown, from the recipe and from what the stages wrote."""
+    out, q, t = Path(recipe.out), recipe.quantize, recipe.train
+    parts = [
+        f"# {Path(recipe.model).name}, INT4 for the edge" if q.bits == 4 else f"# {Path(recipe.model).name}, quantized",
+        f"Quantized with {q.method.upper()} to {q.bits} bits in groups of {q.group_size}, fine-tuned with QA-LoRA of "
+        f"rank {t.rank}, merged without changing a code or a scale. Made by qalora-export.",
+        _usage(out),
+        _score(out),
+        _parity(out),
+        _provenance(out),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _usage(out: Path) -> str:
+    lines = ["## How to run it", ""]
+    if (out / "model.gguf").is_file():
+        adapter = " --lora model.lora.gguf" if (out / "model.lora.gguf").is_file() else ""
+        lines.append(f"* llama.cpp: `llama-cli -m model.gguf{adapter}`")
+    if (out / "onnx").is_dir():
+        lines.append("* ONNX Runtime GenAI: `onnxruntime_genai.Model('onnx')`; ONNX Runtime: `onnx/model.onnx`")
+    lines.append("* Transformers: `import qalora_export`, then `AutoModelForCausalLM.from_pretrained('merged.qalora')`")
+    return "\n".join(lines)
+
+
+def _score(out: Path) -> str:
+    scores = {label: out / f"score.{label}.json" for label in ("base", "merged")}
+    if not all(path.is_file() for path in scores.values()):
+        return ""
+    found = {label: read_json(path) for label, path in scores.items()}
+    rows = "\n".join(f"| {label} | {score['exact']}/{score['total']} |" for label, score in found.items())
+    return f"## Task score\n\n| model | exact match |\n|---|---|\n{rows}"
+
+
+def _parity(out: Path) -> str:
+    path = out / "report" / "report.json"
+    if not path.is_file():
+        return ""
+    report = read_json(path)
+    rows = "\n".join(_gate_row(entry) for entry in report["gates"])
+    head = "| gate | runtime | status | measured | bound |\n|---|---|---|---|---|"
+    return f"## Parity with PyTorch float32: {report['verdict']}\n\n{head}\n{rows}\n\nAll of it: report/report.html."
+
+
+def _gate_row(entry: dict[str, Any]) -> str:
+    measured, bound = (_number(entry[key]) for key in ("measured", "bound"))
+    return f"| {entry['gate']} {entry['title']} | {entry['runtime']} | {entry['status']} | {measured} | {bound} |"
+
+
+def _number(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, int | float) else str(value or "–")
+
+
+def _provenance(out: Path) -> str:
+    manifests = [out / name / MANIFEST for name in ("base.qalora", "adapter", "merged.qalora", "onnx")]
+    manifests.append(out / f"model.gguf.{MANIFEST}")
+    rows = [f"| {path.relative_to(out)} | `{sha256_file(path)}` |" for path in manifests if path.is_file()]
+    intro = "## Provenance\n\nEach manifest names its files, tensors and parents by sha256."
+    return "\n".join([intro, "", "| manifest | sha256 |", "|---|---|", *rows])
