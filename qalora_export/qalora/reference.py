@@ -13,6 +13,7 @@ from qalora_export.errors import InputError
 def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Any:
     """A causal language model in eval mode from a local folder (canonical or plain safetensors)."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     import qalora_export  # noqa: F401  (registers quant_method "qalora")
     from qalora_export.checkpoint.canonical import QUANT_METHOD, CanonicalCheckpoint
@@ -22,6 +23,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, attention: s
     quantization = ModelFolder(folder).config.get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
         CanonicalCheckpoint(folder)
+    logging.disable_progress_bar()  # stages have their own
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=dtype, attn_implementation=attention, local_files_only=True, trust_remote_code=False,
