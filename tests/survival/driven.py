@@ -37,6 +37,8 @@ threads = 1
 """
 STAGES = ("quantize", "train", "merge", "evaluate base", "evaluate merged", "export gguf", "export onnx",
           "verify-parity")  # fmt: skip
+OUTPUTS = ("base.qalora", "adapter", "merged.qalora", "score.base.json", "score.merged.json", "model.gguf", "onnx",
+           "report")  # fmt: skip
 # Holds times and speeds (report, adapter.training), hashes of those (run.json), or nothing (.lock).
 UNEQUAL = ("report", "adapter.training", "run.json", ".lock")
 TIMEOUT = 300.0  # seconds; a run takes a few
@@ -77,10 +79,12 @@ class Attempt:
             return False
 
     def wait_for(self, stage: str) -> bool:
-        """Until the stage has printed its title; False when the run ended before."""
+        """Until the stage has printed its title; False when it is up to date already, or the run ended before."""
         end = time.monotonic() + TIMEOUT
         while not self.started(stage):
             assert time.monotonic() < end, self.said()
+            if f"] {stage} up to date" in self.said():
+                return False
             if not self.alive():
                 return self.started(stage)
             time.sleep(0.005)
