@@ -45,8 +45,7 @@ REFERENCE = "Q4_K_M"
 
 def main() -> None:
     options = _arguments()
-    if options.omp_passive:
-        os.environ["OMP_WAIT_POLICY"] = "passive"
+    os.environ["OMP_WAIT_POLICY"] = options.omp_wait_policy
     found = machine()
     shape = TINY | {"hidden": 256, "intermediate": 512} if options.smoke else LLAMA_1_1B
     config = llama_config(**shape | ({"layers": options.layers} if options.layers else {}))
@@ -54,20 +53,21 @@ def main() -> None:
     work = options.work / "llama-layouts"
     shutil.rmtree(work, ignore_errors=True)
     try:
-        files = _files(work, config)
+        files = _files(work, config, options.group)
         turns = _measure(files, options.threads, config["vocab_size"], prompt, tokens, repeats)
         sizes = {name: sum(path.stat().st_size for path in pair if path) for name, pair in files.items()}
     finally:
         shutil.rmtree(work, ignore_errors=True)
     rows = {name: _row(name, turns, prompt, tokens) | {"bytes": sizes[name]} for name in files}
-    content = {"benchmark": "llama_layouts", "machine": found, "shape": config, "threads": options.threads,
+    content = {"benchmark": "llama_layouts", "machine": found, "shape": config, "group_size": options.group,
+               "threads": options.threads,
                "prompt_tokens": prompt, "decoded_tokens": tokens, "turns": repeats,
-               "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"), "aim_of_q4_k_m": AIM,
+               "omp_wait_policy": options.omp_wait_policy, "aim_of_q4_k_m": AIM,
                "rows": rows}  # fmt: skip
     _report(content, options.json)
 
 
-def _files(work: Path, config: dict[str, Any]) -> dict[str, tuple[Path, Path | None]]:
+def _files(work: Path, config: dict[str, Any], group: int) -> dict[str, tuple[Path, Path | None]]:
     """Label -> (model, adapter). lm_head is 8-bit symmetric (Q8_0) but in the last of ours; llama.cpp makes it Q6_K."""
     from qalora_export.formats.gguf.export import export_gguf
     from qalora_export.formats.gguf.split import adapter_path
@@ -75,15 +75,15 @@ def _files(work: Path, config: dict[str, Any]) -> dict[str, tuple[Path, Path | N
     from tests.benchmarks.ggml_quantize import quantize_gguf
 
     work.mkdir(parents=True)
-    model = write_random_checkpoint(work / "model", config, head_bits=8)
-    symmetric = write_random_checkpoint(work / "symmetric", config, head_bits=8, sym=True)
-    plain = write_random_checkpoint(work / "plain", config)
+    model = write_random_checkpoint(work / "model", config, group=group, head_bits=8)
+    symmetric = write_random_checkpoint(work / "symmetric", config, group=group, head_bits=8, sym=True)
+    plain = write_random_checkpoint(work / "plain", config, group=group)
     split = GgufSettings(layout="split")
     export_gguf(model, work / "q4_1.gguf", GgufSettings())
     export_gguf(model, work / "split.gguf", split)
     export_gguf(symmetric, work / "base.gguf", split)
     export_gguf(plain, work / "plain.gguf", split)
-    adapter = _trained_adapter(symmetric, work / "trained.gguf", config)
+    adapter = _trained_adapter(symmetric, work / "trained.gguf", config, group)
     library = Path(import_wheel().xllamacpp.__file__)
     lossy = {
         name: (quantize_gguf(library, model, work / "q4_1.gguf", work / f"{name}.gguf", name), None) for name in LOSSY
@@ -97,14 +97,14 @@ def _files(work: Path, config: dict[str, Any]) -> dict[str, tuple[Path, Path | N
     }  # fmt: skip
 
 
-def _trained_adapter(base: Path, out: Path, config: dict[str, Any]) -> Path:
+def _trained_adapter(base: Path, out: Path, config: dict[str, Any], group: int) -> Path:
     """A rank-16 QA-LoRA adapter over every linear layer, with random A and B."""
     from qalora_export.checkpoint.manifest import Parent
     from qalora_export.formats.gguf.trained import LowRank, write_adapter
 
     rng = np.random.default_rng(1)
     modules = {
-        module: LowRank(rng.standard_normal((RANK, columns // 32), np.float32) * 0.01,
+        module: LowRank(rng.standard_normal((RANK, columns // group), np.float32) * 0.01,
                         rng.standard_normal((rows, RANK), np.float32) * 0.01, 1.0)
         for module, rows, columns in linears(config)
     }  # fmt: skip
@@ -171,7 +171,8 @@ def _report(content: dict[str, Any], path: Path) -> None:
     rows = [[name, row["what"], f"{row['bytes'] / 1e6:.0f}", f"{row['prefill_tokens_per_second']:.1f}",
              f"{row['decode_tokens_per_second']:.1f}", f"{row['prefill_of_q4_k_m']:.2f}",
              f"{row['decode_of_q4_k_m']:.2f}"] for name, row in content["rows"].items()]  # fmt: skip
-    print_table(f"llama.cpp, {content['threads']} threads, prompt {content['prompt_tokens']}; "
+    print_table(f"llama.cpp, g={content['group_size']}, {content['threads']} threads, "
+                f"prompt {content['prompt_tokens']}; "
                 f"{content['machine']['cpu']}; {path}", header, rows)  # fmt: skip
 
 
@@ -179,13 +180,13 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/bench/work"), help="needs about 7 GB")
     parser.add_argument("--layers", type=int, help="fewer decoder layers than 22")
+    parser.add_argument("--group", type=int, choices=(32, 64, 128), default=32, help="group size of the checkpoint")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prefill")
     parser.add_argument("--tokens", type=int, default=16, help="tokens decoded one by one after it")
     parser.add_argument("--repeats", type=int, default=7, help="turns")
-    parser.add_argument(
-        "--omp-passive", action="store_true", help="waiting threads sleep; for a machine shared with others"
-    )
+    parser.add_argument("--omp-wait-policy", choices=("passive", "active"), default="passive",
+                        help="passive: waiting threads sleep, as in our runner")  # fmt: skip
     parser.add_argument("--smoke", action="store_true", help="a tiny model, once: does the benchmark itself work?")
     parser.add_argument("--json", type=Path, default=RESULTS / "llama_layouts.json")
     return parser.parse_args()
