@@ -80,7 +80,8 @@ def command(
 
     The adapter with the lowest validation loss is kept. Beside it, OUT.training/ holds metrics.jsonl, report.json,
     loss.png, loss.svg and TensorBoard logs, and the checkpoints of a run that was interrupted: the same command goes on
-    from there. On several GPUs or processes, start it with torchrun or accelerate; packed weights are replicated.
+    from there. On several GPUs, start it with torchrun (every GPU holds the model) or with accelerate's FSDP (every GPU
+    holds its share).
 
     [bold]Examples[/bold]
 
@@ -91,6 +92,9 @@ def command(
       qalora-export train base.qalora --data train.jsonl --out adapter --batch-size 4 --packing --dry-run
 
       torchrun --nproc_per_node 4 -m qalora_export.cli train base.qalora --data train.jsonl --out adapter
+
+      accelerate launch --use_fsdp --fsdp_version 2 --mixed_precision no --num_processes 4 -m qalora_export.cli
+      train base.qalora --data train.jsonl --out adapter
     """
     values = {name: value for name, value in locals().items() if name in TrainSettings.model_fields}
     from qalora_export.console import console

@@ -14,11 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer
+from transformers.trainer import SCHEDULER_NAME
 
 from qalora_export.errors import InputError
 from qalora_export.qalora import training_folder
 from qalora_export.qalora.packing import Row, collate
 from qalora_export.qalora.samples import IGNORED
+from qalora_export.qalora.sharding import fill, save_optimizer, whole
 from qalora_export.safety import could_not_write
 
 
@@ -36,8 +38,8 @@ class RowDataset(Dataset[Row]):
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The trainable tensors by full name, on the CPU."""
-    return {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+    """The trainable tensors by full name, whole, on the CPU; under FSDP every process must ask."""
+    return {n: whole(p.detach()).cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad}
 
 
 def load_adapter_state(model: nn.Module, file: Path) -> None:
@@ -47,9 +49,8 @@ def load_adapter_state(model: nn.Module, file: Path) -> None:
     if saved.keys() != own.keys() or any(saved[name].shape != own[name].shape for name in own):
         raise InputError("the checkpoint holds a different adapter", where=file,
                          fix="pass --no-resume to start again from step 0")  # fmt: skip
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(saved[name])
+    for name, parameter in own.items():
+        fill(parameter, saved[name])
 
 
 class AdapterTrainer(Trainer):
@@ -58,16 +59,27 @@ class AdapterTrainer(Trainer):
     model: Any
     eval_dataset: Any
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Adapter tensors as safetensors; the packed base is neither copied nor pickled."""
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Adapter tensors as safetensors; the packed base is neither gathered nor copied nor pickled."""
+        state = adapter_state(self.model)
         if not self.args.should_save:
             return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(adapter_state(self.model), folder / training_folder.ADAPTER)
+        save_file(state, folder / training_folder.ADAPTER)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_adapter_state(self.model, Path(resume_from_checkpoint) / training_folder.ADAPTER)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As the Trainer's, but under FSDP it would save the whole base as well."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_optimizer(self.accelerator, self.optimizer, self.model, Path(output_dir))
+        if self.args.should_save:
+            assert self.lr_scheduler is not None
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write, commit, and only then delete what is no longer needed: the last and the best are kept."""
@@ -89,11 +101,13 @@ class AdapterTrainer(Trainer):
         rows, size = (self.eval_dataset if eval_dataset is None else eval_dataset), self.args.eval_batch_size
         batches = [range(begin, min(begin + size, len(rows))) for begin in range(0, len(rows), size)]
         total = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of tokens
-        training = self.model.training
+        training, processes = self.model.training, self.args.world_size
         self.model.eval()
-        for indices in batches[self.args.process_index :: self.args.world_size]:
-            batch = self._prepare_inputs(collate([rows[i] for i in indices]))
-            learned = int((batch["labels"][:, 1:] != IGNORED).sum())
+        for first in range(0, len(batches), processes):
+            mine = first + self.args.process_index
+            # A process without a batch in the last turn takes part all the same: FSDP gathers with everyone.
+            batch = self._prepare_inputs(collate([rows[i] for i in batches[min(mine, len(batches) - 1)]]))
+            learned = int((batch["labels"][:, 1:] != IGNORED).sum()) if mine < len(batches) else 0
             with torch.no_grad():
                 loss = float(self.model(**batch).loss)
             total += torch.tensor([loss * learned, learned], dtype=torch.float64)

@@ -44,6 +44,14 @@ class QALoraHfQuantizer(HfQuantizer):
             replace_linear(model, name, bits=bits, group_size=group_size)
         return model
 
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        """Transformers makes every floating-point parameter it loads trainable; scale and offset are not."""
+        for module in model.modules():
+            if isinstance(module, QALoraLinear):
+                for tensor in module.packed:
+                    tensor.requires_grad_(False)
+        return model
+
     def is_serializable(self) -> bool:
         return True
 

@@ -113,16 +113,17 @@ def _weight(codes: Tensor, scale: Tensor, offset: Tensor, a: Tensor | None, b: T
     return dequantize(codes, scale, offset, bits, dtype)
 
 
+def _frozen(rows: int, columns: int, dtype: torch.dtype, device: torch.device | str | None) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(rows, columns, dtype=dtype, device=device), requires_grad=False)
+
+
 class QALoraLinear(nn.Module):
     """A linear layer in canonical form, optionally with a QA-LoRA adapter.
 
-    Buffers: codes uint8 (out, in·bits/8), scale float16 (out, in/g), offset float16 (out, in/g); bias (out,) or None.
-    Adapter parameters, float32: lora_A (r, in/pool), lora_B (out, r), where pool is g or a multiple of it.
+    Frozen: codes uint8 (out, in·bits/8), scale float16 (out, in/g), offset float16 (out, in/g); bias (out,) or None.
+    They are parameters that never require gradients, not buffers, because FSDP divides parameters among devices.
+    Trainable, float32: lora_A (r, in/pool), lora_B (out, r), where pool is g or a multiple of it.
     """
-
-    codes: Tensor
-    scale: Tensor
-    offset: Tensor
 
     def __init__(self, in_features: int, out_features: int, *, bits: int, group_size: int, bias: bool = False,
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:  # fmt: skip
@@ -133,13 +134,18 @@ class QALoraLinear(nn.Module):
         self.bits, self.group_size = bits, group_size
         groups = in_features // group_size
         width = packed_width(in_features, bits)
-        self.register_buffer("codes", torch.zeros(out_features, width, dtype=torch.uint8, device=device))
-        self.register_buffer("scale", torch.zeros(out_features, groups, dtype=torch.float16, device=device))
-        self.register_buffer("offset", torch.zeros(out_features, groups, dtype=torch.float16, device=device))
+        self.codes = _frozen(out_features, width, torch.uint8, device)
+        self.scale = _frozen(out_features, groups, torch.float16, device)
+        self.offset = _frozen(out_features, groups, torch.float16, device)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         self.lora_A: nn.Parameter | None = None
         self.lora_B: nn.Parameter | None = None
         self.scaling = 0.0
+
+    @property
+    def packed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """codes, scale and offset."""
+        return self.codes, self.scale, self.offset
 
     @property
     def pool(self) -> int:
@@ -189,7 +195,7 @@ class QALoraLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QALoraLinear:
         """Devices move, numbers do not: `.half()` or `.bfloat16()` must not round scale, offset or the adapter."""
-        fixed = {id(buffer) for buffer in (self.codes, self.scale, self.offset)}
+        fixed = {id(tensor) for tensor in self.packed}
         adapter = [p for p in (self.lora_A, self.lora_B) if p is not None]
         wide = {id(t) for p in adapter for t in (p, p.grad) if t is not None}
 

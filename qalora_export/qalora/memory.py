@@ -15,10 +15,12 @@ the widths of queries and of keys, g the pool length, r the rank and V the vocab
     logits             T · V · (b + 12): logits, their float32 copy, log-softmax, gradient
     workspace          rebuilding the largest matrix from its codes: b bytes per weight with the Triton kernels, else
                        6 + b (b only if narrower than 4)
+    gathered           under FSDP, which divides the first five among devices: what is whole at one time, namely the
+                       other weights, and packed weights and adapters of two layers (the one at work and the next)
     overhead           0.5 GiB of CUDA context and allocator on a GPU
 
 Assumptions: SDPA attention without a saved T × T matrix (packing on a GPU adds a bool mask of batch × length²); no
-activation is recomputed unless checkpointing is on; DDP needs this on every process.
+activation is recomputed unless checkpointing is on; without FSDP every process needs all of this.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ import torch
 from qalora_export.checkpoint.canonical import PARTS, CanonicalCheckpoint
 from qalora_export.errors import InputError
 from qalora_export.qalora.kernels import dispatch
+from qalora_export.qalora.processes import LAUNCH
 from qalora_export.recipe import TrainSettings
 
 # Optimizer state per parameter; anything else is counted like Adam in float32.
@@ -57,6 +60,7 @@ class MemoryEstimate:
     activations: int
     logits: int
     workspace: int
+    gathered: int
     overhead: int
     trainable_parameters: int
     adapted_modules: int
@@ -71,8 +75,12 @@ class MemoryEstimate:
         return [(name.replace("_", " "), size) for name, size in sizes.items()]
 
 
-def estimate_memory(base: Path, settings: TrainSettings, *, dtype: torch.dtype, cuda: bool) -> MemoryEstimate:
-    """The estimate for one process. Raises InputError for a base that is not canonical, targets that match nothing."""
+def estimate_memory(base: Path, settings: TrainSettings, *, dtype: torch.dtype, cuda: bool,
+                    shards: int = 1) -> MemoryEstimate:  # fmt: skip
+    """The estimate for one process, when FSDP divides the model among `shards` devices.
+
+    Raises InputError for a base that is not canonical, targets that match nothing.
+    """
     checkpoint = CanonicalCheckpoint(base)
     packed = sum(checkpoint.entry(f"{m}.{part}").nbytes for m in checkpoint.modules for part in PARTS)
     other = sum(math.prod(checkpoint.entry(name).shape) for name in checkpoint.plain_names()) * dtype.itemsize
@@ -82,9 +90,13 @@ def estimate_memory(base: Path, settings: TrainSettings, *, dtype: torch.dtype, 
     largest = max(math.prod((m.out_features, m.in_features)) for m in _linears(model))
     rebuilt = dtype.itemsize if cuda and dispatch.TRITON else 6 + (dtype.itemsize if dtype.itemsize < 4 else 0)
     tokens = settings.batch_size * settings.sequence_length
+    state = adapter // 4 * STATE_BYTES.get(settings.optimizer, ADAM_STATE_BYTES)
+    mine = {"packed_weights": packed, "other_weights": other, "adapter": adapter, "gradients": adapter,
+            "optimizer": state}  # fmt: skip
+    layers = model.config.num_hidden_layers
     return MemoryEstimate(
-        packed_weights=packed, other_weights=other, adapter=adapter, gradients=adapter,
-        optimizer=adapter // 4 * STATE_BYTES.get(settings.optimizer, ADAM_STATE_BYTES),
+        **{purpose: math.ceil(size / shards) for purpose, size in mine.items()},
+        gathered=other + math.ceil(2 * (packed + adapter) / layers) if shards > 1 else 0,
         activations=_activations(model.config, tokens, dtype.itemsize, pooled, settings.gradient_checkpointing),
         logits=tokens * model.config.vocab_size * (dtype.itemsize + 12), workspace=largest * rebuilt,
         overhead=CUDA_OVERHEAD if cuda else 0, trainable_parameters=adapter // 4, adapted_modules=len(names),
@@ -133,7 +145,8 @@ def check_fits(estimate: MemoryEstimate) -> None:
                          where=torch.cuda.get_device_name(),
                          why=", ".join(f"{name} {gib(size)}" for name, size in estimate.rows()),
                          fix="lower --batch-size (raise --gradient-accumulation), lower --sequence-length, or pass "
-                         "--gradient-checkpointing or --optimizer paged_adamw_8bit")  # fmt: skip
+                         "--gradient-checkpointing or --optimizer paged_adamw_8bit; several GPUs share one model "
+                         f"with: {LAUNCH}")  # fmt: skip
 
 
 def gib(size: int) -> str:

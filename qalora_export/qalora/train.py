@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from qalora_export.errors import InputError
 from qalora_export.qalora import training_folder
 from qalora_export.qalora.packing import Row, one_per_row, pack, tokens
-from qalora_export.qalora.processes import is_main, refuse_sharding, world_size
+from qalora_export.qalora.processes import check_engine, is_main, shards, world_size
 from qalora_export.recipe import TrainSettings
 from qalora_export.safety import refuse_existing, sha256_file
 
@@ -90,6 +90,7 @@ def plan(base: Path, settings: TrainSettings) -> TrainPlan:
 
     if settings.data is None:
         raise InputError("no training data", where="train.data", fix="pass --data FILE (JSONL or .txt)")
+    check_engine()
     check_optimizer(settings.optimizer)
     dtype = compute_dtype(settings.precision)
     context = CanonicalCheckpoint(base).config.get("max_position_embeddings")
@@ -101,7 +102,7 @@ def plan(base: Path, settings: TrainSettings) -> TrainPlan:
     held_out = load_samples(Path(settings.validation), tokenizer, **options) if settings.validation else []
     longest = max(sum(map(len, row)) for row in rows)
     memory = estimate_memory(base, settings.model_copy(update={"sequence_length": longest}), dtype=dtype,
-                             cuda=torch.cuda.is_available())  # fmt: skip
+                             cuda=torch.cuda.is_available(), shards=shards())  # fmt: skip
     return TrainPlan(tuple(rows), tuple(one_per_row(held_out)), Steps.of(len(rows), settings), dtype, memory)
 
 
@@ -114,9 +115,9 @@ def train(base: Path, out: Path, settings: TrainSettings, *, force: bool = False
     existing output, a run that changed since it was interrupted, and a loss that is not finite.
     """
     from qalora_export.qalora.memory import check_fits
+    from qalora_export.qalora.sharding import gather_adapter, prepare
     from qalora_export.qalora.trainer_setup import arguments
 
-    refuse_sharding()
     refuse_existing(out, force=force)
     made = plan(base, settings)
     folder = training_folder.folder_for(out)
@@ -128,7 +129,9 @@ def train(base: Path, out: Path, settings: TrainSettings, *, force: bool = False
     last = training_folder.last_checkpoint(folder)
     args.eval_on_start = bool(made.validation) and last is None
     trainer, clock = _trainer(base, settings, made, args, folder)
+    prepare(trainer.accelerator)
     _run(trainer, last)
+    gather_adapter(trainer.model)
     report = _report(trainer, clock, made, settings, out, resumed_from=_step_of(last))
     if is_main():
         _write(trainer, report, base, out, settings, force=force)
@@ -145,7 +148,7 @@ def fingerprint(base: Path, settings: TrainSettings) -> dict[str, Any]:
     for name in ("data", "validation"):
         content[name] = sha256_file(Path(content[name])) if content[name] else None
     return {"settings": content, "base": parent_of(base, "base").sha256, "processes": world_size(),
-            "version": __version__}  # fmt: skip
+            "shards": shards(), "version": __version__}  # fmt: skip
 
 
 def _trainer(base: Path, settings: TrainSettings, made: TrainPlan, args: Any,

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from qalora_export.errors import InputError, RuntimeUnavailableError
-from qalora_export.qalora.processes import world_size
+from qalora_export.qalora.processes import fsdp_wanted, world_size
 from qalora_export.recipe import TrainSettings
 
 EVALUATIONS_PER_RUN = 10
@@ -44,6 +44,10 @@ class Steps:
         return cls(per_epoch, total, every, math.ceil(total * settings.warmup_ratio))
 
 
+# Optimizers that treat every value alike, so that they do the same to a shard as to the whole tensor.
+SHARDABLE = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop")
+
+
 def compute_dtype(precision: str) -> torch.dtype:
     """float32 or bfloat16, in which activations and the dequantized matrices are held; adapters stay float32.
 
@@ -59,12 +63,17 @@ def compute_dtype(precision: str) -> torch.dtype:
 
 
 def check_optimizer(name: str) -> None:
-    """Raise InputError for a name Transformers does not know, RuntimeUnavailableError for an absent bitsandbytes."""
+    """Raise InputError for a name Transformers does not know or FSDP cannot shard, RuntimeUnavailableError for an
+    absent bitsandbytes."""
     known = [str(item.value) for item in OptimizerNames]
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise InputError(f"unknown optimizer {name!r}", where="optimizer", fix=f"{hint}known: {', '.join(known)}")
+    if fsdp_wanted() and name not in SHARDABLE:
+        raise InputError(f"the optimizer {name} does not work on the shards of FSDP", where="optimizer",
+                         why="its state is kept in blocks or for whole matrices", fix=f"take {SHARDABLE[0]}; also: "
+                         + ", ".join(SHARDABLE[1:]))  # fmt: skip
     if name in BITSANDBYTES:
         try:
             import bitsandbytes  # type: ignore[import-not-found,unused-ignore] # noqa: F401

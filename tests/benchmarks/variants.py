@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qalora_export.checkpoint.canonical import PARTS
 from qalora_export.errors import RuntimeUnavailableError
 from qalora_export.qalora.attach import attach
 from qalora_export.qalora.hf_quantizer import replace_linear
@@ -60,6 +61,8 @@ def skeleton(setup: Setup, change: Callable[[Any], None]) -> Any:
     model.model.rotary_emb = type(model.model.rotary_emb)(config=setup.config).to(setup.device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if name.endswith(PARTS):  # packed: fill_packed does those
+                continue
             parameter.fill_(1.0) if "norm" in name else parameter.normal_(0, WEIGHT_STD)
     return model.requires_grad_(False)
 

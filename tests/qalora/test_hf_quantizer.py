@@ -37,6 +37,7 @@ def test_loads_the_checkpoint_bytes_in_any_compute_dtype(tiny_canonical: Path, d
         assert differing(layer.codes.numpy(), pack_codes(matrix.codes, 4)) == 0
         assert differing(layer.scale.numpy(), matrix.scale) == 0
         assert differing(layer.offset.numpy(), matrix.offset) == 0
+        assert not any(tensor.requires_grad for tensor in layer.packed)
     assert model.lm_head.weight.dtype == dtype
     assert logits(model).isfinite().all()
 

@@ -19,8 +19,9 @@ def test_weights_and_adapter_are_exact(tiny_canonical: Path) -> None:
     model = load_model(tiny_canonical)
     names = attach(model, SETTINGS)
     linears = quantized_linears(model).values()
-    assert estimate.packed_weights == sum(b.nbytes for m in linears for b in (m.codes, m.scale, m.offset))
-    assert estimate.other_weights == sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    assert estimate.packed_weights == sum(tensor.nbytes for m in linears for tensor in m.packed)
+    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    assert estimate.packed_weights + estimate.other_weights == frozen
     assert estimate.adapter == sum(p.nbytes for p in adapter_parameters(model))
     assert estimate.trainable_parameters * 4 == estimate.adapter
     assert estimate.adapted_modules == len(names)
@@ -75,6 +76,16 @@ def test_a_gpu_that_is_too_small_is_refused_early(tiny_canonical: Path, monkeypa
     with pytest.raises(InputError, match="training needs about") as error:
         check_fits(estimate)
     assert "gradient-checkpointing" in error.value.fix and "packed weights" in error.value.why
+
+
+def test_fsdp_divides_what_is_held_and_gathers_two_layers(tiny_canonical: Path) -> None:
+    alone, shared = (estimate_memory(tiny_canonical, SETTINGS, dtype=torch.float32, cuda=False, shards=n)
+                     for n in (1, 4))  # fmt: skip
+    divided = ("packed_weights", "other_weights", "adapter", "gradients", "optimizer")
+    assert [4 * getattr(shared, name) for name in divided] == [getattr(alone, name) for name in divided]
+    assert (alone.activations, alone.logits, alone.workspace) == (shared.activations, shared.logits, shared.workspace)
+    # the tiny model has two layers, so all of its packed weights are whole at one time
+    assert (alone.gathered, shared.gathered) == (0, alone.other_weights + alone.packed_weights + alone.adapter)
 
 
 def test_sizes_are_readable() -> None:

@@ -12,6 +12,7 @@ from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.manifest import verify_manifest
 from qalora_export.errors import InputError, QaloraError, RuntimeUnavailableError
 from qalora_export.qalora import adapter_trainer, training_folder
+from qalora_export.qalora import train as train_stage
 from qalora_export.qalora.adapter_files import load_adapter
 from qalora_export.qalora.packing import collate, one_per_row
 from qalora_export.qalora.reference import load_model, load_tokenizer
@@ -156,6 +157,20 @@ def test_bf16_follows_fp32(run: Runner) -> None:
     assert narrow.train_curve[-1][1] == pytest.approx(exact.train_curve[-1][1], rel=0.05)
 
 
+@pytest.mark.parametrize("name", ["adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
+def test_optimizers_of_bitsandbytes_follow_the_one_of_torch(
+    run: Runner, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """On a CPU bitsandbytes keeps paged states unpaged, and says so; the numbers are the same."""
+    states: list[Any] = []
+    write = train_stage._write
+    monkeypatch.setattr(train_stage, "_write", lambda trainer, *rest, **options: (
+        states.extend(trainer.optimizer.state.values()), write(trainer, *rest, **options)))  # fmt: skip
+    plain, other = run("a", rank=32), run("b", rank=32, optimizer=name)  # below 4096 values states stay in 32 bits
+    assert other.best_loss == pytest.approx(plain.best_loss, rel=0.02)
+    assert (torch.uint8 in {state["state1"].dtype for state in states if "state1" in state}) == ("8bit" in name)
+
+
 def test_targets_limit_the_adapter(run: Runner, tiny_canonical: Path) -> None:
     report = run(targets=("*.q_proj", "*.v_proj"))
     base = CanonicalCheckpoint(tiny_canonical)
@@ -167,12 +182,16 @@ class Killed(BaseException):
     """Stands for a kill: nothing of ours catches it."""
 
 
-@pytest.mark.parametrize("moment", ["checkpoint", "step", "adapter"])
+@pytest.mark.parametrize(
+    ("moment", "optimizer"),
+    [("checkpoint", "adamw_torch"), ("step", "adamw_torch"), ("adapter", "adamw_torch"), ("step", "paged_adamw_8bit")],
+)
 def test_an_interrupted_run_ends_like_an_undisturbed_one(
-    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, optimizer: str
 ) -> None:
     """Cut off inside the write of the second checkpoint, between two, and after the last before the adapter."""
-    options = {"max_steps": 7, "evaluate_every": 2, "packing": True, "sequence_length": 128, "batch_size": 4}
+    options = {"max_steps": 7, "evaluate_every": 2, "packing": True, "sequence_length": 128, "batch_size": 4,
+               "optimizer": optimizer}  # fmt: skip
     undisturbed = run("whole", **options)
 
     calls = {"mark_complete": 0, "training_step": 0}
@@ -243,10 +262,32 @@ def test_bad_settings_are_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_sharding_engines_are_refused(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(InputError, match="FSDP has nothing to divide"):
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed cannot train packed weights"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM cannot train packed weights"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP version 1 cannot shard"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_MIXED_PRECISION": "bf16"}, "round scales"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "accelerate does not shard here"),  # one CPU process
+    ],
+)
+def test_engines_that_would_not_keep_the_packed_weights_are_refused(
+    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=message):
         run()
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_fsdp_takes_only_optimizers_that_work_on_shards(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="paged_adamw_8bit does not work on the shards") as error:
+        run(optimizer="paged_adamw_8bit")
+    assert "adamw_torch" in error.value.fix
 
 
 def test_an_existing_output_is_refused_unless_forced(run: Runner, tmp_path: Path) -> None:
