@@ -52,7 +52,8 @@ def test_two_shards_train_what_one_process_trains(
     assert {"model.layers.0", "model.layers.1"} <= set(held[0]["groups"]), "gathered layer by layer"
     for name, (mine, all_of_it, dtype) in held[0]["parameters"].items():
         if name.startswith("model.layers."):
-            assert mine + held[1]["parameters"][name][0] == all_of_it and abs(2 * mine - all_of_it) <= all_of_it // 8, name
+            assert mine + held[1]["parameters"][name][0] == all_of_it, name
+            assert abs(2 * mine - all_of_it) <= all_of_it // 8, name
         if name.endswith((".codes", ".scale", ".offset")):
             assert dtype == ("torch.uint8" if name.endswith(".codes") else "torch.float16")
 
