@@ -47,6 +47,19 @@ def quantized_linears(model: nn.Module) -> dict[str, QALoraLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QALoraLinear)}
 
 
+def compile_layers(model: nn.Module) -> int:
+    """torch.compile every decoder layer in place; returns their number.
+
+    Layer by layer rather than whole: all layers share one compiled graph, so it is made once, and gradient
+    checkpointing and FSDP, which work on layers, find them as they were.
+    """
+    kinds = getattr(model, "_no_split_modules", None) or ()
+    layers = [module for module in model.modules() if type(module).__name__ in kinds]
+    for layer in layers:
+        layer.compile()
+    return len(layers)
+
+
 def adapter_parameters(model: nn.Module) -> Iterable[nn.Parameter]:
     """The trainable parameters that attach created: every lora_A and lora_B."""
     for module in quantized_linears(model).values():

@@ -108,9 +108,11 @@ def _product(x: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, a: Tensor 
 def _weight(codes: Tensor, scale: Tensor, offset: Tensor, a: Tensor | None, b: Tensor | None, scaling: float,
             bits: int, dtype: torch.dtype) -> Tensor:  # fmt: skip
     """The matrix the layer multiplies by, (out, in) in `dtype`."""
-    if a is not None and b is not None:
-        offset = effective_offset(offset, a, b, scaling)
-    return dequantize(codes, scale, offset, bits, dtype)
+    if a is None or b is None:
+        return dequantize(codes, scale, offset, bits, dtype)
+    if dispatch.applies(codes):
+        return ops.dequantize(codes, scale, offset, bits, dtype, a, b, scaling)  # offset_eff never leaves the kernel
+    return dequantize(codes, scale, effective_offset(offset, a, b, scaling), bits, dtype)
 
 
 def _frozen(rows: int, columns: int, dtype: torch.dtype, device: torch.device | str | None) -> nn.Parameter:
@@ -184,12 +186,17 @@ class QALoraLinear(nn.Module):
             return self.offset.float()
         return effective_offset(self.offset, self.lora_A, self.lora_B, self.scaling).float()
 
+    @torch.no_grad()
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The matrix the layer multiplies by, adapter and all, (out, in) in `dtype`."""
+        return _weight(*self.packed, self.lora_A, self.lora_B, self.scaling, self.bits, dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the dtype of x, or in autocast's dtype when autocast is on (float64 stays)."""
         device = x.device.type
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
-        weight = (self.codes, self.scale, self.offset, self.lora_A, self.lora_B, self.scaling, self.bits)
+        weight = (*self.packed, self.lora_A, self.lora_B, self.scaling, self.bits)
         y = _QALoraFunction.apply(x, *weight) if torch.is_grad_enabled() else _product(x, *weight)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 

@@ -157,7 +157,7 @@ def _trainer(base: Path, settings: TrainSettings, made: TrainPlan, args: Any,
     from transformers.utils import logging as hf_logging
 
     from qalora_export.qalora.adapter_trainer import AdapterTrainer, RowDataset
-    from qalora_export.qalora.attach import attach
+    from qalora_export.qalora.attach import attach, compile_layers
     from qalora_export.qalora.callbacks import ProgressBar, StepClock, StopAtNonFinite
     from qalora_export.qalora.packing import collate
     from qalora_export.qalora.reference import load_model
@@ -166,6 +166,8 @@ def _trainer(base: Path, settings: TrainSettings, made: TrainPlan, args: Any,
     model = load_model(base, dtype=made.dtype)
     model.config.use_cache = False  # with a KV cache Transformers would not tell packed samples apart
     attach(model, settings)
+    if settings.compile:
+        compile_layers(model)
     clock = StepClock()
     callbacks = [StopAtNonFinite(), clock] + ([ProgressBar(), _tensorboard(folder)] if is_main() else [])
     trainer = AdapterTrainer(

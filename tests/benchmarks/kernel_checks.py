@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -64,9 +65,11 @@ def check_matrices(setup: Setup) -> dict[str, int]:
         offset = effective_offset(layer.offset, layer.lora_A, layer.lora_B, layer.scaling)
         found[f"{out}x{columns} offset"] = int((offset != expected).sum())
         for dtype in DTYPES:
-            arguments = (layer.codes, layer.scale, expected, layer.bits, dtype)
-            differing = int((dequantize(*arguments) != dequantize_torch(*arguments)).sum())
-            found[f"{out}x{columns} {str(dtype).removeprefix('torch.')}"] = differing
+            wanted = dequantize_torch(layer.codes, layer.scale, expected, layer.bits, dtype)
+            name = f"{out}x{columns} {str(dtype).removeprefix('torch.')}"
+            found[name] = int((layer.dequantized(dtype) != wanted).sum())
+            merged = dequantize(layer.codes, layer.scale, expected, layer.bits, dtype)
+            found[f"{name} merged"] = int((merged != wanted).sum())
     if any(found.values()):
         raise ParityError("the kernels and torch disagree", why=str(found))
     return found
@@ -103,24 +106,31 @@ def _loss_and_gradient(model: Any, ids: torch.Tensor) -> tuple[float, torch.Tens
 def bandwidth(setup: Setup, repeats: int) -> dict[str, Any]:
     """GB/s (bytes read + written) of dequantizing the largest matrix to bf16, and of a copy that moves as many bytes.
 
-    Several matrices in turn, so that the GPU's cache holds none of them.
+    Several matrices in turn, so that the GPU's cache holds none of them, and often enough that waiting for the device
+    does not show.
     """
     out, columns = max(shapes_of(setup.config), key=lambda shape: shape[0] * shape[1])
     layers = [packed_layer(setup, out, columns) for _ in range(4)]
-    first = layers[0]
-    moved = first.codes.nbytes + first.scale.nbytes + first.offset.nbytes + 2 * out * columns
+    first, rounds = layers[0], 8 if setup.device.type == "cuda" else 1
+    moved = sum(tensor.nbytes for tensor in first.packed) + 2 * out * columns
     sources = [torch.empty(moved // 2, dtype=torch.uint8, device=setup.device) for _ in layers]
+    works = {
+        "dequantize": lambda layer, source: dequantize(*layer.packed, layer.bits, torch.bfloat16),
+        "adapted": lambda layer, source: layer.dequantized(torch.bfloat16),
+        "copy": lambda layer, source: source.clone(),
+    }
 
-    def run_dequantize() -> None:
-        for layer in layers:
-            dequantize(layer.codes, layer.scale, layer.offset, layer.bits, torch.bfloat16)
+    def run(work: Callable[[QALoraLinear, torch.Tensor], torch.Tensor]) -> None:
+        for _ in range(rounds):
+            for layer, source in zip(layers, sources, strict=True):
+                work(layer, source)
 
-    times = interleaved({"dequantize": run_dequantize, "copy": lambda: [s.clone() for s in sources]}, setup.device,
-                        repeats)  # fmt: skip
-    speed = {name: len(layers) * moved / value.wall / 1e9 for name, value in times.items()}
+    times = interleaved({name: functools.partial(run, work) for name, work in works.items()}, setup.device, repeats)
+    speed = {name: rounds * len(layers) * moved / value.wall / 1e9 for name, value in times.items()}
     return {"matrix": [out, columns], "bytes": moved, "kernels": dispatch.applies(first.codes),
-            "dequantize_gb_per_s": speed["dequantize"], "copy_gb_per_s": speed["copy"],
-            "fraction_of_copy": speed["dequantize"] / speed["copy"]}  # fmt: skip
+            **{f"{name}_gb_per_s": value for name, value in speed.items()},
+            "fraction_of_copy": speed["dequantize"] / speed["copy"],
+            "adapted_fraction_of_copy": speed["adapted"] / speed["copy"]}  # fmt: skip
 
 
 def crossover(setup: Setup, repeats: int, rows: tuple[int, ...] = (1, 8, 16, 32, 64, 128, 256)) -> list[dict[str, Any]]:
@@ -129,7 +139,7 @@ def crossover(setup: Setup, repeats: int, rows: tuple[int, ...] = (1, 8, 16, 32,
     layer = packed_layer(setup, out, columns)
     if not dispatch.applies(layer.codes):
         return []
-    parts = (layer.codes, layer.scale, layer.offset, layer.bits)
+    parts = (*layer.packed, layer.bits)
     found = []
     for count in rows:
         x = torch.randn(count, columns, device=setup.device, dtype=torch.bfloat16)

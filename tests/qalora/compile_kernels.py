@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qalora_export.qalora.kernels import dequantize, fused_linear, group_sum, offset
+from qalora_export.qalora.kernels import dequantize, effective_offset, fused_linear, group_sum
 from qalora_export.qalora.kernels.tiles import WORDS
 
 CAPABILITIES = (80, 90)
@@ -30,24 +30,30 @@ def cases() -> Iterator[Case]:
     """(name, kernel, types of arguments, constants, options)"""
     for bits, word in WORDS.items():
         words = {"words": POINTERS[str(word)], "scale": "*fp16", "offset": "*fp16"}
-        yield (f"dequantize {bits}", dequantize._dequantize, {**words, "matrix": "*bf16", "groups": "i32"},
-               {"BITS": bits, "RUNS": 4, "BLOCK": 128, "INTERPRETED": False}, {})  # fmt: skip
+        counts = {"matrix": "*bf16", "groups": "i32", "per_row": "i32"}
+        tiles = {"BITS": bits, "RUNS": 4, "BLOCK": 128, "SCALING": 0.1, "INTERPRETED": False}
+        yield (f"dequantize {bits}", dequantize._dequantize, {**words, **counts},
+               {"a": None, "b": None, **tiles, "RANK": 0, "REPEAT": 1}, {"enable_fp_fusion": False})  # fmt: skip
+        yield (f"adapted dequantize {bits}", dequantize._dequantize, {**words, "a": "*fp32", "b": "*fp32", **counts},
+               {**tiles, "RANK": 16, "REPEAT": 1}, {"enable_fp_fusion": False})  # fmt: skip
         for dtype in ("*bf16", "*fp32") if bits == 4 else ("*bf16",):
             yield (f"fused_linear {bits} {dtype}", fused_linear._fused_linear,
                    {"x": dtype, **words, "y": dtype, "rows": "i32", "out": "i32", "runs": "i32"},
                    {"BITS": bits, "RUNS_PER_GROUP": 4, "ROWS": fused_linear.ROWS, "OUT": fused_linear.OUT,
                     "RUNS": fused_linear.DEPTH // 8, "INTERPRETED": False}, {})  # fmt: skip
-    yield ("effective_offset", offset._effective_offset,
+    yield ("effective_offset", effective_offset._effective_offset,
            {"offset": "*fp16", "a": "*fp32", "b": "*fp32", "result": "*fp16", "rows": "i32", "pools": "i32"},
-           {"RANK": 16, "REPEAT": 2, "SCALING": 0.1, "ROWS": offset.ROWS, "POOLS": offset.POOLS},
+           {"RANK": 16, "REPEAT": 2, "SCALING": 0.1, "ROWS": effective_offset.ROWS,
+            "POOLS": effective_offset.POOLS},
            {"enable_fp_fusion": False})  # fmt: skip
     yield ("group_sum", group_sum._group_sum, {"x": "*bf16", "sums": "*bf16", "groups": "i32"},
            {"POOL": 32, "WIDTH": 32, "BLOCK": 128, "INTERPRETED": False}, {})  # fmt: skip
 
 
 def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, Any], sm: int) -> Any:
-    signature = types | dict.fromkeys(constants, "constexpr")
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind.startswith("*")}
+    types = types | dict.fromkeys(constants, "constexpr")
+    signature = {name: types[name] for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
 

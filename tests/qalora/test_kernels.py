@@ -75,6 +75,30 @@ def test_effective_offset_equals_torch(rows: int, pools: int, repeat: int, rank:
     assert differing_bits(ops.effective_offset(offset, a.double(), b.double(), scaling), expected) == 0
 
 
+@pytest.mark.parametrize(("bits", "group", "repeat", "rank", "scaling"), [
+    (4, 32, 1, 16, 2.0), (3, 32, 2, 5, 1 / 3), (2, 64, 1, 1, 0.1), (8, 128, 3, 20, 1.7),
+])  # fmt: skip
+def test_dequantize_with_an_adapter_equals_torch(bits: int, group: int, repeat: int, rank: int, scaling: float) -> None:
+    """The low-rank product, its rounding to float16 and the matrix in one kernel; 37 × 6 groups fill no program."""
+    packed, scale, offset = on_device(random_matrix(37, 6 * group, bits=bits, group=group))
+    generator = torch.Generator().manual_seed(bits)
+    a, b = (torch.randn(shape, generator=generator).mul(0.3).to(DEVICE) for shape in ((rank, 6 // repeat), (37, rank)))
+    moved = effective_offset(offset, a, b, scaling)
+    assert differing_bits(moved, offset) > 0.9 * offset.numel()
+    for dtype in DTYPES:
+        expected = dequantize_torch(packed, scale, moved, bits, dtype)
+        assert differing_bits(ops.dequantize(packed, scale, offset, bits, dtype, a, b, scaling), expected) == 0
+
+
+def test_a_kernel_is_not_differentiated_by_mistake() -> None:
+    packed, scale, offset = on_device(random_matrix(8, 64))
+    a, b = torch.randn(4, 2, device=DEVICE, requires_grad=True), torch.randn(8, 4, device=DEVICE)
+    with pytest.raises(RuntimeError, match="dequantize has no gradient"):
+        ops.dequantize(packed, scale, offset, 4, torch.float32, a, b, 0.5)
+    with torch.no_grad():
+        ops.dequantize(packed, scale, offset, 4, torch.float32, a, b, 0.5)
+
+
 def test_effective_offset_of_a_new_adapter_is_the_offset() -> None:
     offset = torch.tensor([[6.0e-8, -65504.0, 0.0, -0.5]], dtype=torch.float16, device=DEVICE)
     a, b = torch.randn(8, 4, device=DEVICE), torch.zeros(1, 8, device=DEVICE)
@@ -130,7 +154,9 @@ def test_ops_tell_the_compiler_the_truth_about_themselves() -> None:
     packed, scale, offset = on_device(random_matrix(8, 64))
     a, b, x = torch.randn(4, 2, device=DEVICE), torch.randn(8, 4, device=DEVICE), torch.randn(3, 64, device=DEVICE)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.dequantize, (packed, scale, offset, 4, torch.bfloat16), test_utils=checks)
-    torch.library.opcheck(ops.effective_offset, (offset, a, b, 0.5), test_utils=checks)
-    torch.library.opcheck(ops.group_sum, (x, 2, torch.float32), test_utils=checks)
-    torch.library.opcheck(ops.fused_linear, (x, packed, scale, offset, 4), test_utils=checks)
+    plain, adapted = (None, None, 0.0), (a, b, 0.5)
+    torch.library.opcheck(ops.dequantize_op, (packed, scale, offset, 4, torch.bfloat16, *plain), test_utils=checks)
+    torch.library.opcheck(ops.dequantize_op, (packed, scale, offset, 4, torch.bfloat16, *adapted), test_utils=checks)
+    torch.library.opcheck(ops.effective_offset_op, (offset, a, b, 0.5), test_utils=checks)
+    torch.library.opcheck(ops.group_sum_op, (x, 2, torch.float32), test_utils=checks)
+    torch.library.opcheck(ops.fused_linear_op, (x, packed, scale, offset, 4), test_utils=checks)

@@ -36,7 +36,7 @@ def test_every_kernel_becomes_machine_code_without_spills(rows: list[dict[str, o
 
 @pytest.mark.slow
 def test_dequantize_writes_16_bytes_at_a_time_and_rounds_in_hardware(rows: list[dict[str, object]]) -> None:
-    for found in instructions(rows, "dequantize"):
+    for found in instructions(rows, "dequantize") + instructions(rows, "adapted dequantize"):
         assert found["st.global.v4"] == 4  # 4096 bf16 numbers by 128 threads
         assert found["cvt.rn.bf16x2.f32"] == 16  # to nearest, ties to even, two at a time
 
@@ -47,6 +47,6 @@ def test_the_other_kernels_use_the_units_they_mean(rows: list[dict[str, object]]
         assert found["mma"] > 0
     for found in instructions(rows, "fused_linear 4 *fp32"):
         assert found["mma"] == 0  # float32 products, not TF32
-    for found in instructions(rows, "effective_offset"):
+    for found in instructions(rows, "effective_offset") + instructions(rows, "adapted dequantize"):
         assert found["fma.rn.f64"] > 0
         assert found["cvt.rn.f16.f32"] > 0  # through float32, as torch rounds

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.manifest import verify_manifest
@@ -149,6 +150,32 @@ def test_gradient_checkpointing_changes_nothing(run: Runner, tmp_path: Path) -> 
     assert plain.train_curve == checkpointed.train_curve
     name = "adapter_model.safetensors"
     assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True, "packing": True, "sequence_length": 128}])
+def test_compiled_layers_are_whole_graphs_that_train_the_same(
+    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """Graphs without the code generator (minutes on a CPU), and an error where one would break."""
+    plain = run("a", max_steps=3, **options)
+    compiled: list[torch.nn.Module] = []
+    original = torch.nn.Module.compile
+
+    def whole_graph(module: torch.nn.Module) -> None:
+        compiled.append(module)
+        original(module, fullgraph=True, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", whole_graph)
+    torch.compiler.reset()
+    other = run("b", max_steps=3, compile=True, **options)
+    torch.compiler.reset()
+    assert [type(module).__name__ for module in compiled] == ["LlamaDecoderLayer"] * 2
+    for curve in ("train_curve", "validation_curve"):
+        left, right = (dict(getattr(report, curve)) for report in (plain, other))
+        assert [right[step] for step in left] == pytest.approx(list(left.values()), rel=1e-5)
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("a", "b"))
+    assert one.keys() == two.keys()
 
 
 def test_bf16_follows_fp32(run: Runner) -> None:
