@@ -29,12 +29,12 @@ def _dequantize(words, scale, offset, a, b, matrix, groups, per_row, BITS: tl.co
 
     a (RANK, per_row / REPEAT) and b (rows, RANK); without an adapter RANK is 0 and both are None.
     """
-    group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    keep = group < groups
+    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]; 2³¹ groups are no matrix, 2³¹ weights may be
+    group, keep = number.to(tl.int64), number < groups
     m = tl.load(offset + group, mask=keep, other=0)
     if RANK > 0:
-        row = group // per_row
-        pool, pools = (group - row * per_row) // REPEAT, per_row // REPEAT
+        row = number // per_row  # in 32 bits, where a division takes a fraction of the time
+        pool, pools = (number - row * per_row) // REPEAT, per_row // REPEAT
         total = tl.zeros((BLOCK,), tl.float64)
         for k in range(RANK):
             left = tl.load(b + row * RANK + k, mask=keep, other=0).to(tl.float64)
