@@ -1,9 +1,14 @@
-"""Atomic output: written beside its final place, synced, then renamed. What exists is whole."""
+"""Atomic output: written beside its final place, synced, then renamed. What exists is whole.
+
+Every file leaves with the permissions of an ordinary new file: some libraries (safetensors) make theirs readable for
+the owner alone, and another user, who deploys the model, could not read it.
+"""
 
 import contextlib
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +28,10 @@ def refuse_existing(target: Path, *, force: bool) -> None:
 
 @contextlib.contextmanager
 def atomic_file(target: Path, *, force: bool = False) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; on success sync it and rename it to `target`, else delete it."""
+    """Yield a temporary path in the same folder; on success sync it and rename it to `target`, else delete it.
+
+    The file's mode becomes 0666 without the umask.
+    """
     refuse_existing(target, force=force)
     with could_not_write(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +39,7 @@ def atomic_file(target: Path, *, force: bool = False) -> Iterator[Path]:
         _remove(temporary)
         try:
             yield temporary
-            _sync(temporary)
+            _sync(temporary, mode=_ordinary_mode(target.with_name(f".{target.name}.mode.partial")))
             temporary.replace(target)
             _sync(target.parent)
         finally:
@@ -44,6 +52,7 @@ def atomic_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
 
     With `force` an existing target is moved aside first and deleted after the rename, so at no moment does a half
     written folder stand under the final name. One that a kill left aside, between the two renames, is put back.
+    The mode of every file becomes 0666 without the umask; folders keep theirs.
     """
     temporary = target.with_name(f".{target.name}.partial")
     replaced = target.with_name(f".{target.name}.replaced.partial")
@@ -58,8 +67,9 @@ def atomic_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
+            mode = _ordinary_mode(temporary / ".mode.partial")
             for path in sorted(temporary.rglob("*")):
-                _sync(path)
+                _sync(path, mode=mode)
             _sync(temporary)
             if target.exists() or target.is_symlink():
                 target.rename(replaced)
@@ -96,9 +106,27 @@ def _refused(reason: str, where: object) -> InputError:
                       fix="free disk space or check the folder's permissions, then run the command again")  # fmt: skip
 
 
-def _sync(path: Path) -> None:
+def _ordinary_mode(probe: Path) -> int:
+    """Permissions of a new file, 0666 without the umask, seen on an empty file that is made at `probe` and deleted.
+
+    The umask itself can be read only by setting it, for a moment and for every thread of the process.
+    """
+    _remove(probe)
+    descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
+        _remove(probe)
+
+
+def _sync(path: Path, *, mode: int | None = None) -> None:
+    """Send a file or folder to the disk. mode: permissions for a regular file; what a link points to keeps its own."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
+        found = os.fstat(descriptor).st_mode
+        if mode is not None and stat.S_ISREG(found) and stat.S_IMODE(found) != mode and not path.is_symlink():
+            os.fchmod(descriptor, mode)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

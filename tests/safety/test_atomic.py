@@ -2,6 +2,8 @@
 
 import errno
 import os
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -131,3 +133,59 @@ def test_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_missing_input_inside_the_block_is_not_blamed_on_the_output(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), atomic_directory(tmp_path / "out"):
         (tmp_path / "input").read_text()
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.fixture(params=[0o022, 0o077, 0o002, 0o027], ids=oct)
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    assert os.umask(before) == request.param  # nothing here may set it
+
+
+@pytest.mark.parametrize("made_with", [0o600, 0o777, 0o444, 0o644])
+def test_every_file_gets_the_mode_of_a_new_file_and_folders_keep_theirs(
+    tmp_path: Path, umask: int, made_with: int
+) -> None:
+    with atomic_file(tmp_path / "file") as partial:
+        partial.write_text("whole")
+        partial.chmod(made_with)
+    with atomic_directory(tmp_path / "out") as partial:
+        fill(partial)
+        (partial / "sub" / "file").chmod(made_with)
+        (partial / "sub").chmod(0o710)
+    assert mode_of(tmp_path / "file") == mode_of(tmp_path / "out" / "sub" / "file") == 0o666 & ~umask
+    assert mode_of(tmp_path / "out") == 0o777 & ~umask
+    assert mode_of(tmp_path / "out" / "sub") == 0o710
+    assert (listing(tmp_path), listing(tmp_path / "out")) == (["file", "out"], ["sub"])
+
+
+def test_until_it_is_whole_a_file_is_no_more_readable_than_its_writer_made_it(tmp_path: Path) -> None:
+    with pytest.raises(Stop), atomic_file(tmp_path / "file") as partial:
+        partial.write_text("half")
+        partial.chmod(0o600)
+        assert mode_of(partial) == 0o600
+        raise Stop
+    assert listing(tmp_path) == []
+
+
+def test_what_a_link_points_to_keeps_its_mode(tmp_path: Path) -> None:
+    (tmp_path / "private").write_text("secret")
+    (tmp_path / "private").chmod(0o600)
+    with atomic_directory(tmp_path / "out") as partial:
+        (partial / "link").symlink_to(tmp_path / "private")
+    with atomic_file(tmp_path / "link") as partial:
+        partial.symlink_to(tmp_path / "private")
+    assert mode_of(tmp_path / "private") == 0o600
+
+
+def test_a_probe_that_a_kill_left_or_someone_planted_does_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("untouched")
+    (tmp_path / ".file.mode.partial").symlink_to(tmp_path / "victim")
+    with atomic_file(tmp_path / "file") as partial:
+        partial.write_text("whole")
+    assert (tmp_path / "victim").read_text() == "untouched"
+    assert listing(tmp_path) == ["file", "victim"]
