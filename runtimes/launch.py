@@ -39,14 +39,19 @@ RUNNERS = {
     "onnxruntime-genai": Runner("qalora_runtimes.genai", "onnxruntime-genai", "ONNX folder"),
 }
 REMEDIES = {
-    "SIGSEGV": "a kernel read outside its memory. llama.cpp built for AMX does so on Q4_1 prompts: run it without "
-               "extra buffers (--no-repack; here --exact) or with a build without AMX; if a new wheel's C API alone "
-               "crashes, --through server avoids it",
+    "SIGSEGV": "a kernel read outside its memory: install another version of the package",
     "SIGILL": "the package was built for a newer CPU than this one: install a wheel for this CPU or build from source",
     "SIGKILL": "most likely out of memory: use fewer threads, a smaller model or a machine with more memory",
     "SIGABRT": "the runtime stopped itself; its last words are in the log",
     "SIGBUS": "a file was cut short while it was mapped, or memory ran out: check the model file and the disk",
     "SIGFPE": "a kernel divided by zero: check the model's shapes",
+}
+# What is known of one runtime, in place of the general remedy.
+KNOWN_REMEDIES = {
+    ("llama.cpp", "SIGSEGV"):
+        "a kernel read outside its memory. llama.cpp built for AMX does so on Q4_1 prompts: run it without extra "
+        "buffers (--no-repack; here --exact) or with a build without AMX; if a new wheel's C API alone crashes, "
+        "--through server avoids it",
 }  # fmt: skip
 
 
@@ -97,19 +102,19 @@ def run_runner(name: str, *, model: Path, job: Path | Job, workdir: Path, exact:
     out.unlink(missing_ok=True)
     fingerprint.unlink(missing_ok=True)
     words = ["--model", model, "--job", job, "--out", out, "--fingerprint", fingerprint, "--threads", threads,
-             "--parent", os.getpid(),
              *(["--exact"] if exact else []), *(["--lora", lora] if lora else []), *options]  # fmt: skip
     code, log = run_module(runner.module, words, workdir / "stderr.txt", timeout)
-    if code == EXIT_OK:
-        return _answer(name, out, fingerprint, positions, log)
-    if code == EXIT_MISSING:
-        return RunnerResult("missing", f"{name}: {_last_line(log)}", log=log)
-    return _crash(name, runner, code, timeout, log)
+    if code != EXIT_OK:
+        return failure(name, code, timeout, log)
+    return _answer(name, out, fingerprint, positions, log)
 
 
 def run_module(module: str, words: Sequence[object], log: Path, timeout: float) -> tuple[int | None, str]:
-    """Exit code (None after a timeout, −n after signal n) and the end of what was written to stdout and stderr."""
-    command = [sys.executable, "-P", "-m", module, *map(str, words)]
+    """Exit code (None after a timeout, −n after signal n) and the end of what was written to stdout and stderr.
+
+    The module is told its caller (runner.add_parent), so that it does not outlive one that is killed.
+    """
+    command = [sys.executable, "-P", "-m", module, *map(str, words), "--parent", str(os.getpid())]
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
         try:
@@ -132,15 +137,20 @@ def _answer(name: str, out: Path, fingerprint: Path, positions: int, log: str) -
     return RunnerResult("ok", "", logprobs, text_answers, report, log=log)
 
 
-def _crash(name: str, runner: Runner, code: int | None, timeout: float, log: str) -> RunnerResult:
+def failure(name: str, code: int | None, timeout: float, log: str) -> RunnerResult:
+    """What run_module's answer other than EXIT_OK says about the runtime `name` of RUNNERS."""
+    if code == EXIT_MISSING:
+        return RunnerResult("missing", f"{name}: {_last_line(log)}", log=log)
     if code is None:
         return RunnerResult("crashed", f"{name} gave no answer within {timeout:g} s and was stopped", log=log)
     if code > 0:
         return RunnerResult("crashed", f"{name} failed (exit code {code}): {_last_line(log)}", log=log)
     signal_name = _signal_name(-code)
-    remedy = REMEDIES.get(signal_name, "its last words are in the log")
-    version = _version(runner.package) or "of unknown version"
-    message = f"{name} ({runner.package} {version}) was ended by {signal_name}: {remedy}"
+    general = REMEDIES.get(signal_name, "its last words are in the log")
+    remedy = KNOWN_REMEDIES.get((name, signal_name), general)
+    package = RUNNERS[name].package
+    version = _version(package) or "of unknown version"
+    message = f"{name} ({package} {version}) was ended by {signal_name}: {remedy}"
     return RunnerResult("crashed", message, signal_name=signal_name, log=log)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,15 +151,33 @@ def _parse_json(path: Path, raw: NDArray[Any]) -> Any:
         raise ProtocolError(f"{path}: not valid JSON: {error}") from error
 
 
-def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        np.savez(file, **arrays)
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    write_each(path, arrays.items())
+
+
+def write_each(path: Path, arrays: Iterable[tuple[str, Any]]) -> int:
+    """Write (name, array) pairs as an npz, one array in memory at a time. Returns their number."""
+    partial, count = path.with_name(path.name + ".partial"), 0
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in arrays:
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
+            count += 1
     partial.replace(path)
+    return count
 
 
 def read_arrays(path: Path, *, required: set[str], optional: set[str]) -> dict[str, NDArray[Any]]:
-    """Named arrays of an npz, each header checked against its real size before anything is allocated."""
+    """Named arrays of an npz. Errors as in read_each."""
+    return dict(read_each(path, required=required, optional=optional))
+
+
+def read_each(path: Path, *, required: set[str], optional: set[str]) -> Iterator[tuple[str, NDArray[Any]]]:
+    """(name, array) of an npz in the file's order, one array in memory at a time.
+
+    Every header is checked against its real size before anything is allocated. Raises ProtocolError for a file that
+    is no such npz, or holds other names than `required` and some of `optional`.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             members = [info.filename.removesuffix(".npy") for info in archive.infolist()]
@@ -168,7 +186,8 @@ def read_arrays(path: Path, *, required: set[str], optional: set[str]) -> dict[s
             for info in archive.infolist():
                 _check_member(path, archive, info)
         with np.load(path, allow_pickle=False) as loaded:
-            return {name: loaded[name] for name in members}
+            for name in members:
+                yield name, loaded[name]
     except (OSError, zipfile.BadZipFile, ValueError, EOFError, RuntimeError) as error:
         # RuntimeError: zipfile's answer to encryption and to features it does not know
         if isinstance(error, ProtocolError):

@@ -49,34 +49,48 @@ def parser(module: str, description: str, *, model_help: str, model_required: bo
     out.add_argument("--out", type=Path, required=True, help="logits.npz to write")
     out.add_argument("--fingerprint", type=Path, required=True, help="fingerprint.json to write")
     out.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
-    out.add_argument("--parent", type=int, help="process that reads the answer; die with it (Linux)")
     out.add_argument("--exact", action="store_true", help="rounding-free settings of this runtime")
+    add_parent(out)
     return out
+
+
+def add_parent(out: argparse.ArgumentParser) -> None:
+    """The option that launch.run_module gives to everything it starts; see run_guarded."""
+    out.add_argument("--parent", type=int, help="process that reads the answer; die with it (Linux)")
 
 
 def main(arguments: argparse.Namespace, open_runtime: Callable[[argparse.Namespace, Job], Runtime]) -> int:
     """Run one job; returns the exit code."""
+    return run_guarded(arguments, lambda: _run(arguments, open_runtime))
+
+
+def run_guarded(arguments: argparse.Namespace, work: Callable[[], None]) -> int:
+    """Do a runner's work, ended early by the death of the caller; returns the exit code."""
     if arguments.parent is not None:
         _die_with(arguments.parent)
     try:
-        job = read_job(arguments.job)
-        if arguments.threads < 1:
-            raise RunnerError(f"--threads is {arguments.threads}, it must be at least 1")
-        if arguments.model is not None and not arguments.model.exists():
-            raise RunnerError(f"model not found: {arguments.model}")
-        started = time.perf_counter()
-        runtime = open_runtime(arguments, job)
-        load_seconds = time.perf_counter() - started
-        text_answers = runtime.text_answers(job.text) if job.text else None
-        logprobs, seconds = run_job(runtime, job)
+        work()
     except MissingRuntimeError as error:
         return _fail(EXIT_MISSING, error)
-    except (ProtocolError, RunnerError) as error:
+    except (ProtocolError, RunnerError, OSError) as error:
         return _fail(EXIT_REFUSED, error)
+    return EXIT_OK
+
+
+def _run(arguments: argparse.Namespace, open_runtime: Callable[[argparse.Namespace, Job], Runtime]) -> None:
+    job = read_job(arguments.job)
+    if arguments.threads < 1:
+        raise RunnerError(f"--threads is {arguments.threads}, it must be at least 1")
+    if arguments.model is not None and not arguments.model.exists():
+        raise RunnerError(f"model not found: {arguments.model}")
+    started = time.perf_counter()
+    runtime = open_runtime(arguments, job)
+    load_seconds = time.perf_counter() - started
+    text_answers = runtime.text_answers(job.text) if job.text else None
+    logprobs, seconds = run_job(runtime, job)
     write_answers(arguments.out, logprobs, text_answers)
     report = _fingerprint(runtime, job, arguments, seconds, load_seconds)
     arguments.fingerprint.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return EXIT_OK
 
 
 def _die_with(parent: int) -> None:

@@ -8,7 +8,6 @@ taps.npz     "0", "1", …   float32 (total, features): the value named names[i]
 from __future__ import annotations
 
 import json
-import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +16,9 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from qalora_runtimes.launch import RUNNERS, Status, run_module
+from qalora_runtimes.launch import DEFAULT_TIMEOUT, Status, failure, run_module
 from qalora_runtimes.protocol import Ids, Job, ProtocolError, read_arrays, read_job, write_arrays, write_job
-from qalora_runtimes.runner import EXIT_MISSING, EXIT_OK, EXIT_REFUSED
-from qalora_runtimes.scoring import MissingRuntimeError, RunnerError
+from qalora_runtimes.runner import EXIT_OK, add_parent, run_guarded
 
 Taps = dict[str, NDArray[np.float32]]
 TAP_RUNNERS = {
@@ -47,7 +45,7 @@ class TapsResult:
 
 def run_taps(runtime: str, *, model: Path, job: Job, names: Sequence[str], workdir: Path, exact: bool = False,
              threads: int = 2, lora: Path | None = None, data: Path | None = None,
-             timeout: float = 3600.0) -> TapsResult:  # fmt: skip
+             timeout: float = DEFAULT_TIMEOUT) -> TapsResult:  # fmt: skip
     """Run one job in a process of its own and read `names` on the way; never raises for what the runtime does.
 
     data: folder of an ONNX graph's external data where it is not the graph's own. timeout: seconds.
@@ -62,9 +60,8 @@ def run_taps(runtime: str, *, model: Path, job: Job, names: Sequence[str], workd
              *(["--data", data] if data else [])]  # fmt: skip
     code, log = run_module(TAP_RUNNERS[runtime], words, workdir / "stderr.txt", timeout)
     if code != EXIT_OK:
-        last = (log.strip().splitlines() or ["it said nothing"])[-1]
-        status: Status = "missing" if code == EXIT_MISSING else "crashed"
-        return TapsResult(status, f"{runtime} ({RUNNERS[runtime].package}) ended with {code}: {last}")
+        failed = failure(runtime, code, timeout, log)
+        return TapsResult(failed.status, failed.message)
     try:
         found = read_arrays(out, required=set(), optional={str(i) for i in range(len(names))})
     except ProtocolError as error:
@@ -80,25 +77,29 @@ def parser(module: str, description: str) -> ArgumentParser:
     out.add_argument("--out", type=Path, required=True, help="taps.npz to write")
     out.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     out.add_argument("--exact", action="store_true", help="rounding-free settings of this runtime")
+    add_parent(out)
     return out
 
 
 def main(arguments: Namespace, open_runtime: Callable[[Namespace, Job, list[str]], Tapped]) -> int:
     """The runner's side; returns the exit code (see qalora_runtimes.runner)."""
-    try:
-        job = read_job(arguments.job)
-        names = json.loads(arguments.names.read_text(encoding="utf-8"))
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ProtocolError(f"{arguments.names}: expected a list of names")
-        runtime = open_runtime(arguments, job, names)
-        found = [runtime.taps(ids, decode=job.mode == "decode") for ids in job.sequences]
-    except MissingRuntimeError as error:
-        sys.stderr.write(f"{error}\n")
-        return EXIT_MISSING
-    except (ProtocolError, RunnerError, OSError, ValueError) as error:
-        sys.stderr.write(f"{error}\n")
-        return EXIT_REFUSED
+    return run_guarded(arguments, lambda: _run(arguments, open_runtime))
+
+
+def _run(arguments: Namespace, open_runtime: Callable[[Namespace, Job, list[str]], Tapped]) -> None:
+    job, names = read_job(arguments.job), _read_names(arguments.names)
+    runtime = open_runtime(arguments, job, names)
+    found = [runtime.taps(ids, decode=job.mode == "decode") for ids in job.sequences]
     arrays = {str(i): np.concatenate([part[name] for part in found])
               for i, name in enumerate(names) if all(name in part for part in found)}  # fmt: skip
     write_arrays(arguments.out, arrays)
-    return EXIT_OK
+
+
+def _read_names(path: Path) -> list[str]:
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ProtocolError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ProtocolError(f"{path}: expected a list of names")
+    return names

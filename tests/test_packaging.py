@@ -74,6 +74,16 @@ def test_imports_go_one_way() -> None:
     assert not wrong
 
 
+def test_no_runtime_is_loaded_into_our_own_process() -> None:
+    """A kernel that crashes must end a process of its own (qalora_runtimes.launch)."""
+    runtimes = {"onnxruntime", "onnxruntime_genai", "xllamacpp", "llama_cpp"}
+    for path in (ROOT / "qalora_export").rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+        assert not runtimes & {name.split(".")[0] for name in names}, path
+
+
 def test_runtimes_import_nothing_of_ours() -> None:
     for path in (ROOT / "runtimes").rglob("*.py"):
         text = path.read_text(encoding="utf-8")

@@ -29,7 +29,8 @@ Expected = Callable[[CanonicalCheckpoint, NDArray], Facts]
 class RuntimeAdapter:
     """Everything runtime-specific about verifying.
 
-    read_back, dequantized, dequantizer: gates G0 and G1. expected, found: facts of checkpoint and artifact.
+    read_back, dequantized (artifact, working folder), dequantizer: gates G0 and G1. expected, found: facts of
+    checkpoint and artifact.
     shipped, exact: what to run for G3 and G2 (exact writes into a folder). export_like: exports another checkpoint
     with the settings of an artifact, for the noise floor. own_tokenizer: the runtime itself answers G5.
     int8_block: activations that share one int8 step in the shipped kernels (llama.cpp: Q8_1 and Q8_0 blocks of 32;
@@ -39,7 +40,7 @@ class RuntimeAdapter:
     runtime: str
     format: Literal["gguf", "onnx"]
     read_back: Callable[[Path], Contents]
-    dequantized: Callable[[Path], Iterator[tuple[str, NDArray[np.float32]]]]
+    dequantized: Callable[[Path, Path], Iterator[tuple[str, NDArray[np.float32]]]]
     dequantizer: str
     expected: Expected
     found: Callable[[Path, Any], Facts]
@@ -57,6 +58,10 @@ def _gguf_expected(checkpoint: CanonicalCheckpoint, frequencies: NDArray) -> Fac
 
 def _gguf_found(artifact: Path, contents: Any) -> Facts:
     return gguf_side.facts_of(artifact, contents.metadata)
+
+
+def _gguf_dequantized(artifact: Path, _workdir: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    return gguf_side.dequantized(artifact)
 
 
 def _gguf_shipped(artifact: Path) -> Artifact:
@@ -123,10 +128,10 @@ def _onnx_export_like(artifact: Path, checkpoint: Path, workdir: Path) -> Artifa
     return Artifact(out)
 
 
-def _onnx_dequantized(artifact: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
+def _onnx_dequantized(artifact: Path, workdir: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
     from qalora_export.formats.onnx.runtime import runtime_dequantized
 
-    return runtime_dequantized(artifact)
+    return runtime_dequantized(artifact, workdir)
 
 
 def _onnx_adapter(
@@ -142,7 +147,7 @@ def _onnx_adapter(
 
 ADAPTERS: Mapping[str, RuntimeAdapter] = {
     "llama.cpp": RuntimeAdapter(
-        runtime="llama.cpp", format="gguf", read_back=gguf_side.contents_of, dequantized=gguf_side.dequantized,
+        runtime="llama.cpp", format="gguf", read_back=gguf_side.contents_of, dequantized=_gguf_dequantized,
         dequantizer=gguf_side.DEQUANTIZER, expected=_gguf_expected, found=_gguf_found, shipped=_gguf_shipped,
         exact=_gguf_exact, export_like=_gguf_export_like, habits=TextHabits(cuts_bos=True),
     ),

@@ -164,8 +164,9 @@ def _bytes_entry(session: Session, adapter: RuntimeAdapter, artifact: Path) -> E
 
 
 def _weights_entry(session: Session, adapter: RuntimeAdapter, artifact: Path) -> Entry:
+    dequantized = adapter.dequantized(artifact, session.workdir / adapter.runtime / "weights")
     try:
-        return weights_gate(adapter.runtime, session.checkpoint, adapter.dequantized(artifact), by=adapter.dequantizer)
+        return weights_gate(adapter.runtime, session.checkpoint, dequantized, by=adapter.dequantizer)
     except RuntimeUnavailableError as error:
         return not_run("G1", adapter.runtime, reason(error))
 

@@ -22,6 +22,15 @@ DTYPES: dict[str, Any] = {
 }  # fmt: skip
 
 
+def import_package() -> Any:
+    """The onnxruntime package. Raises MissingRuntimeError."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingRuntimeError(PACKAGE, error) from error
+    return onnxruntime
+
+
 @dataclass(frozen=True)
 class CacheSlot:
     """One KV tensor: `past` goes in with an empty sequence axis and shape `empty`, `present` comes out."""
@@ -40,10 +49,7 @@ class Decoder:
 
         Raises MissingRuntimeError, or RunnerError for a file that does not load or is no such decoder.
         """
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise MissingRuntimeError(PACKAGE, error) from error
+        onnxruntime = import_package()
         self._version, self._threads = onnxruntime.__version__, threads
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1

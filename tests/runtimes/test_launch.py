@@ -29,20 +29,24 @@ BODIES = {
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """run(body, …): a runner whose whole program is BODIES[body]."""
+    """run(body, …): a runner whose whole program is BODIES[body], under the name of a real one if given."""
 
-    def start(body: str, **options):
+    def start(body: str, name: str = "planted", **options):
         (tmp_path / "planted_runner.py").write_text(BODIES[body])
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-        monkeypatch.setitem(RUNNERS, "planted", Runner("planted_runner", "numpy", "nothing"))
-        return run_runner("planted", model=tmp_path, job=make_job([[1, 2]]), workdir=tmp_path / "work", **options)
+        monkeypatch.setitem(RUNNERS, name, Runner("planted_runner", "numpy", "nothing"))
+        return run_runner(name, model=tmp_path, job=make_job([[1, 2]]), workdir=tmp_path / "work", **options)
 
     return start
 
 
 @pytest.mark.parametrize(
     ("body", "signal_name", "remedy"),
-    [("segfault", "SIGSEGV", "AMX"), ("illegal", "SIGILL", "newer CPU"), ("killed", "SIGKILL", "out of memory")],
+    [
+        ("segfault", "SIGSEGV", "another version"),
+        ("illegal", "SIGILL", "newer CPU"),
+        ("killed", "SIGKILL", "out of memory"),
+    ],
 )
 def test_the_signal_is_named_and_the_remedy_suggested(run, body, signal_name, remedy):
     result = run(body)
@@ -51,6 +55,11 @@ def test_the_signal_is_named_and_the_remedy_suggested(run, body, signal_name, re
     assert remedy in result.message
     assert importlib.metadata.version("numpy") in result.message
     assert ("last words" in result.log) == (body == "segfault")
+
+
+def test_a_known_crash_of_one_runtime_has_a_remedy_of_its_own(run):
+    assert "AMX" in run("segfault", "llama.cpp").message
+    assert "AMX" not in run("segfault", "onnxruntime").message
 
 
 def test_a_runner_that_hangs_is_stopped(run):
@@ -125,3 +134,5 @@ def test_every_signal_in_the_table_exists():
     import signal
 
     assert all(name in signal.Signals.__members__ for name in launch.REMEDIES)
+    assert {runtime for runtime, _ in launch.KNOWN_REMEDIES} <= set(RUNNERS)
+    assert {name for _, name in launch.KNOWN_REMEDIES} <= set(launch.REMEDIES)

@@ -53,3 +53,20 @@ def test_a_file_that_does_not_load_is_a_message(runtime: str, job: Job, tmp_path
     result = run_taps(runtime, model=tmp_path / "model", job=job, names=["logits"], workdir=tmp_path, threads=1)
     assert (result.status, result.taps) == ("crashed", {})
     assert "cannot load" in result.message
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "crashed", ("SIGSEGV", "another version")),
+        ("raise ImportError('not here')", "missing", ("pip install onnxruntime",)),
+    ],
+)
+def test_a_crash_and_an_absent_package_are_told_as_by_the_other_runners(
+    body: str, status: str, words: tuple[str, ...], job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "onnxruntime.py").write_text(body)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    result = run_taps("onnxruntime", model=tmp_path, job=job, names=["logits"], workdir=tmp_path / "work")
+    assert (result.status, result.taps) == (status, {})
+    assert all(word in result.message for word in words), result.message

@@ -30,15 +30,15 @@ def g0(runtime: str, exported: Exported) -> Entry:
     return bytes_gate(runtime, checkpoint, contents, expected=expected, found=found, links=links)
 
 
-def g1(runtime: str, exported: Exported) -> Entry:
+def g1(runtime: str, exported: Exported, workdir: Path) -> Entry:
     adapter, checkpoint = ADAPTERS[runtime], CanonicalCheckpoint(exported.checkpoint)
     artifact = exported.gguf if adapter.format == "gguf" else exported.onnx
-    return weights_gate(runtime, checkpoint, adapter.dequantized(artifact), by=adapter.dequantizer)
+    return weights_gate(runtime, checkpoint, adapter.dequantized(artifact, workdir), by=adapter.dequantizer)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_an_undamaged_artifact_passes(runtime: str, exported: Exported) -> None:
-    bytes_entry, weights_entry = g0(runtime, exported), g1(runtime, exported)
+def test_an_undamaged_artifact_passes(runtime: str, exported: Exported, tmp_path: Path) -> None:
+    bytes_entry, weights_entry = g0(runtime, exported), g1(runtime, exported, tmp_path / "work")
     assert (bytes_entry.status, bytes_entry.where) == ("pass", ())
     assert (weights_entry.status, weights_entry.where) == ("pass", ())
     assert bytes_entry.figures is not None
@@ -72,6 +72,12 @@ def gguf_scale_one_ulp(e: Exported) -> None:
     patch(e.gguf, at, bytes([read_at(e.gguf, at, 1)[0] ^ 0x01]))
 
 
+def onnx_scale_one_ulp(e: Exported) -> None:
+    data = e.onnx / "model.onnx.data"
+    at = onnx_tensor(e.onnx, f"{Q_PROJ}.scale")
+    patch(data, at, bytes([read_at(data, at, 1)[0] ^ 0x01]))
+
+
 @pytest.mark.parametrize(
     ("runtime", "damage", "part"),
     [
@@ -80,6 +86,7 @@ def gguf_scale_one_ulp(e: Exported) -> None:
         ("llama.cpp", gguf_scale_one_ulp, "scale"),
         ("onnxruntime", flip_onnx_code, "codes"),
         ("onnxruntime", negate_onnx_offset, "offset"),
+        ("onnxruntime", onnx_scale_one_ulp, "scale"),
     ],
 )
 def test_one_damaged_value_fails_both_gates_by_name(
@@ -87,7 +94,7 @@ def test_one_damaged_value_fails_both_gates_by_name(
 ) -> None:
     copy = copy_of(exported, tmp_path)
     damage(copy)
-    bytes_entry, weights_entry = g0(runtime, copy), g1(runtime, copy)
+    bytes_entry, weights_entry = g0(runtime, copy), g1(runtime, copy, tmp_path / "work")
     assert bytes_entry.status == "fail"
     assert f"{Q_PROJ}.{part}: 1" in bytes_entry.where
     assert any("not the one that was exported" in place for place in bytes_entry.where)
@@ -98,7 +105,7 @@ def test_one_damaged_value_fails_both_gates_by_name(
 def test_a_nan_offset_is_named_and_does_not_stop_the_verifier(exported: Exported, tmp_path: Path) -> None:
     copy = copy_of(exported, tmp_path)
     patch(copy.gguf, gguf_block(copy.gguf, Q_GGUF) + 2, np.float16(np.nan).tobytes())
-    bytes_entry, weights_entry = g0("llama.cpp", copy), g1("llama.cpp", copy)
+    bytes_entry, weights_entry = g0("llama.cpp", copy), g1("llama.cpp", copy, tmp_path / "work")
     assert bytes_entry.status == weights_entry.status == "fail"
     assert any(Q_PROJ in place and "NaN" in place for place in bytes_entry.where)
     assert weights_entry.deciding is not None

@@ -4,17 +4,21 @@ For each module the nodes between its input x and its output are cut out of the 
 k of the result is column k of the weight. With accuracy_level 1 a product with a one-hot row is exact, hence what comes
 out is float32(s·(q − z) + R) as the runtime's kernels see it. In-features go through in slices of a few groups (the
 kernel's work is in²·out otherwise): the initializers are cut along in-features, the nodes stay as they are in the file.
+
+The graphs are made here and run in processes of their own (qalora_runtimes.onnxruntime_.linears).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from qalora_runtimes.onnxruntime_.linears import LinearsResult, run_linears
+from qalora_runtimes.protocol import ProtocolError
 
 from qalora_export.errors import RuntimeUnavailableError, UnsafeInputError
 from qalora_export.formats.onnx.exact import EXACT_LEVEL, set_attribute
@@ -24,24 +28,109 @@ if TYPE_CHECKING:
     import onnx
 
 SLICE_GROUPS = 8  # packed zero points of 8 groups fill whole bytes at any width
+# Answers on the disk at a time. One process gives them all, so a smaller number pays more often for its start.
+BATCH_BYTES = 512 << 20
+
+RunLinears = Callable[[Iterator[bytes], Path], LinearsResult]
 
 
-def runtime_dequantized(folder: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
+def runtime_dequantized(
+    folder: Path, workdir: Path, *, run: RunLinears = run_linears
+) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """Yield (module, float32 (out, in)), one module in memory at a time.
 
-    Raises RuntimeUnavailableError when onnxruntime is missing or fails, UnsafeInputError for a graph that is not in
-    our split form.
+    workdir: for graphs and answers, made if missing. run: stands in for run_linears.
+
+    Raises RuntimeUnavailableError when onnxruntime is missing, crashes or fails, UnsafeInputError for a graph that is
+    not in our split form.
     """
     contents = read_back(folder)
-    for module in contents.modules:
-        yield module, _dequantize(contents, module)
+    slices = [piece for module in contents.modules for piece in _slices(contents, module)]
+    matrix = np.empty((0, 0), np.float32)
+    for batch in _batches(slices):
+        for piece, values in _answers(contents, batch, workdir, run):
+            if piece.start == 0:
+                matrix = np.empty((piece.out, piece.groups * piece.group_size), np.float32)
+            matrix[:, piece.columns] = values.T
+            if piece.stop == piece.groups:
+                yield piece.module, matrix
 
 
-def _dequantize(contents: OnnxContents, module: str) -> NDArray[np.float32]:
-    linear = _Linear.cut(contents, module)
-    out, groups, _ = linear.parts["codes"].shape
-    columns = [linear.run(start, min(groups, start + SLICE_GROUPS)) for start in range(0, groups, SLICE_GROUPS)]
-    return np.concatenate(columns, axis=0).T.reshape(out, -1)
+@dataclass(frozen=True)
+class _Slice:
+    """Groups [start, stop) of one module, which has `groups` groups in each of `out` rows."""
+
+    module: str
+    out: int
+    groups: int
+    group_size: int
+    start: int
+    stop: int
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.start * self.group_size, self.stop * self.group_size)
+
+    @property
+    def features(self) -> int:
+        return (self.stop - self.start) * self.group_size
+
+    @property
+    def nbytes(self) -> int:
+        return self.features * self.out * np.dtype(np.float32).itemsize
+
+
+def _slices(contents: OnnxContents, module: str) -> Iterator[_Slice]:
+    shape, (_, group_size) = tuple(contents.initializers[f"{module}.codes"].dims), contents.modules[module]
+    if len(shape) != 3:
+        raise UnsafeInputError(f"codes of shape {shape}, not (out, groups, bytes)",
+                               where=f"{contents.folder}: {module}", fix="export the checkpoint again")  # fmt: skip
+    out, groups, _ = shape
+    for start in range(0, groups, SLICE_GROUPS):
+        yield _Slice(module, out, groups, group_size, start, min(groups, start + SLICE_GROUPS))
+
+
+def _batches(slices: list[_Slice]) -> Iterator[list[_Slice]]:
+    """The slices in order, as many at a time as give BATCH_BYTES of answers, at least one."""
+    batch, size = list[_Slice](), 0
+    for piece in slices:
+        if batch and size + piece.nbytes > BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(piece)
+        size += piece.nbytes
+    if batch:
+        yield batch
+
+
+def _answers(contents: OnnxContents, batch: list[_Slice], workdir: Path,
+             run: RunLinears) -> Iterator[tuple[_Slice, NDArray[np.float32]]]:  # fmt: skip
+    """Each slice with what it gave for the identity, float32 (features, out)."""
+    result = run(_graphs(contents, batch), workdir)
+    if result.status != "ok":
+        at = batch[min(result.last, len(batch) - 1)].module if result.last is not None else ""
+        raise RuntimeUnavailableError(result.message, where=f"{contents.folder}: {at}" if at else contents.folder,
+                                      why=f"while {at} was dequantized" if at else "")  # fmt: skip
+    try:
+        for piece, values in zip(batch, result.values, strict=True):
+            if values.dtype != np.float32 or values.shape != (piece.features, piece.out):
+                raise RuntimeUnavailableError(
+                    f"ONNX Runtime answered {values.dtype}{values.shape}, not float32{(piece.features, piece.out)}",
+                    where=f"{contents.folder}: {piece.module}", why=f"while {piece.module} was dequantized",
+                )  # fmt: skip
+            yield piece, values
+    except ProtocolError as error:
+        raise RuntimeUnavailableError("ONNX Runtime ended without usable values", where=contents.folder,
+                                      why=str(error)) from error  # fmt: skip
+
+
+def _graphs(contents: OnnxContents, batch: list[_Slice]) -> Iterator[bytes]:
+    """The serialized graph of each slice, the tensors of one module in memory at a time."""
+    linear: _Linear | None = None
+    for piece in batch:
+        if linear is None or linear.module != piece.module:
+            linear = _Linear.cut(contents, piece.module)
+        yield linear.model(piece.start, piece.stop).SerializeToString()
 
 
 @dataclass(frozen=True)
@@ -73,13 +162,8 @@ class _Linear:
             contents.modules[module][1], x, y,
         )  # fmt: skip
 
-    def run(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Identity through groups [start, stop): ((stop − start)·g, out)."""
-        features = (stop - start) * self.group_size
-        session = _session(self._model(start, stop).SerializeToString(), self.module)
-        return session.run([self.y], {self.x: np.eye(features, dtype=np.float32)[None]})[0][0]
-
-    def _model(self, start: int, stop: int) -> onnx.ModelProto:
+    def model(self, start: int, stop: int) -> onnx.ModelProto:
+        """These nodes on groups [start, stop): x float32 (1, features, features) → y (1, features, out)."""
         import onnx
         from onnx import helper, numpy_helper
 
@@ -132,17 +216,3 @@ def _sum_with(contents: OnnxContents, product: str, offset: str, producers: dict
                 return str(node.output[0])
     raise UnsafeInputError("the offset is in the file but not in the graph", where=f"{contents.folder}: {offset}",
                            fix="export the checkpoint again")  # fmt: skip
-
-
-def _session(model: bytes, where: str) -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise RuntimeUnavailableError("onnxruntime is not installed", fix="pip install onnxruntime") from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 1
-    try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions share no base class of their own
-        raise RuntimeUnavailableError(f"ONNX Runtime cannot run a linear layer: {error}", where=where) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 from hypothesis import strategies as st
+from qalora_runtimes.onnxruntime_.linears import LinearsResult, on_identity
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint, CanonicalWriter
 from qalora_export.formats.onnx.datafile import DataFile
@@ -77,6 +79,11 @@ def session(folder: Path) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     return ort.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+
+
+def run_here(graphs: Iterator[bytes], _workdir: Path) -> LinearsResult:
+    """In place of run_linears, for many tiny matrices: starting a process takes longer than its work."""
+    return LinearsResult("ok", values=[on_identity(ort, graph) for graph in graphs])
 
 
 def prefill(folder: Path, ids: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from onnx.external_data_helper import load_external_data_for_model
 from qalora_export.formats.onnx.readback import read_back
 from qalora_export.formats.onnx.runtime import runtime_dequantized
 from qalora_export.grid import GroupAffine, difference
-from tests.formats.onnx.helpers import LINEAR, linear_folder, matrices, proto, run_linear
+from tests.formats.onnx.helpers import LINEAR, linear_folder, matrices, proto, run_here, run_linear
 
 
 @settings(max_examples=60, deadline=None)
@@ -50,7 +50,7 @@ def test_the_onnx_package_and_numpy_alone_agree(matrix: GroupAffine) -> None:
 def test_onnx_runtime_dequantizes_to_the_canonical_weight(matrix: GroupAffine) -> None:
     with tempfile.TemporaryDirectory() as name:
         linear_folder(Path(name), matrix)
-        ((module, weight),) = runtime_dequantized(Path(name) / "onnx")
+        ((module, weight),) = runtime_dequantized(Path(name) / "onnx", Path(name), run=run_here)
     assert module == LINEAR
     assert np.array_equal(weight, matrix.dequantize())  # 0 ulp
 
