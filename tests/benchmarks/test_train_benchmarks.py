@@ -12,7 +12,7 @@ import torch
 
 from qalora_export.errors import ParityError
 from qalora_export.qalora.kernels import dispatch, ops
-from tests.benchmarks import kernel_checks, quantize_cuda, train_cpu, train_cuda
+from tests.benchmarks import kernel_checks, quantize_cuda, train_cpu, train_cuda, train_memory
 from tests.benchmarks.common import config_of
 from tests.benchmarks.variants import VARIANTS, Setup
 
@@ -58,6 +58,28 @@ def test_without_cuda_they_say_so_and_exit_3(
     assert benchmark.main(["--out", str(out)]) == 3
     assert "nothing was measured" in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", train_memory.COUNTED)
+def test_train_memory_counts_what_a_larger_model_holds(name: str) -> None:
+    """Three layers and 48 tokens, counted, are what one and two layers over 32 and 64 tokens say they are."""
+    setup = Setup(config_of("tiny", layers=3, sequence=64), torch.device("cpu"))
+    model = VARIANTS[name].build(setup).train()
+    ids = torch.zeros(1, 48, dtype=torch.long)
+    said = train_memory.totals(train_memory.count("tiny", name, group=32, rank=16), layers=3, tokens=48, hidden=128)
+    assert said["resident"] == train_memory.resident(model)
+    assert said["saved"] == train_memory.saved(model, ids, autocast=VARIANTS[name].autocast)
+
+
+@pytest.mark.slow
+def test_train_memory_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "memory.json"
+    assert train_memory.main(["--shape", "tiny", "--sequence", "64", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["results"]
+    assert [row["variant"] for row in rows] == ["ours", "ours", "lora", "qlora"]
+    ours, _, lora, qlora = (row["bytes"]["saved"] for row in rows)
+    assert ours < lora and ours < qlora
+    assert "with checkpointing" in capsys.readouterr().out
 
 
 def test_the_checks_pass_on_the_kernels(kernels: Setup) -> None:
