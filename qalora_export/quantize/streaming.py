@@ -24,9 +24,9 @@ TOKENS_PER_BATCH = 4096
 class Skeleton:
     """The model on the meta device and the names of its parts."""
 
-    def __init__(self, folder: ModelFolder, device: torch.device) -> None:
+    def __init__(self, folder: ModelFolder, device: torch.device, *, attention: str = "sdpa") -> None:
         self.folder, self.device = folder, device
-        self.model = _build(folder.path)
+        self.model = _build(folder.path, attention)
         self.base = self.model.base_model
         self.prefix = f"{self.model.base_model_prefix}."
         self.tied = bool(getattr(self.model.config, "tie_word_embeddings", False))
@@ -125,7 +125,7 @@ def _split(windows: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
     return [windows[begin : begin + size] for begin in range(0, len(windows), size)]
 
 
-def _build(path: Path) -> Any:
+def _build(path: Path, attention: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -133,7 +133,7 @@ def _build(path: Path) -> Any:
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
     except (ValueError, KeyError, OSError) as error:
         raise InputError(f"Transformers cannot build the model: {error}", where=path) from error
     return model.eval()

@@ -1,9 +1,4 @@
-"""The reference: PyTorch, float32, eager attention, one sequence at a time, every position.
-
-Quantized layers are replaced by plain linear layers that hold the dequantized float32 matrix: the same product on the
-same numbers, without unpacking codes again for every token. The matrices are compared with the numpy dequantization
-of the checkpoint first, so the reference is not its own witness.
-"""
+"""The reference: PyTorch, float32, eager attention, one sequence at a time, every position, layer by layer."""
 
 from __future__ import annotations
 
@@ -18,12 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.errors import InputError
-from qalora_export.grid import differing
-from qalora_export.qalora.dequant import dequantize
 from qalora_export.qalora.layer import QALoraLinear
 from qalora_export.qalora.reference import load_model
+from qalora_export.verify.layerwise import DequantizedCheckpoint, LayerwiseModel
 from qalora_export.verify.probes import ProbeSet
 
 SIMULATED_BLOCK = 32  # int8 activation blocks of llama.cpp's Q8_1
@@ -44,13 +37,12 @@ class Reference:
 def reference_logprobs(checkpoint: Path, probes: ProbeSet, *, threads: int, decode: bool = False) -> Reference:
     """Run the probe set through the checkpoint. Raises InputError when the reference's own numbers are in doubt."""
     with fixed_threads(threads), torch.inference_mode():
-        model = float32_model(checkpoint)
-        prefill = np.concatenate([_prefill(model, ids) for ids in probes.sequences()])
-        decoded = np.concatenate([_decode(model, ids) for ids in probes.sequences()]) if decode else None
+        model = LayerwiseModel(checkpoint)
+        prefill, *rest = map(np.concatenate, model.run(probes.sequences(), decode=decode))
     if not np.isfinite(prefill).all():
         raise InputError("the checkpoint gives NaN or infinite logits in PyTorch", where=checkpoint,
                          why="no runtime can be compared with that", fix="repair or retrain the model")  # fmt: skip
-    return Reference(prefill, decoded, _frequencies(model))
+    return Reference(prefill, rest[0] if decode else None, model.frequencies)
 
 
 def simulated_int8_logprobs(
@@ -61,27 +53,22 @@ def simulated_int8_logprobs(
     block None: the layer's own group size. What int8 kernels do to activations, without any runtime.
     """
     with fixed_threads(threads), torch.inference_mode():
-        model = float32_model(checkpoint)
-        for name, (_, group_size) in CanonicalCheckpoint(checkpoint).modules.items():
-            size = block or group_size
-            model.get_submodule(name).register_forward_pre_hook(lambda _, x, size=size: (round_to_int8(x[0], size),))
-        return np.concatenate([_prefill(model, ids) for ids in probes.sequences()])
+        model = LayerwiseModel(checkpoint, rounding=lambda x, group_size: round_to_int8(x, block or group_size))
+        return np.concatenate(model.run(probes.sequences(), decode=False)[0])
 
 
 def float32_model(checkpoint: Path) -> Any:
-    """The checkpoint in float32, its quantized layers plain. Raises InputError when its numbers are in doubt."""
+    """The whole checkpoint in float32, its quantized layers plain, for looking inside one sequence.
+
+    Raises InputError when its numbers are in doubt.
+    """
     model = load_model(checkpoint, dtype=torch.float32, attention="eager")
-    canonical = CanonicalCheckpoint(checkpoint)
+    canonical = DequantizedCheckpoint(checkpoint)
     for name in canonical.modules:
         layer = model.get_submodule(name)
         if not isinstance(layer, QALoraLinear):
             raise InputError("Transformers did not build the quantized layer", where=f"{checkpoint}: {name}")
-        weight = dequantize(layer.codes, layer.scale, layer.offset, layer.bits, torch.float32)
-        wrong = differing(weight.numpy(), canonical.group_affine(name).dequantize())
-        if wrong:
-            raise InputError(f"PyTorch and numpy dequantize {wrong} values differently", where=f"{checkpoint}: {name}",
-                             why="the reference would not be the checkpoint",
-                             fix="report this with your CPU and torch version")  # fmt: skip
+        weight = torch.from_numpy(canonical.tensor(f"{name}.weight"))
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         plain.weight = nn.Parameter(weight, requires_grad=False)
         if layer.bias is not None:
@@ -89,29 +76,6 @@ def float32_model(checkpoint: Path) -> Any:
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, plain)
     return model
-
-
-def _frequencies(model: Any) -> NDArray[np.float32]:
-    found = [value for name, value in model.named_buffers() if name.endswith("rotary_emb.inv_freq")]
-    if len(found) != 1:
-        raise InputError(f"expected one rotary embedding in the model, found {len(found)}")
-    return found[0].float().numpy()
-
-
-def _prefill(model: Any, ids: NDArray[np.int32]) -> NDArray[np.float32]:
-    """(length, vocabulary): one forward pass over the whole sequence."""
-    logits = model(torch.from_numpy(ids.astype(np.int64))[None], use_cache=False).logits[0]
-    return torch.log_softmax(logits.float(), dim=-1).numpy()
-
-
-def _decode(model: Any, ids: NDArray[np.int32]) -> NDArray[np.float32]:
-    """(length, vocabulary): token by token, each step seeing the earlier ones through the KV cache only."""
-    cache, rows = None, []
-    for token in ids.tolist():
-        answer = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-        cache = answer.past_key_values
-        rows.append(torch.log_softmax(answer.logits[0, -1].float(), dim=-1).numpy())
-    return np.stack(rows)
 
 
 def round_to_int8(x: torch.Tensor, block: int = SIMULATED_BLOCK) -> torch.Tensor:

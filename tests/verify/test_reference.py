@@ -10,7 +10,7 @@ import torch
 from qalora_export.errors import InputError
 from qalora_export.qalora.reference import load_model, load_tokenizer
 from qalora_export.recipe import VerifySettings
-from qalora_export.verify import reference
+from qalora_export.verify import layerwise, reference
 from qalora_export.verify.metrics import compare, following_ids
 from qalora_export.verify.probes import ProbeSet, make_probes
 
@@ -51,8 +51,8 @@ def test_decode_agrees_with_prefill(tiny_canonical: Path, probes: ProbeSet) -> N
 def test_a_torch_that_dequantizes_otherwise_is_refused(
     tiny_canonical: Path, probes: ProbeSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = reference.dequantize
-    monkeypatch.setattr(reference, "dequantize", lambda *arguments: right(*arguments) * (1 + 2**-23))
+    right = layerwise.dequantize
+    monkeypatch.setattr(layerwise, "dequantize", lambda *arguments: right(*arguments) * (1 + 2**-23))
     with pytest.raises(InputError, match="dequantize"):
         reference.reference_logprobs(tiny_canonical, probes, threads=1)
 
