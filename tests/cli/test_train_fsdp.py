@@ -12,32 +12,35 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from qalora_export.qalora.processes import LAUNCH
 from tests.cli.test_train import ENVIRONMENT, TORCHRUN, data, in_process  # noqa: F401 (data is a fixture)
 
 PROGRAM = Path(__file__).parents[1] / "qalora" / "fsdp_on_cpu.py"
-FSDP = ENVIRONMENT | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+FSDP = ENVIRONMENT | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # torchrun: rank 0 and 1 read the base
+# The command of the README; here rank 0 alone reads the base.
+ACCELERATE = ["-m", "accelerate.commands.launch", *LAUNCH.split()[2:], "--num_processes", "2"]
 
 
-def command(folder: Path, *arguments: object) -> list[str]:
-    return [sys.executable, *TORCHRUN, str(PROGRAM), str(folder), "train", *map(str, arguments)]
+def command(folder: Path, *arguments: object, launcher: list[str] = TORCHRUN) -> list[str]:
+    return [sys.executable, *launcher, str(PROGRAM), str(folder), "train", *map(str, arguments)]
 
 
-def sharded(folder: Path, *arguments: object, **environment: str) -> str:
-    done = subprocess.run(command(folder, *arguments), env=FSDP | environment, capture_output=True, text=True,
-                          timeout=900)  # fmt: skip
+def sharded(folder: Path, *arguments: object, launcher: list[str] = TORCHRUN) -> str:
+    done = subprocess.run(command(folder, *arguments, launcher=launcher), capture_output=True, text=True, timeout=900,
+                          env=FSDP if launcher is TORCHRUN else ENVIRONMENT)  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ram_efficient", ["false", "true"])  # true: rank 0 alone reads, accelerate's default
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate launch"])
 def test_two_shards_train_what_one_process_trains(
-    tiny_canonical: Path, tmp_path: Path, data: list[str], ram_efficient: str  # noqa: F811
+    tiny_canonical: Path, tmp_path: Path, data: list[str], launcher: list[str]  # noqa: F811
 ) -> None:  # fmt: skip
     in_process(tiny_canonical, tmp_path / "one", data, rank=4, batch_size=8, max_steps=8)
     printed = sharded(tmp_path, tiny_canonical, *data, "--out", tmp_path / "two", "--rank", 4, "--batch-size", 2,
                       "--gradient-accumulation", 2, "--gradient-checkpointing", "--max-steps", 8,
-                      FSDP_CPU_RAM_EFFICIENT_LOADING=ram_efficient)  # fmt: skip
+                      launcher=launcher)  # fmt: skip
     reports = [json.loads((tmp_path / f"{name}.training" / "report.json").read_text()) for name in ("one", "two")]
     for curve in ("train_curve", "validation_curve"):
         left, right = (dict(report[curve]) for report in reports)
