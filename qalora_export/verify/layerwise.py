@@ -75,7 +75,7 @@ class _Step:
 
 
 class LayerwiseModel:
-    """A checkpoint that answers log-probabilities, float32 (length, vocabulary) per sequence.
+    """A checkpoint that answers log-probabilities of sequences, every position.
 
     rounding: applied to the input of every quantized layer. All methods want torch.inference_mode.
     """
@@ -96,10 +96,10 @@ class LayerwiseModel:
         """The rotary embedding the model really uses, radians per position, (head size / 2,)."""
         return self._rotary.inv_freq.float().numpy()
 
-    def run(self, sequences: Iterable[NDArray[np.int32]], *, decode: bool) -> list[list[NDArray[np.float32]]]:
-        """Log-probabilities of every sequence as a whole prompt and, with `decode`, token by token: [prefill, decoded].
+    def run(self, sequences: Iterable[NDArray[np.int32]], *, decode: bool) -> list[NDArray[np.float32]]:
+        """Every sequence as a whole prompt and, with `decode`, token by token: [prefill] or [prefill, decoded].
 
-        Each layer is loaded once for all of them.
+        Each float32 (positions, vocabulary), the sequences one below the other. A layer is loaded once for all.
         """
         ids = [torch.from_numpy(sequence.astype(np.int64))[None] for sequence in sequences]
         skeleton = self._skeleton
@@ -117,15 +117,13 @@ class LayerwiseModel:
                 step.hidden = skeleton.base.norm(step.hidden)
         return self._logprobs([prompts, walks] if decode else [prompts])
 
-    def _logprobs(self, passes: list[list[list[_Step]]]) -> list[list[NDArray[np.float32]]]:
-        """One array per sequence, the steps of a sequence one below the other."""
+    def _logprobs(self, passes: list[list[list[_Step]]]) -> list[NDArray[np.float32]]:
         skeleton = self._skeleton
         with skeleton.materialized(f"{skeleton.prefix}embed_tokens" if skeleton.tied else "lm_head") as module:
             head: Callable[[Tensor], Tensor] = module
             if skeleton.tied:
                 head = functools.partial(nn.functional.linear, weight=cast(Tensor, module.weight))
-            return [[np.concatenate([_log_softmax(head(step.hidden)) for step in steps]) for steps in sequences]
-                    for sequences in passes]  # fmt: skip
+            return [_stacked([step.hidden for steps in sequences for step in steps], head) for sequences in passes]
 
     def _cache(self) -> DynamicCache:
         return DynamicCache(config=self._skeleton.model.config)
@@ -171,6 +169,15 @@ def _advance(layer: nn.Module, index: int, steps: list[_Step], cache: DynamicCac
         step.arguments[index] = {}  # no longer needed
 
 
-def _log_softmax(logits: Tensor) -> NDArray[np.float32]:
-    """(1, tokens, vocabulary) -> (tokens, vocabulary)"""
-    return torch.log_softmax(logits[0].float(), dim=-1).numpy()
+def _stacked(hidden: list[Tensor], head: Callable[[Tensor], Tensor]) -> NDArray[np.float32]:
+    """(1, tokens, hidden) each -> (all tokens, vocabulary)"""
+    rows: NDArray[np.float32] | None = None
+    at = 0
+    for part in hidden:
+        found = torch.log_softmax(head(part)[0].float(), dim=-1).numpy()
+        if rows is None:
+            rows = np.empty((sum(other.shape[1] for other in hidden), found.shape[1]), np.float32)
+        rows[at : at + len(found)] = found
+        at += len(found)
+    assert rows is not None, "a probe set has at least one sequence"
+    return rows

@@ -38,7 +38,7 @@ def reference_logprobs(checkpoint: Path, probes: ProbeSet, *, threads: int, deco
     """Run the probe set through the checkpoint. Raises InputError when the reference's own numbers are in doubt."""
     with fixed_threads(threads), torch.inference_mode():
         model = LayerwiseModel(checkpoint)
-        prefill, *rest = map(np.concatenate, model.run(probes.sequences(), decode=decode))
+        prefill, *rest = model.run(probes.sequences(), decode=decode)
     if not np.isfinite(prefill).all():
         raise InputError("the checkpoint gives NaN or infinite logits in PyTorch", where=checkpoint,
                          why="no runtime can be compared with that", fix="repair or retrain the model")  # fmt: skip
@@ -54,7 +54,7 @@ def simulated_int8_logprobs(
     """
     with fixed_threads(threads), torch.inference_mode():
         model = LayerwiseModel(checkpoint, rounding=lambda x, group_size: round_to_int8(x, block or group_size))
-        return np.concatenate(model.run(probes.sequences(), decode=False)[0])
+        return model.run(probes.sequences(), decode=False)[0]
 
 
 def float32_model(checkpoint: Path) -> Any:

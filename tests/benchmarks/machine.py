@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
+import threading
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -39,8 +41,29 @@ def machine(packages: tuple[str, ...] = PACKAGES) -> dict[str, Any]:
 
 
 def resident_bytes(field: str) -> int:
-    """VmRSS (now) or VmHWM (peak) of this process; mapped file pages count."""
+    """VmRSS (now) or VmHWM (peak), in which mapped file pages count, or RssAnon (now), without them."""
     return int(_found(Path("/proc/self/status"), field).split()[0]) * 1024
+
+
+@contextlib.contextmanager
+def anonymous_peak(every: float = 0.02) -> Iterator[list[int]]:
+    """Yields [bytes]: the largest RssAnon seen in this process, looked at every `every` seconds by a thread.
+
+    Memory that the process made, without pages mapped from files, which the system takes back when it needs them.
+    """
+    peak, done = [resident_bytes("RssAnon")], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(every):
+            peak[0] = max(peak[0], resident_bytes("RssAnon"))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
 
 
 def reset_peak() -> None:

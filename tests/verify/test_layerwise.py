@@ -45,9 +45,8 @@ def test_the_same_bits_as_the_whole_model(tmp_path: Path, overrides: dict[str, o
     with fixed_threads(1), torch.inference_mode():
         prefill, decoded = LayerwiseModel(base).run(SEQUENCES, decode=True)
         model = float32_model(base)
-        for index, ids in enumerate(SEQUENCES):
-            np.testing.assert_array_equal(prefill[index], whole(model, ids))
-            np.testing.assert_array_equal(decoded[index], walked(model, ids))
+        np.testing.assert_array_equal(prefill, np.concatenate([whole(model, ids) for ids in SEQUENCES]))
+        np.testing.assert_array_equal(decoded, np.concatenate([walked(model, ids) for ids in SEQUENCES]))
 
 
 def test_rounding_reaches_every_quantized_layer(tiny_canonical: Path) -> None:
@@ -57,8 +56,7 @@ def test_rounding_reaches_every_quantized_layer(tiny_canonical: Path) -> None:
         for module in model.modules():
             if isinstance(module, torch.nn.Linear) and module is not model.lm_head:
                 module.register_forward_pre_hook(lambda _, x: (round_to_int8(x[0], 32),))
-        for index, ids in enumerate(SEQUENCES):
-            np.testing.assert_array_equal(found[index], whole(model, ids))
+        np.testing.assert_array_equal(found, np.concatenate([whole(model, ids) for ids in SEQUENCES]))
 
 
 def test_one_layer_is_held_at_a_time(tiny_canonical: Path, monkeypatch: pytest.MonkeyPatch) -> None:
