@@ -79,7 +79,7 @@ class TrainSettings(Settings):
     sequence_length: Positive = 512
     packing: bool = False
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    compile: bool = Field(default=False, description="torch.compile the model: slow to start, then faster on a GPU")
+    compile: bool = Field(default=False, description="torch.compile the decoder layers: slow to start, for long runs")
     evaluate_every: Positive | None = Field(default=None, description="steps between evaluations; default ten per run")
     seed: int = 0
 

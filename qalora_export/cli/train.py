@@ -68,7 +68,7 @@ def command(
         help="less memory, about a third more time", rich_help_panel=MACHINE,
     ),
     compile: bool = typer.Option(
-        D.compile, "--compile/--no-compile", help="torch.compile: a minute to start, then faster on a GPU",
+        D.compile, "--compile/--no-compile", help="torch.compile the decoder layers: slow to start, for long runs",
         rich_help_panel=MACHINE,
     ),
     dry_run: bool = typer.Option(False, "--dry-run", help="estimate memory, count steps, stop", rich_help_panel=RUN),

@@ -30,6 +30,7 @@ class Skeleton:
         self.base = self.model.base_model
         self.prefix = f"{self.model.base_model_prefix}."
         self.tied = bool(getattr(self.model.config, "tie_word_embeddings", False))
+        self.base.rotary_emb = type(self.base.rotary_emb)(config=self.base.config).to(device)
 
     def check_complete(self) -> None:
         """Raise InputError when the folder lacks a tensor or holds it in another shape."""
@@ -64,6 +65,21 @@ class Skeleton:
         finally:
             module.to("meta")
 
+    def enter(self, ids: Tensor, cache: Any = None) -> tuple[Tensor, list[dict[str, Any]]]:
+        """What the model hands to its first layer (n, length, hidden), and what it passes to each layer beside that.
+
+        ids (n, length); the embedding must be materialized. cache: a KV cache whose length is where ids begin; it
+        counts them, and is not among the arguments.
+        """
+        recorders = [_Recorder(cache if index == 0 else None) for index in range(self.layer_count())]
+        layers, norm = self.base.layers, self.base.norm
+        self.base.layers, self.base.norm = nn.ModuleList(recorders), nn.Identity()
+        try:
+            output = self.base(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+        finally:
+            self.base.layers, self.base.norm = layers, norm
+        return output.last_hidden_state, [recorder.arguments for recorder in recorders]
+
 
 class Activations:
     """The calibration sequences between two layers: hidden float32 (n, length, hidden), updated in place."""
@@ -73,14 +89,8 @@ class Activations:
         self._skeleton = skeleton
         self._batch = max(1, TOKENS_PER_BATCH // windows.shape[1])
         self._arguments: dict[int, list[dict[str, Any]]] = {}
-        base = skeleton.base
-        recorders = nn.ModuleList(_Recorder() for _ in base.layers)
-        layers, norm = base.layers, base.norm
-        base.layers, base.norm = recorders, nn.Identity()
-        base.rotary_emb = type(base.rotary_emb)(config=base.config).to(skeleton.device)
         with skeleton.materialized(f"{skeleton.prefix}embed_tokens"), torch.no_grad():
             chunks = [self._embed(torch.from_numpy(part)) for part in _split(windows, self._batch)]
-        base.layers, base.norm = layers, norm
         self.hidden = torch.cat(chunks)
 
     def run(self, layer: nn.Module, index: int, *, keep: bool) -> None:
@@ -88,9 +98,9 @@ class Activations:
         with torch.no_grad():
             for begin in range(0, len(self.hidden), self._batch):
                 part = self.hidden[begin : begin + self._batch]
-                output = layer(part, **self._arguments[len(part)][index])
+                output = layer_output(layer(part, **self._arguments[len(part)][index]))
                 if keep:
-                    self.hidden[begin : begin + self._batch] = output[0] if isinstance(output, tuple) else output
+                    self.hidden[begin : begin + self._batch] = output
 
     def run_plain(self, module: nn.Module) -> None:
         """Replace the hidden states by module(hidden), for the final norm."""
@@ -103,22 +113,30 @@ class Activations:
         yield from self.hidden.split(self._batch)
 
     def _embed(self, ids: Tensor) -> Tensor:
-        base = self._skeleton.base
-        output = base(input_ids=ids.to(self._skeleton.device), use_cache=False)
-        self._arguments.setdefault(len(ids), [recorder.arguments for recorder in base.layers])
-        return output.last_hidden_state
+        hidden, arguments = self._skeleton.enter(ids.to(self._skeleton.device))
+        self._arguments.setdefault(len(ids), arguments)
+        return hidden
 
 
 class _Recorder(nn.Module):
-    """Stands in for a decoder layer: returns the hidden states unchanged and keeps the other arguments."""
+    """Stands in for a decoder layer: returns hidden states unchanged, keeps the other arguments, counts in `cache`."""
 
-    def __init__(self) -> None:
+    def __init__(self, cache: Any) -> None:
         super().__init__()
         self.arguments: dict[str, Any] = {}
+        self._cache = cache
 
     def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
-        self.arguments = arguments
+        self.arguments = {name: value for name, value in arguments.items() if name != "past_key_values"}
+        if self._cache is not None:  # positions and mask of the next token follow from the number of tokens in layer 0
+            token = hidden.new_zeros(1, 1, hidden.shape[1], 1)
+            self._cache.update(token, token, 0)
         return hidden
+
+
+def layer_output(output: Any) -> Tensor:
+    """The hidden states a decoder layer answers, which some families wrap in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _split(windows: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:

@@ -28,7 +28,7 @@ from qalora_export.checkpoint.safetensors_file import TensorEntry
 from qalora_export.errors import InputError
 from qalora_export.grid import differing
 from qalora_export.qalora.dequant import dequantize
-from qalora_export.quantize.streaming import Skeleton
+from qalora_export.quantize.streaming import Skeleton, layer_output
 
 Rounding = Callable[[Tensor, int], Tensor]  # x (…, in) and the group size of the layer -> what the layer sees of x
 
@@ -84,8 +84,6 @@ class LayerwiseModel:
         self._checkpoint = DequantizedCheckpoint(checkpoint)
         self._skeleton = Skeleton(self._checkpoint, torch.device("cpu"), attention="eager")
         self._skeleton.check_complete()
-        base = self._skeleton.base
-        self._rotary = base.rotary_emb = type(base.rotary_emb)(config=base.config)
         if rounding is not None:
             for name, (_, group_size) in self._checkpoint.modules.items():
                 module = self._skeleton.model.get_submodule(name)
@@ -94,7 +92,7 @@ class LayerwiseModel:
     @property
     def frequencies(self) -> NDArray[np.float32]:
         """The rotary embedding the model really uses, radians per position, (head size / 2,)."""
-        return self._rotary.inv_freq.float().numpy()
+        return self._skeleton.base.rotary_emb.inv_freq.float().numpy()
 
     def run(self, sequences: Iterable[NDArray[np.int32]], *, decode: bool) -> list[NDArray[np.float32]]:
         """Every sequence as a whole prompt and, with `decode`, token by token: [prefill] or [prefill, decoded].
@@ -104,7 +102,7 @@ class LayerwiseModel:
         ids = [torch.from_numpy(sequence.astype(np.int64))[None] for sequence in sequences]
         skeleton = self._skeleton
         with skeleton.materialized(f"{skeleton.prefix}embed_tokens"):
-            prompts = [[self._embed(tokens, None)] for tokens in ids]
+            prompts = [[_Step(*skeleton.enter(tokens))] for tokens in ids]
             walks = [self._embed_by_token(tokens) for tokens in ids] if decode else []
         for index, layer in enumerate(skeleton.base.layers):
             with skeleton.materialized(skeleton.layer_name(index)):
@@ -123,61 +121,30 @@ class LayerwiseModel:
             head: Callable[[Tensor], Tensor] = module
             if skeleton.tied:
                 head = functools.partial(nn.functional.linear, weight=cast(Tensor, module.weight))
-            return [_stacked([step.hidden for steps in sequences for step in steps], head) for sequences in passes]
+            vocabulary = skeleton.model.config.vocab_size
+            return [_stacked([step.hidden for steps in sequences for step in steps], head, vocabulary)
+                    for sequences in passes]  # fmt: skip
 
     def _cache(self) -> DynamicCache:
         return DynamicCache(config=self._skeleton.model.config)
 
-    def _embed(self, ids: Tensor, cache: DynamicCache | None) -> _Step:
-        """What the model hands to its first layer, and the arguments it passes to each of them."""
-        base = self._skeleton.base
-        recorders = [_Recorder(cache if index == 0 else None) for index in range(len(base.layers))]
-        layers, norm = base.layers, base.norm
-        base.layers, base.norm = nn.ModuleList(recorders), nn.Identity()
-        try:
-            output = base(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
-        finally:
-            base.layers, base.norm = layers, norm
-        return _Step(output.last_hidden_state, [recorder.arguments for recorder in recorders])
-
     def _embed_by_token(self, ids: Tensor) -> list[_Step]:
         """One step per token. The cache only counts tokens here; every layer gets one of its own later."""
         cache = self._cache()
-        return [self._embed(ids[:, at : at + 1], cache) for at in range(ids.shape[1])]
-
-
-class _Recorder(nn.Module):
-    """Stands in for a decoder layer: returns hidden states unchanged, keeps the other arguments, counts in `cache`."""
-
-    def __init__(self, cache: DynamicCache | None) -> None:
-        super().__init__()
-        self.arguments: dict[str, Any] = {}
-        self._cache = cache
-
-    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
-        self.arguments = {name: value for name, value in arguments.items() if name != "past_key_values"}
-        if self._cache is not None:  # positions and mask of the next token follow from the number of tokens in layer 0
-            token = torch.zeros(1, 1, hidden.shape[1], 1)
-            self._cache.update(token, token, 0)
-        return hidden
+        return [_Step(*self._skeleton.enter(ids[:, at : at + 1], cache)) for at in range(ids.shape[1])]
 
 
 def _advance(layer: nn.Module, index: int, steps: list[_Step], cache: DynamicCache | None) -> None:
     for step in steps:
-        output = layer(step.hidden, past_key_values=cache, **step.arguments[index])
-        step.hidden = output[0] if isinstance(output, tuple) else output
+        step.hidden = layer_output(layer(step.hidden, past_key_values=cache, **step.arguments[index]))
         step.arguments[index] = {}  # no longer needed
 
 
-def _stacked(hidden: list[Tensor], head: Callable[[Tensor], Tensor]) -> NDArray[np.float32]:
+def _stacked(hidden: list[Tensor], head: Callable[[Tensor], Tensor], vocabulary: int) -> NDArray[np.float32]:
     """(1, tokens, hidden) each -> (all tokens, vocabulary)"""
-    rows: NDArray[np.float32] | None = None
+    rows = np.empty((sum(part.shape[1] for part in hidden), vocabulary), np.float32)
     at = 0
     for part in hidden:
-        found = torch.log_softmax(head(part)[0].float(), dim=-1).numpy()
-        if rows is None:
-            rows = np.empty((sum(other.shape[1] for other in hidden), found.shape[1]), np.float32)
-        rows[at : at + len(found)] = found
-        at += len(found)
-    assert rows is not None, "a probe set has at least one sequence"
+        rows[at : at + part.shape[1]] = torch.log_softmax(head(part)[0].float(), dim=-1).numpy()
+        at += part.shape[1]
     return rows

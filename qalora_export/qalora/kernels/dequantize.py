@@ -5,8 +5,8 @@
 
 Rows fill whole bytes and in-features divide into groups, so the matrix is one long line of groups: group n holds
 codes n·g … n·g + g - 1, and only the adapter asks for its row. Per 4-bit weight the kernel reads 0.5 + 4/g bytes and
-writes 2 (bf16). B A is made here because a launch of its own would cost a third of the time of a layer of 4096 × 4096;
-its operands are small enough to stay in cache: neighbouring groups share a row of B and lie side by side in A.
+writes 2 (bf16). B A is made here to save a launch and a pass over the offsets; its operands are small enough to stay
+in cache: neighbouring groups share a row of B and lie side by side in A.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _dequantize(words, scale, offset, a, b, matrix, groups, per_row, BITS: tl.co
     group, keep = number.to(tl.int64), number < groups
     m = tl.load(offset + group, mask=keep, other=0)
     if RANK > 0:
-        row = number // per_row  # in 32 bits, where a division takes a fraction of the time
+        row = number // per_row  # in 32 bits: dividing 64 takes many instructions
         pool, pools = (number - row * per_row) // REPEAT, per_row // REPEAT
         total = tl.zeros((BLOCK,), tl.float64)
         for k in range(RANK):
@@ -44,7 +44,7 @@ def _dequantize(words, scale, offset, a, b, matrix, groups, per_row, BITS: tl.co
         m = (m.to(tl.float64) + delta).to(tl.float32).to(tl.float16)
     run = group[:, None] * RUNS + tl.arange(0, RUNS)[None, :]  # [BLOCK, RUNS]
     keep_run = keep[:, None] & (run >= 0)
-    q = load_codes(words, run, keep_run, BITS).to(tl.float32)
+    q = load_codes(words, run, keep_run, BITS).to(tl.float32)  # [BLOCK, RUNS, 8]
     s = tl.load(scale + group, mask=keep, other=0).to(tl.float32)[:, None, None]
     element = run[:, :, None] * 8 + tl.arange(0, 8)[None, None, :]
     value = round_to(s * q + m.to(tl.float32)[:, None, None], matrix.dtype.element_ty, INTERPRETED)
