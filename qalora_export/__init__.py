@@ -1,11 +1,99 @@
 """Language models to the edge without losing a bit: quantize, train QA-LoRA, merge, export, prove.
 
+    import qalora_export as q
+
+    q.quantize("model", "base.qalora", q.QuantizeSettings(calibration="text.txt"))
+    q.train("base.qalora", "adapter", q.TrainSettings(data="train.jsonl"))
+    q.merge("base.qalora", "adapter", "merged.qalora")
+    q.export_gguf("merged.qalora", "model.gguf")
+    report = q.verify_parity("merged.qalora", "report", gguf="model.gguf")
+
 Importing this package makes `AutoModelForCausalLM.from_pretrained` understand canonical checkpoints
-(`quant_method = "qalora"`). The stages are in `qalora_export.api`. torch is imported only when a stage needs it.
+(`quant_method = "qalora"`). Everything named here is imported when it is first used, torch with it, so `import
+qalora_export` is cheap.
 """
 
-from qalora_export.checkpoint.registration import register_with_transformers
+from __future__ import annotations
 
-__version__ = "0.1.0"
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from qalora_export.qalora.registration import register_with_transformers
+from qalora_export.version import __version__
+
+if TYPE_CHECKING:
+    from qalora_export.errors import InputError, ParityError, QaloraError, RuntimeUnavailableError, UnsafeInputError
+    from qalora_export.evaluation import evaluate
+    from qalora_export.formats.gguf.export import export_gguf
+    from qalora_export.formats.onnx.export import export_onnx
+    from qalora_export.models.loading import load_model, load_tokenizer
+    from qalora_export.pipeline import run
+    from qalora_export.qalora.merge import merge
+    from qalora_export.qalora.training.stage import train
+    from qalora_export.quantization.stage import quantize
+    from qalora_export.recipe import (
+        EvaluateSettings,
+        GgufSettings,
+        OnnxSettings,
+        QuantizeSettings,
+        Recipe,
+        TrainSettings,
+        VerifySettings,
+    )
+    from qalora_export.verify.stage import verify_parity
+
+__all__ = [  # noqa: RUF022  (in the order of the line, then what it takes and raises)
+    "quantize",
+    "train",
+    "merge",
+    "export_gguf",
+    "export_onnx",
+    "verify_parity",
+    "evaluate",
+    "run",
+    "load_model",
+    "load_tokenizer",
+    "Recipe",
+    "QuantizeSettings",
+    "TrainSettings",
+    "EvaluateSettings",
+    "GgufSettings",
+    "OnnxSettings",
+    "VerifySettings",
+    "QaloraError",
+    "InputError",
+    "UnsafeInputError",
+    "ParityError",
+    "RuntimeUnavailableError",
+    "__version__",
+]
+
+# Where a public name is defined; settings are in recipe, exceptions in errors. No name here is also a module or
+# subpackage of ours: importing one of those sets it as an attribute of this package and would shadow the function.
+_HOME = {
+    "quantize": "quantization.stage",
+    "train": "qalora.training.stage",
+    "merge": "qalora.merge",
+    "export_gguf": "formats.gguf.export",
+    "export_onnx": "formats.onnx.export",
+    "verify_parity": "verify.stage",
+    "evaluate": "evaluation",
+    "run": "pipeline",
+    "load_model": "models.loading",
+    "load_tokenizer": "models.loading",
+}
 
 register_with_transformers()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = _HOME.get(name) or ("errors" if name.endswith("Error") else "recipe")
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -56,10 +56,16 @@ class UnsafeInputError(QaloraError):
 def from_system(error: Exception) -> QaloraError | None:
     """What the machine refused (a file, memory) in our words; None for every other exception, which is a defect."""
     if isinstance(error, OSError) and error.filename is not None:
-        return InputError(f"cannot read or write a file: {error.strerror or error}", where=error.filename,
-                          fix="check the path, its permissions and the space on the disk")  # fmt: skip
+        return InputError(
+            f"cannot read or write a file: {error.strerror or error}",
+            where=error.filename,
+            fix="check the path, its permissions and the space on the disk",
+        )
     # torch's class is known by its name: torch is not imported for an error message.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return InputError("out of memory", why=str(error).partition("\n")[0],
-                          fix="close other programs, use a smaller batch, or a machine with more memory")  # fmt: skip
+        return InputError(
+            "out of memory",
+            why=str(error).partition("\n")[0],
+            fix="close other programs, use a smaller batch, or a machine with more memory",
+        )
     return None

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from qalora_export.checkpoint.manifest import MANIFEST, parent_of, verify_files, verify_manifest
+from qalora_export.checkpoint.sidecar import sidecar_path
 from qalora_export.console import console
 from qalora_export.errors import ExitCode, InputError, ParityError, RuntimeUnavailableError
-from qalora_export.formats.gguf.sidecar import sidecar_path
 from qalora_export.model_card import write_card
 from qalora_export.recipe import EvaluateSettings, Recipe, Settings, dump_toml
 from qalora_export.safety import (
@@ -86,8 +86,11 @@ def _run(recipe: Recipe, out: Path, *, force: bool) -> RunReport:
             continue
         ours = force or state.owns(stage)
         if stage.output.exists() and not ours:
-            raise InputError("an output exists that this run did not make", where=stage.output,
-                             fix="choose another `out`, delete it, or pass --force")  # fmt: skip
+            raise InputError(
+                "an output exists that this run did not make",
+                where=stage.output,
+                fix="choose another `out`, delete it, or pass --force",
+            )
         console.print(f"{title} → {stage.output}")
         state.record(stage, key, output_hash=None)
         stage.action(ours)
@@ -99,7 +102,11 @@ def _run(recipe: Recipe, out: Path, *, force: bool) -> RunReport:
 
 def plan(recipe: Recipe) -> list[Stage]:
     """The stages of a recipe in order, with paths under recipe.out."""
-    from qalora_export import api
+    from qalora_export.formats.gguf.export import export_gguf
+    from qalora_export.formats.onnx.export import export_onnx
+    from qalora_export.qalora.merge import merge
+    from qalora_export.qalora.training.stage import train
+    from qalora_export.quantization.stage import quantize
 
     out, source = Path(recipe.out), Path(recipe.model)
     base, adapter, merged = out / "base.qalora", out / "adapter", out / "merged.qalora"
@@ -107,33 +114,41 @@ def plan(recipe: Recipe) -> list[Stage]:
     onnx = out / "onnx" if recipe.export.onnx else None
     q, t, v = recipe.quantize, recipe.train, recipe.verify
     stages = [
-        Stage("quantize", _files(source, q.calibration), q, base, lambda f: api.quantize(source, base, q, force=f)),
-        Stage("train", _files(base, t.data, t.validation), t, adapter, lambda f: api.train(base, adapter, t, force=f)),
-        Stage("merge", (base, adapter), None, merged, lambda f: api.merge(base, adapter, merged, force=f)),
+        Stage("quantize", _files(source, q.calibration), q, base, lambda f: quantize(source, base, q, force=f)),
+        Stage("train", _files(base, t.data, t.validation), t, adapter, lambda f: train(base, adapter, t, force=f)),
+        Stage("merge", (base, adapter), None, merged, lambda f: merge(base, adapter, merged, force=f)),
     ]
     if recipe.evaluate is not None:
         e = recipe.evaluate
         stages += [_score_stage("evaluate base", base, e, out), _score_stage("evaluate merged", merged, e, out)]
     if recipe.export.gguf is not None and gguf is not None:
         g = recipe.export.gguf
-        stages.append(Stage("export gguf", (merged,), g, gguf, lambda f: api.export_gguf(merged, gguf, g, force=f)))
+        stages.append(Stage("export gguf", (merged,), g, gguf, lambda f: export_gguf(merged, gguf, g, force=f)))
     if recipe.export.onnx is not None and onnx is not None:
         o = recipe.export.onnx
-        stages.append(Stage("export onnx", (merged,), o, onnx, lambda f: api.export_onnx(merged, onnx, o, force=f)))
+        stages.append(Stage("export onnx", (merged,), o, onnx, lambda f: export_onnx(merged, onnx, o, force=f)))
     artifacts = tuple(path for path in (gguf, onnx) if path is not None)
     if artifacts:
         report = out / "report"
-        stages.append(Stage("verify-parity", (*_files(merged, v.prompts), base, *artifacts), v, report,
-                            lambda f: _verify(merged, report, v, gguf, onnx, base, f)))  # fmt: skip
+        stages.append(
+            Stage(
+                "verify-parity",
+                (*_files(merged, v.prompts), base, *artifacts),
+                v,
+                report,
+                lambda f: _verify(merged, report, v, gguf, onnx, base, f),
+            )
+        )
     return stages
 
 
 def _score_stage(name: str, model: Path, settings: EvaluateSettings, out: Path) -> Stage:
-    from qalora_export.evaluate import evaluate
+    from qalora_export.evaluation import evaluate
 
     target = out / f"score.{model.name.removesuffix('.qalora')}.json"
-    return Stage(name, _files(model, settings.data), settings, target,
-                 lambda f: evaluate(model, settings, target, force=f))  # fmt: skip
+    return Stage(
+        name, _files(model, settings.data), settings, target, lambda f: evaluate(model, settings, target, force=f)
+    )
 
 
 def _verify(
@@ -143,11 +158,17 @@ def _verify(
 
     result = verify_parity(merged, report, settings, gguf=gguf, onnx=onnx, base=base, force=force)
     if result.exit_code == ExitCode.PARITY_FAILED:
-        raise ParityError("the artifacts do not hold the numbers of the checkpoint", where=report,
-                          fix="the table above names gate, tensor and position; report.html has the plots")  # fmt: skip
+        raise ParityError(
+            "the artifacts do not hold the numbers of the checkpoint",
+            where=report,
+            fix="the table above names gate, tensor and position; report.html has the plots",
+        )
     if result.exit_code == ExitCode.RUNTIME_UNAVAILABLE:
-        raise RuntimeUnavailableError("a requested runtime is missing or crashed: this run is not a pass", where=report,
-                                      fix="install it, or name the runtimes you ship in [verify] runtimes")  # fmt: skip
+        raise RuntimeUnavailableError(
+            "a requested runtime is missing or crashed: this run is not a pass",
+            where=report,
+            fix="install it, or name the runtimes you ship in [verify] runtimes",
+        )
 
 
 def _files(*paths: Path | str | None) -> tuple[Path, ...]:
@@ -159,8 +180,12 @@ def _key(stage: Stage) -> str:
     for name, value in settings.items():  # a path is what it holds, not where it lies
         if isinstance(value, str) and Path(value) in stage.inputs:
             settings[name] = "input"
-    content = {"stage": stage.name, "settings": settings, "code": code_version(),
-               "inputs": [_input_hash(path) for path in stage.inputs]}  # fmt: skip
+    content = {
+        "stage": stage.name,
+        "settings": settings,
+        "code": code_version(),
+        "inputs": [_input_hash(path) for path in stage.inputs],
+    }
     return sha256_bytes(json.dumps(content, sort_keys=True).encode())
 
 
@@ -236,6 +261,7 @@ def _read_state(path: Path) -> dict[str, dict[str, str | None]]:
     content = read_json(path)
     stages = content.get("stages") if isinstance(content, dict) else None
     if not isinstance(stages, dict) or not all(isinstance(entry, dict) for entry in stages.values()):
-        raise InputError("run.json is not the record of a run", where=path,
-                         fix="delete it and pass --force to run every stage again")  # fmt: skip
+        raise InputError(
+            "run.json is not the record of a run", where=path, fix="delete it and pass --force to run every stage again"
+        )
     return stages

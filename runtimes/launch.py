@@ -48,11 +48,13 @@ REMEDIES = {
 }
 # What is known of one runtime, in place of the general remedy.
 KNOWN_REMEDIES = {
-    ("llama.cpp", "SIGSEGV"):
-        "a kernel read outside its memory. llama.cpp built for AMX does so on Q4_1 prompts: run it without extra "
-        "buffers (--no-repack; here --exact) or with a build without AMX; if a new wheel's C API alone crashes, "
-        "--through server avoids it",
-}  # fmt: skip
+    (
+        "llama.cpp",
+        "SIGSEGV",
+    ): "a kernel read outside its memory. llama.cpp built for AMX does so on Q4_1 prompts: run it without extra "
+    "buffers (--no-repack; here --exact) or with a build without AMX; if a new wheel's C API alone crashes, "
+    "--through server avoids it",
+}
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,18 @@ def available() -> list[Availability]:
     return [Availability(name, r.package, r.artifact, _version(r.package)) for name, r in RUNNERS.items()]
 
 
-def run_runner(name: str, *, model: Path, job: Path | Job, workdir: Path, exact: bool = False, threads: int = 2,
-               lora: Path | None = None, timeout: float = DEFAULT_TIMEOUT,
-               options: Sequence[str] = ()) -> RunnerResult:  # fmt: skip
+def run_runner(
+    name: str,
+    *,
+    model: Path,
+    job: Path | Job,
+    workdir: Path,
+    exact: bool = False,
+    threads: int = 2,
+    lora: Path | None = None,
+    timeout: float = DEFAULT_TIMEOUT,
+    options: Sequence[str] = (),
+) -> RunnerResult:
     """Run one job in one runtime. Never raises for what the runtime does; see RunnerResult.status.
 
     workdir: made if missing; holds logits.npz, fingerprint.json and stderr.txt afterwards. timeout: seconds.
@@ -101,8 +112,21 @@ def run_runner(name: str, *, model: Path, job: Path | Job, workdir: Path, exact:
     out, fingerprint = workdir / "logits.npz", workdir / "fingerprint.json"
     out.unlink(missing_ok=True)
     fingerprint.unlink(missing_ok=True)
-    words = ["--model", model, "--job", job, "--out", out, "--fingerprint", fingerprint, "--threads", threads,
-             *(["--exact"] if exact else []), *(["--lora", lora] if lora else []), *options]  # fmt: skip
+    words = [
+        "--model",
+        model,
+        "--job",
+        job,
+        "--out",
+        out,
+        "--fingerprint",
+        fingerprint,
+        "--threads",
+        threads,
+        *(["--exact"] if exact else []),
+        *(["--lora", lora] if lora else []),
+        *options,
+    ]
     code, log = run_module(runner.module, words, workdir / "stderr.txt", timeout)
     if code != EXIT_OK:
         return failure(name, code, timeout, log)

@@ -43,9 +43,19 @@ class TapsResult:
     taps: Taps = field(default_factory=dict)
 
 
-def run_taps(runtime: str, *, model: Path, job: Job, names: Sequence[str], workdir: Path, exact: bool = False,
-             threads: int = 2, lora: Path | None = None, data: Path | None = None,
-             timeout: float = DEFAULT_TIMEOUT) -> TapsResult:  # fmt: skip
+def run_taps(
+    runtime: str,
+    *,
+    model: Path,
+    job: Job,
+    names: Sequence[str],
+    workdir: Path,
+    exact: bool = False,
+    threads: int = 2,
+    lora: Path | None = None,
+    data: Path | None = None,
+    timeout: float = DEFAULT_TIMEOUT,
+) -> TapsResult:
     """Run one job in a process of its own and read `names` on the way; never raises for what the runtime does.
 
     data: folder of an ONNX graph's external data where it is not the graph's own. timeout: seconds.
@@ -55,9 +65,21 @@ def run_taps(runtime: str, *, model: Path, job: Job, names: Sequence[str], workd
     write_job(workdir / "job.npz", job)
     (workdir / "names.json").write_text(json.dumps(list(names)), encoding="utf-8")
     out.unlink(missing_ok=True)
-    words = ["--model", model, "--job", workdir / "job.npz", "--names", workdir / "names.json", "--out", out,
-             "--threads", threads, *(["--exact"] if exact else []), *(["--lora", lora] if lora else []),
-             *(["--data", data] if data else [])]  # fmt: skip
+    words = [
+        "--model",
+        model,
+        "--job",
+        workdir / "job.npz",
+        "--names",
+        workdir / "names.json",
+        "--out",
+        out,
+        "--threads",
+        threads,
+        *(["--exact"] if exact else []),
+        *(["--lora", lora] if lora else []),
+        *(["--data", data] if data else []),
+    ]
     code, log = run_module(TAP_RUNNERS[runtime], words, workdir / "stderr.txt", timeout)
     if code != EXIT_OK:
         failed = failure(runtime, code, timeout, log)
@@ -90,8 +112,11 @@ def _run(arguments: Namespace, open_runtime: Callable[[Namespace, Job, list[str]
     job, names = read_job(arguments.job), _read_names(arguments.names)
     runtime = open_runtime(arguments, job, names)
     found = [runtime.taps(ids, decode=job.mode == "decode") for ids in job.sequences]
-    arrays = {str(i): np.concatenate([part[name] for part in found])
-              for i, name in enumerate(names) if all(name in part for part in found)}  # fmt: skip
+    arrays = {
+        str(i): np.concatenate([part[name] for part in found])
+        for i, name in enumerate(names)
+        if all(name in part for part in found)
+    }
     write_arrays(arguments.out, arrays)
 
 

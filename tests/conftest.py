@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # tests use samples/ and 
 import pytest
 
 from tests.models import make_tiny_canonical, make_tiny_model
+from tests.verify.exports import Exported, export_both
 
 ROOT = Path(__file__).parent.parent
 # Triton exists for Linux only.
@@ -30,3 +31,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_canonical(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tiny_model in canonical form, 4 bits, g 32, asymmetric."""
     return make_tiny_canonical(tmp_path_factory.mktemp("tiny") / "base.qalora", tiny_model)
+
+
+@pytest.fixture(scope="session")
+def exported(tiny_canonical: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """GGUF and ONNX artifacts of the tiny checkpoint, made once; a test that damages one copies it first."""
+    return export_both(tiny_canonical, tmp_path_factory.mktemp("exported"))

@@ -25,13 +25,24 @@ def make_tiny_model(path: Path, *, seed: int = 0, dtype: str = "float16", **over
     from samples.base.make_base import train_tokenizer
 
     tokenizer = train_tokenizer([TEXT], vocab_size=512)
-    config = LlamaConfig(**{
-        "vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-        "tie_word_embeddings": False, "rms_norm_eps": 1e-5, "initializer_range": 0.15,
-        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    } | overrides)  # fmt: skip
+    config = LlamaConfig(
+        **{
+            "vocab_size": len(tokenizer),
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": False,
+            "rms_norm_eps": 1e-5,
+            "initializer_range": 0.15,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        | overrides
+    )
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config)
     with torch.no_grad():
@@ -46,7 +57,7 @@ def make_tiny_model(path: Path, *, seed: int = 0, dtype: str = "float16", **over
 
 
 def round_to_nearest(weight: np.ndarray, bits: int, group: int, *, sym: bool = False) -> GroupAffine:
-    """Plain RTN, only to give tests a realistic matrix; the product's own is in qalora_export.quantize."""
+    """Plain RTN, only to give tests a realistic matrix; the product's own is in qalora_export.quantization."""
     out, columns = weight.shape
     groups = weight.astype(np.float32).reshape(out, columns // group, group)
     low, high = groups.min(-1), groups.max(-1)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from qalora_export import api
+import qalora_export as api
 from qalora_export.errors import InputError
-from qalora_export.evaluate import evaluate
+from qalora_export.evaluation import evaluate
 from qalora_export.pipeline import plan, run
 from qalora_export.recipe import Recipe, dump_toml, load_recipe, validated
 
@@ -29,11 +29,12 @@ def recipe(tiny_model: Path, tmp_path: Path) -> Recipe:
     """Every stage but verify-parity, small enough to run in seconds."""
     data = _samples(tmp_path / "data.jsonl")
     raw: dict[str, Any] = {
-        "model": str(tiny_model), "out": str(tmp_path / "out"),
+        "model": str(tiny_model),
+        "out": str(tmp_path / "out"),
         "quantize": {"method": "rtn"},
         "train": {"data": data, "rank": 2, "max_steps": 2, "batch_size": 2, "sequence_length": 64},
         "evaluate": {"data": data, "limit": 2, "max_new_tokens": 4},
-    }  # fmt: skip
+    }
     return validated(Recipe, raw, where="test")
 
 
@@ -117,8 +118,16 @@ def test_an_interrupted_stage_is_run_again(recipe: Recipe, no_parity: None, monk
 
 def test_plan_names_every_path(recipe: Recipe) -> None:
     outputs = [stage.output.name for stage in plan(recipe)]
-    assert outputs == ["base.qalora", "adapter", "merged.qalora", "score.base.json", "score.merged.json", "model.gguf",
-                       "onnx", "report"]  # fmt: skip
+    assert outputs == [
+        "base.qalora",
+        "adapter",
+        "merged.qalora",
+        "score.base.json",
+        "score.merged.json",
+        "model.gguf",
+        "onnx",
+        "report",
+    ]
 
 
 @pytest.mark.parametrize(

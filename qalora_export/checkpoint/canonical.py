@@ -44,12 +44,16 @@ class CanonicalCheckpoint(ModelFolder):
         super().__init__(path)
         raw = self.config.get("quantization_config")
         if not isinstance(raw, dict) or raw.get("quant_method") != QUANT_METHOD:
-            raise InputError("not a canonical checkpoint", where=self.path,
-                             why=f"config.json has no quantization_config with quant_method {QUANT_METHOD!r}",
-                             fix="run `qalora-export quantize` on the model first")  # fmt: skip
+            raise InputError(
+                "not a canonical checkpoint",
+                where=self.path,
+                why=f"config.json has no quantization_config with quant_method {QUANT_METHOD!r}",
+                fix="run `qalora-export quantize` on the model first",
+            )
         if raw.get("version") != VERSION:
-            raise InputError(f"checkpoint version {raw.get('version')!r} is unknown", where=self.path,
-                             fix="update qalora-export")  # fmt: skip
+            raise InputError(
+                f"checkpoint version {raw.get('version')!r} is unknown", where=self.path, fix="update qalora-export"
+            )
         modules = raw.get("modules")
         if not isinstance(modules, dict):
             raise UnsafeInputError("quantization_config.modules is not a table", where=self.path)
@@ -102,13 +106,22 @@ class CanonicalWriter:
     Use as a context manager; nothing appears under `target` unless the block ends without an exception.
     """
 
-    def __init__(self, target: Path, config: dict[str, Any], companions: Iterable[Path] = (), *, kind: FileKind,
-                 parents: list[Parent] | None = None, settings: dict[str, Any] | None = None,
-                 force: bool = False, shard_bytes: int = 512 * 2**20) -> None:  # fmt: skip
+    def __init__(
+        self,
+        target: Path,
+        config: dict[str, Any],
+        companions: Iterable[Path] = (),
+        *,
+        kind: FileKind,
+        parents: list[Parent] | None = None,
+        settings: dict[str, Any] | None = None,
+        force: bool = False,
+        shard_bytes: int = 512 * 2**20,
+    ) -> None:
         self._atomic = atomic_directory(target, force=force)
         self._config, self._companions = config, list(companions)
         self._kind, self._parents, self._settings = kind, parents or [], settings or {}
-        self._shard_bytes, self._pending, self._pending_bytes = shard_bytes, dict[str, NDArray](), 0
+        self._shard_bytes, self._pending, self._pending_bytes = shard_bytes, dict[str, NDArray[Any]](), 0
         self._shard_names: list[list[str]] = []
         self._hashes: dict[str, dict[str, Any]] = {}
         self._modules: dict[str, dict[str, int]] = {}
@@ -117,7 +130,7 @@ class CanonicalWriter:
         self._folder = self._atomic.__enter__()
         return self
 
-    def add(self, name: str, tensor: NDArray) -> None:
+    def add(self, name: str, tensor: NDArray[Any]) -> None:
         """Store a tensor that is not quantized, bit for bit."""
         if name in self._hashes:
             raise InputError("tensor written twice", where=name)

@@ -39,11 +39,18 @@ def parent_of(folder: Path, role: str) -> Parent:
     return Parent(role, folder.name, sha256_bytes(listing.encode()))
 
 
-def write_manifest(folder: Path, kind: FileKind, *, tensors: dict[str, dict[str, Any]], parents: list[Parent],
-                   settings: dict[str, Any], name: str = MANIFEST,
-                   digests: Mapping[str, str] = MappingProxyType({})) -> None:  # fmt: skip
+def write_manifest(
+    folder: Path,
+    kind: FileKind,
+    *,
+    tensors: dict[str, dict[str, Any]],
+    parents: list[Parent],
+    settings: dict[str, Any],
+    name: str = MANIFEST,
+    digests: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Hash every file in `folder` and write the manifest last. digests: sha256 of files hashed already, by name."""
-    from qalora_export import __version__
+    from qalora_export.version import __version__
 
     files = {
         key: {"bytes": path.stat().st_size, "sha256": digests.get(key) or sha256_file(path)}
@@ -51,23 +58,32 @@ def write_manifest(folder: Path, kind: FileKind, *, tensors: dict[str, dict[str,
         if path.is_file() and path.name != name and (key := path.relative_to(folder).as_posix())
     }
     content = {
-        "format": FORMAT, "kind": kind, "created_by": f"qalora-export {__version__}", "settings": settings,
-        "parents": [asdict(parent) for parent in parents], "files": files, "tensors": tensors,
-    }  # fmt: skip
+        "format": FORMAT,
+        "kind": kind,
+        "created_by": f"qalora-export {__version__}",
+        "settings": settings,
+        "parents": [asdict(parent) for parent in parents],
+        "files": files,
+        "tensors": tensors,
+    }
     (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a stage output. Raises InputError when the folder has none (the stage did not finish)."""
     if not (folder / MANIFEST).is_file():
-        raise InputError("no manifest.json", where=folder, why="the stage that writes this folder did not finish",
-                         fix="run that stage again")  # fmt: skip
+        raise InputError(
+            "no manifest.json",
+            where=folder,
+            why="the stage that writes this folder did not finish",
+            fix="run that stage again",
+        )
     return manifest_at(folder / MANIFEST)
 
 
 def manifest_at(path: Path) -> dict[str, Any]:
     """A manifest of any name (a GGUF's lies beside it). UnsafeInputError when it is not one of ours."""
-    content = read_json(path)
+    content: dict[str, Any] = read_json(path)
     known = isinstance(content, dict) and content.get("format") == FORMAT
     if not known or not _tables(content.get("files")) or not _tables(content.get("tensors")):
         raise UnsafeInputError("the manifest is not one of ours", where=path)

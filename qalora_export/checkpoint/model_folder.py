@@ -15,9 +15,16 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # What makes the model usable and goes along unchanged through every stage.
 COMPANIONS = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 class ModelFolder:
@@ -50,11 +57,11 @@ class ModelFolder:
     def entry(self, name: str) -> TensorEntry:
         return self._find(name)[1]
 
-    def tensor(self, name: str) -> NDArray:
+    def tensor(self, name: str) -> NDArray[Any]:
         """The tensor, memory-mapped, in its stored dtype (bfloat16 through ml_dtypes)."""
         return map_tensor(*self._find(name))
 
-    def tensors(self) -> Iterator[tuple[str, NDArray]]:
+    def tensors(self) -> Iterator[tuple[str, NDArray[Any]]]:
         for name in self._where:
             yield name, self.tensor(name)
 
@@ -85,12 +92,12 @@ def _shards(folder: Path) -> list[Path]:
     return [inside(folder, SINGLE)]
 
 
-def same_bytes(left: NDArray, right: NDArray) -> bool:
+def same_bytes(left: NDArray[Any], right: NDArray[Any]) -> bool:
     """Equal shape, dtype and bytes."""
     return left.shape == right.shape and left.dtype == right.dtype and left.tobytes() == right.tobytes()
 
 
-def as_float32(tensor: NDArray) -> NDArray[np.float32]:
+def as_float32(tensor: NDArray[Any]) -> NDArray[np.float32]:
     """Widen F16, BF16 or F32 to float32, exactly. Raises InputError for other dtypes."""
     if tensor.dtype.itemsize > 4 or tensor.dtype.kind in "iub?":
         raise InputError(f"expected a float tensor of at most 32 bits, found {tensor.dtype}")

@@ -7,6 +7,7 @@ then the data; offsets are relative to the end of the header, contiguous, withou
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +17,20 @@ from qalora_export.grid.narrow import BFLOAT16
 from qalora_export.safety.limits import MAX_HEADER_BYTES, parse_json
 
 DTYPES: dict[str, np.dtype] = {
-    "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": BFLOAT16,
-    "I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "I16": np.dtype("<i2"), "I8": np.dtype("i1"),
-    "U64": np.dtype("<u8"), "U32": np.dtype("<u4"), "U16": np.dtype("<u2"), "U8": np.dtype("u1"),
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": BFLOAT16,
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +53,12 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little") if len(prefix) == 8 else 0
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise UnsafeInputError(f"header claims {length} bytes in a file of {size}", where=path,
-                                   why="truncated, or not a safetensors file", fix="fetch the file again")  # fmt: skip
+            raise UnsafeInputError(
+                f"header claims {length} bytes in a file of {size}",
+                where=path,
+                why="truncated, or not a safetensors file",
+                fix="fetch the file again",
+            )
         header = parse_json(file.read(length), where=path)
     if not isinstance(header, dict):
         raise UnsafeInputError("header is not a JSON object", where=path)
@@ -75,11 +89,15 @@ def _check_contiguous(path: Path, entries: dict[str, TensorEntry], base: int, si
             raise UnsafeInputError("tensors overlap or leave a hole", where=f"{path}: {name}")
         position += entry.nbytes
     if position != size:
-        raise UnsafeInputError(f"file has {size} bytes, its tensors end at {position}", where=path,
-                               why="truncated or padded", fix="fetch the file again")  # fmt: skip
+        raise UnsafeInputError(
+            f"file has {size} bytes, its tensors end at {position}",
+            where=path,
+            why="truncated or padded",
+            fix="fetch the file again",
+        )
 
 
-def map_tensor(path: Path, entry: TensorEntry) -> NDArray:
+def map_tensor(path: Path, entry: TensorEntry) -> NDArray[Any]:
     """Memory-map one tensor read-only; pages come and go with use, so memory does not grow with the file."""
     if entry.nbytes == 0:
         return np.zeros(entry.shape, entry.dtype)

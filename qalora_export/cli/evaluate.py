@@ -25,7 +25,7 @@ def command(
 
       qalora-export evaluate build/demo/merged.qalora --data samples/devices/test.jsonl
     """
-    from qalora_export.evaluate import evaluate
+    from qalora_export.evaluation import evaluate
     from qalora_export.recipe import EvaluateSettings
 
     settings = EvaluateSettings(data=str(data), limit=limit, max_new_tokens=max_new_tokens)

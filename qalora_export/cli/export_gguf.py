@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from qalora_export.formats.report import ExportReport
+    from qalora_export.formats.export_report import ExportReport
 
 
 class LayoutOption(StrEnum):
@@ -72,9 +72,9 @@ def command(
     for note in report.notes:
         console.print(note)
     report_folder = out.with_name(f"{out.stem}-parity")
-    next_command(shlex.join(
-        ["qalora-export", "verify-parity", str(checkpoint), "--gguf", str(out), "--out", str(report_folder)]
-    ))  # fmt: skip
+    next_command(
+        shlex.join(["qalora-export", "verify-parity", str(checkpoint), "--gguf", str(out), "--out", str(report_folder)])
+    )
 
 
 def _table(report: ExportReport) -> object:

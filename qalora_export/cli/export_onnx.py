@@ -11,7 +11,7 @@ import typer
 from qalora_export.recipe import OnnxSettings
 
 if TYPE_CHECKING:
-    from qalora_export.formats.report import ExportReport
+    from qalora_export.formats.export_report import ExportReport
 
 
 def command(
@@ -43,9 +43,9 @@ def command(
     settings = validated(OnnxSettings, {"accuracy_level": accuracy_level}, where="export onnx")
     _show(export_onnx(checkpoint, out, settings, force=force))
     report_folder = out.with_name(f"{out.name}-parity")
-    next_command(shlex.join(
-        ["qalora-export", "verify-parity", str(checkpoint), "--onnx", str(out), "--out", str(report_folder)]
-    ))  # fmt: skip
+    next_command(
+        shlex.join(["qalora-export", "verify-parity", str(checkpoint), "--onnx", str(out), "--out", str(report_folder)])
+    )
 
 
 def _show(report: ExportReport) -> None:

@@ -1,4 +1,4 @@
-"""The command line: a thin skin over qalora_export.api; one file per verb."""
+"""The command line: a thin skin over the public functions; one file per verb."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import typer
 
-from qalora_export import __version__
 from qalora_export.console import console
 from qalora_export.errors import ExitCode, QaloraError, from_system
+from qalora_export.version import __version__
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -11,7 +11,7 @@ import typer
 from qalora_export.recipe import QuantizeSettings
 
 if TYPE_CHECKING:
-    from qalora_export.quantize.report import QuantizeReport
+    from qalora_export.quantization.report import QuantizeReport
 
 D = QuantizeSettings()  # one source of defaults: the recipe's
 GRID, GPTQ = "Grid", "GPTQ"
@@ -27,16 +27,23 @@ def command(
         None, metavar="2|3|4|8", help=f"Bits per code. \\[default: {D.bits}]", rich_help_panel=GRID
     ),
     group_size: int | None = typer.Option(
-        None, metavar="32|64|128", help=f"In-features that share scale and offset. \\[default: {D.group_size}]",
+        None,
+        metavar="32|64|128",
+        help=f"In-features that share scale and offset. \\[default: {D.group_size}]",
         rich_help_panel=GRID,
     ),
     sym: bool | None = typer.Option(
-        None, "--sym/--asym", help="sym: offset is −2^(bits−1) · scale, as GGUF Q4_0 has it. \\[default: asym]",
+        None,
+        "--sym/--asym",
+        help="sym: offset is −2^(bits−1) · scale, as GGUF Q4_0 has it. \\[default: asym]",
         rich_help_panel=GRID,
     ),
     rule: list[str] = typer.Option(
-        [], "--rule", help="'pattern=skip' or 'pattern=bits:3,group:64,sym:true' on module names; may be repeated, "
-        "the first that matches wins.", rich_help_panel=GRID,
+        [],
+        "--rule",
+        help="'pattern=skip' or 'pattern=bits:3,group:64,sym:true' on module names; may be repeated, "
+        "the first that matches wins.",
+        rich_help_panel=GRID,
     ),
     calibration: str | None = typer.Option(
         None, help='Plain text, or JSONL with "text" or "messages" a line.', rich_help_panel=GPTQ
@@ -61,7 +68,7 @@ def command(
     ),
     recipe: Path | None = typer.Option(None, help="Take settings from the quantize table of a recipe; flags beat it."),
     force: bool = typer.Option(False, "--force", help="Replace the output if it exists."),
-) -> None:  # fmt: skip
+) -> None:
     """Quantize a model into a canonical checkpoint: codes, fp16 scale, fp16 offset.
 
     One decoder layer is in memory at a time, on the GPU when there is one. Embeddings, norms, biases and lm_head stay
@@ -87,8 +94,8 @@ def command(
     """
     given = {name: value for name, value in locals().items() if name in QuantizeSettings.model_fields}
     from qalora_export.console import console, next_command
-    from qalora_export.quantize.rules import parse_rule
-    from qalora_export.quantize.stage import quantize
+    from qalora_export.quantization.rules import parse_rule
+    from qalora_export.quantization.stage import quantize
     from qalora_export.recipe import load_recipe, validated
 
     values: dict[str, Any] = load_recipe(recipe).quantize.model_dump(mode="json", exclude_none=True) if recipe else {}
@@ -110,10 +117,14 @@ def _table(report: QuantizeReport) -> object:
         table.add_column(heading, justify="right")
     for module in report.modules:
         table.add_row(
-            module.name, f"{module.shape[0]}×{module.shape[1]}", f"{module.bits}{' sym' if module.sym else ''}",
-            str(module.group_size), f"{module.bits_per_weight:g}", f"{module.relative_error:.2g}",
+            module.name,
+            f"{module.shape[0]}×{module.shape[1]}",
+            f"{module.bits}{' sym' if module.sym else ''}",
+            str(module.group_size),
+            f"{module.bits_per_weight:g}",
+            f"{module.relative_error:.2g}",
             "" if module.output_error is None else f"{module.output_error:.2g}",
-        )  # fmt: skip
+        )
     return table
 
 

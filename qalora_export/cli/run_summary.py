@@ -46,8 +46,12 @@ def print_summary(recipe: Recipe) -> None:
 def _parity_table(report: dict[str, Any]) -> Table:
     runtimes = list(dict.fromkeys(entry["runtime"] for entry in report["gates"]))
     entries = {(entry["gate"], entry["runtime"]): entry for entry in report["gates"]}
-    table = Table("against PyTorch float32", *runtimes, title="one fine-tuned INT4 model, the same numbers everywhere",
-                  title_justify="left")  # fmt: skip
+    table = Table(
+        "against PyTorch float32",
+        *runtimes,
+        title="one fine-tuned INT4 model, the same numbers everywhere",
+        title_justify="left",
+    )
     for gate, title in ROWS.items():
         table.add_row(title, *(_cell(entries.get((gate, runtime))) for runtime in runtimes))
     verdicts = [_verdict([e for (_, name), e in entries.items() if name == runtime]) for runtime in runtimes]

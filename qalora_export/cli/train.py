@@ -11,8 +11,8 @@ import typer
 from qalora_export.recipe import TrainSettings
 
 if TYPE_CHECKING:
-    from qalora_export.qalora.memory import MemoryEstimate
-    from qalora_export.qalora.train import TrainPlan, TrainReport
+    from qalora_export.qalora.training.memory import MemoryEstimate
+    from qalora_export.qalora.training.stage import TrainPlan, TrainReport
 
 D = TrainSettings()  # one source of defaults: the recipe's
 DATA, ADAPTER, RUN, MACHINE = "Data", "Adapter", "Optimization", "Device and run"
@@ -52,7 +52,8 @@ def command(
     weight_decay: float = typer.Option(D.weight_decay, rich_help_panel=RUN),
     max_grad_norm: float = typer.Option(D.max_grad_norm, help="gradients are clipped to this", rich_help_panel=RUN),
     optimizer: str = typer.Option(
-        D.optimizer, help="Transformers' optim name, e.g. adamw_torch_fused, adamw_bnb_8bit, paged_adamw_8bit",
+        D.optimizer,
+        help="Transformers' optim name, e.g. adamw_torch_fused, adamw_bnb_8bit, paged_adamw_8bit",
         rich_help_panel=RUN,
     ),
     evaluate_every: int | None = typer.Option(
@@ -60,15 +61,21 @@ def command(
     ),
     seed: int = typer.Option(D.seed, rich_help_panel=RUN),
     precision: str = typer.Option(
-        D.precision, metavar="auto|fp32|bf16", help="auto: bf16 on a GPU that has it, else fp32",
+        D.precision,
+        metavar="auto|fp32|bf16",
+        help="auto: bf16 on a GPU that has it, else fp32",
         rich_help_panel=MACHINE,
     ),
     gradient_checkpointing: bool = typer.Option(
-        D.gradient_checkpointing, "--gradient-checkpointing/--no-gradient-checkpointing",
-        help="less memory, about a third more time", rich_help_panel=MACHINE,
+        D.gradient_checkpointing,
+        "--gradient-checkpointing/--no-gradient-checkpointing",
+        help="less memory, about a third more time",
+        rich_help_panel=MACHINE,
     ),
     compile: bool = typer.Option(
-        D.compile, "--compile/--no-compile", help="torch.compile the decoder layers: slow to start, for long runs",
+        D.compile,
+        "--compile/--no-compile",
+        help="torch.compile the decoder layers: slow to start, for long runs",
         rich_help_panel=MACHINE,
     ),
     dry_run: bool = typer.Option(False, "--dry-run", help="estimate memory, count steps, stop", rich_help_panel=RUN),
@@ -76,7 +83,7 @@ def command(
         True, "--resume/--no-resume", help="go on from the last checkpoint of a killed run", rich_help_panel=MACHINE
     ),
     force: bool = typer.Option(False, "--force", help="replace an existing output or another run's checkpoints"),
-) -> None:  # fmt: skip
+) -> None:
     """Fine-tune a canonical base with QA-LoRA, so that merging loses nothing.
 
     Data is JSONL: chat {"messages": \\[{"role", "content"}, ...]}, instruction {"instruction", "input", "output"} or
@@ -102,15 +109,15 @@ def command(
     """
     values = {name: value for name, value in locals().items() if name in TrainSettings.model_fields}
     from qalora_export.console import console
-    from qalora_export.qalora.processes import is_main
+    from qalora_export.qalora.training.processes import is_main
     from qalora_export.recipe import validated
 
     settings = validated(TrainSettings, values, where="train options")
     if not is_main():
         console.quiet = True  # rank 0 speaks for all
     if dry_run:
-        from qalora_export.qalora.memory import check_fits
-        from qalora_export.qalora.train import plan
+        from qalora_export.qalora.training.memory import check_fits
+        from qalora_export.qalora.training.stage import plan
 
         made = plan(base, settings)
         _print_plan(made)
@@ -118,24 +125,26 @@ def command(
         console.print("it fits: run the same command without --dry-run")
         return
     from qalora_export.console import next_command
-    from qalora_export.qalora.train import train
+    from qalora_export.qalora.training.stage import train
 
     report = train(base, out, settings, force=force, resume=resume)
     _print_report(report, out)
-    next_command(shlex.join(
-        ["qalora-export", "merge", str(base), str(out), "--out", str(out.with_name("merged.qalora"))]
-    ))  # fmt: skip
+    next_command(
+        shlex.join(["qalora-export", "merge", str(base), str(out), "--out", str(out.with_name("merged.qalora"))])
+    )
 
 
 def _print_plan(made: TrainPlan) -> None:
     from rich.table import Table
 
     from qalora_export.console import console
-    from qalora_export.qalora.memory import gib
+    from qalora_export.qalora.training.memory import gib
 
     memory: MemoryEstimate = made.memory
-    console.print(f"{made.samples} samples, {made.tokens} tokens, {len(made.train)} rows; {made.steps.total} steps, "
-                  f"{made.steps.per_epoch} per epoch, evaluation every {made.steps.evaluate_every}")  # fmt: skip
+    console.print(
+        f"{made.samples} samples, {made.tokens} tokens, {len(made.train)} rows; {made.steps.total} steps, "
+        f"{made.steps.per_epoch} per epoch, evaluation every {made.steps.evaluate_every}"
+    )
     console.print(f"{memory.trainable_parameters:,} trainable parameters in {memory.adapted_modules} modules")
     table = Table("memory per device", "estimate", title=f"compute in {str(made.dtype).removeprefix('torch.')}")
     table.columns[1].justify = "right"
@@ -148,14 +157,18 @@ def _print_plan(made: TrainPlan) -> None:
 
 def _print_report(report: TrainReport, out: Path) -> None:
     from qalora_export.console import console
-    from qalora_export.qalora.memory import gib
+    from qalora_export.qalora.training.memory import gib
 
     if report.best_loss is not None:
-        console.print(f"validation loss {report.initial_loss:.4f} → {report.best_loss:.4f}, kept step "
-                      f"{report.kept_step} of {report.steps}")  # fmt: skip
+        console.print(
+            f"validation loss {report.initial_loss:.4f} → {report.best_loss:.4f}, kept step "
+            f"{report.kept_step} of {report.steps}"
+        )
     else:
         console.print(f"training loss {report.final_train_loss:.4f} after {report.steps} steps (no validation data)")
     if report.tokens_per_second is not None:
-        console.print(f"{report.tokens_per_second:,.0f} tokens/s on {report.processes} × {report.device}, "
-                      f"peak memory {gib(report.peak_memory_bytes)}")  # fmt: skip
+        console.print(
+            f"{report.tokens_per_second:,.0f} tokens/s on {report.processes} × {report.device}, "
+            f"peak memory {gib(report.peak_memory_bytes)}"
+        )
     console.print(f"adapter: {out}   record: {out.with_name(report.record)}")

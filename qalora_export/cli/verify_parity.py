@@ -63,12 +63,17 @@ def command(
     given: dict[str, Any] = {
         "runtimes": runtime or [*(GGUF_RUNTIMES if gguf else ()), *(ONNX_RUNTIMES if onnx else ())],
         "prompts": str(prompts) if prompts else None,
-        "sequences": sequences, "positions": positions, "max_length": max_length, "threads": threads, "seed": seed,
-    }  # fmt: skip
+        "sequences": sequences,
+        "positions": positions,
+        "max_length": max_length,
+        "threads": threads,
+        "seed": seed,
+    }
     flags = {key: value for key, value in given.items() if value is not None}
     settings = validated(VerifySettings, flags, where="command line")
-    report = verify_parity(checkpoint, out, settings, gguf=gguf, onnx=onnx, base=base, bisect=not no_bisect,
-                           force=force)  # fmt: skip
+    report = verify_parity(
+        checkpoint, out, settings, gguf=gguf, onnx=onnx, base=base, bisect=not no_bisect, force=force
+    )
     artifact = gguf or onnx  # verify_parity refuses to run without one
     compared = [] if report.passed else [checkpoint]  # value by value, when something is wrong
     next_command(shlex.join(["qalora-export", "inspect", *map(str, [artifact, *compared])]))

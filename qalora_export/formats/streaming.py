@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +51,7 @@ def prepared(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[
                 future.cancel()
 
 
-def release(array: NDArray) -> None:
+def release(array: NDArray[Any]) -> None:
     """Give the resident pages of a memory-mapped array back to the page cache; other arrays are left alone.
 
     The data stays valid: a page that is touched again is mapped again. Without this the pages of a mapped file count

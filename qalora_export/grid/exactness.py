@@ -1,6 +1,7 @@
 """Counting differences: "lossless" is a number, and it is zero."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,7 @@ class Differences:
         return Differences(self.codes + other.codes, self.scale + other.scale, self.offset + other.offset)
 
 
-def differing(left: NDArray, right: NDArray) -> int:
+def differing(left: NDArray[Any], right: NDArray[Any]) -> int:
     """Count of elements whose bytes differ; every element when shape or dtype disagree."""
     if left.shape != right.shape or left.dtype != right.dtype:
         return max(left.size, right.size, 1)

@@ -42,7 +42,7 @@ class GroupAffine:
 
     @property
     def group_size(self) -> int:
-        return self.codes.shape[1] // self.scale.shape[1]
+        return int(self.codes.shape[1]) // int(self.scale.shape[1])
 
     @property
     def is_symmetric(self) -> bool:
@@ -62,7 +62,7 @@ def _problem(matrix: GroupAffine) -> str:
     codes, scale, offset, bits = matrix.codes, matrix.scale, matrix.offset, matrix.bits
     if bits not in BITS:
         return f"bits is {bits}, not one of {BITS}"
-    if (codes.dtype, scale.dtype, offset.dtype) != (np.uint8, np.float16, np.float16):
+    if codes.dtype != np.uint8 or scale.dtype != np.float16 or offset.dtype != np.float16:
         return f"dtypes are {codes.dtype}, {scale.dtype}, {offset.dtype}, not uint8, float16, float16"
     if codes.ndim != 2 or scale.ndim != 2 or scale.shape != offset.shape or scale.shape[0] != codes.shape[0]:
         return f"shapes {codes.shape}, {scale.shape}, {offset.shape} do not belong together"

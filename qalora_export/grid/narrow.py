@@ -1,6 +1,7 @@
 """The one place where a number may lose precision: it counts what changed."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -15,12 +16,12 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 class Narrowed:
     """values in the target dtype; changed: how many differ from the source as numbers; total: how many there are."""
 
-    values: NDArray
+    values: NDArray[Any]
     changed: int
     total: int
 
 
-def narrow(source: NDArray, dtype: np.dtype | type, *, where: str) -> Narrowed:
+def narrow(source: NDArray[Any], dtype: np.dtype | type, *, where: str) -> Narrowed:
     """Cast to `dtype` with round-to-nearest-even and count the values that changed.
 
     Raises InputError when the source holds NaN or infinity, or a finite value overflows the target: neither is a

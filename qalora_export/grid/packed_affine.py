@@ -32,8 +32,10 @@ class PackedAffine:
                 f"shapes {self.codes.shape}, {self.scale.shape}, {self.offset.shape} do not belong together"
             )
         if not (fp16_is_finite(self.scale) and fp16_is_finite(self.offset)):
-            raise InputError("not a quantized matrix: a scale or offset is NaN or infinite",
-                             why="codes, scale and offset must follow design §2")  # fmt: skip
+            raise InputError(
+                "not a quantized matrix: a scale or offset is NaN or infinite",
+                why="codes, scale and offset must follow design §2",
+            )
 
     @property
     def shape(self) -> tuple[int, int]:

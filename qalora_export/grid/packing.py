@@ -29,7 +29,8 @@ def pack_codes(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     out, width = codes.shape[0], packed_width(codes.shape[1], bits)
     if bits == 4:  # two codes are the bytes of one word: 0x0H0L -> 0xHL
         words = np.ascontiguousarray(codes).view("<u2")
-        return (words | (words >> NIBBLE)).astype(np.uint8)
+        pairs: NDArray[np.uint8] = (words | (words >> NIBBLE)).astype(np.uint8)
+        return pairs
     if bits == 3:
         words = codes.reshape(out, -1, 8).astype(np.uint32)  # (out, in/8, 8): 24 bits to a word
         word = np.bitwise_or.reduce(words << (3 * np.arange(8, dtype=np.uint32)), axis=-1)

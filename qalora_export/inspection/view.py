@@ -34,7 +34,7 @@ class View:
     modules: dict[str, tuple[int, int]]
     others: list[str]
     group_affine: Callable[[str], GroupAffine]
-    tensor: Callable[[str], NDArray]
+    tensor: Callable[[str], NDArray[Any]]
     facts: dict[str, str] = field(default_factory=dict)
     manifest: dict[str, Any] | None = None
 
@@ -60,8 +60,8 @@ def open_view(path: Path) -> View:
 
 
 def _gguf(path: Path) -> View:
-    from qalora_export.formats.gguf.readback import read_back
-    from qalora_export.formats.gguf.sidecar import sidecar_path
+    from qalora_export.checkpoint.sidecar import sidecar_path
+    from qalora_export.formats.gguf.read import read_back
 
     contents = read_back(path)
     facts = {key: _short(value) for key, value in contents.metadata.items() if not key.startswith("qalora.modules")}
@@ -73,13 +73,21 @@ def _gguf(path: Path) -> View:
 
 
 def _onnx(path: Path) -> View:
-    from qalora_export.formats.onnx.readback import read_back
+    from qalora_export.formats.onnx.read import read_back
 
     contents = read_back(path)
     facts = {key: _short(value) for key, value in contents.metadata.items() if key != "qalora.modules"}
     facts["accuracy_level"] = str(contents.accuracy_level)
-    return View("ONNX folder", path, contents.modules, contents.others, contents.group_affine, contents.tensor, facts,
-                _manifest(path))  # fmt: skip
+    return View(
+        "ONNX folder",
+        path,
+        contents.modules,
+        contents.others,
+        contents.group_affine,
+        contents.tensor,
+        facts,
+        _manifest(path),
+    )
 
 
 def _adapter(path: Path) -> View:
@@ -91,8 +99,16 @@ def _adapter(path: Path) -> View:
     if not isinstance(config, dict):
         raise UnsafeInputError("adapter_config.json is not a JSON object", where=path)
     facts = {key: _short(value) for key, value in config.items()}
-    return View("adapter", path, {}, list(entries), _no_matrices, lambda name: map_tensor(file, entries[name]), facts,
-                _manifest(path))  # fmt: skip
+    return View(
+        "adapter",
+        path,
+        {},
+        list(entries),
+        _no_matrices,
+        lambda name: map_tensor(file, entries[name]),
+        facts,
+        _manifest(path),
+    )
 
 
 def _folder(path: Path) -> View:
@@ -104,8 +120,16 @@ def _folder(path: Path) -> View:
     facts = {key: _short(value) for key, value in plain.config.items() if key != "quantization_config"}
     if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
         canonical = CanonicalCheckpoint(path)
-        return View("canonical checkpoint", path, canonical.modules, canonical.plain_names(), canonical.group_affine,
-                    canonical.tensor, facts, _manifest(path))  # fmt: skip
+        return View(
+            "canonical checkpoint",
+            path,
+            canonical.modules,
+            canonical.plain_names(),
+            canonical.group_affine,
+            canonical.tensor,
+            facts,
+            _manifest(path),
+        )
     return View("model folder", path, {}, plain.names(), _no_matrices, plain.tensor, facts, _manifest(path))
 
 
@@ -146,7 +170,7 @@ def _add(table: dict[str, list[int]], kind: str, parameters: int, size: int) -> 
     row[0], row[1], row[2] = row[0] + 1, row[1] + parameters, row[2] + size
 
 
-def same_values(left: NDArray, right: NDArray) -> int:
+def same_values(left: NDArray[Any], right: NDArray[Any]) -> int:
     """Count of values that differ as numbers, for tensors that may be stored in different float widths."""
     if left.shape != right.shape:
         return max(left.size, right.size)

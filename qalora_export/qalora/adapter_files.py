@@ -92,8 +92,13 @@ def save_adapter(model: nn.Module, folder: Path, *, base: Path, settings: TrainS
         train = settings.model_dump(mode="json")
         # Outputs hold no path of this machine, only the names.
         train |= {field: Path(train[field]).name for field in PATH_FIELDS if train[field]}
-        write_manifest(partial, "adapter", tensors=table, parents=[parent_of(base, "base")],
-                       settings={"train": train, "adapter": {"convention": "sum", "modules": modules}})  # fmt: skip
+        write_manifest(
+            partial,
+            "adapter",
+            tensors=table,
+            parents=[parent_of(base, "base")],
+            settings={"train": train, "adapter": {"convention": "sum", "modules": modules}},
+        )
 
 
 def load_adapter(model: nn.Module, folder: Path, *, convention: str = "auto", base: Path | None = None) -> list[str]:
@@ -114,8 +119,9 @@ def load_adapter(model: nn.Module, folder: Path, *, convention: str = "auto", ba
     return list(adapter.modules)
 
 
-def read_adapter(folder: Path, shapes: dict[str, ModuleShape], *, convention: str = "auto",
-                 base: Path | None = None) -> Adapter:  # fmt: skip
+def read_adapter(
+    folder: Path, shapes: dict[str, ModuleShape], *, convention: str = "auto", base: Path | None = None
+) -> Adapter:
     """Read an adapter folder and bring it into the sum convention.
 
     Raises InputError for a plain LoRA, a pool length that does not fit the group size, DoRA or biases, modules the
@@ -129,9 +135,12 @@ def read_adapter(folder: Path, shapes: dict[str, ModuleShape], *, convention: st
     name = resolve(convention, own=own is not None, use_qalora=config.pool is not None, where=folder)
     pairs = _read_pairs(folder)
     if unknown := sorted(set(pairs) - set(shapes)):
-        raise InputError(f"the adapter targets {len(unknown)} modules that the base has not quantized", where=folder,
-                         why=f"adapter: {', '.join(unknown[:4])}; base: {', '.join(list(shapes)[:4])}",
-                         fix="merge with the base it was trained on")  # fmt: skip
+        raise InputError(
+            f"the adapter targets {len(unknown)} modules that the base has not quantized",
+            where=folder,
+            why=f"adapter: {', '.join(unknown[:4])}; base: {', '.join(list(shapes)[:4])}",
+            fix="merge with the base it was trained on",
+        )
     modules = {}
     for module in (m for m in shapes if m in pairs):
         a, b = pairs[module]
@@ -160,16 +169,20 @@ def _tensors(linears: dict[str, QALoraLinear], pool: int) -> dict[str, Tensor]:
     return result
 
 
-def _config(model: nn.Module, linears: dict[str, QALoraLinear], pool: int, settings: TrainSettings,
-            base: Path) -> dict[str, Any]:  # fmt: skip
+def _config(
+    model: nn.Module, linears: dict[str, QALoraLinear], pool: int, settings: TrainSettings, base: Path
+) -> dict[str, Any]:
     ranks = {name: m.lora_A.shape[0] for name, m in linears.items() if m.lora_A is not None}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     return make_config(
-        rank=rank, alpha=settings.alpha, pool=pool, base_name=base.name,
+        rank=rank,
+        alpha=settings.alpha,
+        pool=pool,
+        base_name=base.name,
         ranks={name: r for name, r in ranks.items() if r != rank},
         alphas={n: peft_alpha(m.scaling, ranks[n], m.in_features, pool) for n, m in linears.items()},
         targets=shortest_targets(list(linears), [name for name, _ in model.named_modules()]),
-    )  # fmt: skip
+    )
 
 
 def _own_settings(folder: Path, base: Path | None) -> dict[str, Any]:
@@ -178,13 +191,21 @@ def _own_settings(folder: Path, base: Path | None) -> dict[str, Any]:
     if manifest.get("kind") != "adapter":
         raise InputError(f"this folder holds a {manifest.get('kind')}, not an adapter", where=folder)
     if damaged := verify_manifest(folder):
-        raise InputError("adapter files differ from their manifest", where=f"{folder}: {', '.join(damaged)}",
-                         why="damaged or edited after training", fix="fetch or train the adapter again")  # fmt: skip
+        raise InputError(
+            "adapter files differ from their manifest",
+            where=f"{folder}: {', '.join(damaged)}",
+            why="damaged or edited after training",
+            fix="fetch or train the adapter again",
+        )
     trained_on = _parent_base(manifest)
     if base is not None and trained_on["sha256"] != (actual := parent_of(base, "base")).sha256:
-        raise InputError("the adapter was trained over another base", where=folder,
-                         why=f"it names {trained_on['name']} ({trained_on['sha256'][:12]}…), this base is "
-                         f"{actual.name} ({actual.sha256[:12]}…)", fix="give the base it was trained on")  # fmt: skip
+        raise InputError(
+            "the adapter was trained over another base",
+            where=folder,
+            why=f"it names {trained_on['name']} ({trained_on['sha256'][:12]}…), this base is "
+            f"{actual.name} ({actual.sha256[:12]}…)",
+            fix="give the base it was trained on",
+        )
     settings = manifest.get("settings")
     adapter = settings.get("adapter") if isinstance(settings, dict) else None
     modules = adapter.get("modules") if isinstance(adapter, dict) else None
@@ -214,8 +235,12 @@ def _own_module(table: dict[str, Any], module: str, file_pool: int, where: str) 
 def _read_pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """module -> (lora_A, lora_B) in float32 from adapter_model.safetensors."""
     if not (folder / TENSORS).exists() and list(folder.glob("*.bin")):
-        raise InputError("the adapter is a pickle file", where=folder, why="unpickling runs code from the file",
-                         fix="convert it to safetensors where you trust it (PEFT: save_pretrained)")  # fmt: skip
+        raise InputError(
+            "the adapter is a pickle file",
+            where=folder,
+            why="unpickling runs code from the file",
+            fix="convert it to safetensors where you trust it (PEFT: save_pretrained)",
+        )
     path = inside(folder, TENSORS)
     parts: dict[str, dict[str, Tensor]] = {}
     for name, entry in read_header(path).items():
@@ -224,8 +249,12 @@ def _read_pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
         if part in parts.setdefault(module, {}):
             raise UnsafeInputError("two tensors claim the same place", where=f"{path}: {name}")
         if values.ndim != 2 or not values.size or not np.isfinite(values).all():
-            raise InputError("an adapter tensor is no finite matrix", where=f"{path}: {name}",
-                             why=f"shape {values.shape}", fix="repair or retrain the adapter")  # fmt: skip
+            raise InputError(
+                "an adapter tensor is no finite matrix",
+                where=f"{path}: {name}",
+                why=f"shape {values.shape}",
+                fix="repair or retrain the adapter",
+            )
         parts[module][part] = torch.from_numpy(np.array(values))
     if incomplete := [module for module, found in parts.items() if len(found) != 2]:
         raise InputError("lora_A or lora_B is missing", where=f"{path}: {incomplete[0]}")
@@ -238,21 +267,33 @@ def _pool(a: Tensor, shape: ModuleShape, declared: int | None, where: str) -> in
     """In-features per column of A. Refuses what has no lossless form."""
     width = a.shape[1]
     if width == shape.in_features:
-        raise InputError("this is a plain LoRA adapter", where=where,
-                         why="its update varies inside a quantization group, so no offset can hold it: merging would "
-                         "change codes", fix="train with QA-LoRA (`qalora-export train`)")  # fmt: skip
+        raise InputError(
+            "this is a plain LoRA adapter",
+            where=where,
+            why="its update varies inside a quantization group, so no offset can hold it: merging would change codes",
+            fix="train with QA-LoRA (`qalora-export train`)",
+        )
     if shape.in_features % width or (declared is not None and shape.in_features != width * declared):
-        raise InputError(f"lora_A has {width} columns for {shape.in_features} in-features", where=where,
-                         why=f"qalora_group_size is {declared}" if declared else "they do not divide")  # fmt: skip
+        raise InputError(
+            f"lora_A has {width} columns for {shape.in_features} in-features",
+            where=where,
+            why=f"qalora_group_size is {declared}" if declared else "they do not divide",
+        )
     return shape.in_features // width
 
 
 def _check_shapes(a: Tensor, b: Tensor, pool: int, shape: ModuleShape, where: str) -> None:
     if pool % shape.group_size:
-        raise InputError(f"trained with pooling {pool} over a base with group size {shape.group_size}: cannot merge",
-                         where=where, why="the update must be constant inside a quantization group",
-                         fix=f"train with a pool of {shape.group_size} or a multiple, or quantize the base with a "
-                         f"group size that divides {pool}")  # fmt: skip
+        raise InputError(
+            f"trained with pooling {pool} over a base with group size {shape.group_size}: cannot merge",
+            where=where,
+            why="the update must be constant inside a quantization group",
+            fix=f"train with a pool of {shape.group_size} or a multiple, or quantize the base with a "
+            f"group size that divides {pool}",
+        )
     if b.shape != (shape.out_features, a.shape[0]) or a.shape[1] * pool != shape.in_features:
-        raise InputError(f"lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} do not fit a matrix of "
-                         f"{shape.out_features} × {shape.in_features}", where=where)  # fmt: skip
+        raise InputError(
+            f"lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} do not fit a matrix of "
+            f"{shape.out_features} × {shape.in_features}",
+            where=where,
+        )

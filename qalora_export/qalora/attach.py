@@ -27,8 +27,12 @@ def attach(model: nn.Module, settings: TrainSettings) -> list[str]:
         if not any(fnmatchcase(name, pattern) for name in linears):
             kinds = sorted({f"*.{name.rpartition('.')[2]}" for name in linears})
             fix = "use one of these patterns" if kinds else "run `qalora-export quantize` first"
-            raise InputError(f"no quantized module matches the target {pattern!r}", where="train.targets",
-                             why=f"quantized modules here: {', '.join(kinds) or 'none'}", fix=fix)  # fmt: skip
+            raise InputError(
+                f"no quantized module matches the target {pattern!r}",
+                where="train.targets",
+                why=f"quantized modules here: {', '.join(kinds) or 'none'}",
+                fix=fix,
+            )
     model.requires_grad_(False)
     for module in linears.values():
         module.detach_adapter()

@@ -46,12 +46,18 @@ def resolve(choice: str, *, own: bool, use_qalora: bool, where: object) -> Conve
     declared: ConventionName | None = "sum" if own else "peft" if use_qalora else None
     named: ConventionName | None = next((name for name in FACTORS if name == choice), None)
     if declared is None and named is None:
-        raise InputError("this adapter does not say how it pools its input", where=where,
-                         why="sum (paper), mean (the authors' code) and peft (use_qalora) share one file layout and "
-                         "differ in scale", fix="pass --convention sum, mean or peft")  # fmt: skip
+        raise InputError(
+            "this adapter does not say how it pools its input",
+            where=where,
+            why="sum (paper), mean (the authors' code) and peft (use_qalora) share one file layout and differ in scale",
+            fix="pass --convention sum, mean or peft",
+        )
     if declared and named and declared != named:
-        raise InputError(f"the adapter declares the convention {declared!r}, you asked for {named!r}", where=where,
-                         fix=f"leave --convention out, or pass {declared}")  # fmt: skip
+        raise InputError(
+            f"the adapter declares the convention {declared!r}, you asked for {named!r}",
+            where=where,
+            fix=f"leave --convention out, or pass {declared}",
+        )
     resolved = named or declared
     assert resolved is not None
     return resolved

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.manifest import parent_of
-from qalora_export.formats.gguf.trained import AdapterReport, LowRank, write_adapter
+from qalora_export.formats.gguf.lora import AdapterReport, LowRank, write_adapter
 from qalora_export.qalora.adapter_files import ModuleShape, read_adapter
 
 
-def export_gguf_adapter(base: Path, adapter: Path, out: Path, *, convention: str = "auto",
-                        force: bool = False) -> AdapterReport:  # fmt: skip
+def export_gguf_adapter(
+    base: Path, adapter: Path, out: Path, *, convention: str = "auto", force: bool = False
+) -> AdapterReport:
     """Write the adapter of folder `adapter`, trained over `base`, as a LoRA GGUF.
 
     Raises InputError as qalora.adapter_files.read_adapter does: another base, a plain LoRA, an undeclared convention.

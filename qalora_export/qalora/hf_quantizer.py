@@ -39,8 +39,12 @@ class QALoraHfQuantizer(HfQuantizer):
         for name, entry in self.quantization_config.modules.items():
             bits, group_size = (entry.get(key) if isinstance(entry, dict) else None for key in ("bits", "group_size"))
             if bits not in BITS or group_size not in GROUP_SIZES:
-                raise InputError("quantization_config needs bits and group_size of the module", where=name,
-                                 why=f"found {entry!r}"[:200], fix="re-create the checkpoint")  # fmt: skip
+                raise InputError(
+                    "quantization_config needs bits and group_size of the module",
+                    where=name,
+                    why=f"found {entry!r}"[:200],
+                    fix="re-create the checkpoint",
+                )
             replace_linear(model, name, bits=bits, group_size=group_size)
         return model
 
@@ -74,8 +78,14 @@ def replace_linear(model: nn.Module, name: str, *, bits: int, group_size: int) -
     if not isinstance(old, nn.Linear):
         raise InputError(f"cannot quantize a {type(old).__name__}", where=name)
     with torch.device(old.weight.device):
-        new = QALoraLinear(old.in_features, old.out_features, bits=bits, group_size=group_size,
-                           bias=old.bias is not None, dtype=old.weight.dtype)  # fmt: skip
+        new = QALoraLinear(
+            old.in_features,
+            old.out_features,
+            bits=bits,
+            group_size=group_size,
+            bias=old.bias is not None,
+            dtype=old.weight.dtype,
+        )
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)
     return new

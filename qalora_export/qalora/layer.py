@@ -34,7 +34,8 @@ def group_sum(x: Tensor, groups: int, dtype: torch.dtype | None = None) -> Tenso
     wide = torch.promote_types(x.dtype, torch.float32)
     if dispatch.applies(x) and wide == torch.float32:
         return ops.group_sum(x, groups, dtype or wide)
-    return x.unflatten(-1, (groups, -1)).sum(-1, dtype=wide).to(dtype or wide)
+    sums: Tensor = x.unflatten(-1, (groups, -1)).sum(-1, dtype=wide).to(dtype or wide)
+    return sums
 
 
 def effective_offset(offset: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -58,8 +59,17 @@ class _QALoraFunction(torch.autograd.Function):
     """y = x Wᵀ. Saved for backward: what the module holds anyway, and poolsum(x), 1/pool of x; never W, never x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, a: Tensor | None,
-                b: Tensor | None, scaling: float, bits: int) -> Tensor:  # fmt: skip
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        codes: Tensor,
+        scale: Tensor,
+        offset: Tensor,
+        a: Tensor | None,
+        b: Tensor | None,
+        scaling: float,
+        bits: int,
+    ) -> Tensor:
         ctx.scaling, ctx.bits = scaling, bits
         pooled = None
         if a is not None and (ctx.needs_input_grad[4] or ctx.needs_input_grad[5]):
@@ -96,8 +106,16 @@ def _adapter_gradients(gy: Tensor, pooled: Tensor, a: Tensor, b: Tensor, scaling
     return scaling * da.to(a.dtype), scaling * db.to(b.dtype)
 
 
-def _product(x: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, a: Tensor | None, b: Tensor | None,
-             scaling: float, bits: int) -> Tensor:  # fmt: skip
+def _product(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    scaling: float,
+    bits: int,
+) -> Tensor:
     """x · Wᵀ, (..., out) in the dtype of x."""
     if x.numel() <= dispatch.fused_rows * x.shape[-1] and dispatch.applies(x) and x.dtype != torch.float64:
         effective = offset if a is None or b is None else effective_offset(offset, a, b, scaling)
@@ -105,8 +123,16 @@ def _product(x: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, a: Tensor 
     return F.linear(x, _weight(codes, scale, offset, a, b, scaling, bits, x.dtype))
 
 
-def _weight(codes: Tensor, scale: Tensor, offset: Tensor, a: Tensor | None, b: Tensor | None, scaling: float,
-            bits: int, dtype: torch.dtype) -> Tensor:  # fmt: skip
+def _weight(
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    scaling: float,
+    bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
     """The matrix the layer multiplies by, (out, in) in `dtype`."""
     if a is None or b is None:
         return dequantize(codes, scale, offset, bits, dtype)
@@ -127,8 +153,17 @@ class QALoraLinear(nn.Module):
     Trainable, float32: lora_A (r, in/pool), lora_B (out, r), where pool is g or a multiple of it.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, bits: int, group_size: int, bias: bool = False,
-                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bits: int,
+        group_size: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         if in_features % group_size:
             raise InputError(f"{in_features} in-features do not divide into groups of {group_size}")
@@ -154,17 +189,20 @@ class QALoraLinear(nn.Module):
         """In-features that one column of lora_A covers; the group size when there is no adapter."""
         return self.group_size if self.lora_A is None else self.in_features // self.lora_A.shape[1]
 
-    def attach_adapter(self, rank: int, alpha: float, *, pool: int | None = None,
-                       generator: torch.Generator | None = None) -> None:  # fmt: skip
+    def attach_adapter(
+        self, rank: int, alpha: float, *, pool: int | None = None, generator: torch.Generator | None = None
+    ) -> None:
         """Add a trainable adapter: A Kaiming uniform (a=√5, as in PEFT), B zero, so offset_eff starts at m exactly.
 
         Raises InputError when pool is not the group size or a multiple of it that divides in-features.
         """
         pool = pool or self.group_size
         if pool % self.group_size or self.in_features % pool:
-            raise InputError(f"pool length {pool} does not fit group size {self.group_size} and {self.in_features} "
-                             "in-features", why="an adapter merges without loss only if its pool is a multiple of the "
-                             "quantization group", fix="set pool to the group size or a multiple")  # fmt: skip
+            raise InputError(
+                f"pool length {pool} does not fit group size {self.group_size} and {self.in_features} in-features",
+                why="an adapter merges without loss only if its pool is a multiple of the quantization group",
+                fix="set pool to the group size or a multiple",
+            )
         a = torch.empty(rank, self.in_features // pool, dtype=torch.float32)
         nn.init.kaiming_uniform_(a, a=5**0.5, generator=generator)
         self.set_adapter(a, torch.zeros(self.out_features, rank, dtype=torch.float32), alpha / rank)
@@ -197,7 +235,7 @@ class QALoraLinear(nn.Module):
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
         weight = (*self.packed, self.lora_A, self.lora_B, self.scaling, self.bits)
-        y = _QALoraFunction.apply(x, *weight) if torch.is_grad_enabled() else _product(x, *weight)
+        y = _QALoraFunction.apply(x, *weight) if torch.is_grad_enabled() else _product(x, *weight)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QALoraLinear:
@@ -211,10 +249,12 @@ class QALoraLinear(nn.Module):
             kept = id(tensor) in fixed or (id(tensor) in wide and moved.dtype.itemsize < tensor.dtype.itemsize)
             return tensor.to(moved.device) if kept and moved.dtype != tensor.dtype else moved
 
-        super()._apply(guarded, recurse)
+        super()._apply(guarded, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def extra_repr(self) -> str:
         rank = 0 if self.lora_A is None else self.lora_A.shape[0]
-        return (f"in={self.in_features}, out={self.out_features}, bits={self.bits}, group_size={self.group_size}, "
-                f"rank={rank}")  # fmt: skip
+        return (
+            f"in={self.in_features}, out={self.out_features}, bits={self.bits}, group_size={self.group_size}, "
+            f"rank={rank}"
+        )

@@ -18,9 +18,9 @@ from qalora_export.checkpoint.manifest import MANIFEST, parent_of, verify_manife
 from qalora_export.console import track
 from qalora_export.errors import InputError, ParityError
 from qalora_export.grid import Differences, GroupAffine, difference, differing
+from qalora_export.models.loading import load_model
 from qalora_export.qalora.adapter_files import Adapter, ModuleAdapter, ModuleShape, load_adapter, read_adapter
 from qalora_export.qalora.layer import effective_offset
-from qalora_export.qalora.reference import load_model
 from qalora_export.safety import atomic_directory, refuse_existing
 
 PROBE_SEQUENCES, PROBE_LENGTH = 4, 32
@@ -49,8 +49,9 @@ class MergeReport:
         return asdict(self)
 
 
-def merge(base: Path, adapter: Path, out: Path, *, convention: str = "auto", force: bool = False,
-          compare_logits: bool = True) -> MergeReport:  # fmt: skip
+def merge(
+    base: Path, adapter: Path, out: Path, *, convention: str = "auto", force: bool = False, compare_logits: bool = True
+) -> MergeReport:
     """Write `base` with the adapter's offset_eff to `out`, one module in memory at a time.
 
     Raises InputError for an adapter that has no lossless form over this base (see read_adapter), a base whose files
@@ -60,8 +61,11 @@ def merge(base: Path, adapter: Path, out: Path, *, convention: str = "auto", for
     refuse_existing(out, force=force)
     checkpoint = CanonicalCheckpoint(base)
     if (base / MANIFEST).exists() and (damaged := verify_manifest(base)):
-        raise InputError("the base differs from its manifest", where=f"{base}: {', '.join(damaged)}",
-                         fix="fetch or quantize it again")  # fmt: skip
+        raise InputError(
+            "the base differs from its manifest",
+            where=f"{base}: {', '.join(damaged)}",
+            fix="fetch or quantize it again",
+        )
     read = read_adapter(adapter, _shapes(checkpoint), convention=convention, base=base)
     with atomic_directory(out, force=force) as partial:
         staged = partial / out.name
@@ -71,9 +75,17 @@ def merge(base: Path, adapter: Path, out: Path, *, convention: str = "auto", for
         if compare_logits:
             compared, unequal = _compare_logits(base, adapter, staged, convention)
         report = MergeReport(
-            len(checkpoint.modules), len(read.modules), read.convention, counts.codes, counts.scale,
-            _offsets(checkpoint), counts.offset, others, compared, unequal,
-        )  # fmt: skip
+            len(checkpoint.modules),
+            len(read.modules),
+            read.convention,
+            counts.codes,
+            counts.scale,
+            _offsets(checkpoint),
+            counts.offset,
+            others,
+            compared,
+            unequal,
+        )
         _require_lossless(report, out)
         for path in staged.iterdir():
             path.rename(partial / path.name)
@@ -86,11 +98,12 @@ def merged_offset(matrix: GroupAffine, adapter: ModuleAdapter, *, where: str) ->
     offset = effective_offset(torch.from_numpy(np.array(matrix.offset)), adapter.a, adapter.b, adapter.scaling).numpy()
     if bad := np.argwhere(~np.isfinite(offset)).tolist():
         row, group = bad[0]
-        raise InputError(f"the merged offset does not fit in float16 ({len(bad)} of {offset.size})",
-                         where=f"{where}.offset: row {row}, group {group}",
-                         why=f"base offset {float(matrix.offset[row, group])}, float16 ends at 65504",
-                         fix="the adapter has diverged, or its convention is wrong: lower the learning rate, or pass "
-                         "--convention")  # fmt: skip
+        raise InputError(
+            f"the merged offset does not fit in float16 ({len(bad)} of {offset.size})",
+            where=f"{where}.offset: row {row}, group {group}",
+            why=f"base offset {float(matrix.offset[row, group])}, float16 ends at 65504",
+            fix="the adapter has diverged, or its convention is wrong: lower the learning rate, or pass --convention",
+        )
     return offset
 
 
@@ -110,8 +123,14 @@ def _write(checkpoint: CanonicalCheckpoint, adapter: Adapter, target: Path, *, p
     base, adapter_folder = parents
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     lineage = [parent_of(base, "base"), parent_of(adapter_folder, "adapter")]
-    with CanonicalWriter(target, config, checkpoint.companions(), kind="merged", parents=lineage,
-                         settings={"convention": adapter.convention}) as writer:  # fmt: skip
+    with CanonicalWriter(
+        target,
+        config,
+        checkpoint.companions(),
+        kind="merged",
+        parents=lineage,
+        settings={"convention": adapter.convention},
+    ) as writer:
         for name in checkpoint.plain_names():
             writer.add(name, checkpoint.tensor(name))
         for name in track(checkpoint.modules, "merge", len(checkpoint.modules)):
@@ -138,9 +157,12 @@ def _count_changes(before: CanonicalCheckpoint, after: CanonicalCheckpoint) -> t
 def _require_lossless(report: MergeReport, out: Path) -> None:
     for what in ("changed_codes", "changed_scales", "changed_other_tensors", "logits_differing"):
         if count := getattr(report, what):
-            raise ParityError(f"merging was not lossless: {what.replace('_', ' ')} = {count}", where=out,
-                              why="the written checkpoint must be base + adapter bit for bit; nothing was kept",
-                              fix="report this: it is a bug or a failing disk or memory")  # fmt: skip
+            raise ParityError(
+                f"merging was not lossless: {what.replace('_', ' ')} = {count}",
+                where=out,
+                why="the written checkpoint must be base + adapter bit for bit; nothing was kept",
+                fix="report this: it is a bug or a failing disk or memory",
+            )
 
 
 def _compare_logits(base: Path, adapter: Path, merged: Path, convention: str) -> tuple[int, int]:
@@ -163,4 +185,7 @@ def _logits(folder: Path, device: str, adapter: Path | None = None, convention: 
     model.to(device)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = np.random.default_rng(0).integers(0, vocabulary, (PROBE_SEQUENCES, PROBE_LENGTH))
-    return model(input_ids=torch.from_numpy(ids).to(device), use_cache=False).logits.float().cpu().numpy()
+    logits: NDArray[np.float32] = (
+        model(input_ids=torch.from_numpy(ids).to(device), use_cache=False).logits.float().cpu().numpy()
+    )
+    return logits

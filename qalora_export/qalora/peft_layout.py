@@ -75,8 +75,11 @@ def parse_config(raw: Any, *, where: object) -> PeftConfig:
             raise InputError("rank_pattern and alpha_pattern must be tables", where=where)
         numbers += table.values()
     if not all(type(n) in (int, float) and 0 < n < 2**31 for n in numbers):
-        raise InputError("r, lora_alpha, qalora_group_size and patterns must be positive numbers", where=where,
-                         why=f"found {numbers[:8]}")  # fmt: skip
+        raise InputError(
+            "r, lora_alpha, qalora_group_size and patterns must be positive numbers",
+            where=where,
+            why=f"found {numbers[:8]}",
+        )
     if not all(type(n) is int for n in (raw["r"], pool or 1, *patterns[0].values())):
         raise InputError("ranks and qalora_group_size must be whole numbers", where=where)
     ranks, alphas = patterns
@@ -97,15 +100,37 @@ def _by_pattern(table: dict[str, Any], module: str, default: Any) -> Any:
     return default
 
 
-def make_config(*, rank: int, alpha: float, pool: int, ranks: dict[str, int], alphas: dict[str, float],
-                targets: list[str], base_name: str) -> dict[str, Any]:  # fmt: skip
+def make_config(
+    *,
+    rank: int,
+    alpha: float,
+    pool: int,
+    ranks: dict[str, int],
+    alphas: dict[str, float],
+    targets: list[str],
+    base_name: str,
+) -> dict[str, Any]:
     """adapter_config.json for PEFT. ranks: modules whose rank differs; alphas: PEFT's alpha of every module."""
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "inference_mode": True,
-        "r": rank, "lora_alpha": alpha, "rank_pattern": ranks, "alpha_pattern": alphas, "lora_dropout": 0.0,
-        "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "use_dora": False, "init_lora_weights": True,
-        "modules_to_save": None, "target_modules": targets, "use_qalora": True, "qalora_group_size": pool,
-    }  # fmt: skip
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "target_modules": targets,
+        "use_qalora": True,
+        "qalora_group_size": pool,
+    }
 
 
 def tensor_name(module: str, part: str) -> str:
@@ -117,8 +142,11 @@ def split_name(name: str, *, where: object) -> tuple[str, str]:
     """PEFT's tensor name -> (module, "A" or "B"). Raises InputError for tensors that are not LoRA matrices."""
     match = _KEY.fullmatch(name)
     if match is None:
-        raise InputError(f"the adapter holds a tensor we cannot merge: {name!r}", where=where,
-                         why="only lora_A.weight and lora_B.weight of linear layers have a lossless form")  # fmt: skip
+        raise InputError(
+            f"the adapter holds a tensor we cannot merge: {name!r}",
+            where=where,
+            why="only lora_A.weight and lora_B.weight of linear layers have a lossless form",
+        )
     return match["module"], match["part"]
 
 

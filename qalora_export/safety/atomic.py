@@ -102,8 +102,12 @@ def could_not_write(target: Path) -> Iterator[None]:
 
 
 def _refused(reason: str, where: object) -> InputError:
-    return InputError(f"could not write: {reason}", where=where, why="nothing was left behind under the final name",
-                      fix="free disk space or check the folder's permissions, then run the command again")  # fmt: skip
+    return InputError(
+        f"could not write: {reason}",
+        where=where,
+        why="nothing was left behind under the final name",
+        fix="free disk space or check the folder's permissions, then run the command again",
+    )
 
 
 def _ordinary_mode(probe: Path) -> int:

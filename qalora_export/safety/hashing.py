@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_bytes(*buffers: bytes | NDArray) -> str:
+def sha256_bytes(*buffers: bytes | NDArray[Any]) -> str:
     """Hex digest of the buffers one after the other; arrays by their C-order bytes."""
     digest = hashlib.sha256()
     for buffer in buffers:

@@ -17,6 +17,7 @@ def single_writer(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError("another run is writing here", where=folder,
-                             fix="wait until it has ended, or choose another --out") from error  # fmt: skip
+            raise InputError(
+                "another run is writing here", where=folder, fix="wait until it has ended, or choose another --out"
+            ) from error
         yield

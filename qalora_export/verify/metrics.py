@@ -61,13 +61,17 @@ class PositionMetrics:
         if poisoned:
             figures |= dict.fromkeys(POISONABLE, float("inf"))
         return Summary(
-            positions=int(self.kl.size), bad_positions=int(self.bad.sum()), **figures,
+            positions=int(self.kl.size),
+            bad_positions=int(self.bad.sum()),
+            **figures,
             nmse_max=float("inf") if poisoned else float(self.nmse.max()),
             nmse_scaled_max=float("inf") if poisoned else float((self.nmse / self.sensitivity).max()),
             kl_max=float("inf") if poisoned else float(self.kl.max()),
-            top1=float(self.agree.mean()), ties=int(self.tie.sum()),
-            perplexity_reference=perplexity(self.next_reference), perplexity_runtime=perplexity(self.next_runtime),
-        )  # fmt: skip
+            top1=float(self.agree.mean()),
+            ties=int(self.tie.sum()),
+            perplexity_reference=perplexity(self.next_reference),
+            perplexity_runtime=perplexity(self.next_runtime),
+        )
 
     def scaled_by(self, int8_nmse: NDArray[np.float64]) -> PositionMetrics:
         """The same metrics knowing how sensitive each position is: int8_nmse (positions,), see SENSITIVE."""
@@ -116,13 +120,23 @@ def _figures(metrics: PositionMetrics, rows: NDArray[np.int64]) -> dict[str, flo
     shift = (metrics.next_runtime - metrics.next_reference)[rows]
     shift = shift[~np.isnan(shift)]
     kl = metrics.kl[rows]
-    values = (metrics.nmse[rows].mean(), kl.mean(), np.quantile(kl, 0.99), np.count_nonzero(~metrics.agree[rows]),
-              abs(shift.mean()) if shift.size else 0.0)  # fmt: skip
+    values = (
+        metrics.nmse[rows].mean(),
+        kl.mean(),
+        np.quantile(kl, 0.99),
+        np.count_nonzero(~metrics.agree[rows]),
+        abs(shift.mean()) if shift.size else 0.0,
+    )
     return {name: float(value) for name, value in zip(SCATTERING, values, strict=True)}
 
 
-def compare(reference: NDArray[np.float32], runtime: NDArray[np.float32], following: NDArray[np.int32],
-            *, tie_margin: float = TIE_MARGIN) -> PositionMetrics:  # fmt: skip
+def compare(
+    reference: NDArray[np.float32],
+    runtime: NDArray[np.float32],
+    following: NDArray[np.int32],
+    *,
+    tie_margin: float = TIE_MARGIN,
+) -> PositionMetrics:
     """Metrics of every position.
 
     reference, runtime: float32 (positions, vocabulary). following: int32 (positions,), the id that comes next in the
@@ -155,8 +169,9 @@ def perplexity(next_logprobs: NDArray[np.float64]) -> float:
         return float(np.exp(-values.mean()))
 
 
-def _block(reference: NDArray[np.float32], runtime: NDArray[np.float32], following: NDArray[np.int32],
-           tie_margin: float) -> PositionMetrics:  # fmt: skip
+def _block(
+    reference: NDArray[np.float32], runtime: NDArray[np.float32], following: NDArray[np.int32], tie_margin: float
+) -> PositionMetrics:
     a, b = reference.astype(np.float64), runtime.astype(np.float64)
     bad = (np.isnan(b) | (b == np.inf) | ((b == -np.inf) & (a > FLOOR))).any(axis=1)
     safe = np.where(bad[:, None], a, b)  # rows with NaN are reported as bad, not computed with
@@ -175,17 +190,21 @@ def _block(reference: NDArray[np.float32], runtime: NDArray[np.float32], followi
     has_next = following >= 0
     target = np.where(has_next, following, 0)
     return PositionMetrics(
-        nmse=np.where(bad, np.nan, nmse), kl=np.where(bad, np.nan, kl),
-        agree=~bad & (best - a[rows, choice] <= tie_margin), tie=best - second <= tie_margin, bad=bad,
+        nmse=np.where(bad, np.nan, nmse),
+        kl=np.where(bad, np.nan, kl),
+        agree=~bad & (best - a[rows, choice] <= tie_margin),
+        tie=best - second <= tie_margin,
+        bad=bad,
         next_reference=np.where(has_next, a[rows, target], np.nan),
         next_runtime=np.where(has_next, np.where(bad, -np.inf, safe[rows, target]), np.nan),
         sensitivity=np.ones(len(a)),
-    )  # fmt: skip
+    )
 
 
 def _log_normalised(logprobs: NDArray[np.float64]) -> NDArray[np.float64]:
     top = logprobs.max(axis=1, keepdims=True)
-    return logprobs - (top + np.log(np.exp(logprobs - top).sum(axis=1, keepdims=True)))
+    normalized: NDArray[np.float64] = logprobs - (top + np.log(np.exp(logprobs - top).sum(axis=1, keepdims=True)))
+    return normalized
 
 
 def _row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:

@@ -9,27 +9,27 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.provenance import Link, artifact_links, checkpoint_links
 from qalora_export.console import console
 from qalora_export.errors import InputError, RuntimeUnavailableError
-from qalora_export.qalora.reference import load_tokenizer
+from qalora_export.models.loading import load_tokenizer
 from qalora_export.recipe import VerifySettings
 from qalora_export.safety import atomic_directory, refuse_existing
-from qalora_export.verify.adapters import ADAPTERS, RuntimeAdapter
-from qalora_export.verify.artifact_gates import bytes_gate, weights_gate
-from qalora_export.verify.bisect_stage import bisect_failures
-from qalora_export.verify.environment import describe_inputs
-from qalora_export.verify.gates import GATES, Entry, not_run
-from qalora_export.verify.html import write_html
-from qalora_export.verify.junit import write_junit
-from qalora_export.verify.logits_gates import Floor, logits_gates, reason
-from qalora_export.verify.merge_check import MergeCheck, merge_check
-from qalora_export.verify.noise_floor import NoiseFloor
-from qalora_export.verify.probes import ProbeSet, make_probes
-from qalora_export.verify.provenance import Link, artifact_links, checkpoint_links
-from qalora_export.verify.reference import Reference, reference_logprobs
-from qalora_export.verify.report import ParityReport, print_table, write_report
-from qalora_export.verify.runs import Artifact, Runs
-from qalora_export.verify.text_gate import expected_answers, folder_answers, text_gate
+from qalora_export.verify.bisect.stage import bisect_failures
+from qalora_export.verify.gates.artifact import bytes_gate, weights_gate
+from qalora_export.verify.gates.logits import Floor, logits_gates, reason
+from qalora_export.verify.gates.merge_check import MergeCheck, merge_check
+from qalora_export.verify.gates.rule import GATES, Entry, not_run
+from qalora_export.verify.gates.text import expected_answers, folder_answers, text_gate
+from qalora_export.verify.probes.probe_set import ProbeSet, make_probes
+from qalora_export.verify.reference.logits import Reference, reference_logprobs
+from qalora_export.verify.reference.noise_floor import NoiseFloor
+from qalora_export.verify.report.environment import describe_inputs
+from qalora_export.verify.report.html import write_html
+from qalora_export.verify.report.junit import write_junit
+from qalora_export.verify.report.parity_report import ParityReport, print_table, write_report
+from qalora_export.verify.runtimes.records import ADAPTERS, RuntimeAdapter
+from qalora_export.verify.runtimes.runs import Artifact, Runs
 
 V = TypeVar("V")
 Launch = Callable[..., Any]
@@ -55,10 +55,19 @@ class Session:
     exact: dict[str, Artifact] = field(default_factory=dict)
 
 
-def verify_parity(checkpoint: Path, out: Path, settings: VerifySettings, *, gguf: Path | None = None,
-                  onnx: Path | None = None, base: Path | None = None, force: bool = False,
-                  bisect: bool = True, launch: Launch | None = None, taps: Launch | None = None,
-                  ) -> ParityReport:  # fmt: skip
+def verify_parity(
+    checkpoint: Path,
+    out: Path,
+    settings: VerifySettings,
+    *,
+    gguf: Path | None = None,
+    onnx: Path | None = None,
+    base: Path | None = None,
+    force: bool = False,
+    bisect: bool = True,
+    launch: Launch | None = None,
+    taps: Launch | None = None,
+) -> ParityReport:
     """Run every gate of every requested runtime and write the report folder `out`, also when parity fails.
 
     base: the unadapted base checkpoint whose noise floor bounds the shipped path; without it the base is looked for
@@ -100,16 +109,20 @@ def _artifacts(settings: VerifySettings, gguf: Path | None, onnx: Path | None) -
         path = given[ADAPTERS[runtime].format]
         if path is None or not path.exists():
             kind = ADAPTERS[runtime].format
-            raise InputError(f"{runtime} is requested but there is no {kind} artifact to run", where=path or "",
-                             fix=f"pass --{kind}, or leave the runtime out")  # fmt: skip
+            raise InputError(
+                f"{runtime} is requested but there is no {kind} artifact to run",
+                where=path or "",
+                fix=f"pass --{kind}, or leave the runtime out",
+            )
         artifacts[runtime] = path
     if not artifacts:
         raise InputError("no runtime is requested", fix="pass --gguf or --onnx")
     return artifacts
 
 
-def _prepare(model: CanonicalCheckpoint, settings: VerifySettings, base: Path | None, workdir: Path,
-             launch: Launch | None) -> Session:  # fmt: skip
+def _prepare(
+    model: CanonicalCheckpoint, settings: VerifySettings, base: Path | None, workdir: Path, launch: Launch | None
+) -> Session:
     tokenizer = load_tokenizer(model.path)
     probes = make_probes(tokenizer, model.config, settings)
     console.print(f"probe set: {len(probes.lengths)} sequences, {probes.ids.size} positions")
@@ -122,8 +135,18 @@ def _prepare(model: CanonicalCheckpoint, settings: VerifySettings, base: Path | 
     runs = Runs(probes, model.config["vocab_size"], workdir, settings.threads, launch)
     floor = NoiseFloor(model.path, base, probes, reference.logprobs, runs, settings.threads, workdir)
     chain = checkpoint_links(model.path, base=base)
-    return Session(model, settings, probes, reference, folder_answers(model.path, probes), chain, runs, floor, workdir,
-                   merge_check(model, base=base))  # fmt: skip
+    return Session(
+        model,
+        settings,
+        probes,
+        reference,
+        folder_answers(model.path, probes),
+        chain,
+        runs,
+        floor,
+        workdir,
+        merge_check(model, base=base),
+    )
 
 
 def _verify_runtime(session: Session, adapter: RuntimeAdapter, artifact: Path, report: ParityReport) -> None:
@@ -142,8 +165,15 @@ def _verify_runtime(session: Session, adapter: RuntimeAdapter, artifact: Path, r
         exact = _attempt(lambda: adapter.exact(artifact, workdir))
         if isinstance(exact, Artifact):
             session.exact[runtime] = exact
-        logits = logits_gates(runtime, session.runs, session.reference.logprobs, exact=exact, shipped=shipped,
-                              floor=floor, int8_nmse=sensitivity)  # fmt: skip
+        logits = logits_gates(
+            runtime,
+            session.runs,
+            session.reference.logprobs,
+            exact=exact,
+            shipped=shipped,
+            floor=floor,
+            int8_nmse=sensitivity,
+        )
     report.entries += logits.entries
     report.positions |= {(runtime, path): metrics for path, metrics in logits.positions.items()}
     if isinstance(floor, Floor):
@@ -157,10 +187,15 @@ def _bytes_entry(session: Session, adapter: RuntimeAdapter, artifact: Path) -> E
     links = artifact_links(artifact, session.checkpoint.path)
     session.links += [link for link in links if link not in session.links]
     contents = adapter.read_back(artifact)
-    return bytes_gate(adapter.runtime, session.checkpoint, contents,
-                      expected=adapter.expected(session.checkpoint, session.reference.frequencies),
-                      found=adapter.found(artifact, contents), links=[*session.chain, *links],
-                      merge=session.merge)  # fmt: skip
+    return bytes_gate(
+        adapter.runtime,
+        session.checkpoint,
+        contents,
+        expected=adapter.expected(session.checkpoint, session.reference.frequencies),
+        found=adapter.found(artifact, contents),
+        links=[*session.chain, *links],
+        merge=session.merge,
+    )
 
 
 def _weights_entry(session: Session, adapter: RuntimeAdapter, artifact: Path) -> Entry:

@@ -11,8 +11,11 @@ from qalora_runtimes.runner import Runtime, main, parser
 
 
 def arguments() -> argparse.Namespace:
-    out = parser("qalora_runtimes.genai", "Run an ONNX folder in ONNX Runtime GenAI.",
-                 model_help="folder with genai_config.json; --exact expects accuracy_level 1")  # fmt: skip
+    out = parser(
+        "qalora_runtimes.genai",
+        "Run an ONNX folder in ONNX Runtime GenAI.",
+        model_help="folder with genai_config.json; --exact expects accuracy_level 1",
+    )
     return out.parse_args()
 
 

@@ -88,13 +88,16 @@ class GenaiRuntime:
     def describe(self) -> dict[str, Any]:
         search = self._config.get("search", {})
         return {
-            "runtime": "onnxruntime-genai", "package": PACKAGE, "version": self._genai.__version__,
+            "runtime": "onnxruntime-genai",
+            "package": PACKAGE,
+            "version": self._genai.__version__,
             "logits_through": "Generator, every position of a prompt",
             "settings": {
-                "device": self._model.device_type, "intra_op_threads": self._threads,
+                "device": self._model.device_type,
+                "intra_op_threads": self._threads,
                 "past_present_share_buffer": search.get("past_present_share_buffer"),
             },
-        }  # fmt: skip
+        }
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -19,14 +19,22 @@ ELSEWHERE = {"settings": "those the server was started with"}
 
 
 def arguments() -> argparse.Namespace:
-    out = parser("qalora_runtimes.llama_cpp", "Run a GGUF model in llama.cpp.", model_required=False,
-                 model_help="model.gguf (not with --server)")  # fmt: skip
+    out = parser(
+        "qalora_runtimes.llama_cpp",
+        "Run a GGUF model in llama.cpp.",
+        model_required=False,
+        model_help="model.gguf (not with --server)",
+    )
     out.add_argument("--lora", type=Path, help="adapter GGUF, loaded by llama.cpp itself at scale 1")
     out.add_argument(
         "--backend", choices=sorted(BACKENDS), default="xllamacpp", help="Python package (default xllamacpp)"
     )
-    out.add_argument("--through", choices=("auto", "c-api", "server"), default="auto",
-                     help="xllamacpp: C API (fast), its server (slow), or the first that works (default)")  # fmt: skip
+    out.add_argument(
+        "--through",
+        choices=("auto", "c-api", "server"),
+        default="auto",
+        help="xllamacpp: C API (fast), its server (slow), or the first that works (default)",
+    )
     out.add_argument("--server", metavar="URL", help="ask a running llama-server, for instance http://device:8080")
     return out.parse_args()
 
@@ -34,8 +42,10 @@ def arguments() -> argparse.Namespace:
 def open_runtime(options: argparse.Namespace, job: Job) -> Runtime:
     if options.server is not None:
         if options.exact or options.lora is not None or options.model is not None:
-            raise RunnerError("--server decides model, adapter and settings itself: start llama-server with "
-                              "-m, --lora and, for exact runs, -ctk f32 -ctv f32 -fa off --no-repack")  # fmt: skip
+            raise RunnerError(
+                "--server decides model, adapter and settings itself: start llama-server with "
+                "-m, --lora and, for exact runs, -ctk f32 -ctv f32 -fa off --no-repack"
+            )
         return ServerRuntime(Client(options.server), job, version=None, settings=ELSEWHERE)
     if options.model is None:
         raise RunnerError("give --model FILE or --server URL")

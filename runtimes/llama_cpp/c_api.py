@@ -40,8 +40,12 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         (c_void_p, ctypes.POINTER(c_void_p), ctypes.c_size_t, ctypes.POINTER(c_float)),
     ),
 }
-PARAMETERISED = ("llama_model_default_params", "llama_context_default_params",
-                 "llama_model_load_from_file", "llama_init_from_model")  # fmt: skip
+PARAMETERISED = (
+    "llama_model_default_params",
+    "llama_context_default_params",
+    "llama_model_load_from_file",
+    "llama_init_from_model",
+)
 
 
 class UnknownLayoutError(RuntimeError):
@@ -85,8 +89,9 @@ class Library:
 class Context:
     """One model and one sequence slot, optionally with LoRA adapters at scale 1."""
 
-    def __init__(self, library: Library, path: Path, lora: Path | None, *,
-                 model: dict[str, int], context: dict[str, int]) -> None:  # fmt: skip
+    def __init__(
+        self, library: Library, path: Path, lora: Path | None, *, model: dict[str, int], context: dict[str, int]
+    ) -> None:
         """`model` and `context` override default parameters. Raises RunnerError with llama.cpp's own words."""
         self._library, c = library, library.c
         parameters = _with(c.llama_model_default_params(), model)

@@ -51,10 +51,19 @@ class Client:
         """
         if not self._harmless:
             self._harmless = [[self._tokenize("a", special=False)[0], HARMLESS_BIAS]]
-        answer = self._call("/completion", {
-            "prompt": ids.tolist(), "n_predict": 1, "n_probs": vocabulary, "temperature": -1.0, "stream": False,
-            "cache_prompt": not fresh, "post_sampling_probs": False, "logit_bias": self._harmless,
-        })  # fmt: skip
+        answer = self._call(
+            "/completion",
+            {
+                "prompt": ids.tolist(),
+                "n_predict": 1,
+                "n_probs": vocabulary,
+                "temperature": -1.0,
+                "stream": False,
+                "cache_prompt": not fresh,
+                "post_sampling_probs": False,
+                "logit_bias": self._harmless,
+            },
+        )
         evaluated, expected = answer.get("timings", {}).get("prompt_n"), len(ids) if fresh else 1
         if evaluated != expected:
             raise RunnerError(f"llama-server evaluated {evaluated} tokens of a {len(ids)}-token prompt, not {expected}")

@@ -24,10 +24,14 @@ def open_binding(arguments: argparse.Namespace, job: Job) -> Runtime:
         raise MissingRuntimeError(PACKAGE, error) from error
     settings = LlamaSettings.of(exact=arguments.exact, threads=arguments.threads, longest=job.longest)
     options: dict[str, Any] = {
-        "model_path": str(arguments.model), "n_ctx": settings.context, "logits_all": True, "verbose": False,
-        "n_threads": settings.threads, "n_threads_batch": settings.threads,
+        "model_path": str(arguments.model),
+        "n_ctx": settings.context,
+        "logits_all": True,
+        "verbose": False,
+        "n_threads": settings.threads,
+        "n_threads_batch": settings.threads,
         "lora_path": None if arguments.lora is None else str(arguments.lora),
-    }  # fmt: skip
+    }
     if settings.exact:
         options |= {"type_k": KV_F32, "type_v": KV_F32, "flash_attn": False, "n_gpu_layers": 0}
         if "use_extra_bufts" in inspect.signature(llama_cpp.Llama.__init__).parameters:
@@ -82,7 +86,9 @@ class BindingRuntime:
 
     def describe(self) -> dict[str, Any]:
         return {
-            "runtime": "llama.cpp", "package": PACKAGE, "version": importlib.metadata.version(PACKAGE),
+            "runtime": "llama.cpp",
+            "package": PACKAGE,
+            "version": importlib.metadata.version(PACKAGE),
             "logits_through": "Llama.scores, every position of a batch",
             "settings": self._settings.described() | {"extra_buffers": self._extra_buffers},
-        }  # fmt: skip
+        }

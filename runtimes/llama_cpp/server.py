@@ -36,6 +36,9 @@ class ServerRuntime:
 
     def describe(self) -> dict[str, Any]:
         return {
-            "runtime": "llama.cpp", "package": "llama-server", "version": self._version,
-            "logits_through": "server, one position per request", "settings": self._settings,
-        }  # fmt: skip
+            "runtime": "llama.cpp",
+            "package": "llama-server",
+            "version": self._version,
+            "logits_through": "server, one position per request",
+            "settings": self._settings,
+        }

@@ -69,20 +69,29 @@ def parameters(settings: LlamaSettings) -> tuple[dict[str, int], dict[str, int]]
     """(model, context) parameters that differ from llama.cpp's own defaults."""
     batch = min(BATCH, settings.context)
     exact_model = {"use_extra_bufts": 0, "n_gpu_layers": 0}
-    exact_context = {"type_k": KV_F32, "type_v": KV_F32, "flash_attn_type": FLASH_ATTENTION_OFF,
-                     "offload_kqv": 0, "op_offload": 0}  # fmt: skip
+    exact_context = {
+        "type_k": KV_F32,
+        "type_v": KV_F32,
+        "flash_attn_type": FLASH_ATTENTION_OFF,
+        "offload_kqv": 0,
+        "op_offload": 0,
+    }
     context = {
-        "n_ctx": settings.context, "n_batch": batch, "n_ubatch": min(MICRO_BATCH, batch),
-        "n_threads": settings.threads, "n_threads_batch": settings.threads,
-    }  # fmt: skip
+        "n_ctx": settings.context,
+        "n_batch": batch,
+        "n_ubatch": min(MICRO_BATCH, batch),
+        "n_threads": settings.threads,
+        "n_threads_batch": settings.threads,
+    }
     return (exact_model, context | exact_context) if settings.exact else ({}, context)
 
 
 class CApiRuntime:
     """runner.Runtime on llama_decode: every position of a sequence from one batch, or one token per step."""
 
-    def __init__(self, library: Library, model: Path, lora: Path | None, settings: LlamaSettings, job: Job,
-                 server: LocalServer) -> None:  # fmt: skip
+    def __init__(
+        self, library: Library, model: Path, lora: Path | None, settings: LlamaSettings, job: Job, server: LocalServer
+    ) -> None:
         self._settings, self._server, self._lora = settings, server, lora
         for_model, for_context = parameters(settings)
         self._context = Context(library, model, lora, model=for_model, context=for_context)
@@ -114,10 +123,14 @@ class CApiRuntime:
 
     def describe(self) -> dict[str, Any]:
         return {
-            "runtime": "llama.cpp", "package": PACKAGE, "version": version(),
+            "runtime": "llama.cpp",
+            "package": PACKAGE,
+            "version": version(),
             "logits_through": "C API, every position of a batch",
             "settings": {
-                **self._settings.described(), "lora": self._lora is not None,
-                WAIT_POLICY.lower(): os.environ[WAIT_POLICY], **self._logged,
+                **self._settings.described(),
+                "lora": self._lora is not None,
+                WAIT_POLICY.lower(): os.environ[WAIT_POLICY],
+                **self._logged,
             },
-        }  # fmt: skip
+        }

@@ -11,8 +11,11 @@ from qalora_runtimes.runner import Runtime, main, parser
 
 
 def arguments() -> argparse.Namespace:
-    out = parser("qalora_runtimes.onnxruntime_", "Run an ONNX decoder in ONNX Runtime on the CPU.",
-                 model_help="folder with model.onnx, or the file; --exact expects accuracy_level 1")  # fmt: skip
+    out = parser(
+        "qalora_runtimes.onnxruntime_",
+        "Run an ONNX decoder in ONNX Runtime on the CPU.",
+        model_help="folder with model.onnx, or the file; --exact expects accuracy_level 1",
+    )
     return out.parse_args()
 
 

@@ -18,8 +18,11 @@ ERRORS_ONLY = 3  # log severity
 DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 CACHE_NAME = re.compile(r"^(past|present)\w*\.(\d+)\.(key|value)$")
 DTYPES: dict[str, Any] = {
-    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(int32)": np.int32,
-}  # fmt: skip
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+}
 
 
 def import_package() -> Any:
@@ -126,13 +129,16 @@ class Decoder:
 
     def describe(self) -> dict[str, Any]:
         return {
-            "runtime": "onnxruntime", "package": PACKAGE, "version": self._version,
+            "runtime": "onnxruntime",
+            "package": PACKAGE,
+            "version": self._version,
             "logits_through": "InferenceSession, every position of a run",
             "settings": {
-                "provider": PROVIDER, "intra_op_threads": self._threads,
+                "provider": PROVIDER,
+                "intra_op_threads": self._threads,
                 "kv_dtype": str(np.dtype(self._slots[0].dtype)),
             },
-        }  # fmt: skip
+        }
 
     def check_job(self, job: Job) -> None:
         """Raises RunnerError for ids outside the vocabulary, where the graph tells it."""

@@ -34,8 +34,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 BOS, END, USER, ASSISTANT, SYSTEM, PAD = (
-    "<|begin_of_text|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|pad|>",
-)  # fmt: skip
+    "<|begin_of_text|>",
+    "<|end|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|system|>",
+    "<|pad|>",
+)
 SPECIALS = [BOS, END, USER, ASSISTANT, SYSTEM, PAD]
 # Llama 3's splitting expression; llama.cpp knows it as `llama-bpe`.
 LLAMA3_SPLIT = (
@@ -50,8 +55,19 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt %}{{- '<|assistant|>\n' }}{%- endif %}"
 )
 VOCAB, HIDDEN, INTER, LAYERS, HEADS, KV_HEADS, CONTEXT = 3072, 384, 1024, 4, 6, 2, 512
-SKIP_DIRS = {"test", "tests", "site-packages", "idlelib", "turtledemo", "encodings", "__pycache__", "ensurepip",
-             "idle_test", "_bundled", "config"}  # fmt: skip
+SKIP_DIRS = {
+    "test",
+    "tests",
+    "site-packages",
+    "idlelib",
+    "turtledemo",
+    "encodings",
+    "__pycache__",
+    "ensurepip",
+    "idle_test",
+    "_bundled",
+    "config",
+}
 
 
 def library_files() -> list[tuple[str, str]]:
@@ -131,9 +147,13 @@ def train_tokenizer(texts: list[str], vocab_size: int = VOCAB) -> PreTrainedToke
         ]
     )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token=BOS, eos_token=END, pad_token=PAD,
-        clean_up_tokenization_spaces=False, model_max_length=CONTEXT,
-    )  # fmt: skip
+        tokenizer_object=core,
+        bos_token=BOS,
+        eos_token=END,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+        model_max_length=CONTEXT,
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -226,15 +246,27 @@ def main() -> None:
     epoch = 0
     data = encode(tokenizer, shuffled_documents(train_texts, args.seed))
     held = encode(tokenizer, held_texts)
-    print(f"corpus {sum(map(len, train_texts)) / 1e6:.1f} M characters, {len(data) / 1e6:.2f} M tokens, "
-          f"held out {len(held) / 1e3:.0f} k tokens", flush=True)  # fmt: skip
+    print(
+        f"corpus {sum(map(len, train_texts)) / 1e6:.1f} M characters, {len(data) / 1e6:.2f} M tokens, "
+        f"held out {len(held) / 1e3:.0f} k tokens",
+        flush=True,
+    )
 
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=INTER, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True, rms_norm_eps=1e-5, initializer_range=0.02,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=INTER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-5,
+        initializer_range=0.02,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     model = LlamaForCausalLM(config)
     optimizers = make_optimizers(model)
     steps = args.tokens // (args.batch * CONTEXT)
@@ -267,8 +299,11 @@ def main() -> None:
         step += 1
         if step % 20 == 0 or step == steps:
             rate = (step - first) * per_step / (time.time() - began)
-            print(f"step {step}/{steps} loss {loss.item():.3f} {rate:.0f} tok/s "
-                  f"ETA {(steps - step) * per_step / rate / 60:.0f} min", flush=True)  # fmt: skip
+            print(
+                f"step {step}/{steps} loss {loss.item():.3f} {rate:.0f} tok/s "
+                f"ETA {(steps - step) * per_step / rate / 60:.0f} min",
+                flush=True,
+            )
         if step % 100 == 0:
             save_state(state_path, model, optimizers, step)
 
@@ -282,10 +317,16 @@ def main() -> None:
     model.to(torch.float16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     record = {
-        "held_out_loss_nats": loss, "held_out_perplexity": math.exp(loss), "tokens": args.tokens, "seed": args.seed,
-        "corpus_sha256": corpus_hash, "python": platform.python_version(), "torch": torch.__version__,
-        "values_rounded_to_fp16": changed, "parameters": sum(p.numel() for p in model.parameters()),
-    }  # fmt: skip
+        "held_out_loss_nats": loss,
+        "held_out_perplexity": math.exp(loss),
+        "tokens": args.tokens,
+        "seed": args.seed,
+        "corpus_sha256": corpus_hash,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "values_rounded_to_fp16": changed,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
     (args.out / "TRAINING.json").write_text(json.dumps(record, indent=2) + "\n")
     (args.out / "held_out.txt").write_text("\n\n".join(shuffled_documents(held_texts, args.seed))[:200_000])
     (args.out / "calibration.txt").write_text("\n\n".join(shuffled_documents(train_texts, args.seed))[:300_000])

@@ -23,8 +23,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from qalora_export.qalora.reference import load_model, load_tokenizer
-from qalora_export.quantize.stage import quantize
+from qalora_export.models.loading import load_model, load_tokenizer
+from qalora_export.quantization.stage import quantize
 from qalora_export.recipe import QuantizeSettings
 
 MODEL = Path(__file__).parent / "model"
@@ -63,8 +63,14 @@ def measure(windows: torch.Tensor, bits: int, group: int, reference: list[torch.
     row: dict[str, Any] = {"bits": bits, "group_size": group}
     loss = {}
     for method in ("rtn", "gptq"):
-        settings = QuantizeSettings(method=method, bits=bits, group_size=group, sequence_length=256,
-                                    calibration_samples=64, calibration=str(MODEL / "calibration.txt"))  # fmt: skip
+        settings = QuantizeSettings(
+            method=method,
+            bits=bits,
+            group_size=group,
+            sequence_length=256,
+            calibration_samples=64,
+            calibration=str(MODEL / "calibration.txt"),
+        )
         with tempfile.TemporaryDirectory() as folder:
             quantize(MODEL, Path(folder) / "q", settings)
             found = logprobs(Path(folder) / "q", windows)
@@ -88,15 +94,26 @@ def main() -> None:
     base = float(np.exp(losses(reference, windows).mean()))
     rows = [measure(windows, bits, group, reference) for group in args.groups for bits in args.bits]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    record = {"fp16_perplexity": base, "windows": len(windows), "rows": rows, "torch": torch.__version__,
-              "hardware": f"{platform.machine()}, {os.cpu_count()} CPU cores"}  # fmt: skip
+    record = {
+        "fp16_perplexity": base,
+        "windows": len(windows),
+        "rows": rows,
+        "torch": torch.__version__,
+        "hardware": f"{platform.machine()}, {os.cpu_count()} CPU cores",
+    }
     args.out.write_text(json.dumps(record, indent=2) + "\n")
     columns = ("bits", "g", "RTN perplexity", "GPTQ perplexity", "GPTQ − RTN, nats", "RTN KL", "GPTQ KL")
     table = Table(*columns, title=f"sample base, held-out text; fp16 perplexity {base:.4f}")
     for row in rows:
-        table.add_row(str(row["bits"]), str(row["group_size"]), f"{row['rtn_perplexity']:.4f}",
-                      f"{row['gptq_perplexity']:.4f}", f"{row['difference_nats']:+.5f} ± {row['standard_error']:.5f}",
-                      f"{row['rtn_kl']:.2e}", f"{row['gptq_kl']:.2e}")  # fmt: skip
+        table.add_row(
+            str(row["bits"]),
+            str(row["group_size"]),
+            f"{row['rtn_perplexity']:.4f}",
+            f"{row['gptq_perplexity']:.4f}",
+            f"{row['difference_nats']:+.5f} ± {row['standard_error']:.5f}",
+            f"{row['rtn_kl']:.2e}",
+            f"{row['gptq_kl']:.2e}",
+        )
     Console().print(table)
 
 

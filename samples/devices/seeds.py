@@ -18,7 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from rich.console import Console
 from rich.table import Table
 
-from qalora_export.api import evaluate, merge, quantize, train
+from qalora_export import evaluate, merge, quantize, train
 from qalora_export.recipe import load_recipe
 
 HERE = Path(__file__).parent

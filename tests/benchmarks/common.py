@@ -16,15 +16,34 @@ import torch
 
 # LlamaConfig by name; weights are random, so nothing is downloaded.
 SHAPES: dict[str, dict[str, Any]] = {
-    "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-                   "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
-                   "tie_word_embeddings": False},
-    "llama-3.2-3b": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
-                     "num_attention_heads": 24, "num_key_value_heads": 8, "vocab_size": 128256,
-                     "tie_word_embeddings": True},
-    "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": False},
-}  # fmt: skip
+    "llama-2-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
+    },
+    "llama-3.2-3b": {
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
+    "tiny": {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+        "tie_word_embeddings": False,
+    },
+}
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes")
 
 
@@ -41,14 +60,22 @@ def config_of(shape: str, *, layers: int | None, sequence: int) -> Any:
 def hardware(device: torch.device) -> dict[str, Any]:
     """What the numbers were measured on."""
     found: dict[str, Any] = {
-        "cpu": _cpu_name(), "threads": torch.get_num_threads(), "load_average": os.getloadavg()[0],
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
         "system": platform.platform(),
-        "python": platform.python_version(), "packages": {name: _version(name) for name in PACKAGES},
-    }  # fmt: skip
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "driver": _driver(),
-                  "cuda": torch.version.cuda, "capability": [properties.major, properties.minor]}  # fmt: skip
+        found |= {
+            "gpu": properties.name,
+            "gpu_memory_bytes": properties.total_memory,
+            "driver": _driver(),
+            "cuda": torch.version.cuda,
+            "capability": [properties.major, properties.minor],
+        }
     return found
 
 

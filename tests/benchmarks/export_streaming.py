@@ -55,8 +55,14 @@ def main() -> None:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     aims = {"peak_above_imports_bytes": AIM_BYTES, "seconds_per_cp_seconds": AIM_RATIO}
-    content = {"benchmark": "export_streaming", "machine": found, "shape": config, "checkpoint_bytes": size,
-               "aims": aims, "rows": rows}  # fmt: skip
+    content = {
+        "benchmark": "export_streaming",
+        "machine": found,
+        "shape": config,
+        "checkpoint_bytes": size,
+        "aims": aims,
+        "rows": rows,
+    }
     _report(content, options.json)
 
 
@@ -72,17 +78,31 @@ def _measure(name: str, checkpoint: Path, work: Path, repeats: int) -> dict[str,
     seconds = statistics.median(run["seconds"] for run in runs)
     copy, copy_cpu = (statistics.median(values) for values in zip(*copies, strict=True))
     return {
-        "bytes": _bytes(out), "seconds": seconds, "cp_sync_seconds": copy, "cp_sync_cpu_seconds": copy_cpu,
+        "bytes": _bytes(out),
+        "seconds": seconds,
+        "cp_sync_seconds": copy,
+        "cp_sync_cpu_seconds": copy_cpu,
         "ratio": statistics.median(run["seconds"] / copied for run, (copied, _) in zip(runs, copies, strict=True)),
         "cpu_seconds": statistics.median(run["cpu_seconds"] for run in runs),
         "peak_above_imports_bytes": max(run["peak_above_imports_bytes"] for run in runs),
-        "peak_bytes": max(run["peak_bytes"] for run in runs), "runs": runs, "cp_runs": copies,
-    }  # fmt: skip
+        "peak_bytes": max(run["peak_bytes"] for run in runs),
+        "runs": runs,
+        "cp_runs": copies,
+    }
 
 
 def _export(name: str, checkpoint: Path, out: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.benchmarks.export_streaming", "--child", name,
-               "--checkpoint", str(checkpoint), "--out", str(out)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "tests.benchmarks.export_streaming",
+        "--child",
+        name,
+        "--checkpoint",
+        str(checkpoint),
+        "--out",
+        str(out),
+    ]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     return json.loads(done.stdout)
 
@@ -108,8 +128,16 @@ def _child(name: str, checkpoint: Path, out: Path) -> None:
     before, began, cpu = resident_bytes("VmRSS"), time.perf_counter(), time.process_time()
     work()
     seconds, peak = time.perf_counter() - began, resident_bytes("VmHWM")
-    print(json.dumps({"seconds": seconds, "cpu_seconds": time.process_time() - cpu, "peak_bytes": peak,
-                      "peak_above_imports_bytes": peak - before}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "cpu_seconds": time.process_time() - cpu,
+                "peak_bytes": peak,
+                "peak_above_imports_bytes": peak - before,
+            }
+        )
+    )
 
 
 def _copy(source: Path, target: Path) -> tuple[float, float]:
@@ -147,12 +175,25 @@ def _report(content: dict[str, Any], path: Path) -> None:
         "CPU s of cp",
         "peak RSS above imports, MiB",
     ]
-    rows = [[name, f"{row['bytes'] / 1e9:.2f}", f"{row['seconds']:.1f}", f"{row['cp_sync_seconds']:.1f}",
-             f"{row['ratio']:.2f}", f"{row['cpu_seconds']:.1f}", f"{row['cp_sync_cpu_seconds']:.1f}",
-             f"{row['peak_above_imports_bytes'] / 2**20:.0f}"]
-            for name, row in content["rows"].items()]  # fmt: skip
-    print_table(f"Export of {content['checkpoint_bytes'] / 1e9:.2f} GB; {content['machine']['cpu']}, "
-                f"{content['machine']['cores']} cores; {path}", header, rows)  # fmt: skip
+    rows = [
+        [
+            name,
+            f"{row['bytes'] / 1e9:.2f}",
+            f"{row['seconds']:.1f}",
+            f"{row['cp_sync_seconds']:.1f}",
+            f"{row['ratio']:.2f}",
+            f"{row['cpu_seconds']:.1f}",
+            f"{row['cp_sync_cpu_seconds']:.1f}",
+            f"{row['peak_above_imports_bytes'] / 2**20:.0f}",
+        ]
+        for name, row in content["rows"].items()
+    ]
+    print_table(
+        f"Export of {content['checkpoint_bytes'] / 1e9:.2f} GB; {content['machine']['cpu']}, "
+        f"{content['machine']['cores']} cores; {path}",
+        header,
+        rows,
+    )
 
 
 def _arguments() -> argparse.Namespace:

@@ -15,8 +15,8 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
-from qalora_export.families import family_of
-from qalora_export.formats.gguf.plan import plan_model
+from qalora_export.formats.gguf.tensor_table import plan_model
+from qalora_export.models.families import family_of
 
 T = GGMLQuantizationType
 FILE_TYPES = {"Q4_0": 2, "Q4_K_M": 15}  # enum llama_ftype
@@ -61,9 +61,11 @@ def quantize_gguf(library: Path, checkpoint: Path, exact: Path, out: Path, recip
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for p in plans:
-        parts = [p.load(slice(at, at + ROWS)) for at in range(0, p.shape[0], ROWS)] if len(p.shape) == 1 else [
-            _quantized(c, types[p.name], p.load(slice(at, at + ROWS))) for at in range(0, p.shape[0], ROWS)
-        ]  # fmt: skip
+        parts = (
+            [p.load(slice(at, at + ROWS)) for at in range(0, p.shape[0], ROWS)]
+            if len(p.shape) == 1
+            else [_quantized(c, types[p.name], p.load(slice(at, at + ROWS))) for at in range(0, p.shape[0], ROWS)]
+        )
         writer.write_tensor_data(np.concatenate(parts))
     writer.close()
     return out

@@ -88,10 +88,17 @@ def check_loss(setup: Setup, sequence: int) -> dict[str, float]:
         reference, expected = _loss_and_gradient(model, ids)
     kernels, found = _loss_and_gradient(model, ids)
     low, _ = _loss_and_gradient(model.to(torch.bfloat16), ids)
-    result = {"float32_reference": reference, "float32": kernels, "bf16": low,
-              "gradient_relative_error": float((found - expected).norm() / expected.norm())}  # fmt: skip
-    if (abs(kernels - reference) > FP32_LOSS_TOLERANCE * reference or abs(low - reference) > BF16_LOSS_TOLERANCE *
-            reference or not result["gradient_relative_error"] <= GRADIENT_TOLERANCE):  # fmt: skip
+    result = {
+        "float32_reference": reference,
+        "float32": kernels,
+        "bf16": low,
+        "gradient_relative_error": float((found - expected).norm() / expected.norm()),
+    }
+    if (
+        abs(kernels - reference) > FP32_LOSS_TOLERANCE * reference
+        or abs(low - reference) > BF16_LOSS_TOLERANCE * reference
+        or not result["gradient_relative_error"] <= GRADIENT_TOLERANCE
+    ):
         raise ParityError("the loss is not that of the float32 reference path", why=str(result))
     return result
 
@@ -127,10 +134,14 @@ def bandwidth(setup: Setup, repeats: int) -> dict[str, Any]:
 
     times = interleaved({name: functools.partial(run, work) for name, work in works.items()}, setup.device, repeats)
     speed = {name: rounds * len(layers) * moved / value.wall / 1e9 for name, value in times.items()}
-    return {"matrix": [out, columns], "bytes": moved, "kernels": dispatch.applies(first.codes),
-            **{f"{name}_gb_per_s": value for name, value in speed.items()},
-            "fraction_of_copy": speed["dequantize"] / speed["copy"],
-            "adapted_fraction_of_copy": speed["adapted"] / speed["copy"]}  # fmt: skip
+    return {
+        "matrix": [out, columns],
+        "bytes": moved,
+        "kernels": dispatch.applies(first.codes),
+        **{f"{name}_gb_per_s": value for name, value in speed.items()},
+        "fraction_of_copy": speed["dequantize"] / speed["copy"],
+        "adapted_fraction_of_copy": speed["adapted"] / speed["copy"],
+    }
 
 
 def crossover(setup: Setup, repeats: int, rows: tuple[int, ...] = (1, 8, 16, 32, 64, 128, 256)) -> list[dict[str, Any]]:
@@ -143,9 +154,13 @@ def crossover(setup: Setup, repeats: int, rows: tuple[int, ...] = (1, 8, 16, 32,
     found = []
     for count in rows:
         x = torch.randn(count, columns, device=setup.device, dtype=torch.bfloat16)
-        times = interleaved({
-            "fused": lambda x=x: ops.fused_linear(x, *parts),
-            "separate": lambda x=x: F.linear(x, dequantize(*parts, torch.bfloat16)),
-        }, setup.device, repeats)  # fmt: skip
+        times = interleaved(
+            {
+                "fused": lambda x=x: ops.fused_linear(x, *parts),
+                "separate": lambda x=x: F.linear(x, dequantize(*parts, torch.bfloat16)),
+            },
+            setup.device,
+            repeats,
+        )
         found.append({"rows": count} | {f"{name}_us": 1e6 * value.wall for name, value in times.items()})
     return found

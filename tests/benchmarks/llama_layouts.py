@@ -59,11 +59,19 @@ def main() -> None:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     rows = {name: _row(name, turns, prompt, tokens) | {"bytes": sizes[name]} for name in files}
-    content = {"benchmark": "llama_layouts", "machine": found, "shape": config, "group_size": options.group,
-               "threads": options.threads,
-               "prompt_tokens": prompt, "decoded_tokens": tokens, "turns": repeats,
-               "omp_wait_policy": options.omp_wait_policy, "aim_of_q4_k_m": AIM,
-               "rows": rows}  # fmt: skip
+    content = {
+        "benchmark": "llama_layouts",
+        "machine": found,
+        "shape": config,
+        "group_size": options.group,
+        "threads": options.threads,
+        "prompt_tokens": prompt,
+        "decoded_tokens": tokens,
+        "turns": repeats,
+        "omp_wait_policy": options.omp_wait_policy,
+        "aim_of_q4_k_m": AIM,
+        "rows": rows,
+    }
     _report(content, options.json)
 
 
@@ -94,31 +102,40 @@ def _files(work: Path, config: dict[str, Any], group: int) -> dict[str, tuple[Pa
         "split, rank 16": (work / "base.gguf", adapter),
         "split, F16 lm_head": (work / "plain.gguf", adapter_path(work / "plain.gguf")),
         **lossy,
-    }  # fmt: skip
+    }
 
 
 def _trained_adapter(base: Path, out: Path, config: dict[str, Any], group: int) -> Path:
     """A rank-16 QA-LoRA adapter over every linear layer, with random A and B."""
     from qalora_export.checkpoint.manifest import Parent
-    from qalora_export.formats.gguf.trained import LowRank, write_adapter
+    from qalora_export.formats.gguf.lora import LowRank, write_adapter
 
     rng = np.random.default_rng(1)
     modules = {
-        module: LowRank(rng.standard_normal((RANK, columns // group), np.float32) * 0.01,
-                        rng.standard_normal((rows, RANK), np.float32) * 0.01, 1.0)
+        module: LowRank(
+            rng.standard_normal((RANK, columns // group), np.float32) * 0.01,
+            rng.standard_normal((rows, RANK), np.float32) * 0.01,
+            1.0,
+        )
         for module, rows, columns in linears(config)
-    }  # fmt: skip
+    }
     write_adapter(base, modules, out, parent=Parent("adapter", "random", "0" * 64))
     return out
 
 
-def _measure(files: dict[str, tuple[Path, Path | None]], threads: int, vocab: int, prompt: int, tokens: int,
-             repeats: int) -> list[dict[str, tuple[float, float]]]:  # fmt: skip
+def _measure(
+    files: dict[str, tuple[Path, Path | None]], threads: int, vocab: int, prompt: int, tokens: int, repeats: int
+) -> list[dict[str, tuple[float, float]]]:
     """Per turn and label: seconds of the prefill and of the decode."""
     library = Library(Path(import_wheel().xllamacpp.__file__))
     cells = -(-(prompt + tokens) // 256) * 256
-    settings = {"n_ctx": cells, "n_batch": max(prompt, 32), "n_ubatch": max(prompt, 32), "n_threads": threads,
-                "n_threads_batch": threads}  # fmt: skip
+    settings = {
+        "n_ctx": cells,
+        "n_batch": max(prompt, 32),
+        "n_ubatch": max(prompt, 32),
+        "n_threads": threads,
+        "n_threads_batch": threads,
+    }
     contexts = {name: Timed(library, path, lora, model={}, context=settings) for name, (path, lora) in files.items()}
     ids = np.random.default_rng(2).integers(0, vocab, prompt + tokens).astype(np.int32)
     for context in contexts.values():  # weights into memory, buffers allocated
@@ -168,12 +185,25 @@ def _report(content: dict[str, Any], path: Path) -> None:
 
     write_json(path, content)
     header = ["layout", "what", "MB", "prefill tok/s", "decode tok/s", "prefill / Q4_K_M", "decode / Q4_K_M"]
-    rows = [[name, row["what"], f"{row['bytes'] / 1e6:.0f}", f"{row['prefill_tokens_per_second']:.1f}",
-             f"{row['decode_tokens_per_second']:.1f}", f"{row['prefill_of_q4_k_m']:.2f}",
-             f"{row['decode_of_q4_k_m']:.2f}"] for name, row in content["rows"].items()]  # fmt: skip
-    print_table(f"llama.cpp, g={content['group_size']}, {content['threads']} threads, "
-                f"prompt {content['prompt_tokens']}; "
-                f"{content['machine']['cpu']}; {path}", header, rows)  # fmt: skip
+    rows = [
+        [
+            name,
+            row["what"],
+            f"{row['bytes'] / 1e6:.0f}",
+            f"{row['prefill_tokens_per_second']:.1f}",
+            f"{row['decode_tokens_per_second']:.1f}",
+            f"{row['prefill_of_q4_k_m']:.2f}",
+            f"{row['decode_of_q4_k_m']:.2f}",
+        ]
+        for name, row in content["rows"].items()
+    ]
+    print_table(
+        f"llama.cpp, g={content['group_size']}, {content['threads']} threads, "
+        f"prompt {content['prompt_tokens']}; "
+        f"{content['machine']['cpu']}; {path}",
+        header,
+        rows,
+    )
 
 
 def _arguments() -> argparse.Namespace:
@@ -185,8 +215,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prefill")
     parser.add_argument("--tokens", type=int, default=16, help="tokens decoded one by one after it")
     parser.add_argument("--repeats", type=int, default=7, help="turns")
-    parser.add_argument("--omp-wait-policy", choices=("passive", "active"), default="passive",
-                        help="passive: waiting threads sleep, as in our runner")  # fmt: skip
+    parser.add_argument(
+        "--omp-wait-policy",
+        choices=("passive", "active"),
+        default="passive",
+        help="passive: waiting threads sleep, as in our runner",
+    )
     parser.add_argument("--smoke", action="store_true", help="a tiny model, once: does the benchmark itself work?")
     parser.add_argument("--json", type=Path, default=RESULTS / "llama_layouts.json")
     return parser.parse_args()

@@ -18,8 +18,18 @@ from qalora_export.checkpoint.canonical import CanonicalWriter
 from qalora_export.grid import GroupAffine
 from tests.models import TEXT
 
-PACKAGES = ("numpy", "gguf", "onnx", "onnx-ir", "mobius-onnx", "onnxruntime", "onnxruntime-genai", "xllamacpp",
-            "torch", "transformers")  # fmt: skip
+PACKAGES = (
+    "numpy",
+    "gguf",
+    "onnx",
+    "onnx-ir",
+    "mobius-onnx",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "xllamacpp",
+    "torch",
+    "transformers",
+)
 RESULTS = Path("build/bench")
 STD = 0.02  # of the random weights, as Transformers initializes them
 
@@ -71,16 +81,28 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def llama_config(*, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int,
-                 context: int = 2048) -> dict[str, Any]:  # fmt: skip
+def llama_config(
+    *, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, context: int = 2048
+) -> dict[str, Any]:
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
-        "intermediate_size": intermediate, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads, "head_dim": hidden // heads, "vocab_size": vocab,
-        "max_position_embeddings": context, "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False,
-        "attention_bias": False, "mlp_bias": False, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": hidden // heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": context,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "torch_dtype": "float16",
-    }  # fmt: skip
+    }
 
 
 LLAMA_2_7B = {"hidden": 4096, "intermediate": 11008, "layers": 32, "heads": 32, "kv_heads": 32, "vocab": 32000}
@@ -88,8 +110,15 @@ LLAMA_1_1B = {"hidden": 2048, "intermediate": 5632, "layers": 22, "heads": 32, "
 TINY = {"hidden": 128, "intermediate": 256, "layers": 2, "heads": 4, "kv_heads": 2, "vocab": 512}
 
 
-def write_random_checkpoint(path: Path, config: dict[str, Any], *, group: int = 32, sym: bool = False,
-                            head_bits: int | None = None, seed: int = 0) -> Path:  # fmt: skip
+def write_random_checkpoint(
+    path: Path,
+    config: dict[str, Any],
+    *,
+    group: int = 32,
+    sym: bool = False,
+    head_bits: int | None = None,
+    seed: int = 0,
+) -> Path:
     """A canonical checkpoint with random weights, streamed; 4-bit linears, lm_head of `head_bits` or float16.
 
     sym: offset = −8·s. Otherwise the offset is 0.8 … 1.2 times that, so nothing is symmetric by chance. Tokenizer: a
@@ -121,9 +150,15 @@ def linears(config: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
     """(module, out, in) of every linear layer inside the decoder."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     kv = config["num_key_value_heads"] * config["head_dim"]
-    shapes = (("self_attn.q_proj", hidden, hidden), ("self_attn.k_proj", kv, hidden), ("self_attn.v_proj", kv, hidden),
-              ("self_attn.o_proj", hidden, hidden), ("mlp.gate_proj", inner, hidden), ("mlp.up_proj", inner, hidden),
-              ("mlp.down_proj", hidden, inner))  # fmt: skip
+    shapes = (
+        ("self_attn.q_proj", hidden, hidden),
+        ("self_attn.k_proj", kv, hidden),
+        ("self_attn.v_proj", kv, hidden),
+        ("self_attn.o_proj", hidden, hidden),
+        ("mlp.gate_proj", inner, hidden),
+        ("mlp.up_proj", inner, hidden),
+        ("mlp.down_proj", hidden, inner),
+    )
     for layer in range(config["num_hidden_layers"]):
         for name, rows, columns in shapes:
             yield f"model.layers.{layer}.{name}", rows, columns
@@ -136,8 +171,9 @@ def norms(config: dict[str, Any]) -> Iterator[str]:
     yield "model.norm.weight"
 
 
-def random_matrix(rng: np.random.Generator, rows: int, columns: int, group: int, *, bits: int = 4,
-                  sym: bool = False) -> GroupAffine:  # fmt: skip
+def random_matrix(
+    rng: np.random.Generator, rows: int, columns: int, group: int, *, bits: int = 4, sym: bool = False
+) -> GroupAffine:
     """Weights of about STD: codes uniform, scale STD · 2^(3 − bits) … twice that."""
     codes = np.frombuffer(rng.bytes(rows * columns), np.uint8).reshape(rows, columns) >> np.uint8(8 - bits)
     scale = (STD * 2.0 ** (3 - bits) * (1 + rng.random((rows, columns // group), np.float32))).astype(np.float16)

@@ -51,9 +51,17 @@ def main() -> None:
             }
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    content = {"benchmark": "onnx_decode", "machine": found, "shape": config, "threads": options.threads,
-               "past": options.past, "turns": turns, "spinning": False,
-               "aim_of_limit": AIM, "rows": rows}  # fmt: skip
+    content = {
+        "benchmark": "onnx_decode",
+        "machine": found,
+        "shape": config,
+        "threads": options.threads,
+        "past": options.past,
+        "turns": turns,
+        "spinning": False,
+        "aim_of_limit": AIM,
+        "rows": rows,
+    }
     _report(content, options.json)
 
 
@@ -66,10 +74,14 @@ def _export(work: Path, config: dict[str, Any], group: int) -> Path:
     return work / "onnx"
 
 
-def _measure(folder: Path, config: dict[str, Any], threads: int, past: int,
-             turns_wanted: int) -> dict[str, dict[str, Any]]:  # fmt: skip
-    graphs = {"split": (folder / "model.onnx").read_bytes(), "limit": without_offset(folder),
-              "float zero_points": with_float_zero_points(folder)}  # fmt: skip
+def _measure(
+    folder: Path, config: dict[str, Any], threads: int, past: int, turns_wanted: int
+) -> dict[str, dict[str, Any]]:
+    graphs = {
+        "split": (folder / "model.onnx").read_bytes(),
+        "limit": without_offset(folder),
+        "float zero_points": with_float_zero_points(folder),
+    }
     sessions = {name: _session(graph, folder, threads) for name, graph in graphs.items()}
     heads, size = config["num_key_value_heads"], config["head_dim"]
     feed = {"input_ids": np.full((1, 1), 5), "attention_mask": np.ones((1, past + 1), np.int64)}
@@ -86,12 +98,13 @@ def _measure(folder: Path, config: dict[str, Any], threads: int, past: int,
     for name in sessions:
         taken = [turn for turn in turns if name in turn]
         rows[name] = {
-            "what": VARIANTS[name], "milliseconds_per_token": 1e3 * statistics.median(turn[name] for turn in taken),
+            "what": VARIANTS[name],
+            "milliseconds_per_token": 1e3 * statistics.median(turn[name] for turn in taken),
             "speed_of_limit": statistics.median(turn["limit"] / turn[name] for turn in taken),
             "best_milliseconds": 1e3 * min(turn[name] for turn in taken),
             "best_of_best_limit": min(turn["limit"] for turn in turns) / min(turn[name] for turn in taken),
             "steps": len(taken),
-        }  # fmt: skip
+        }
     return rows
 
 
@@ -174,12 +187,24 @@ def _report(content: dict[str, Any], path: Path) -> None:
 
     write_json(path, content)
     header = ["graph", "what", "ms / token", "speed / limit", "best / best", "by bytes read"]
-    rows = [[name, row["what"], f"{row['milliseconds_per_token']:.2f}", f"{row['speed_of_limit']:.3f}",
-             f"{row['best_of_best_limit']:.3f}", f"{row['bytes_bound']:.3f}" if row["bytes_bound"] else ""]
-            for name, row in content["rows"].items()]  # fmt: skip
+    rows = [
+        [
+            name,
+            row["what"],
+            f"{row['milliseconds_per_token']:.2f}",
+            f"{row['speed_of_limit']:.3f}",
+            f"{row['best_of_best_limit']:.3f}",
+            f"{row['bytes_bound']:.3f}" if row["bytes_bound"] else "",
+        ]
+        for name, row in content["rows"].items()
+    ]
     shape = content["shape"]
-    print_table(f"ONNX Runtime decode, {shape['num_hidden_layers']} layers, hidden {shape['hidden_size']}, "
-                f"{content['threads']} threads; {content['machine']['cpu']}; {path}", header, rows)  # fmt: skip
+    print_table(
+        f"ONNX Runtime decode, {shape['num_hidden_layers']} layers, hidden {shape['hidden_size']}, "
+        f"{content['threads']} threads; {content['machine']['cpu']}; {path}",
+        header,
+        rows,
+    )
 
 
 def _arguments() -> argparse.Namespace:

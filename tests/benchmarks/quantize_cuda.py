@@ -44,8 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
 
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("quantize_cuda.py measures a CUDA GPU and PyTorch sees none here; nothing was measured.\n"
-              "Try the code with: --device cpu --shape tiny --samples 4 --sequence 64", file=sys.stderr)  # fmt: skip
+        print(
+            "quantize_cuda.py measures a CUDA GPU and PyTorch sees none here; nothing was measured.\n"
+            "Try the code with: --device cpu --shape tiny --samples 4 --sequence 64",
+            file=sys.stderr,
+        )
         return ExitCode.RUNTIME_UNAVAILABLE
     device = torch.device(options.device)
     if options.work:
@@ -56,16 +59,25 @@ def main(arguments: list[str] | None = None) -> int:
         except QaloraError as error:
             print(error, file=sys.stderr)
             return error.code
-    write_json(options.out, {"benchmark": "quantize_cuda", "device": options.device, "hardware": hardware(device),
-                             "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()
-                                          if k not in ("out", "work")}, "result": result})  # fmt: skip
+    write_json(
+        options.out,
+        {
+            "benchmark": "quantize_cuda",
+            "device": options.device,
+            "hardware": hardware(device),
+            "settings": {
+                k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k not in ("out", "work")
+            },
+            "result": result,
+        },
+    )
     show(options, result)
     print(f"written: {options.out}")
     return ExitCode.OK
 
 
 def run(options: argparse.Namespace, work: Path, device: Any) -> dict[str, Any]:
-    from qalora_export.quantize.stage import quantize
+    from qalora_export.quantization.stage import quantize
     from qalora_export.recipe import QuantizeSettings
     from tests.models import TEXT
 
@@ -74,14 +86,25 @@ def run(options: argparse.Namespace, work: Path, device: Any) -> dict[str, Any]:
     text = work / "calibration.txt"
     repeats = 1 + options.samples * options.sequence * 8 // len(TEXT)
     text.write_text("".join(f"{index} {TEXT}" for index in range(repeats)), encoding="utf-8")
-    settings = QuantizeSettings(bits=options.bits, group_size=options.group, calibration=str(text),
-                                calibration_samples=options.samples, sequence_length=options.sequence)  # fmt: skip
+    settings = QuantizeSettings(
+        bits=options.bits,
+        group_size=options.group,
+        calibration=str(text),
+        calibration_samples=options.samples,
+        sequence_length=options.sequence,
+    )
     report = quantize(work / "model", work / "quantized", settings)
     layers = config.num_hidden_layers
-    return {"layers": layers, "weights": report.weights, "seconds": report.seconds,
-            "seconds_per_layer": report.seconds / layers, "peak_cuda_bytes": report.peak_cuda_bytes,
-            "peak_rss_bytes": report.peak_rss_bytes, "calibration_tokens": report.calibration_tokens,
-            "bits_per_weight": report.bits_per_weight}  # fmt: skip
+    return {
+        "layers": layers,
+        "weights": report.weights,
+        "seconds": report.seconds,
+        "seconds_per_layer": report.seconds / layers,
+        "peak_cuda_bytes": report.peak_cuda_bytes,
+        "peak_rss_bytes": report.peak_rss_bytes,
+        "calibration_tokens": report.calibration_tokens,
+        "bits_per_weight": report.bits_per_weight,
+    }
 
 
 def write_model(path: Path, config: Any, device: Any) -> None:
@@ -118,8 +141,11 @@ def shards(config: Any, device: Any) -> Iterator[dict[str, Any]]:
     for group in sorted(groups, key=lambda key: int(key or -1)):
         made = {}
         for name, shape in groups[group]:
-            tensor = torch.ones(shape, device=device) if "norm" in name else torch.empty(shape, device=device).normal_(
-                0, 0.02, generator=generator)  # fmt: skip
+            tensor = (
+                torch.ones(shape, device=device)
+                if "norm" in name
+                else torch.empty(shape, device=device).normal_(0, 0.02, generator=generator)
+            )
             made[name] = tensor.to(torch.bfloat16).cpu()
         yield made
 
@@ -129,9 +155,17 @@ def show(options: argparse.Namespace, result: dict[str, Any]) -> None:
     print_table(
         f"GPTQ, {options.bits} bits, g {options.group}, {result['calibration_tokens']:,} calibration tokens",
         ["shape", "layers", "seconds", "s/layer", "peak GPU GiB", "peak RSS GiB"],
-        [[options.shape, str(result["layers"]), f"{result['seconds']:.1f}", f"{result['seconds_per_layer']:.2f}",
-          f"{peak / 2**30:.2f}" if peak else "not measured", f"{result['peak_rss_bytes'] / 2**30:.2f}"]],
-    )  # fmt: skip
+        [
+            [
+                options.shape,
+                str(result["layers"]),
+                f"{result['seconds']:.1f}",
+                f"{result['seconds_per_layer']:.2f}",
+                f"{peak / 2**30:.2f}" if peak else "not measured",
+                f"{result['peak_rss_bytes'] / 2**30:.2f}",
+            ]
+        ],
+    )
 
 
 if __name__ == "__main__":

@@ -20,8 +20,16 @@ ROWS = {
 
 
 def run(name: str, tmp_path: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", f"tests.benchmarks.{name}", "--smoke", "--work", str(tmp_path / "work"),
-               "--json", str(tmp_path / "found.json")]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        f"tests.benchmarks.{name}",
+        "--smoke",
+        "--work",
+        str(tmp_path / "work"),
+        "--json",
+        str(tmp_path / "found.json"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert not list((tmp_path / "work").iterdir()), "the benchmark leaves its models behind"
@@ -62,19 +70,29 @@ def test_variants_of_the_graph_are_what_their_names_say(tiny_canonical: Path, tm
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         feed: dict[str, np.ndarray] = {"input_ids": np.array([[5]]), "attention_mask": np.ones((1, 1), np.int64)}
-        feed |= {i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32)
-                 for i in session.get_inputs() if i.name not in feed}  # fmt: skip
+        feed |= {
+            i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32)
+            for i in session.get_inputs()
+            if i.name not in feed
+        }
         logits.append(session.run(["logits"], feed)[0].astype(np.float64))
     exact, limit, floats = logits
     assert ((floats - exact) ** 2).sum() < 1e-6 * (exact**2).sum()
     assert ((limit - exact) ** 2).sum() > 1e-2 * (exact**2).sum()
 
 
-@pytest.mark.parametrize("name, layers, recipe, kind", [
-    ("output.weight", 22, "Q4_0", T.Q6_K), ("token_embd.weight", 22, "Q4_K_M", T.Q4_K),
-    ("blk.0.attn_v.weight", 22, "Q4_K_M", T.Q6_K), ("blk.3.attn_v.weight", 22, "Q4_K_M", T.Q4_K),
-    ("blk.4.ffn_down.weight", 22, "Q4_K_M", T.Q6_K), ("blk.21.ffn_down.weight", 22, "Q4_K_M", T.Q6_K),
-    ("blk.0.attn_q.weight", 22, "Q4_K_M", T.Q4_K), ("blk.0.ffn_down.weight", 22, "Q4_0", T.Q4_0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, layers, recipe, kind",
+    [
+        ("output.weight", 22, "Q4_0", T.Q6_K),
+        ("token_embd.weight", 22, "Q4_K_M", T.Q4_K),
+        ("blk.0.attn_v.weight", 22, "Q4_K_M", T.Q6_K),
+        ("blk.3.attn_v.weight", 22, "Q4_K_M", T.Q4_K),
+        ("blk.4.ffn_down.weight", 22, "Q4_K_M", T.Q6_K),
+        ("blk.21.ffn_down.weight", 22, "Q4_K_M", T.Q6_K),
+        ("blk.0.attn_q.weight", 22, "Q4_K_M", T.Q4_K),
+        ("blk.0.ffn_down.weight", 22, "Q4_0", T.Q4_0),
+    ],
+)
 def test_llama_quantize_rule(name: str, layers: int, recipe: str, kind: T) -> None:
     assert type_of(name, layers, recipe) == kind

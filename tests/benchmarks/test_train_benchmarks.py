@@ -17,8 +17,24 @@ from tests.benchmarks.common import config_of
 from tests.benchmarks.variants import VARIANTS, Setup
 
 ROOT = Path(__file__).parents[2]
-SMOKE = ["--device", "cpu", "--shape", "tiny", "--layers", "2", "--sequence", "32", "--batch", "1", "--rounds", "1",
-         "--steps", "1", "--warmup", "1"]  # fmt: skip
+SMOKE = [
+    "--device",
+    "cpu",
+    "--shape",
+    "tiny",
+    "--layers",
+    "2",
+    "--sequence",
+    "32",
+    "--batch",
+    "1",
+    "--rounds",
+    "1",
+    "--steps",
+    "1",
+    "--warmup",
+    "1",
+]
 
 
 @pytest.fixture
@@ -35,8 +51,12 @@ def test_train_cuda_measures_every_variant(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "train.json"
     done = subprocess.run(
         [sys.executable, "tests/benchmarks/train_cuda.py", *SMOKE, "--gradient-checkpointing", "--out", str(out)],
-        cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     content = json.loads(out.read_text())
     assert {row["variant"] for row in content["results"]} == set(VARIANTS)
@@ -126,8 +146,25 @@ def test_train_cpu_compares_with_peft(tiny_model: Path, tmp_path: Path) -> None:
     data.write_text("".join(lines[:4]))
     threads = torch.get_num_threads()
     try:
-        assert train_cpu.main(["--model", str(tiny_model), "--data", str(data), "--batch", "2", "--steps", "1",
-                               "--threads", "1", "--out", str(out)]) == 0  # fmt: skip
+        assert (
+            train_cpu.main(
+                [
+                    "--model",
+                    str(tiny_model),
+                    "--data",
+                    str(data),
+                    "--batch",
+                    "2",
+                    "--steps",
+                    "1",
+                    "--threads",
+                    "1",
+                    "--out",
+                    str(out),
+                ]
+            )
+            == 0
+        )
     finally:
         torch.set_num_threads(threads)
     rows = json.loads(out.read_text())["results"]

@@ -20,13 +20,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
+from qalora_export.data.samples import load_samples
+from qalora_export.data.sequence_packing import collate, one_per_row
 from qalora_export.errors import ExitCode
 from qalora_export.grid import pack_codes
+from qalora_export.models.loading import load_model, load_tokenizer
 from qalora_export.qalora.attach import attach
 from qalora_export.qalora.hf_quantizer import replace_linear
-from qalora_export.qalora.packing import collate, one_per_row
-from qalora_export.qalora.reference import load_model, load_tokenizer
-from qalora_export.qalora.samples import load_samples
 from qalora_export.recipe import TrainSettings
 from tests.benchmarks.common import hardware, interleaved, print_table, write_json
 from tests.benchmarks.variants import TARGETS, linear_names
@@ -60,18 +60,40 @@ def main(arguments: list[str] | None = None) -> int:
     works = {name: stepper(model, batches) for name, model in models.items()}
     times = interleaved(works, torch.device("cpu"), options.steps)
     limit = times["PEFT LoRA"]
-    rows = [{"variant": name, "step_seconds": t.wall, "steps_per_second": 1 / t.wall, "step_cpu_seconds": t.cpu,
-             "speedup_over_peft_lora": limit.wall / t.wall, "speedup_over_peft_lora_cpu_time": limit.cpu / t.cpu}
-            for name, t in times.items()]  # fmt: skip
-    write_json(options.out, {
-        "benchmark": "train_cpu", "hardware": hardware(torch.device("cpu")), "results": rows,
-        "settings": {k: v for k, v in vars(options).items() if not isinstance(v, Path)},
-    })  # fmt: skip
-    print_table(f"training on the CPU, {options.threads} threads, batch {options.batch}, {options.precision}",
-                ["variant", "steps/s", "PEFT LoRA ÷ this", "in CPU time"],
-                [[str(row["variant"]), *(f"{row[key]:.2f}" for key in (
-                    "steps_per_second", "speedup_over_peft_lora", "speedup_over_peft_lora_cpu_time"))]
-                 for row in rows])  # fmt: skip
+    rows = [
+        {
+            "variant": name,
+            "step_seconds": t.wall,
+            "steps_per_second": 1 / t.wall,
+            "step_cpu_seconds": t.cpu,
+            "speedup_over_peft_lora": limit.wall / t.wall,
+            "speedup_over_peft_lora_cpu_time": limit.cpu / t.cpu,
+        }
+        for name, t in times.items()
+    ]
+    write_json(
+        options.out,
+        {
+            "benchmark": "train_cpu",
+            "hardware": hardware(torch.device("cpu")),
+            "results": rows,
+            "settings": {k: v for k, v in vars(options).items() if not isinstance(v, Path)},
+        },
+    )
+    print_table(
+        f"training on the CPU, {options.threads} threads, batch {options.batch}, {options.precision}",
+        ["variant", "steps/s", "PEFT LoRA ÷ this", "in CPU time"],
+        [
+            [
+                str(row["variant"]),
+                *(
+                    f"{row[key]:.2f}"
+                    for key in ("steps_per_second", "speedup_over_peft_lora", "speedup_over_peft_lora_cpu_time")
+                ),
+            ]
+            for row in rows
+        ],
+    )
     print("frozen base: forward and backward to the embeddings with plain linears and no adapter, the limit for both")
     print(f"written: {options.out}")
     return ExitCode.OK
@@ -105,10 +127,16 @@ def ours(options: argparse.Namespace) -> Any:
 def peft_lora(options: argparse.Namespace) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(base_model(options), LoraConfig(
-        r=options.rank, lora_alpha=2 * options.rank, target_modules=list(TARGETS), lora_dropout=0.0,
-        task_type="CAUSAL_LM",
-    ))  # fmt: skip
+    return get_peft_model(
+        base_model(options),
+        LoraConfig(
+            r=options.rank,
+            lora_alpha=2 * options.rank,
+            target_modules=list(TARGETS),
+            lora_dropout=0.0,
+            task_type="CAUSAL_LM",
+        ),
+    )
 
 
 def frozen(options: argparse.Namespace) -> Any:

@@ -61,8 +61,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("train_cuda.py measures a CUDA GPU and PyTorch sees none here; nothing was measured.\n"
-              "Try the code with: --device cpu --shape tiny --layers 2 --sequence 64", file=sys.stderr)  # fmt: skip
+        print(
+            "train_cuda.py measures a CUDA GPU and PyTorch sees none here; nothing was measured.\n"
+            "Try the code with: --device cpu --shape tiny --layers 2 --sequence 64",
+            file=sys.stderr,
+        )
         return ExitCode.RUNTIME_UNAVAILABLE
     device = torch.device(options.device)
     torch.backends.cuda.matmul.allow_tf32 = False  # the float32 check is in float32; bf16 is not touched by it
@@ -70,11 +73,15 @@ def main(arguments: list[str] | None = None) -> int:
     speed: dict[str, Any] = {}
     results: list[dict[str, Any]] = []
     content = {
-        "benchmark": "train_cuda", "device": options.device, "hardware": hardware(device),
+        "benchmark": "train_cuda",
+        "device": options.device,
+        "hardware": hardware(device),
         "settings": {k: v for k, v in vars(options).items() if k != "out"},
         "aims": {"tokens_per_second_ratio": AIMS, "fraction_of_copy": BANDWIDTH_AIM, "peak_memory": "<= qlora"},
-        "checks": checks, "kernels": speed, "results": results,
-    }  # fmt: skip
+        "checks": checks,
+        "kernels": speed,
+        "results": results,
+    }
     try:
         for shape in options.shape:
             setup = _setup(options, shape, max(options.sequence), device)
@@ -100,8 +107,17 @@ def _setup(options: argparse.Namespace, shape: str, sequence: int, device: torch
 def measure(options: argparse.Namespace, shape: str, sequence: int, device: torch.device) -> list[dict[str, Any]]:
     """One row per variant for one shape and sequence length, with ratios to ours."""
     setup = _setup(options, shape, sequence, device)
-    rows = {name: {"shape": shape, "sequence": sequence, "batch": options.batch, "variant": name,
-                   "title": VARIANTS[name].title, "status": "ok"} for name in options.variant}  # fmt: skip
+    rows = {
+        name: {
+            "shape": shape,
+            "sequence": sequence,
+            "batch": options.batch,
+            "variant": name,
+            "title": VARIANTS[name].title,
+            "status": "ok",
+        }
+        for name in options.variant
+    }
     times: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(options.rounds):
         for name, row in rows.items():
@@ -110,9 +126,13 @@ def measure(options: argparse.Namespace, shape: str, sequence: int, device: torc
     for name, row in rows.items():
         if row["status"] == "ok":
             median = statistics.median(times[name])
-            row |= {"step_seconds": median, "tokens_per_second": options.batch * sequence / median,
-                    "fastest_step_seconds": min(times[name]), "slowest_step_seconds": max(times[name]),
-                    "steps": len(times[name])}  # fmt: skip
+            row |= {
+                "step_seconds": median,
+                "tokens_per_second": options.batch * sequence / median,
+                "fastest_step_seconds": min(times[name]),
+                "slowest_step_seconds": max(times[name]),
+                "steps": len(times[name]),
+            }
     ours = rows.get("ours", {})
     for row in rows.values():
         if "tokens_per_second" in row and "tokens_per_second" in ours:
@@ -163,21 +183,39 @@ def show(results: list[dict[str, Any]], speed: dict[str, Any]) -> None:
             return [*where, row["status"], "", "", ""]
         peak = f"{row['peak_memory_bytes'] / 2**30:.2f}" if row["peak_memory_bytes"] else "not measured"
         ratio, aim = row.get("ours_speedup"), AIMS.get(row["variant"])
-        return [*where, f"{row['tokens_per_second']:,.0f}", peak, f"{ratio:.2f}" if ratio else "",
-                f"≥ {aim}" if aim else ""]  # fmt: skip
+        return [
+            *where,
+            f"{row['tokens_per_second']:,.0f}",
+            peak,
+            f"{ratio:.2f}" if ratio else "",
+            f"≥ {aim}" if aim else "",
+        ]
 
     header = ["shape", "sequence", "variant", "tokens/s", "peak GiB", "ours is × faster", "aim"]
     print_table("QA-LoRA training", header, [cells(row) for row in results])
     header = ["shape", "dequantize GB/s", "copy GB/s", "fraction", "aim", "with adapter", "kernels"]
-    rows = [[shape, f"{b['dequantize_gb_per_s']:.1f}", f"{b['copy_gb_per_s']:.1f}", f"{b['fraction_of_copy']:.2f}",
-             f"≥ {BANDWIDTH_AIM}", f"{b['adapted_fraction_of_copy']:.2f}", "Triton" if b["kernels"] else "torch"]
-            for shape, b in ((shape, item["bandwidth"]) for shape, item in speed.items())]  # fmt: skip
+    rows = [
+        [
+            shape,
+            f"{b['dequantize_gb_per_s']:.1f}",
+            f"{b['copy_gb_per_s']:.1f}",
+            f"{b['fraction_of_copy']:.2f}",
+            f"≥ {BANDWIDTH_AIM}",
+            f"{b['adapted_fraction_of_copy']:.2f}",
+            "Triton" if b["kernels"] else "torch",
+        ]
+        for shape, b in ((shape, item["bandwidth"]) for shape, item in speed.items())
+    ]
     print_table("dequantize to bf16 against a device copy of the same bytes", header, rows)
-    rows = [[shape, str(r["rows"]), f"{r['fused_us']:.0f}", f"{r['separate_us']:.0f}"]
-            for shape, item in speed.items() for r in item["crossover"]]  # fmt: skip
+    rows = [
+        [shape, str(r["rows"]), f"{r['fused_us']:.0f}", f"{r['separate_us']:.0f}"]
+        for shape, item in speed.items()
+        for r in item["crossover"]
+    ]
     if rows:
-        print_table("few rows: fused product against dequantize + matmul, µs", ["shape", "rows", "fused", "separate"],
-                    rows)  # fmt: skip
+        print_table(
+            "few rows: fused product against dequantize + matmul, µs", ["shape", "rows", "fused", "separate"], rows
+        )
 
 
 if __name__ == "__main__":

@@ -103,9 +103,14 @@ def count(shape: str, name: str, *, group: int, rank: int) -> dict[str, int]:
     layer = (kept[2, many] - kept[2, few] - kept[1, many] + kept[1, few]) // (many - few)
     rest = (kept[1, many] - kept[1, few]) // (many - few) - layer
     constant = kept[2, few] - kept[1, few] - few * layer  # casts of adapters by autocast
-    return {"resident_layer": held[2] - held[1], "resident_rest": 2 * held[1] - held[2], "saved_token_layer": layer,
-            "saved_token_rest": rest, "saved_layer": constant,
-            "saved_rest": kept[1, few] - constant - few * (layer + rest)}  # fmt: skip
+    return {
+        "resident_layer": held[2] - held[1],
+        "resident_rest": 2 * held[1] - held[2],
+        "saved_token_layer": layer,
+        "saved_token_rest": rest,
+        "saved_layer": constant,
+        "saved_rest": kept[1, few] - constant - few * (layer + rest),
+    }
 
 
 def totals(counted: dict[str, int], *, layers: int, tokens: int, hidden: int) -> dict[str, int]:
@@ -113,8 +118,12 @@ def totals(counted: dict[str, int], *, layers: int, tokens: int, hidden: int) ->
     weights = layers * counted["resident_layer"] + counted["resident_rest"]
     layer = tokens * counted["saved_token_layer"] + counted["saved_layer"]
     rest = tokens * counted["saved_token_rest"] + counted["saved_rest"]
-    return {"resident": weights, "saved": layers * layer + rest, "total": weights + layers * layer + rest,
-            "checkpointed_total": weights + layers * tokens * hidden * 2 + layer + rest}  # fmt: skip
+    return {
+        "resident": weights,
+        "saved": layers * layer + rest,
+        "total": weights + layers * layer + rest,
+        "checkpointed_total": weights + layers * tokens * hidden * 2 + layer + rest,
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -127,12 +136,27 @@ def main(arguments: list[str] | None = None) -> int:
                 title = VARIANTS[name].title + (f", g = {group}" if name == "ours" else "")
                 for sequence in options.sequence:
                     size = {"layers": SHAPES[shape]["num_hidden_layers"], "hidden": SHAPES[shape]["hidden_size"]}
-                    results.append({"shape": shape, "variant": name, "title": title, "sequence": sequence,
-                                    "batch": options.batch, "counted": counted,
-                                    "bytes": totals(counted, tokens=options.batch * sequence, **size)})  # fmt: skip
+                    results.append(
+                        {
+                            "shape": shape,
+                            "variant": name,
+                            "title": title,
+                            "sequence": sequence,
+                            "batch": options.batch,
+                            "counted": counted,
+                            "bytes": totals(counted, tokens=options.batch * sequence, **size),
+                        }
+                    )
     settings = {name: value for name, value in vars(options).items() if name != "out"}
-    write_json(options.out, {"benchmark": "train_memory", "hardware": hardware(torch.device("cpu")),
-                             "settings": settings, "results": results})  # fmt: skip
+    write_json(
+        options.out,
+        {
+            "benchmark": "train_memory",
+            "hardware": hardware(torch.device("cpu")),
+            "settings": settings,
+            "results": results,
+        },
+    )
     show(results)
     print(f"written: {options.out}")
     return 0
@@ -140,8 +164,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def show(results: list[dict[str, Any]]) -> None:
     columns = ("resident", "saved", "total", "checkpointed_total")
-    rows = [[row["shape"], f"{row['batch']} × {row['sequence']}", row["title"]]
-            + [f"{row['bytes'][column] / 2**30:.2f}" for column in columns] for row in results]  # fmt: skip
+    rows = [
+        [row["shape"], f"{row['batch']} × {row['sequence']}", row["title"]]
+        + [f"{row['bytes'][column] / 2**30:.2f}" for column in columns]
+        for row in results
+    ]
     header = ["shape", "tokens", "variant", "resident GiB", "saved GiB", "together", "with checkpointing"]
     print_table("bytes held in training, counted", header, sorted(rows, key=lambda row: row[:2]))
 

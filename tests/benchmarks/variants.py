@@ -103,8 +103,14 @@ def ours(setup: Setup) -> Any:
 def _lora_config(setup: Setup, **more: Any) -> Any:
     from peft import LoraConfig
 
-    return LoraConfig(r=setup.rank, lora_alpha=setup.alpha, target_modules=list(TARGETS), lora_dropout=0.0,
-                      task_type="CAUSAL_LM", **more)  # fmt: skip
+    return LoraConfig(
+        r=setup.rank,
+        lora_alpha=setup.alpha,
+        target_modules=list(TARGETS),
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+        **more,
+    )
 
 
 def peft_lora(setup: Setup) -> Any:
@@ -124,10 +130,16 @@ def peft_qlora(setup: Setup) -> Any:
     for name in linear_names(model):
         parent, _, leaf = name.rpartition(".")
         old = model.get_submodule(name)
-        new = bnb.nn.Linear4bit(old.in_features, old.out_features, bias=False, compute_dtype=setup.dtype,
-                                quant_type="nf4", compress_statistics=True, device="meta")  # fmt: skip
-        new.weight = bnb.nn.Params4bit(old.weight.data, requires_grad=False, quant_type="nf4",
-                                       compress_statistics=True)  # fmt: skip
+        new = bnb.nn.Linear4bit(
+            old.in_features,
+            old.out_features,
+            bias=False,
+            compute_dtype=setup.dtype,
+            quant_type="nf4",
+            compress_statistics=True,
+            device="meta",
+        )
+        new.weight = bnb.nn.Params4bit(old.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
         setattr(model.get_submodule(parent), leaf, new.to(setup.device))  # moving quantizes
         del old
     model.is_loaded_in_4bit = True
@@ -141,8 +153,9 @@ def _use_qalora(setup: Setup, model: Any, base: Callable[[QALoraLinear], nn.Modu
     config = _lora_config(setup, use_qalora=True, qalora_group_size=setup.group)
     for name in linear_names(model):
         parent, _, leaf = name.rpartition(".")
-        adapted = GPTQLoraLinear(base(model.get_submodule(name)), "default", config=config, r=setup.rank,
-                                 lora_alpha=setup.alpha)  # fmt: skip
+        adapted = GPTQLoraLinear(
+            base(model.get_submodule(name)), "default", config=config, r=setup.rank, lora_alpha=setup.alpha
+        )
         setattr(model.get_submodule(parent), leaf, adapted.to(setup.device))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)

@@ -45,11 +45,11 @@ SIZES = {
 # Stage -> functions of qalora_export.verify as their callers name them; no stage contains another.
 STAGES = {
     "probes": ("stage.make_probes",),
-    "PyTorch reference": ("stage.reference_logprobs", "noise_floor.reference_logprobs"),
-    "PyTorch int8 simulation": ("noise_floor.simulated_int8_logprobs",),
+    "PyTorch reference": ("stage.reference_logprobs", "reference.noise_floor.reference_logprobs"),
+    "PyTorch int8 simulation": ("reference.noise_floor.simulated_int8_logprobs",),
     "G0 bytes": ("stage.bytes_gate",),
     "G1 weights": ("stage.weights_gate",),
-    "metrics": ("logits_gates.compare", "noise_floor.compare"),
+    "metrics": ("gates.logits.compare", "reference.noise_floor.compare"),
     "report": ("stage.write_report", "stage.write_html", "stage.write_junit"),
 }
 
@@ -114,13 +114,20 @@ def _child(config: dict[str, Any], work: Path) -> None:
     total = time.perf_counter() - began
     peak = resident_bytes("VmHWM")
     found = json.loads((work / "report" / "report.json").read_text())
-    print(json.dumps({
-        "exit_code": int(report.exit_code), "seconds": total,
-        "stages": dict(seconds) | {"other": total - sum(seconds.values())},
-        "peak_bytes": peak, "peak_above_imports_bytes": peak - before,
-        "peak_anonymous_above_imports_bytes": anonymous[0] - own, "runner_peak_bytes": peaks,
-        "gates": {f"{e['runtime']} {e['gate']}": e["status"] for e in found["gates"]},
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "exit_code": int(report.exit_code),
+                "seconds": total,
+                "stages": dict(seconds) | {"other": total - sum(seconds.values())},
+                "peak_bytes": peak,
+                "peak_above_imports_bytes": peak - before,
+                "peak_anonymous_above_imports_bytes": anonymous[0] - own,
+                "runner_peak_bytes": peaks,
+                "gates": {f"{e['runtime']} {e['gate']}": e["status"] for e in found["gates"]},
+            }
+        )
+    )
 
 
 def _time(dotted: str, stage: str, seconds: dict[str, float]) -> None:
@@ -161,16 +168,25 @@ def _report(content: dict[str, Any], path: Path) -> None:
     write_json(path, content)
     rows = content["rows"]
     stages = sorted({stage for row in rows.values() for stage in row["stages"]})
-    lines = [["parameters, M", *(f"{row['parameters'] / 1e6:.1f}" for row in rows.values())],
-             ["total, s", *(f"{row['seconds']:.0f}" for row in rows.values())]]  # fmt: skip
+    lines = [
+        ["parameters, M", *(f"{row['parameters'] / 1e6:.1f}" for row in rows.values())],
+        ["total, s", *(f"{row['seconds']:.0f}" for row in rows.values())],
+    ]
     lines += [[f"  {stage}, s", *(f"{row['stages'].get(stage, 0):.1f}" for row in rows.values())] for stage in stages]
     own = [f"{row['peak_above_imports_bytes'] / 2**20:.0f}" for row in rows.values()]
     runners = [f"{max(row['runner_peak_bytes'].values()) / 2**20:.0f}" for row in rows.values()]
     private = [f"{row['peak_anonymous_above_imports_bytes'] / 2**20:.0f}" for row in rows.values()]
-    lines += [["own peak above imports, MiB", *private], ["  and mapped, MiB", *own], ["runner peak, MiB", *runners],
-              ["exit code", *(str(row["exit_code"]) for row in rows.values())]]  # fmt: skip
-    print_table(f"verify-parity, three runtimes; {content['machine']['cpu']}, {os.cpu_count()} cores; {path}",
-                ["", *rows], lines)  # fmt: skip
+    lines += [
+        ["own peak above imports, MiB", *private],
+        ["  and mapped, MiB", *own],
+        ["runner peak, MiB", *runners],
+        ["exit code", *(str(row["exit_code"]) for row in rows.values())],
+    ]
+    print_table(
+        f"verify-parity, three runtimes; {content['machine']['cpu']}, {os.cpu_count()} cores; {path}",
+        ["", *rows],
+        lines,
+    )
 
 
 def _arguments() -> argparse.Namespace:

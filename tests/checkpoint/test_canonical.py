@@ -69,11 +69,16 @@ finite_half = st.integers(0, 2**16 - 1).filter(lambda bits: bits & 0x7C00 != 0x7
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    bits=st.sampled_from((2, 3, 4, 8)), group=st.sampled_from((16, 32, 64, 128)), rows=st.integers(1, 4),
-    groups=st.integers(1, 3), values=st.lists(finite_half, min_size=24, max_size=24), seed=st.integers(0, 2**32 - 1),
-)  # fmt: skip
-def test_round_trip_of_any_matrix(tmp_path: Path, bits: int, group: int, rows: int, groups: int, values: list[int],
-                                  seed: int) -> None:  # fmt: skip
+    bits=st.sampled_from((2, 3, 4, 8)),
+    group=st.sampled_from((16, 32, 64, 128)),
+    rows=st.integers(1, 4),
+    groups=st.integers(1, 3),
+    values=st.lists(finite_half, min_size=24, max_size=24),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_round_trip_of_any_matrix(
+    tmp_path: Path, bits: int, group: int, rows: int, groups: int, values: list[int], seed: int
+) -> None:
     """Subnormal, zero, largest, negative scales and offsets: 0 differing values."""
     halves = np.array(values, np.uint16).view(np.float16)
     scale, offset = (part[: rows * groups].reshape(rows, groups) for part in (halves[:12], halves[12:]))
@@ -134,12 +139,16 @@ WRONG = {
     "group zero": (lambda q: first(q).update(group_size=0), UnsafeInputError, "needs bits"),
     "entry is a number": (lambda q: q["modules"].update({"layers.4": 4}), UnsafeInputError, "needs bits"),
     "module without tensors": (
-        lambda q: q["modules"].update({"ghost": {"bits": 4, "group_size": 32}}), InputError, "no tensor",
+        lambda q: q["modules"].update({"ghost": {"bits": 4, "group_size": 32}}),
+        InputError,
+        "no tensor",
     ),
     "plain tensor as module": (
-        lambda q: q["modules"].update({"norm": {"bits": 4, "group_size": 32}}), InputError, "no tensor",
+        lambda q: q["modules"].update({"norm": {"bits": 4, "group_size": 32}}),
+        InputError,
+        "no tensor",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WRONG)

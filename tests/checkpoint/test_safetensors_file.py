@@ -14,8 +14,20 @@ from qalora_export.errors import QaloraError, UnsafeInputError
 from qalora_export.grid import differing
 from tests.checkpoint.files import entry, raw_file
 
-DTYPES = [np.float64, np.float32, np.float16, np.int64, np.int32, np.int16, np.int8, np.uint64, np.uint32, np.uint16,
-          np.uint8, np.bool_]  # fmt: skip
+DTYPES = [
+    np.float64,
+    np.float32,
+    np.float16,
+    np.int64,
+    np.int32,
+    np.int16,
+    np.int8,
+    np.uint64,
+    np.uint32,
+    np.uint16,
+    np.uint8,
+    np.bool_,
+]
 
 
 def test_reads_what_the_safetensors_package_writes(tmp_path: Path) -> None:

@@ -31,15 +31,22 @@ def test_export_then_refuse_then_force(tiny_canonical: Path, tmp_path: Path) -> 
     assert "m.lora.gguf" in forced.stderr
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (("missing", "--out", "m.gguf"), "not found"),
-    (("{model}", "--out", "m.gguf"), "not a canonical checkpoint"),
-    (("{model}", "--out", "m.gguf", "--layout", "q5"), "q5"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("missing", "--out", "m.gguf"), "not found"),
+        (("{model}", "--out", "m.gguf"), "not a canonical checkpoint"),
+        (("{model}", "--out", "m.gguf", "--layout", "q5"), "q5"),
+    ],
+)
 def test_bad_usage_is_exit_code_2(
-    tiny_model: Path, tmp_path: Path, arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str],
+    tiny_model: Path,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
         main(["export", "gguf", *(text.replace("{model}", str(tiny_model)) for text in arguments)])

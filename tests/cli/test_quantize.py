@@ -10,7 +10,7 @@ import pytest
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.cli.main import main
 from tests.models import TEXT
-from tests.quantize.gptq_packer import make_gptq_folder
+from tests.quantization.gptq_packer import make_gptq_folder
 
 
 def run(*arguments: object) -> int:
@@ -25,18 +25,47 @@ def test_gptq_in_a_process_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, "-m", "qalora_export.cli", "quantize", str(tiny_model), "--out", str(tmp_path / "q"),
-         "--calibration", str(text), "--bits", "3", "--group-size", "64", "--calibration-samples", "4",
-         "--sequence-length", "64", "--rule", "*.v_proj=skip", "--rule", "*.down_proj=bits:4"],
-        capture_output=True, text=True, env=os.environ | {"COLUMNS": "140"}, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "qalora_export.cli",
+            "quantize",
+            str(tiny_model),
+            "--out",
+            str(tmp_path / "q"),
+            "--calibration",
+            str(text),
+            "--bits",
+            "3",
+            "--group-size",
+            "64",
+            "--calibration-samples",
+            "4",
+            "--sequence-length",
+            "64",
+            "--rule",
+            "*.v_proj=skip",
+            "--rule",
+            "*.down_proj=bits:4",
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "140"},
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     modules = CanonicalCheckpoint(tmp_path / "q").modules
     assert modules["model.layers.0.mlp.down_proj"] == (4, 64)
     assert modules["model.layers.1.mlp.up_proj"] == (3, 64)
     assert not any(name.endswith("v_proj") for name in modules)
-    for expected in ("bits/weight", "output error", "kept bit for bit", "peak memory", "256 calibration tokens",
-                     f"next: qalora-export train {tmp_path / 'q'}"):  # fmt: skip
+    for expected in (
+        "bits/weight",
+        "output error",
+        "kept bit for bit",
+        "peak memory",
+        "256 calibration tokens",
+        f"next: qalora-export train {tmp_path / 'q'}",
+    ):
         assert expected in " ".join(done.stderr.split()), expected
 
 

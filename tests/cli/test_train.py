@@ -15,23 +15,29 @@ import torch
 from safetensors.torch import load_file
 
 from qalora_export.cli.main import main
-from qalora_export.qalora.train import train
+from qalora_export.qalora.training.stage import train
 from qalora_export.recipe import TrainSettings
-from tests.qalora.test_train import write_commands
+from tests.qalora.training.test_stage import write_commands
 
 MODULE = ["-m", "qalora_export.cli", "train"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 # The same number of threads everywhere: sums in another order round differently.
 ENVIRONMENT = os.environ | {
-    "OMP_NUM_THREADS": str(torch.get_num_threads()), "COLUMNS": "200", "CUDA_VISIBLE_DEVICES": "",
-}  # fmt: skip
+    "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    "COLUMNS": "200",
+    "CUDA_VISIBLE_DEVICES": "",
+}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("data")
-    return ["--data", str(write_commands(folder / "train.jsonl", 0, 32)),
-            "--validation", str(write_commands(folder / "validation.jsonl", 40, 45))]  # fmt: skip
+    return [
+        "--data",
+        str(write_commands(folder / "train.jsonl", 0, 32)),
+        "--validation",
+        str(write_commands(folder / "validation.jsonl", 40, 45)),
+    ]
 
 
 def cli(*arguments: object, launcher: list[str] = []) -> subprocess.CompletedProcess[str]:  # noqa: B006
@@ -82,10 +88,26 @@ def test_errors_are_one_line_with_exit_code_2(
 @pytest.mark.slow
 def test_killed_and_started_again_gives_the_same_bytes(tiny_canonical: Path, tmp_path: Path, data: list[str]) -> None:
     in_process(tiny_canonical, tmp_path / "whole", data, rank=4, batch_size=4, max_steps=60, evaluate_every=3)
-    arguments = [tiny_canonical, *data, "--out", tmp_path / "cut", "--rank", 4, "--batch-size", 4, "--max-steps", 60,
-                 "--evaluate-every", 3]  # fmt: skip
-    process = subprocess.Popen([sys.executable, *MODULE, *map(str, arguments)], env=ENVIRONMENT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    arguments = [
+        tiny_canonical,
+        *data,
+        "--out",
+        tmp_path / "cut",
+        "--rank",
+        4,
+        "--batch-size",
+        4,
+        "--max-steps",
+        60,
+        "--evaluate-every",
+        3,
+    ]
+    process = subprocess.Popen(
+        [sys.executable, *MODULE, *map(str, arguments)],
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 600
     while not list(tmp_path.glob("cut.training/checkpoint-*/complete.json")) and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -12,10 +12,10 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from qalora_export.qalora.processes import LAUNCH
+from qalora_export.qalora.training.processes import LAUNCH
 from tests.cli.test_train import ENVIRONMENT, TORCHRUN, data, in_process  # noqa: F401 (data is a fixture)
 
-PROGRAM = Path(__file__).parents[1] / "qalora" / "fsdp_on_cpu.py"
+PROGRAM = Path(__file__).parents[1] / "qalora" / "training" / "fsdp_on_cpu.py"
 FSDP = ENVIRONMENT | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # torchrun: rank 0 and 1 read the base
 # The command of the README; here rank 0 alone reads the base.
 ACCELERATE = ["-m", "accelerate.commands.launch", *LAUNCH.split()[2:], "--num_processes", "2"]
@@ -26,8 +26,13 @@ def command(folder: Path, *arguments: object, launcher: list[str] = TORCHRUN) ->
 
 
 def sharded(folder: Path, *arguments: object, launcher: list[str] = TORCHRUN) -> str:
-    done = subprocess.run(command(folder, *arguments, launcher=launcher), capture_output=True, text=True, timeout=900,
-                          env=FSDP if launcher is TORCHRUN else ENVIRONMENT)  # fmt: skip
+    done = subprocess.run(
+        command(folder, *arguments, launcher=launcher),
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env=FSDP if launcher is TORCHRUN else ENVIRONMENT,
+    )
     assert done.returncode == 0, done.stderr
     return done.stderr
 
@@ -35,12 +40,29 @@ def sharded(folder: Path, *arguments: object, launcher: list[str] = TORCHRUN) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate launch"])
 def test_two_shards_train_what_one_process_trains(
-    tiny_canonical: Path, tmp_path: Path, data: list[str], launcher: list[str]  # noqa: F811
-) -> None:  # fmt: skip
+    tiny_canonical: Path,
+    tmp_path: Path,
+    data: list[str],  # noqa: F811
+    launcher: list[str],
+) -> None:
     in_process(tiny_canonical, tmp_path / "one", data, rank=4, batch_size=8, max_steps=8)
-    printed = sharded(tmp_path, tiny_canonical, *data, "--out", tmp_path / "two", "--rank", 4, "--batch-size", 2,
-                      "--gradient-accumulation", 2, "--gradient-checkpointing", "--max-steps", 8,
-                      launcher=launcher)  # fmt: skip
+    printed = sharded(
+        tmp_path,
+        tiny_canonical,
+        *data,
+        "--out",
+        tmp_path / "two",
+        "--rank",
+        4,
+        "--batch-size",
+        2,
+        "--gradient-accumulation",
+        2,
+        "--gradient-checkpointing",
+        "--max-steps",
+        8,
+        launcher=launcher,
+    )
     reports = [json.loads((tmp_path / f"{name}.training" / "report.json").read_text()) for name in ("one", "two")]
     for curve in ("train_curve", "validation_curve"):
         left, right = (dict(report[curve]) for report in reports)
@@ -63,12 +85,18 @@ def test_two_shards_train_what_one_process_trains(
 
 @pytest.mark.slow
 def test_killed_shards_started_again_give_the_same_bytes(
-    tiny_canonical: Path, tmp_path: Path, data: list[str]  # noqa: F811
-) -> None:  # fmt: skip
+    tiny_canonical: Path,
+    tmp_path: Path,
+    data: list[str],  # noqa: F811
+) -> None:
     options = (tiny_canonical, *data, "--rank", 4, "--batch-size", 2, "--max-steps", 40, "--evaluate-every", 3)
     sharded(tmp_path, *options, "--out", tmp_path / "whole")
-    process = psutil.Popen(command(tmp_path, *options, "--out", tmp_path / "cut"), env=FSDP,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    process = psutil.Popen(
+        command(tmp_path, *options, "--out", tmp_path / "cut"),
+        env=FSDP,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 600
     while not list(tmp_path.glob("cut.training/checkpoint-*/complete.json")) and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -108,8 +108,9 @@ class Matrix:
     offset: np.ndarray
 
 
-def edit_gguf(gguf: Path, change: Callable[[Matrix], None], *, tensor: str = GGUF_NAME, rows: int = ROWS,
-              columns: int = COLUMNS) -> None:  # fmt: skip
+def edit_gguf(
+    gguf: Path, change: Callable[[Matrix], None], *, tensor: str = GGUF_NAME, rows: int = ROWS, columns: int = COLUMNS
+) -> None:
     groups, at = columns // GROUP, gguf_block(gguf, tensor)
     raw = np.frombuffer(read_at(gguf, at, rows * groups * BLOCK_BYTES), np.uint8).reshape(rows, groups, BLOCK_BYTES)
     halves = raw[..., :4].copy().view(np.float16)

@@ -11,8 +11,8 @@ from unittest.mock import patch
 
 import numpy as np
 
-from qalora_export.families.family import Family
 from qalora_export.formats.gguf import export as gguf_export
+from qalora_export.models.families.family import Family
 from qalora_export.qalora import merge as merging
 from qalora_export.qalora.adapter_files import Adapter
 from tests.faults.line import (

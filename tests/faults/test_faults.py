@@ -12,7 +12,7 @@ from qalora_runtimes.taps import run_taps
 
 from qalora_export.errors import ExitCode
 from qalora_export.recipe import VerifySettings
-from qalora_export.verify.report import ParityReport
+from qalora_export.verify.report.parity_report import ParityReport
 from qalora_export.verify.stage import verify_parity
 from tests.faults.cases import CASES, FAULTS, KIND, LLAMA, ORT, Fault
 from tests.faults.line import Line, make_line
@@ -21,11 +21,25 @@ from tests.faults.worker import Workers
 
 # As in the issue: every kind of damage that must never pass.
 REQUIRED = (
-    "nibble order", "offset sign", "scales transposed", "groups shifted by one", "one code ±1 in one tensor",
-    "RoPE permutation missing", "pool mean merged as sum", "wrong alpha", "wrong rank", "lm_head quantized",
-    "norm epsilon 1e-6 for 1e-5", "RoPE base 20,000 for 10,000", "BOS missing", "one merge rule of the tokenizer lost",
-    "chat template altered", "NaN in one offset", "KV cache off by one", "adapter of another base",
-)  # fmt: skip
+    "nibble order",
+    "offset sign",
+    "scales transposed",
+    "groups shifted by one",
+    "one code ±1 in one tensor",
+    "RoPE permutation missing",
+    "pool mean merged as sum",
+    "wrong alpha",
+    "wrong rank",
+    "lm_head quantized",
+    "norm epsilon 1e-6 for 1e-5",
+    "RoPE base 20,000 for 10,000",
+    "BOS missing",
+    "one merge rule of the tokenizer lost",
+    "chat template altered",
+    "NaN in one offset",
+    "KV cache off by one",
+    "adapter of another base",
+)
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +108,10 @@ def test_every_required_fault_is_planted_and_for_both_formats_where_it_exists() 
     assert all(runtime in KIND for _, runtime in CASES)
     only = {fault.name for fault in FAULTS if not {LLAMA, ORT} <= set(fault.plant)}
     assert only == {
-        "RoPE permutation missing", "RoPE permutation missing, read back with the same fault", "RoPE pairs interleaved",
-    }  # fmt: skip
+        "RoPE permutation missing",
+        "RoPE permutation missing, read back with the same fault",
+        "RoPE pairs interleaved",
+    }
 
 
 def test_the_table_has_one_row_per_fault() -> None:

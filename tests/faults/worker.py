@@ -27,15 +27,33 @@ class Workers:
         self.fault = ""
         self._processes: dict[str, subprocess.Popen] = {}
 
-    def __call__(self, name: str, *, model: Path, job: Path, workdir: Path, exact: bool = False, threads: int = 2,
-                 lora: Path | None = None, timeout: float = 0) -> RunnerResult:  # fmt: skip
+    def __call__(
+        self,
+        name: str,
+        *,
+        model: Path,
+        job: Path,
+        workdir: Path,
+        exact: bool = False,
+        threads: int = 2,
+        lora: Path | None = None,
+        timeout: float = 0,
+    ) -> RunnerResult:
         request = read_job(job)
         if request.text is not None:
-            return run_runner(name, model=model, job=job, workdir=workdir, exact=exact, threads=threads, lora=lora,
-                              timeout=timeout)  # fmt: skip
+            return run_runner(
+                name, model=model, job=job, workdir=workdir, exact=exact, threads=threads, lora=lora, timeout=timeout
+            )
         out = workdir / "logits.npz"
-        asked = {"model": str(model), "job": str(job), "out": str(out), "exact": exact, "threads": threads,
-                 "lora": str(lora) if lora else None, "fault": self.fault}  # fmt: skip
+        asked = {
+            "model": str(model),
+            "job": str(job),
+            "out": str(out),
+            "exact": exact,
+            "threads": threads,
+            "lora": str(lora) if lora else None,
+            "fault": self.fault,
+        }
         process = self._process(name)
         process.stdin.write(json.dumps(asked) + "\n")
         process.stdin.flush()
@@ -58,9 +76,12 @@ class Workers:
     def _process(self, name: str) -> Any:
         if name not in self._processes:
             self._processes[name] = subprocess.Popen(
-                [sys.executable, "-m", "tests.faults.worker", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                text=True, cwd=Path(__file__).parents[2],
-            )  # fmt: skip
+                [sys.executable, "-m", "tests.faults.worker", name],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=Path(__file__).parents[2],
+            )
         return self._processes[name]
 
 
@@ -105,8 +126,9 @@ OFF_BY_ONE = {"llama.cpp": llama_off_by_one, "onnxruntime": onnx_off_by_one}
 
 def answer(name: str, request: dict[str, Any], kept: list[Any]) -> dict[str, str]:
     path = {key: Path(request[key]) if request[key] else None for key in ("model", "job", "out", "lora")}
-    options = argparse.Namespace(**path, exact=request["exact"], threads=request["threads"], through="auto",
-                                 backend="xllamacpp", server=None)  # fmt: skip
+    options = argparse.Namespace(
+        **path, exact=request["exact"], threads=request["threads"], through="auto", backend="xllamacpp", server=None
+    )
     try:
         job = read_job(path["job"])
         runtime = open_runtime(name, options, job)

@@ -15,9 +15,11 @@ HALF = np.float16
 
 def valid(**changes: object) -> dict[str, object]:
     fields = {
-        "codes": np.ones((3, 64), np.uint8), "scale": np.ones((3, 2), HALF), "offset": np.zeros((3, 2), HALF),
+        "codes": np.ones((3, 64), np.uint8),
+        "scale": np.ones((3, 2), HALF),
+        "offset": np.zeros((3, 2), HALF),
         "bits": 4,
-    }  # fmt: skip
+    }
     return fields | changes
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
+from qalora_export.models.loading import load_model
 from qalora_export.qalora.adapter_files import save_adapter
 from qalora_export.qalora.attach import attach
-from qalora_export.qalora.reference import load_model
 from qalora_export.recipe import TrainSettings
 
 QUERY = "model.layers.0.self_attn.q_proj"  # 128 × 128 in the tiny model

@@ -32,22 +32,49 @@ def cases() -> Iterator[Case]:
         words = {"words": POINTERS[str(word)], "scale": "*fp16", "offset": "*fp16"}
         counts = {"matrix": "*bf16", "groups": "i32", "per_row": "i32"}
         tiles = {"BITS": bits, "RUNS": 4, "BLOCK": 128, "SCALING": 0.1, "INTERPRETED": False}
-        yield (f"dequantize {bits}", dequantize._dequantize, {**words, **counts},
-               {"a": None, "b": None, **tiles, "RANK": 0, "REPEAT": 1}, {"enable_fp_fusion": False})  # fmt: skip
-        yield (f"adapted dequantize {bits}", dequantize._dequantize, {**words, "a": "*fp32", "b": "*fp32", **counts},
-               {**tiles, "RANK": 16, "REPEAT": 1}, {"enable_fp_fusion": False})  # fmt: skip
+        yield (
+            f"dequantize {bits}",
+            dequantize._dequantize,
+            {**words, **counts},
+            {"a": None, "b": None, **tiles, "RANK": 0, "REPEAT": 1},
+            {"enable_fp_fusion": False},
+        )
+        yield (
+            f"adapted dequantize {bits}",
+            dequantize._dequantize,
+            {**words, "a": "*fp32", "b": "*fp32", **counts},
+            {**tiles, "RANK": 16, "REPEAT": 1},
+            {"enable_fp_fusion": False},
+        )
         for dtype in ("*bf16", "*fp32") if bits == 4 else ("*bf16",):
-            yield (f"fused_linear {bits} {dtype}", fused_linear._fused_linear,
-                   {"x": dtype, **words, "y": dtype, "rows": "i32", "out": "i32", "runs": "i32"},
-                   {"BITS": bits, "RUNS_PER_GROUP": 4, "ROWS": fused_linear.ROWS, "OUT": fused_linear.OUT,
-                    "RUNS": fused_linear.DEPTH // 8, "INTERPRETED": False}, {})  # fmt: skip
-    yield ("effective_offset", effective_offset._effective_offset,
-           {"offset": "*fp16", "a": "*fp32", "b": "*fp32", "result": "*fp16", "rows": "i32", "pools": "i32"},
-           {"RANK": 16, "REPEAT": 2, "SCALING": 0.1, "ROWS": effective_offset.ROWS,
-            "POOLS": effective_offset.POOLS},
-           {"enable_fp_fusion": False})  # fmt: skip
-    yield ("group_sum", group_sum._group_sum, {"x": "*bf16", "sums": "*bf16", "groups": "i32"},
-           {"POOL": 32, "WIDTH": 32, "BLOCK": 128, "INTERPRETED": False}, {})  # fmt: skip
+            yield (
+                f"fused_linear {bits} {dtype}",
+                fused_linear._fused_linear,
+                {"x": dtype, **words, "y": dtype, "rows": "i32", "out": "i32", "runs": "i32"},
+                {
+                    "BITS": bits,
+                    "RUNS_PER_GROUP": 4,
+                    "ROWS": fused_linear.ROWS,
+                    "OUT": fused_linear.OUT,
+                    "RUNS": fused_linear.DEPTH // 8,
+                    "INTERPRETED": False,
+                },
+                {},
+            )
+    yield (
+        "effective_offset",
+        effective_offset._effective_offset,
+        {"offset": "*fp16", "a": "*fp32", "b": "*fp32", "result": "*fp16", "rows": "i32", "pools": "i32"},
+        {"RANK": 16, "REPEAT": 2, "SCALING": 0.1, "ROWS": effective_offset.ROWS, "POOLS": effective_offset.POOLS},
+        {"enable_fp_fusion": False},
+    )
+    yield (
+        "group_sum",
+        group_sum._group_sum,
+        {"x": "*bf16", "sums": "*bf16", "groups": "i32"},
+        {"POOL": 32, "WIDTH": 32, "BLOCK": 128, "INTERPRETED": False},
+        {},
+    )
 
 
 def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, Any], sm: int) -> Any:
@@ -63,8 +90,13 @@ def main() -> None:
         for sm in CAPABILITIES:
             result = compiled(kernel, types, constants, options, sm)
             ptx = result.asm["ptx"]
-            row = {"kernel": name, "sm": sm, "cubin_bytes": len(result.asm["cubin"]), "shared": result.metadata.shared,
-                   "instructions": {text: ptx.count(text) for text in INSTRUCTIONS}}  # fmt: skip
+            row = {
+                "kernel": name,
+                "sm": sm,
+                "cubin_bytes": len(result.asm["cubin"]),
+                "shared": result.metadata.shared,
+                "instructions": {text: ptx.count(text) for text in INSTRUCTIONS},
+            }
             print(json.dumps(row))
 
 

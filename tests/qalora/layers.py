@@ -29,8 +29,17 @@ def layer_of(matrix: GroupAffine, *, bias: bool = False) -> QALoraLinear:
     return layer
 
 
-def trained_layer(out: int = 48, columns: int = 96, *, bits: int = 4, group: int = 32, rank: int = 4,
-                  pool: int | None = None, seed: int = 0, bias: bool = False) -> QALoraLinear:  # fmt: skip
+def trained_layer(
+    out: int = 48,
+    columns: int = 96,
+    *,
+    bits: int = 4,
+    group: int = 32,
+    rank: int = 4,
+    pool: int | None = None,
+    seed: int = 0,
+    bias: bool = False,
+) -> QALoraLinear:
     """A layer whose adapter moves the offsets visibly."""
     layer = layer_of(random_matrix(out, columns, bits=bits, group=group, seed=seed), bias=bias)
     generator = torch.Generator().manual_seed(seed)

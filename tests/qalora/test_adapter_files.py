@@ -13,9 +13,9 @@ import torch
 
 from qalora_export.checkpoint.manifest import parent_of, read_manifest
 from qalora_export.errors import InputError, QaloraError, UnsafeInputError
+from qalora_export.models.loading import load_model
 from qalora_export.qalora.adapter_files import load_adapter, save_adapter
 from qalora_export.qalora.attach import attach, quantized_linears
-from qalora_export.qalora.reference import load_model
 from qalora_export.recipe import TrainSettings
 from tests.models import make_tiny_canonical
 from tests.qalora.adapters import QUERY, foreign_adapter, own_adapter
@@ -201,10 +201,12 @@ FOREIGN = {
     "integers": (tensors() | {f"{QUERY}.lora_A.weight": np.ones((4, 4), np.int32)}, {}, "expected a float tensor"),
     "an extra tensor": (tensors() | {"lm_head.weight": np.ones((4, 4), np.float32)}, {}, "cannot merge"),
     "the same place twice": (
-        tensors() | {f"base_model.model.{QUERY}.lora_A.weight": np.ones((4, 4), np.float32)}, {}, "same place",
+        tensors() | {f"base_model.model.{QUERY}.lora_A.weight": np.ones((4, 4), np.float32)},
+        {},
+        "same place",
     ),
     "dora": (tensors(), {"use_dora": True}, "use_dora"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", FOREIGN)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from qalora_export.errors import InputError
+from qalora_export.models.loading import load_model
 from qalora_export.qalora.attach import adapter_parameters, attach, quantized_linears
-from qalora_export.qalora.reference import load_model
 from qalora_export.recipe import TrainSettings
 
 
@@ -40,9 +40,12 @@ def test_adapters_are_float32_over_a_bfloat16_model(tiny_canonical: Path) -> Non
 def test_targets_are_shell_patterns(tiny_canonical: Path) -> None:
     model = load_model(tiny_canonical)
     assert attach(model, settings(targets=("*.q_proj", "model.layers.1.mlp.*"))) == [
-        "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.gate_proj",
-        "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj",
-    ]  # fmt: skip
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.mlp.gate_proj",
+        "model.layers.1.mlp.up_proj",
+        "model.layers.1.mlp.down_proj",
+    ]
 
 
 def test_attaching_again_replaces(tiny_canonical: Path) -> None:

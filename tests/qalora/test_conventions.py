@@ -34,10 +34,14 @@ def test_peft_alpha_inverts_the_peft_convention() -> None:
 
 
 RESOLVED = [  # choice, own, use_qalora, answer
-    ("auto", True, True, "sum"), ("sum", True, True, "sum"), ("auto", False, True, "peft"),
-    ("peft", False, True, "peft"), ("mean", False, False, "mean"), ("sum", False, False, "sum"),
+    ("auto", True, True, "sum"),
+    ("sum", True, True, "sum"),
+    ("auto", False, True, "peft"),
+    ("peft", False, True, "peft"),
+    ("mean", False, False, "mean"),
+    ("sum", False, False, "sum"),
     ("peft", False, False, "peft"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("choice", "own", "use_qalora", "answer"), RESOLVED)
@@ -46,9 +50,11 @@ def test_declared_or_named(choice: str, own: bool, use_qalora: bool, answer: str
 
 
 REFUSED = [
-    ("auto", False, False, "does not say how it pools"), ("mean", True, True, "declares the convention 'sum'"),
-    ("mean", False, True, "declares the convention 'peft'"), ("median", False, False, "unknown convention"),
-]  # fmt: skip
+    ("auto", False, False, "does not say how it pools"),
+    ("mean", True, True, "declares the convention 'sum'"),
+    ("mean", False, True, "declares the convention 'peft'"),
+    ("median", False, False, "unknown convention"),
+]
 
 
 @pytest.mark.parametrize(("choice", "own", "use_qalora", "reason"), REFUSED)

@@ -38,9 +38,10 @@ def test_equals_the_canonical_form_bit_for_bit(matrix: GroupAffine) -> None:
     packed, scale, offset = as_torch(matrix)
     assert differing(unpack_codes(packed, matrix.bits).numpy(), matrix.codes) == 0
     assert differing(dequantize(packed, scale, offset, matrix.bits, torch.float32).numpy(), matrix.dequantize()) == 0
-    assert differing(
-        dequantize(packed, scale, offset.float(), matrix.bits, torch.float32).numpy(), matrix.dequantize()
-    ) == 0  # fmt: skip
+    assert (
+        differing(dequantize(packed, scale, offset.float(), matrix.bits, torch.float32).numpy(), matrix.dequantize())
+        == 0
+    )
 
 
 @settings(max_examples=100, deadline=None)

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.errors import InputError, QaloraError
 from qalora_export.grid import differing, pack_codes
+from qalora_export.models.loading import load_model, load_tokenizer
 from qalora_export.qalora.attach import quantized_linears
-from qalora_export.qalora.reference import load_model, load_tokenizer
 from tests.models import make_tiny_canonical, make_tiny_model
 
 IDS = torch.from_numpy(np.random.default_rng(0).integers(0, 300, (2, 16)))

@@ -61,9 +61,15 @@ def test_codes_in_a_view_that_begins_between_words(bits: int) -> None:
     assert differing_bits(ops.dequantize(shifted, scale, offset, bits, torch.float32), expected) == 0
 
 
-@pytest.mark.parametrize(("rows", "pools", "repeat", "rank", "scaling"), [
-    (5, 3, 1, 1, 2.0), (70, 37, 1, 16, 1 / 3), (33, 5, 4, 8, 0.1), (32, 32, 3, 64, 1.7),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rows", "pools", "repeat", "rank", "scaling"),
+    [
+        (5, 3, 1, 1, 2.0),
+        (70, 37, 1, 16, 1 / 3),
+        (33, 5, 4, 8, 0.1),
+        (32, 32, 3, 64, 1.7),
+    ],
+)
 def test_effective_offset_equals_torch(rows: int, pools: int, repeat: int, rank: int, scaling: float) -> None:
     """Scalings that float32 does not hold, too."""
     generator = torch.Generator().manual_seed(rows)
@@ -75,9 +81,15 @@ def test_effective_offset_equals_torch(rows: int, pools: int, repeat: int, rank:
     assert differing_bits(ops.effective_offset(offset, a.double(), b.double(), scaling), expected) == 0
 
 
-@pytest.mark.parametrize(("bits", "group", "repeat", "rank", "scaling"), [
-    (4, 32, 1, 16, 2.0), (3, 32, 2, 5, 1 / 3), (2, 64, 1, 1, 0.1), (8, 128, 3, 20, 1.7),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("bits", "group", "repeat", "rank", "scaling"),
+    [
+        (4, 32, 1, 16, 2.0),
+        (3, 32, 2, 5, 1 / 3),
+        (2, 64, 1, 1, 0.1),
+        (8, 128, 3, 20, 1.7),
+    ],
+)
 def test_dequantize_with_an_adapter_equals_torch(bits: int, group: int, repeat: int, rank: int, scaling: float) -> None:
     """The low-rank product, its rounding to float16 and the matrix in one kernel; 37 × 6 groups fill no program."""
     packed, scale, offset = on_device(random_matrix(37, 6 * group, bits=bits, group=group))

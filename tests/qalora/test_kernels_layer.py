@@ -87,8 +87,13 @@ def test_the_compiled_graph_holds_the_ops(on_kernels: None) -> None:
     names: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
-        names.extend(str(node.target) for module in graph.modules() if isinstance(module, torch.fx.GraphModule)
-                     for node in module.graph.nodes if node.op == "call_function")  # fmt: skip
+        names.extend(
+            str(node.target)
+            for module in graph.modules()
+            if isinstance(module, torch.fx.GraphModule)
+            for node in module.graph.nodes
+            if node.op == "call_function"
+        )
         return graph
 
     with torch.no_grad():

@@ -13,8 +13,13 @@ from qalora_export.qalora.layer import QALoraLinear, effective_offset, group_sum
 from tests.qalora.layers import layer_of, naive_weight, random_matrix, trained_layer
 
 SHAPES = [  # bits, group, pool
-    (4, 32, None), (2, 32, 32), (3, 32, 96), (8, 64, 64), (4, 16, 48), (4, 32, 64),
-]  # fmt: skip
+    (4, 32, None),
+    (2, 32, 32),
+    (3, 32, 96),
+    (8, 64, 64),
+    (4, 16, 48),
+    (4, 32, 64),
+]
 
 
 def columns_for(group: int, pool: int | None) -> int:

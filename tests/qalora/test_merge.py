@@ -15,11 +15,11 @@ from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.manifest import parent_of, read_manifest, verify_manifest
 from qalora_export.errors import InputError, ParityError
 from qalora_export.grid import GroupAffine, differing
+from qalora_export.models.loading import load_model
 from qalora_export.qalora import merge as merge_module
 from qalora_export.qalora.adapter_files import ModuleAdapter, load_adapter
 from qalora_export.qalora.attach import quantized_linears
 from qalora_export.qalora.merge import merge, merged_offset
-from qalora_export.qalora.reference import load_model
 from tests.models import make_tiny_canonical, make_tiny_model
 from tests.qalora.adapters import QUERY, foreign_adapter, own_adapter
 from tests.qalora.layers import random_matrix
@@ -118,8 +118,10 @@ def test_tied_models_with_biases_in_other_dtypes(tmp_path: Path, dtype: str) -> 
 
 
 def test_offset_that_float16_cannot_hold_is_named(tiny_canonical: Path, tmp_path: Path) -> None:
-    tensors = {f"{QUERY}.lora_A.weight": np.zeros((4, 4), np.float32),
-               f"{QUERY}.lora_B.weight": np.zeros((128, 4), np.float32)}  # fmt: skip
+    tensors = {
+        f"{QUERY}.lora_A.weight": np.zeros((4, 4), np.float32),
+        f"{QUERY}.lora_B.weight": np.zeros((128, 4), np.float32),
+    }
     tensors[f"{QUERY}.lora_A.weight"][0, 2] = tensors[f"{QUERY}.lora_B.weight"][77, 0] = 300.0
     folder = foreign_adapter(tmp_path / "adapter", tensors)
     with pytest.raises(InputError, match=r"does not fit in float16 \(1 of 512\).*q_proj\.offset: row 77, group 2"):

@@ -18,11 +18,11 @@ from peft.tuners.lora.variants import QALoraLinearVariant
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.errors import InputError
 from qalora_export.grid import difference
+from qalora_export.models.loading import load_model
 from qalora_export.qalora.adapter_files import load_adapter, save_adapter
 from qalora_export.qalora.attach import attach, quantized_linears
 from qalora_export.qalora.layer import QALoraLinear
 from qalora_export.qalora.merge import merge
-from qalora_export.qalora.reference import load_model
 from qalora_export.recipe import TrainSettings
 from tests.models import make_tiny_canonical, make_tiny_model
 from tests.qalora.layers import naive_weight
@@ -136,9 +136,13 @@ def trained_by_peft(base: Path, folder: Path, **overrides: object) -> PeftModel:
     """An adapter made, trained for some steps and saved by PEFT alone."""
     torch.manual_seed(5)
     settings = {
-        "r": 4, "lora_alpha": 2, "use_qalora": True, "qalora_group_size": 32, "task_type": "CAUSAL_LM",
+        "r": 4,
+        "lora_alpha": 2,
+        "use_qalora": True,
+        "qalora_group_size": 32,
+        "task_type": "CAUSAL_LM",
         "target_modules": ["q_proj", "v_proj", "down_proj"],
-    } | overrides  # fmt: skip
+    } | overrides
     model = get_peft_model(for_peft(base), wire(LoraConfig(**settings)))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     for _ in range(4):

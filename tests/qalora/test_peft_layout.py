@@ -34,8 +34,14 @@ def test_rslora_divides_by_the_root() -> None:
 
 
 PATTERNS = {"q_proj": 1, r"^model.layers.1.mlp.down_proj": 2, r"layers\.\d+\.mlp\.up_proj": 3, "mlp.gate_proj": 4}
-NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "model.layers.11.mlp.down_proj",
-         "model.layers.10.mlp.up_proj", "model.layers.0.mlp.gate_proj", "model.layers.0.self_attn.xq_proj"]  # fmt: skip
+NAMES = [
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.1.mlp.down_proj",
+    "model.layers.11.mlp.down_proj",
+    "model.layers.10.mlp.up_proj",
+    "model.layers.0.mlp.gate_proj",
+    "model.layers.0.self_attn.xq_proj",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -91,8 +97,15 @@ def test_lora_dropout_is_a_training_setting() -> None:
 
 
 def test_peft_reads_our_config_without_a_warning(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    ours = make_config(rank=4, alpha=8.0, pool=32, ranks={"a.b": 2}, alphas={"a.b": 1.5, "c": 2.25},
-                       targets=["b", "c"], base_name="base")  # fmt: skip
+    ours = make_config(
+        rank=4,
+        alpha=8.0,
+        pool=32,
+        ranks={"a.b": 2},
+        alphas={"a.b": 1.5, "c": 2.25},
+        targets=["b", "c"],
+        base_name="base",
+    )
     (tmp_path / "adapter_config.json").write_text(json.dumps(ours))
     theirs = LoraConfig.from_pretrained(str(tmp_path))
     assert [str(w.message) for w in recwarn if "nexpected" in str(w.message)] == []

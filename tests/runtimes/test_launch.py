@@ -122,8 +122,15 @@ def test_every_runner_starts_from_any_folder(runner, tmp_path):
 @pytest.mark.parametrize("path", SOURCES, ids=[str(path.relative_to(ROOT)) for path in SOURCES])
 def test_runners_need_numpy_and_their_runtime_only(path):
     """No torch, nothing of qalora_export: this package goes to the device alone."""
-    allowed = {*sys.stdlib_module_names, "numpy", "qalora_runtimes", "xllamacpp", "llama_cpp", "onnxruntime",
-               "onnxruntime_genai"}  # fmt: skip
+    allowed = {
+        *sys.stdlib_module_names,
+        "numpy",
+        "qalora_runtimes",
+        "xllamacpp",
+        "llama_cpp",
+        "onnxruntime",
+        "onnxruntime_genai",
+    }
     nodes = list(ast.walk(ast.parse(path.read_text())))
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]

@@ -42,8 +42,9 @@ def graph_of(weight: np.ndarray) -> bytes:
     k = len(weight)
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, k, k])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
-    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [x], [y],
-                              [numpy_helper.from_array(weight, "w")])  # fmt: skip
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [x], [y], [numpy_helper.from_array(weight, "w")]
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     return model.SerializeToString()
 

@@ -26,9 +26,16 @@ def test_log_probabilities_are_put_back_in_the_order_of_ids():
     np.testing.assert_allclose(np.exp(whole_vocabulary(entries([0.5, 0.3, 0.2]), 3)), [[0.5, 0.3, 0.2]], rtol=1e-6)
 
 
-@pytest.mark.parametrize("bad", [entries([0.5, 0.3]), [*entries([0.5, 0.3]), {"id": 1, "logprob": -1.6}],
-                                 [*entries([0.5, 0.3]), {"id": 7, "logprob": -1.6}], entries([0.5, 0.3, 0.1])],
-                         ids=["missing", "twice", "unknown", "clipped"])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad",
+    [
+        entries([0.5, 0.3]),
+        [*entries([0.5, 0.3]), {"id": 1, "logprob": -1.6}],
+        [*entries([0.5, 0.3]), {"id": 7, "logprob": -1.6}],
+        entries([0.5, 0.3, 0.1]),
+    ],
+    ids=["missing", "twice", "unknown", "clipped"],
+)
 def test_an_incomplete_vocabulary_is_refused(bad):
     with pytest.raises(RunnerError):
         whole_vocabulary(bad, 3)
@@ -112,13 +119,24 @@ s = xllamacpp.Server(p); print(s.listening_address, flush=True); sys.stdin.read(
 
 def test_a_running_server_is_used_as_it_is(tiny_gguf, job, expected, tmp_path):
     """`--server URL` as for a stock llama-server on a device: no model, no package, only HTTP."""
-    with subprocess.Popen([sys.executable, "-c", SERVE, str(tiny_gguf)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          text=True) as server:  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVE, str(tiny_gguf)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
         address = server.stdout.readline().strip()
         write_job(tmp_path / "job.npz", make_job(job.sequences[:3]))
-        command = [sys.executable, "-m", "qalora_runtimes.llama_cpp", "--server", address,
-                   "--job", tmp_path / "job.npz", "--out", tmp_path / "out.npz",
-                   "--fingerprint", tmp_path / "fp.json"]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "qalora_runtimes.llama_cpp",
+            "--server",
+            address,
+            "--job",
+            tmp_path / "job.npz",
+            "--out",
+            tmp_path / "out.npz",
+            "--fingerprint",
+            tmp_path / "fp.json",
+        ]
         done = subprocess.run([str(word) for word in command], cwd="/", capture_output=True, text=True, timeout=300)
         server.stdin.close()
     assert done.returncode == 0, done.stderr

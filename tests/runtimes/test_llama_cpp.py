@@ -25,8 +25,9 @@ def ask(model: Path, job: Job, folder: Path, **options) -> np.ndarray:
 
 def test_exact_prefill_and_decode_are_pytorchs_numbers(tiny_gguf, job, expected, tmp_path):
     prefill = run_runner("llama.cpp", model=tiny_gguf, job=job, workdir=tmp_path / "p", exact=True)
-    decode = run_runner("llama.cpp", model=tiny_gguf, job=make_job(job.sequences, "decode"), workdir=tmp_path / "d",
-                        exact=True)  # fmt: skip
+    decode = run_runner(
+        "llama.cpp", model=tiny_gguf, job=make_job(job.sequences, "decode"), workdir=tmp_path / "d", exact=True
+    )
     assert worst_nmse(prefill.logprobs, expected) < EXACT
     assert worst_nmse(decode.logprobs, expected) < EXACT
     fingerprint = prefill.fingerprint

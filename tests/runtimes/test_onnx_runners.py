@@ -70,8 +70,11 @@ def save_graph(folder: Path, inputs: list[str]) -> Path:
     node = onnx.helper.make_node("Identity", [inputs[0]], ["logits"])
     values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in inputs]
     out = [onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, shape)]
-    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", values, out),
-                                   opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)  # fmt: skip
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "g", values, out),
+        opset_imports=[onnx.helper.make_opsetid("", 20)],
+        ir_version=10,
+    )
     folder.mkdir()
     onnx.save(model, folder / "model.onnx")
     return folder

@@ -14,8 +14,13 @@ from qalora_runtimes.scoring import RunnerError, every_position, log_softmax
 @pytest.mark.parametrize("spread", [1e-3, 1.0, 50.0, 1e4])
 def test_log_softmax_is_the_exact_value_rounded_once(spread: float):
     logits = (np.random.default_rng(1).normal(size=(5, 97)) * spread).astype(np.float32)
-    slow = np.array([[x - m - math.log(math.fsum(math.exp(y - m) for y in row)) for x in row]
-                     for row in logits.tolist() for m in [max(row)]])  # fmt: skip
+    slow = np.array(
+        [
+            [x - m - math.log(math.fsum(math.exp(y - m) for y in row)) for x in row]
+            for row in logits.tolist()
+            for m in [max(row)]
+        ]
+    )
     assert log_softmax(logits).dtype == np.float32
     np.testing.assert_array_max_ulp(log_softmax(logits), slow.astype(np.float32), maxulp=1)
 

@@ -22,13 +22,16 @@ def test_llama_cpp_shows_nodes_at_every_position(
     mode: str, tiny_gguf: Path, job: Job, expected: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
-    result = run_taps("llama.cpp", model=tiny_gguf, job=replace(job, mode=mode), names=NODES, workdir=tmp_path,
-                      exact=True, threads=1)  # fmt: skip
+    result = run_taps(
+        "llama.cpp", model=tiny_gguf, job=replace(job, mode=mode), names=NODES, workdir=tmp_path, exact=True, threads=1
+    )
     assert (result.status, set(result.taps)) == ("ok", set(NODES[:-1]))
     assert {name: value.shape for name, value in result.taps.items()} == {
-        "embd": (job.total, 128), "Qcur-0": (job.total, 128), "l_out-1": (job.total, 128),
+        "embd": (job.total, 128),
+        "Qcur-0": (job.total, 128),
+        "l_out-1": (job.total, 128),
         "result_output": expected.shape,
-    }  # fmt: skip
+    }
     assert worst_nmse(log_softmax(result.taps["result_output"]), expected) < 1e-9
 
 
@@ -40,8 +43,14 @@ def test_onnx_runtime_shows_outputs_of_a_graph_beside_its_data(
     inner = next(node.output[0] for node in model.graph.node if node.op_type == "GroupQueryAttention")
     model.graph.output.append(onnx.ValueInfoProto(name=inner))
     (tmp_path / "tapped.onnx").write_bytes(model.SerializeToString())
-    result = run_taps("onnxruntime", model=tmp_path / "tapped.onnx", job=replace(job, mode=mode),
-                      names=["logits", inner, "no such value"], workdir=tmp_path, data=tiny_onnx)  # fmt: skip
+    result = run_taps(
+        "onnxruntime",
+        model=tmp_path / "tapped.onnx",
+        job=replace(job, mode=mode),
+        names=["logits", inner, "no such value"],
+        workdir=tmp_path,
+        data=tiny_onnx,
+    )
     assert (result.status, set(result.taps)) == ("ok", {"logits", inner})
     assert result.taps[inner].shape == (job.total, 128)
     assert worst_nmse(log_softmax(result.taps["logits"]), expected) < 1e-9

@@ -35,10 +35,26 @@ max_new_tokens = 4
 runtimes = ["llama.cpp", "onnxruntime"]
 threads = 1
 """
-STAGES = ("quantize", "train", "merge", "evaluate base", "evaluate merged", "export gguf", "export onnx",
-          "verify-parity")  # fmt: skip
-OUTPUTS = ("base.qalora", "adapter", "merged.qalora", "score.base.json", "score.merged.json", "model.gguf", "onnx",
-           "report")  # fmt: skip
+STAGES = (
+    "quantize",
+    "train",
+    "merge",
+    "evaluate base",
+    "evaluate merged",
+    "export gguf",
+    "export onnx",
+    "verify-parity",
+)
+OUTPUTS = (
+    "base.qalora",
+    "adapter",
+    "merged.qalora",
+    "score.base.json",
+    "score.merged.json",
+    "model.gguf",
+    "onnx",
+    "report",
+)
 # Holds times and speeds (report, adapter.training), hashes of those (run.json), or nothing (.lock).
 UNEQUAL = ("report", "adapter.training", "run.json", ".lock")
 TIMEOUT = 300.0  # seconds; a run takes a few
@@ -105,9 +121,13 @@ class Driver:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
         self.folder, self.count = folder, 0
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.survival.driver"], env=environment, cwd=Path(__file__).parents[2],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            [sys.executable, "-m", "tests.survival.driver"],
+            env=environment,
+            cwd=Path(__file__).parents[2],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         assert self._line() == "ready"
 
     def __enter__(self) -> Driver:

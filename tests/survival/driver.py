@@ -27,16 +27,19 @@ import transformers.integrations
 import transformers.models.llama.modeling_llama
 import transformers.trainer  # noqa: F401
 
-import qalora_export.api
+import qalora_export
 import qalora_export.cli.main
 import qalora_export.cli.run_summary
 import qalora_export.formats.onnx.genai_folder
 import qalora_export.formats.onnx.graph
 import qalora_export.formats.onnx.rewrite
-import qalora_export.qalora.adapter_trainer
-import qalora_export.qalora.plots
-import qalora_export.qalora.reference
+import qalora_export.models.loading
+import qalora_export.qalora.training.plots
+import qalora_export.qalora.training.trainer
 from tests.survival.changes import count_changes
+
+for public in qalora_export.__all__:
+    getattr(qalora_export, public)
 
 
 def attempt(request: dict) -> None:

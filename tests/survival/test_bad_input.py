@@ -173,132 +173,330 @@ CASES = (
     # missing
     Case("no model folder", ("quantize", "none", "--out", "new", *RTN), BAD, ("model folder not found", "none")),
     Case("no weights", QUANTIZE, BAD, ("no safetensors weights",), lambda p: (p / WEIGHTS).unlink()),
-    Case("pickled weights", QUANTIZE, BAD, ("pickled", "safetensors"),
-         lambda p: (p / WEIGHTS).rename(p / "model/pytorch_model.bin")),
+    Case(
+        "pickled weights",
+        QUANTIZE,
+        BAD,
+        ("pickled", "safetensors"),
+        lambda p: (p / WEIGHTS).rename(p / "model/pytorch_model.bin"),
+    ),
     Case("no config", QUANTIZE, BAD, ("config.json", "not found"), lambda p: (p / "model/config.json").unlink()),
     Case("no recipe", ("run", "none.toml"), BAD, ("recipe not found", "none.toml")),
-    Case("no training data", ("train", "base.qalora", "--data", "none.jsonl", "--out", "new"), BAD,
-         ("data file not found", "none.jsonl")),
+    Case(
+        "no training data",
+        ("train", "base.qalora", "--data", "none.jsonl", "--out", "new"),
+        BAD,
+        ("data file not found", "none.jsonl"),
+    ),
     Case("no calibration", ("quantize", "model", "--out", "new"), BAD, ("calibration", "--calibration FILE")),
     Case("no calibration file", ("quantize", "model", "--out", "new", "--calibration", "none.txt"), BAD, ("none.txt",)),
     Case("no adapter", ("merge", "base.qalora", "none", "--out", "new"), BAD, ("adapter folder not found", "none")),
     Case("no artifact", ("inspect", "none.gguf"), BAD, ("nothing to inspect", "none.gguf")),
     Case("no artifact to verify", (*VERIFY, "--gguf", "none.gguf"), BAD, ("none.gguf", "--gguf")),
     Case("no data to evaluate", ("evaluate", "base.qalora", "--data", "none.jsonl"), BAD, ("none.jsonl",)),
-    Case("a shard is missing", QUANTIZE, BAD, ("model-2.safetensors", "not found"),
-         lambda p: shard_index(p, "model-2.safetensors")),
+    Case(
+        "a shard is missing",
+        QUANTIZE,
+        BAD,
+        ("model-2.safetensors", "not found"),
+        lambda p: shard_index(p, "model-2.safetensors"),
+    ),
     # truncated, flipped, absurd: safetensors
     Case("truncated weights", QUANTIZE, UNSAFE, ("tensors end at", "truncated"), lambda p: p.edit(WEIGHTS, cut(100))),
     Case("header alone", QUANTIZE, UNSAFE, ("truncated",), lambda p: p.edit(WEIGHTS, lambda raw: raw[:6])),
     Case("empty weights", QUANTIZE, UNSAFE, ("truncated",), lambda p: p.edit(WEIGHTS, lambda raw: b"")),
     Case("header of 2^62 bytes", QUANTIZE, UNSAFE, (str(2**62),), lambda p: p.edit(WEIGHTS, header_size(2**62))),
     Case("header is no JSON", QUANTIZE, BAD, ("not valid JSON",), lambda p: p.edit(WEIGHTS, flip(8))),
-    Case("absurd shape", QUANTIZE, UNSAFE, ("disagrees with its shape",),
-         lambda p: p.edit(WEIGHTS, header_text(b'"shape":[128]', b'"shape":[999]'))),
-    Case("unknown dtype", QUANTIZE, UNSAFE, ("unknown dtype",),
-         lambda p: p.edit(WEIGHTS, header_text(b'"F16"', b'"F99"'))),
-    Case("a code flipped in the base", MERGE, BAD, ("differs from its manifest", "model.safetensors"),
-         lambda p: p.edit(BASE, flip(-1, 1))),
+    Case(
+        "absurd shape",
+        QUANTIZE,
+        UNSAFE,
+        ("disagrees with its shape",),
+        lambda p: p.edit(WEIGHTS, header_text(b'"shape":[128]', b'"shape":[999]')),
+    ),
+    Case(
+        "unknown dtype",
+        QUANTIZE,
+        UNSAFE,
+        ("unknown dtype",),
+        lambda p: p.edit(WEIGHTS, header_text(b'"F16"', b'"F99"')),
+    ),
+    Case(
+        "a code flipped in the base",
+        MERGE,
+        BAD,
+        ("differs from its manifest", "model.safetensors"),
+        lambda p: p.edit(BASE, flip(-1, 1)),
+    ),
     Case("truncated base", TRAIN, UNSAFE, ("truncated",), lambda p: p.edit(BASE, cut(10))),
     Case("truncated base to evaluate", EVALUATE, UNSAFE, ("truncated",), lambda p: p.edit(BASE, cut(10))),
-    Case("flipped adapter", MERGE, BAD, ("differ from their manifest",),
-         lambda p: p.edit("adapter/adapter_model.safetensors", flip(-1))),
-    Case("manifest of something else", MERGE, UNSAFE, ("not one of ours",),
-         lambda p: p.write("adapter/manifest.json", '{"format": "x"}')),
-    Case("group size of 2^62", GGUF, UNSAFE, ("codes are",),
-         lambda p: p.edit_json("base.qalora/config.json", lambda c: c["quantization_config"]["modules"][UP].update(
-             group_size=2**62))),
-    Case("another base", ("merge", "other.qalora", "adapter", "--out", "new"), BAD, ("another base",),
-         lambda p: make_tiny_canonical(p / "other.qalora", p / "model", bits=3)),
+    Case(
+        "flipped adapter",
+        MERGE,
+        BAD,
+        ("differ from their manifest",),
+        lambda p: p.edit("adapter/adapter_model.safetensors", flip(-1)),
+    ),
+    Case(
+        "manifest of something else",
+        MERGE,
+        UNSAFE,
+        ("not one of ours",),
+        lambda p: p.write("adapter/manifest.json", '{"format": "x"}'),
+    ),
+    Case(
+        "group size of 2^62",
+        GGUF,
+        UNSAFE,
+        ("codes are",),
+        lambda p: p.edit_json(
+            "base.qalora/config.json", lambda c: c["quantization_config"]["modules"][UP].update(group_size=2**62)
+        ),
+    ),
+    Case(
+        "another base",
+        ("merge", "other.qalora", "adapter", "--out", "new"),
+        BAD,
+        ("another base",),
+        lambda p: make_tiny_canonical(p / "other.qalora", p / "model", bits=3),
+    ),
     # GGUF
-    Case("truncated GGUF", ("inspect", "model.gguf"), UNSAFE, ("ends at", "truncated"),
-         lambda p: p.edit("model.gguf", cut(100))),
-    Case("truncated GGUF to verify", (*VERIFY, "--gguf", "model.gguf"), UNSAFE, ("truncated",),
-         lambda p: p.edit("model.gguf", cut(100))),
+    Case(
+        "truncated GGUF",
+        ("inspect", "model.gguf"),
+        UNSAFE,
+        ("ends at", "truncated"),
+        lambda p: p.edit("model.gguf", cut(100)),
+    ),
+    Case(
+        "truncated GGUF to verify",
+        (*VERIFY, "--gguf", "model.gguf"),
+        UNSAFE,
+        ("truncated",),
+        lambda p: p.edit("model.gguf", cut(100)),
+    ),
     Case("not a GGUF", ("inspect", "model.gguf"), UNSAFE, ("magic",), lambda p: p.edit("model.gguf", flip(0))),
-    Case("2^60 tensors", ("inspect", "model.gguf"), UNSAFE, ("claims",),
-         lambda p: p.edit("model.gguf", lambda raw: raw[:8] + (2**60).to_bytes(8, "little") + raw[16:])),
-    Case("flipped GGUF", ("inspect", "model.gguf", "base.qalora"), PARITY, ("codes", "differ"),
-         lambda p: p.edit("model.gguf", flip(-40))),
-    Case("GGUF against its manifest", ("inspect", "--check", "model.gguf"), PARITY, ("does not match its manifest",),
-         lambda p: p.edit("model.gguf", flip(-40))),
+    Case(
+        "2^60 tensors",
+        ("inspect", "model.gguf"),
+        UNSAFE,
+        ("claims",),
+        lambda p: p.edit("model.gguf", lambda raw: raw[:8] + (2**60).to_bytes(8, "little") + raw[16:]),
+    ),
+    Case(
+        "flipped GGUF",
+        ("inspect", "model.gguf", "base.qalora"),
+        PARITY,
+        ("codes", "differ"),
+        lambda p: p.edit("model.gguf", flip(-40)),
+    ),
+    Case(
+        "GGUF against its manifest",
+        ("inspect", "--check", "model.gguf"),
+        PARITY,
+        ("does not match its manifest",),
+        lambda p: p.edit("model.gguf", flip(-40)),
+    ),
     # ONNX
-    Case("truncated ONNX data", ("inspect", "onnx"), UNSAFE, ("truncated",),
-         lambda p: p.edit("onnx/model.onnx.data", cut(1))),
-    Case("truncated ONNX graph", ("inspect", "onnx"), BAD, ("not an ONNX model",),
-         lambda p: p.edit("onnx/model.onnx", cut(1000))),
-    Case("flipped ONNX", ("inspect", "onnx", "base.qalora"), PARITY, ("differ",),
-         lambda p: p.edit("onnx/model.onnx.data", flip(-3))),
+    Case(
+        "truncated ONNX data",
+        ("inspect", "onnx"),
+        UNSAFE,
+        ("truncated",),
+        lambda p: p.edit("onnx/model.onnx.data", cut(1)),
+    ),
+    Case(
+        "truncated ONNX graph",
+        ("inspect", "onnx"),
+        BAD,
+        ("not an ONNX model",),
+        lambda p: p.edit("onnx/model.onnx", cut(1000)),
+    ),
+    Case(
+        "flipped ONNX",
+        ("inspect", "onnx", "base.qalora"),
+        PARITY,
+        ("differ",),
+        lambda p: p.edit("onnx/model.onnx.data", flip(-3)),
+    ),
     Case("absurd ONNX shape", ("inspect", "onnx"), UNSAFE, ("claims shape",), lambda p: p.edit_graph(absurd_shape)),
     Case("ONNX offset near 2^63", ("inspect", "onnx"), UNSAFE, ("offset",), external("offset", str(2**63 - 1))),
-    Case("ONNX data outside", (*VERIFY, "--onnx", "onnx"), UNSAFE, ("outside its folder",),
-         external("location", "../base.qalora/model.safetensors")),
-    Case("ONNX data absolute", ("inspect", "onnx"), UNSAFE, ("outside its folder",),
-         external("location", "/etc/passwd")),
+    Case(
+        "ONNX data outside",
+        (*VERIFY, "--onnx", "onnx"),
+        UNSAFE,
+        ("outside its folder",),
+        external("location", "../base.qalora/model.safetensors"),
+    ),
+    Case(
+        "ONNX data absolute", ("inspect", "onnx"), UNSAFE, ("outside its folder",), external("location", "/etc/passwd")
+    ),
     # paths
-    Case("shard index escapes", QUANTIZE, UNSAFE, ("outside its folder", "../base.qalora"),
-         lambda p: shard_index(p, "../base.qalora/model.safetensors")),
-    Case("weights are a symlink", QUANTIZE, UNSAFE, ("symbolic link",),
-         lambda p: ((p / WEIGHTS).rename(p / "elsewhere"), (p / WEIGHTS).symlink_to(p / "elsewhere"))),
+    Case(
+        "shard index escapes",
+        QUANTIZE,
+        UNSAFE,
+        ("outside its folder", "../base.qalora"),
+        lambda p: shard_index(p, "../base.qalora/model.safetensors"),
+    ),
+    Case(
+        "weights are a symlink",
+        QUANTIZE,
+        UNSAFE,
+        ("symbolic link",),
+        lambda p: ((p / WEIGHTS).rename(p / "elsewhere"), (p / WEIGHTS).symlink_to(p / "elsewhere")),
+    ),
     # what cannot be quantized
-    Case("group size does not divide", ("quantize", "model", "--out", "new", *RTN, "--group-size", "128", "--rule",
-                                        "*.up_proj=group:128"), BAD, ("96 in-features", "q_proj"),
-         lambda p: narrow_model(p)),
+    Case(
+        "group size does not divide",
+        ("quantize", "model", "--out", "new", *RTN, "--group-size", "128", "--rule", "*.up_proj=group:128"),
+        BAD,
+        ("96 in-features", "q_proj"),
+        lambda p: narrow_model(p),
+    ),
     Case("matrix of another shape", QUANTIZE, BAD, ("q_proj",), lambda p: p.edit_tensors(WEIGHTS, width)),
-    Case("NaN in a weight", QUANTIZE, BAD, (f"{UP}.weight", "finite"),
-         lambda p: p.edit_tensors(WEIGHTS, poison(f"{UP}.weight", np.nan))),
-    Case("Inf in a weight", QUANTIZE, BAD, (f"{UP}.weight", "finite"),
-         lambda p: p.edit_tensors(WEIGHTS, poison(f"{UP}.weight", np.inf))),
+    Case(
+        "NaN in a weight",
+        QUANTIZE,
+        BAD,
+        (f"{UP}.weight", "finite"),
+        lambda p: p.edit_tensors(WEIGHTS, poison(f"{UP}.weight", np.nan)),
+    ),
+    Case(
+        "Inf in a weight",
+        QUANTIZE,
+        BAD,
+        (f"{UP}.weight", "finite"),
+        lambda p: p.edit_tensors(WEIGHTS, poison(f"{UP}.weight", np.inf)),
+    ),
     Case("NaN in a scale", GGUF, BAD, (UP, "finite"), lambda p: p.edit_tensors(BASE, poison(f"{UP}.scale", np.nan))),
-    Case("NaN in a scale, ONNX", ONNX, BAD, (UP, "finite"),
-         lambda p: p.edit_tensors(BASE, poison(f"{UP}.scale", np.nan))),
-    Case("architecture", QUANTIZE, BAD, ("MambaForCausalLM", "LlamaForCausalLM"),
-         lambda p: p.edit_json("model/config.json", lambda c: c.update(architectures=["MambaForCausalLM"]))),
-    Case("architecture to export", GGUF, BAD, ("MambaForCausalLM", "LlamaForCausalLM"),
-         lambda p: p.edit_json("base.qalora/config.json", lambda c: c.update(architectures=["MambaForCausalLM"]))),
+    Case(
+        "NaN in a scale, ONNX", ONNX, BAD, (UP, "finite"), lambda p: p.edit_tensors(BASE, poison(f"{UP}.scale", np.nan))
+    ),
+    Case(
+        "architecture",
+        QUANTIZE,
+        BAD,
+        ("MambaForCausalLM", "LlamaForCausalLM"),
+        lambda p: p.edit_json("model/config.json", lambda c: c.update(architectures=["MambaForCausalLM"])),
+    ),
+    Case(
+        "architecture to export",
+        GGUF,
+        BAD,
+        ("MambaForCausalLM", "LlamaForCausalLM"),
+        lambda p: p.edit_json("base.qalora/config.json", lambda c: c.update(architectures=["MambaForCausalLM"])),
+    ),
     Case("not canonical", ("export", "gguf", "model", "--out", "new"), BAD, ("not a canonical", "quantize")),
     Case("bits 5", (*QUANTIZE, "--bits", "5"), BAD, ("bits",)),
     # recipes and options
-    Case("unknown recipe key", RUN, BAD, ("train.rnk", "did you mean 'rank'"),
-         lambda p: p.write("recipe.toml", 'model = "model"\nout = "new"\n[train]\nrnk = 3\n')),
+    Case(
+        "unknown recipe key",
+        RUN,
+        BAD,
+        ("train.rnk", "did you mean 'rank'"),
+        lambda p: p.write("recipe.toml", 'model = "model"\nout = "new"\n[train]\nrnk = 3\n'),
+    ),
     Case("recipe is no TOML", RUN, BAD, ("not valid TOML", "line 1"), lambda p: p.write("recipe.toml", "model = \n")),
-    Case("recipe of the wrong type", RUN, BAD, ("train.rank",),
-         lambda p: p.write("recipe.toml", 'model = "model"\nout = "new"\n[train]\nrank = "3"\n')),
-    Case("recipe path of nobody", RUN, BAD, ("unknown user", "~nobody-here"),
-         lambda p: p.write("recipe.toml", 'model = "~nobody-here/model"\nout = "new"\n')),
-    Case("recipe with a date", RUN, BAD, ("train.rank",),
-         lambda p: p.write("recipe.toml", 'model = "model"\nout = "new"\n[train]\nrank = 1979-05-27\n')),
-    Case("recipe table is a number", RUN, BAD, ("train",),
-         lambda p: p.write("recipe.toml", 'model = "model"\nout = "new"\ntrain = 3\n')),
+    Case(
+        "recipe of the wrong type",
+        RUN,
+        BAD,
+        ("train.rank",),
+        lambda p: p.write("recipe.toml", 'model = "model"\nout = "new"\n[train]\nrank = "3"\n'),
+    ),
+    Case(
+        "recipe path of nobody",
+        RUN,
+        BAD,
+        ("unknown user", "~nobody-here"),
+        lambda p: p.write("recipe.toml", 'model = "~nobody-here/model"\nout = "new"\n'),
+    ),
+    Case(
+        "recipe with a date",
+        RUN,
+        BAD,
+        ("train.rank",),
+        lambda p: p.write("recipe.toml", 'model = "model"\nout = "new"\n[train]\nrank = 1979-05-27\n'),
+    ),
+    Case(
+        "recipe table is a number",
+        RUN,
+        BAD,
+        ("train",),
+        lambda p: p.write("recipe.toml", 'model = "model"\nout = "new"\ntrain = 3\n'),
+    ),
     Case("override below a number", (*RUN, "--set", "model.x=1"), BAD, ("model.x",)),
     Case("unknown key by --set", (*RUN, "--set", "train.rnk=1"), BAD, ("did you mean 'rank'",)),
     Case("override without value", (*RUN, "--set", "train.rank"), BAD, ("KEY=VALUE",)),
     Case("unknown option", (*QUANTIZE, "--bitz", "4"), BAD, ("--bitz",)),
     Case("unknown verb", ("quantise", "model"), BAD, ("quantise",)),
     Case("missing option", ("merge", "base.qalora", "adapter"), BAD, ("--out",)),
-    Case("run.json of another tool", RUN, BAD, ("run.json", "--force"),
-         lambda p: ((p / "new").mkdir(), p.write("new/run.json", "[1]")), out="new/base.qalora"),
+    Case(
+        "run.json of another tool",
+        RUN,
+        BAD,
+        ("run.json", "--force"),
+        lambda p: ((p / "new").mkdir(), p.write("new/run.json", "[1]")),
+        out="new/base.qalora",
+    ),
     # data
     Case("empty data", TRAIN, BAD, ("empty", "data.jsonl"), lambda p: p.write("data.jsonl", "\n\n")),
-    Case("a line that does not parse", TRAIN, BAD, ("not valid JSON", "line 3"),
-         lambda p: p.write("data.jsonl", f"{GOOD_CHAT}\n\n{{]\n")),
-    Case("data is binary", TRAIN, BAD, ("line 2",),
-         lambda p: (p / "data.jsonl").write_bytes(GOOD_CHAT.encode() + b"\n\xff\xfe\n")),
-    Case("longer than the context", (*TRAIN, "--sequence-length", "4096"), BAD, ("line 2", "context"),
-         lambda p: p.write("data.jsonl", f"{GOOD_CHAT}\n{LONG_CHAT}\n")),
-    Case("empty calibration", ("quantize", "model", "--out", "new", "--calibration", "text.txt"), BAD, ("empty",),
-         lambda p: p.write("text.txt", "")),
-    Case("calibration line", ("quantize", "model", "--out", "new", "--calibration", "data.jsonl"), BAD,
-         ("data.jsonl:2",), lambda p: p.write("data.jsonl", f"{GOOD_CHAT}\n{{\n")),
+    Case(
+        "a line that does not parse",
+        TRAIN,
+        BAD,
+        ("not valid JSON", "line 3"),
+        lambda p: p.write("data.jsonl", f"{GOOD_CHAT}\n\n{{]\n"),
+    ),
+    Case(
+        "data is binary",
+        TRAIN,
+        BAD,
+        ("line 2",),
+        lambda p: (p / "data.jsonl").write_bytes(GOOD_CHAT.encode() + b"\n\xff\xfe\n"),
+    ),
+    Case(
+        "longer than the context",
+        (*TRAIN, "--sequence-length", "4096"),
+        BAD,
+        ("line 2", "context"),
+        lambda p: p.write("data.jsonl", f"{GOOD_CHAT}\n{LONG_CHAT}\n"),
+    ),
+    Case(
+        "empty calibration",
+        ("quantize", "model", "--out", "new", "--calibration", "text.txt"),
+        BAD,
+        ("empty",),
+        lambda p: p.write("text.txt", ""),
+    ),
+    Case(
+        "calibration line",
+        ("quantize", "model", "--out", "new", "--calibration", "data.jsonl"),
+        BAD,
+        ("data.jsonl:2",),
+        lambda p: p.write("data.jsonl", f"{GOOD_CHAT}\n{{\n"),
+    ),
     Case("empty test data", EVALUATE, BAD, ("empty",), lambda p: p.write("data.jsonl", "")),
     Case("test line", EVALUATE, BAD, ("line 2",), lambda p: p.write("data.jsonl", f"{GOOD_CHAT}\n{{\n")),
-    Case("test data is binary", EVALUATE, BAD, ("data.jsonl",),
-         lambda p: (p / "data.jsonl").write_bytes(b"\xff\xfe\n")),
-    Case("prompt longer than the context", EVALUATE, BAD, ("line 2", "context"),
-         lambda p: p.write("data.jsonl", f"{GOOD_CHAT}\n{LONG_CHAT}\n")),
-    Case("verify prompts", (*VERIFY, "--gguf", "model.gguf", "--prompts", "data.jsonl"), BAD, ("data.jsonl:2",),
-         lambda p: p.write("data.jsonl", f"{GOOD_CHAT}\n{{\n")),
-)  # fmt: skip
+    Case(
+        "test data is binary", EVALUATE, BAD, ("data.jsonl",), lambda p: (p / "data.jsonl").write_bytes(b"\xff\xfe\n")
+    ),
+    Case(
+        "prompt longer than the context",
+        EVALUATE,
+        BAD,
+        ("line 2", "context"),
+        lambda p: p.write("data.jsonl", f"{GOOD_CHAT}\n{LONG_CHAT}\n"),
+    ),
+    Case(
+        "verify prompts",
+        (*VERIFY, "--gguf", "model.gguf", "--prompts", "data.jsonl"),
+        BAD,
+        ("data.jsonl:2",),
+        lambda p: p.write("data.jsonl", f"{GOOD_CHAT}\n{{\n"),
+    ),
+)
 
 
 def narrow_model(place: Place) -> None:
@@ -370,9 +568,12 @@ def test_run_into_a_folder_that_cannot_be_written(place: Place, capsys: pytest.C
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
 @pytest.mark.parametrize("command", [QUANTIZE, MERGE, GGUF, ONNX], ids=lambda command: command[0] + command[1][:5])
 def test_a_full_disk(
-    command: tuple[str, ...], number: int, place: Place, capsys: pytest.CaptureFixture[str],
+    command: tuple[str, ...],
+    number: int,
+    place: Place,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """Syncing is where a full disk shows at the latest."""
 
     def refuse(descriptor: int) -> None:
@@ -403,8 +604,13 @@ def test_a_file_that_may_not_grow(command: tuple[str, ...], place: Place) -> Non
     """The real thing: the system refuses bytes beyond 64 kB a file in the middle of writing."""
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
     extra = ("--max-steps", "1", "--rank", "128") if command is TRAIN else ()
-    done = subprocess.run([sys.executable, "-c", LIMITED, str(64 << 10), *command, *extra], capture_output=True,
-                          text=True, timeout=300, env=os.environ | {"OMP_WAIT_POLICY": "passive"})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(64 << 10), *command, *extra],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_WAIT_POLICY": "passive"},
+    )
     check_message(done.stderr, ("could not write", "free disk space"))
     assert done.returncode == BAD
     assert not (place / "new").exists()
@@ -419,9 +625,12 @@ def test_an_absent_runtime_is_exit_3_with_its_package(module: str, package: str,
     place.write(f"{module}.py", "raise ModuleNotFoundError(f'No module named {__name__!r}', name=__name__)\n")
     command = [*VERIFY, "--onnx", "onnx", "--runtime", package, "--threads", "1"]
     done = subprocess.run(
-        [sys.executable, "-m", "qalora_export.cli", *command], capture_output=True, text=True, timeout=300,
+        [sys.executable, "-m", "qalora_export.cli", *command],
+        capture_output=True,
+        text=True,
+        timeout=300,
         env=os.environ | {"PYTHONPATH": str(place.path), "OMP_WAIT_POLICY": "passive"},
-    )  # fmt: skip
+    )
     assert done.returncode == RUNTIME, done.stderr
     assert f"pip install {package}" in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
@@ -431,13 +640,19 @@ def test_an_absent_runtime_is_exit_3_with_its_package(module: str, package: str,
 
 def test_a_crashing_runtime_is_exit_3_with_signal_and_remedy(place: Place) -> None:
     """A stand-in for the package that dies in the runner's process and is the real one everywhere else."""
-    place.write("sitecustomize.py", "import os, signal, sys\nif 'qalora_runtimes.onnxruntime_' in sys.orig_argv:\n"
-                "    os.kill(os.getpid(), signal.SIGSEGV)\n")  # fmt: skip
+    place.write(
+        "sitecustomize.py",
+        "import os, signal, sys\nif 'qalora_runtimes.onnxruntime_' in sys.orig_argv:\n"
+        "    os.kill(os.getpid(), signal.SIGSEGV)\n",
+    )
     command = [*VERIFY, "--onnx", "onnx", "--runtime", "onnxruntime", "--threads", "1"]
     done = subprocess.run(
-        [sys.executable, "-m", "qalora_export.cli", *command], capture_output=True, text=True, timeout=300,
+        [sys.executable, "-m", "qalora_export.cli", *command],
+        capture_output=True,
+        text=True,
+        timeout=300,
         env=os.environ | {"PYTHONPATH": str(place.path), "OMP_WAIT_POLICY": "passive"},
-    )  # fmt: skip
+    )
     assert done.returncode == RUNTIME, done.stderr
     said = " ".join(done.stderr.split())
     assert "SIGSEGV" in said and "a kernel read outside its memory" in said
@@ -452,9 +667,13 @@ def test_a_crashing_runtime_is_exit_3_with_signal_and_remedy(place: Place) -> No
     ],
 )
 def test_what_the_system_refuses_is_said_clearly(
-    error: Exception, code: int, words: tuple[str, ...], place: Place, monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    code: int,
+    words: tuple[str, ...],
+    place: Place,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
 

@@ -33,24 +33,49 @@ from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.manifest import read_manifest, verify_manifest
 from qalora_export.checkpoint.model_folder import INDEX, ModelFolder
 from qalora_export.checkpoint.safetensors_file import map_tensor, read_header
+from qalora_export.data.calibration import _documents
+from qalora_export.data.prompts import read_prompts
+from qalora_export.data.records import read_records
 from qalora_export.errors import QaloraError
-from qalora_export.formats.gguf.readback import read_back as read_gguf
-from qalora_export.formats.onnx.readback import read_back as read_onnx
+from qalora_export.formats.gguf.read import read_back as read_gguf
+from qalora_export.formats.onnx.read import read_back as read_onnx
 from qalora_export.inspection.view import open_view
 from qalora_export.pipeline import _read_state
 from qalora_export.qalora.adapter_files import ModuleShape, read_adapter
-from qalora_export.qalora.data import read_records
-from qalora_export.quantize.calibration import _documents
 from qalora_export.recipe import load_recipe
-from qalora_export.verify.prompts import read_prompts
 from tests.models import make_tiny_canonical
 from tests.qalora.adapters import own_adapter
 from tests.verify.exports import export_both
 
 MEMORY = 1 << 30  # bytes a reader may take beyond what the process has; the largest valid file here has half a MB
 SECONDS = 30  # for one read on a busy machine
-HOSTILE = (None, True, -1, 0, 1, 3, 2**31, 2**62, 2**64, 10**40, 1e308, 0.5, "", "x", "../x", "/etc/passwd", "a\0b",
-           "\ud800", [], {}, [[]], [0], [2**62, 2**62], {"a": 1}, {"dtype": "F16"})  # fmt: skip
+HOSTILE = (
+    None,
+    True,
+    -1,
+    0,
+    1,
+    3,
+    2**31,
+    2**62,
+    2**64,
+    10**40,
+    1e308,
+    0.5,
+    "",
+    "x",
+    "../x",
+    "/etc/passwd",
+    "a\0b",
+    "\ud800",
+    [],
+    {},
+    [[]],
+    [0],
+    [2**62, 2**62],
+    {"a": 1},
+    {"dtype": "F16"},
+)
 SIZES = (0, 1, 7, 2**31 - 1, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**64 - 1)
 RECIPE = """
 model = "model"
@@ -107,10 +132,19 @@ class _Letters:
         return type("Encoded", (), {"input_ids": list(text.encode("utf-8", "replace"))})
 
 
-SHAPES = {f"model.layers.{i}.{part}": ModuleShape(rows, columns, 32) for i in range(2) for part, rows, columns in (
-    ("self_attn.q_proj", 128, 128), ("self_attn.k_proj", 64, 128), ("self_attn.v_proj", 64, 128),
-    ("self_attn.o_proj", 128, 128), ("mlp.gate_proj", 256, 128), ("mlp.up_proj", 256, 128),
-    ("mlp.down_proj", 128, 256))}  # fmt: skip
+SHAPES = {
+    f"model.layers.{i}.{part}": ModuleShape(rows, columns, 32)
+    for i in range(2)
+    for part, rows, columns in (
+        ("self_attn.q_proj", 128, 128),
+        ("self_attn.k_proj", 64, 128),
+        ("self_attn.v_proj", 64, 128),
+        ("self_attn.o_proj", 128, 128),
+        ("mlp.gate_proj", 256, 128),
+        ("mlp.up_proj", 256, 128),
+        ("mlp.down_proj", 128, 256),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -259,8 +293,13 @@ def hostile(data: st.DataObject, value: Any) -> Any:
 
 
 EXAMPLES = os.environ.get("QALORA_FUZZ_EXAMPLES")  # a long run, with other examples than the suite's
-fuzz = settings(max_examples=int(EXAMPLES or 80), deadline=None, suppress_health_check=list(HealthCheck), database=None,
-                derandomize=EXAMPLES is None)  # fmt: skip
+fuzz = settings(
+    max_examples=int(EXAMPLES or 80),
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    database=None,
+    derandomize=EXAMPLES is None,
+)
 
 
 @pytest.mark.parametrize("name", BYTES)
@@ -306,8 +345,20 @@ def test_hostile_lines(good: Path, name: str, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_hostile_recipes(good: Path, data: st.DataObject) -> None:
     """Any value under any key, as --set gives it."""
-    keys = ("model", "train.rank", "train.targets", "train", "quantize.rules", "quantize.bits", "export.gguf.layout",
-            "export.gguf", "verify.runtimes", "model.x.y", "nothing", "train.rank.deep")  # fmt: skip
+    keys = (
+        "model",
+        "train.rank",
+        "train.targets",
+        "train",
+        "quantize.rules",
+        "quantize.bits",
+        "export.gguf.layout",
+        "export.gguf",
+        "verify.runtimes",
+        "model.x.y",
+        "nothing",
+        "train.rank.deep",
+    )
     overrides = {data.draw(st.sampled_from(keys)): data.draw(st.sampled_from(HOSTILE)) for _ in range(2)}
     try:
         with bounded():

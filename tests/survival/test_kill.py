@@ -56,8 +56,14 @@ def undisturbed(driver: Driver, tiny_model: Path, tmp_path_factory: pytest.TempP
     assert {status for *_, status in gates(out)} == {"pass"}
     assert left_overs(out) == []
     result = Undisturbed(recipe, hashes(out), gates(out), seconds, run.changes())
-    assert {"base.qalora/manifest.json", "adapter/adapter_model.safetensors", "merged.qalora/model.safetensors",
-            "model.gguf", "model.gguf.manifest.json", "onnx/model.onnx.data"} <= set(result.hashes)  # fmt: skip
+    assert {
+        "base.qalora/manifest.json",
+        "adapter/adapter_model.safetensors",
+        "merged.qalora/model.safetensors",
+        "model.gguf",
+        "model.gguf.manifest.json",
+        "onnx/model.onnx.data",
+    } <= set(result.hashes)
     return result
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qalora_export.errors import InputError
-from qalora_export.qalora import training_folder
+from qalora_export.qalora.training import folder as training_folder
 from qalora_export.safety import atomic_directory, atomic_file, single_writer, sweep
 from tests.survival.changes import count_changes
 
@@ -31,8 +31,9 @@ def killed_at(change: int, folder: Path, action: Callable[[], None]) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
-def every_place(tmp_path: Path, prepare: Callable[[Path], None], action: Callable[[Path], None],
-                check: Callable[[Path], None]) -> int:  # fmt: skip
+def every_place(
+    tmp_path: Path, prepare: Callable[[Path], None], action: Callable[[Path], None], check: Callable[[Path], None]
+) -> int:
     """prepare, action killed before change 1, 2, 3, …, check; returns how many places there were."""
     place = 0
     while True:

@@ -30,11 +30,11 @@ time.sleep(300)
 """
 CALLERS = {
     "run_runner": "from qalora_runtimes.launch import run_runner\n"
-                  "run_runner('onnxruntime', model=here, job=make_job([[1]]), workdir=here)",
+    "run_runner('onnxruntime', model=here, job=make_job([[1]]), workdir=here)",
     "run_taps": "from qalora_runtimes.taps import run_taps\n"
-                "run_taps('onnxruntime', model=here, job=make_job([[1]]), names=[], workdir=here)",
+    "run_taps('onnxruntime', model=here, job=make_job([[1]]), names=[], workdir=here)",
     "run_linears": "from qalora_runtimes.onnxruntime_.linears import run_linears\nrun_linears([b''], here)",
-}  # fmt: skip
+}
 
 
 def runs(pid: int) -> bool:
@@ -58,8 +58,10 @@ def test_whatever_is_started_ends_with_its_caller(caller: str, tmp_path: Path) -
     (tmp_path / "onnxruntime.py").write_text(HANGS)
     pid = tmp_path / "pid"
     code = f"from pathlib import Path\nfrom qalora_runtimes.protocol import make_job\nhere = Path({str(tmp_path)!r})\n"
-    process = subprocess.Popen([sys.executable, "-c", code + CALLERS[caller]],
-                               env=os.environ | {"PYTHONPATH": str(tmp_path), "PID_FILE": str(pid)})  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", code + CALLERS[caller]],
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "PID_FILE": str(pid)},
+    )
     try:
         wait_for(lambda: pid.exists() and pid.read_text() != "", "nothing was started")
     finally:
@@ -83,8 +85,15 @@ def wait_for(happened: Callable[[], bool], otherwise: str) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems tell no process that its parent died")
 @pytest.mark.parametrize("module", [*(r.module for r in RUNNERS.values()), *TAP_RUNNERS.values(), linears.MODULE])
 def test_every_runner_refuses_to_work_for_nobody(module: str, tmp_path: Path) -> None:
-    words = {"--model": tmp_path, "--job": tmp_path, "--names": tmp_path, "--graphs": tmp_path, "--out": tmp_path / "o",
-             "--fingerprint": tmp_path / "f", "--count": 0}  # fmt: skip
+    words = {
+        "--model": tmp_path,
+        "--job": tmp_path,
+        "--names": tmp_path,
+        "--graphs": tmp_path,
+        "--out": tmp_path / "o",
+        "--fingerprint": tmp_path / "f",
+        "--count": 0,
+    }
     help_text = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True).stdout
     given = [str(word) for pair in words.items() if pair[0] in help_text for word in pair]
     done = subprocess.run([sys.executable, "-m", module, *given, "--parent", str(1 << 30)], capture_output=True)

@@ -1,16 +1,8 @@
-"""Exported artifacts of the tiny checkpoint, made once; a test that damages one copies it first."""
-
-from pathlib import Path
+from __future__ import annotations
 
 import pytest
 
-from qalora_export.verify import plots
-from tests.verify.exports import Exported, export_both
-
-
-@pytest.fixture(scope="session")
-def exported(tiny_canonical: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return export_both(tiny_canonical, tmp_path_factory.mktemp("exported"))
+from qalora_export.verify.report import plots
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from gguf import GGUFReader
 
 from qalora_export.formats.gguf.export import export_gguf
 from qalora_export.formats.onnx.export import export_onnx
-from qalora_export.formats.onnx.readback import read_back
+from qalora_export.formats.onnx.read import read_back
 from qalora_export.recipe import GgufSettings, OnnxSettings
 
 

@@ -12,10 +12,10 @@ import numpy as np
 from qalora_runtimes.launch import RunnerResult
 from qalora_runtimes.protocol import read_job
 
-from qalora_export.verify.adapters import ADAPTERS
-from qalora_export.verify.probes import ProbeSet
-from qalora_export.verify.reference import reference_logprobs
-from qalora_export.verify.text_gate import expected_answers, folder_answers
+from qalora_export.verify.gates.text import expected_answers, folder_answers
+from qalora_export.verify.probes.probe_set import ProbeSet
+from qalora_export.verify.reference.logits import reference_logprobs
+from qalora_export.verify.runtimes.records import ADAPTERS
 
 Change = Callable[[np.ndarray], np.ndarray]
 

@@ -12,7 +12,7 @@ from qalora_runtimes.launch import RunnerResult
 
 from qalora_export.errors import ExitCode, InputError
 from qalora_export.recipe import VerifySettings
-from qalora_export.verify.report import ParityReport
+from qalora_export.verify.report.parity_report import ParityReport
 from qalora_export.verify.stage import verify_parity
 from tests.verify.exports import Exported
 from tests.verify.fakes import Change, FakeRuntimes
@@ -56,8 +56,11 @@ def test_right_runtimes_pass_every_gate_and_the_report_is_complete(exported: Exp
     arrays = np.load(tmp_path / "report" / "positions.npz", allow_pickle=False)
     assert arrays["llama.cpp/exact/nmse"].shape == (written["probe"]["positions"],)
     assert sorted(p.name for p in (tmp_path / "report").iterdir()) == [
-        "junit.xml", "positions.npz", "report.html", "report.json",
-    ]  # fmt: skip
+        "junit.xml",
+        "positions.npz",
+        "report.html",
+        "report.json",
+    ]
 
 
 def swap_two_positions(right: np.ndarray) -> np.ndarray:
@@ -161,8 +164,9 @@ def test_a_missing_runtime_is_exit_3_and_every_gate_of_it_is_not_run(exported: E
         (("llama.cpp", "shipped", "text"), ["G5"]),
     ],
 )
-def test_a_crash_is_exit_3_and_names_the_signal(key: tuple[str, str, str], not_run: list[str], exported: Exported,
-                                                tmp_path: Path) -> None:  # fmt: skip
+def test_a_crash_is_exit_3_and_names_the_signal(
+    key: tuple[str, str, str], not_run: list[str], exported: Exported, tmp_path: Path
+) -> None:
     report = verify(exported, tmp_path / "report", FakeRuntimes(exported.checkpoint, broken={key: CRASHED}))
     assert report.exit_code == ExitCode.RUNTIME_UNAVAILABLE
     assert [gate for gate, status in statuses(report).items() if status == "not run"] == not_run

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -135,9 +136,12 @@ def remainder(matrix: GroupAffine | PackedAffine, zero: int, *, where: str) -> N
     exact = matrix.offset.astype(np.float64) + zero * matrix.scale.astype(np.float64)
     held = exact.astype(np.float32)
     if not np.array_equal(held.astype(np.float64), exact):
-        raise InputError("offset + zero · scale is not exact in float32", where=where,
-                         why="scale and offset of one group are too many binary orders apart",
-                         fix="export this checkpoint with layout q4_1")  # fmt: skip
+        raise InputError(
+            "offset + zero · scale is not exact in float32",
+            where=where,
+            why="scale and offset of one group are too many binary orders apart",
+            fix="export this checkpoint with layout q4_1",
+        )
     return held
 
 
@@ -147,18 +151,24 @@ def exact_format(matrix: GroupAffine, *, where: str) -> BlockFormat:
     if matrix.bits < 8:
         return BLOCK_FORMATS["Q4_1"]
     if not matrix.is_symmetric:
-        raise InputError("8-bit codes with a free offset have no exact GGUF type", where=where,
-                         why="Q8_0 is symmetric: its offset is −128·scale",
-                         fix="export to ONNX, which holds them; or use layout split; or quantize this module with "
-                             "sym = true or at 4 bits")  # fmt: skip
+        raise InputError(
+            "8-bit codes with a free offset have no exact GGUF type",
+            where=where,
+            why="Q8_0 is symmetric: its offset is −128·scale",
+            fix="export to ONNX, which holds them; or use layout split; or quantize this module with "
+            "sym = true or at 4 bits",
+        )
     return BLOCK_FORMATS["Q8_0"]
 
 
 def check_group(group_size: int, *, where: str) -> None:
     """GGUF blocks cover 32 in-features, so smaller groups do not fit. Raises InputError."""
     if group_size % QK:
-        raise InputError(f"group size {group_size} does not fit GGUF blocks of {QK}", where=where,
-                         fix="quantize with group_size 32, 64 or 128, or export to ONNX")  # fmt: skip
+        raise InputError(
+            f"group size {group_size} does not fit GGUF blocks of {QK}",
+            where=where,
+            fix="quantize with group_size 32, 64 or 128, or export to ONNX",
+        )
 
 
 def _empty(matrix: GroupAffine, block_bytes: int, *, max_bits: int, format_name: str) -> NDArray[np.uint8]:
@@ -198,7 +208,7 @@ def _unpack_nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return halves.reshape(packed.shape[0], -1)
 
 
-def _matrix(codes: NDArray[np.uint8], scale: NDArray, offset: NDArray, bits: int) -> GroupAffine:
+def _matrix(codes: NDArray[np.uint8], scale: NDArray[Any], offset: NDArray[Any], bits: int) -> GroupAffine:
     try:
         return GroupAffine(codes, scale, offset, bits)
     except InputError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +13,8 @@ from numpy.typing import NDArray
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.model_folder import as_float32
 from qalora_export.console import track
-from qalora_export.formats.gguf.plan import DERIVED
-from qalora_export.formats.gguf.readback import GgufContents
+from qalora_export.formats.gguf.read import GgufContents
+from qalora_export.formats.gguf.tensor_table import DERIVED
 from qalora_export.formats.streaming import prepared, release, row_blocks
 from qalora_export.grid import Differences, differing
 
@@ -74,7 +75,7 @@ def _carried(checkpoint: CanonicalCheckpoint) -> list[str]:
     return [name for name in names if not (tied and name == "lm_head.weight")]
 
 
-def plain_differing(source: NDArray, found: NDArray) -> int:
+def plain_differing(source: NDArray[Any], found: NDArray[Any]) -> int:
     """Differing values of a plain tensor; vectors are F32 in GGUF, so the source is widened (exactly) first."""
     if source.ndim == 1 and found.dtype == np.float32:
         return differing(as_float32(source), found)

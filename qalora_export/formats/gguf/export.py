@@ -7,23 +7,23 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from qalora_export import __version__
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.manifest import parent_of
+from qalora_export.checkpoint.sidecar import files_of, sidecar_path, write_sidecar
 from qalora_export.errors import InputError, ParityError
-from qalora_export.families import family_of
+from qalora_export.formats.export_report import ExportReport
 from qalora_export.formats.gguf.compare import Comparison, compare
 from qalora_export.formats.gguf.metadata import Entry, architecture, general
-from qalora_export.formats.gguf.plan import TensorPlan, plan_model, prevailing_type
-from qalora_export.formats.gguf.readback import MODULES_KEY, read_back
-from qalora_export.formats.gguf.sidecar import files_of, sidecar_path, write_sidecar
+from qalora_export.formats.gguf.read import MODULES_KEY, read_back
 from qalora_export.formats.gguf.split import adapter_entries, adapter_path, plan_remainders
-from qalora_export.formats.gguf.tokenizer import tokenizer_entries
+from qalora_export.formats.gguf.tensor_table import TensorPlan, plan_model, prevailing_type
+from qalora_export.formats.gguf.tokenizer.fields import tokenizer_entries
 from qalora_export.formats.gguf.writer import write_gguf
-from qalora_export.formats.report import ExportReport
 from qalora_export.formats.streaming import finished
+from qalora_export.models.families import family_of
 from qalora_export.recipe import GgufSettings
 from qalora_export.safety import atomic_file
+from qalora_export.version import __version__
 
 
 def export_gguf(checkpoint: Path, out: Path, settings: GgufSettings, *, force: bool = False) -> ExportReport:
@@ -49,8 +49,9 @@ def export_gguf(checkpoint: Path, out: Path, settings: GgufSettings, *, force: b
             tensors |= write_gguf(adapter, arch, adapter_entries(model), remainders, description="write adapter")
         with finished(files) as digests:  # hashed and on their way to the disk while they are read back
             found = _checked(compare(model, read_back(files[out.name], adapter)), out)
-        write_sidecar(manifest, files, tensors, [parent_of(checkpoint, "checkpoint")], settings.model_dump(),
-                      digests=digests)  # fmt: skip
+        write_sidecar(
+            manifest, files, tensors, [parent_of(checkpoint, "checkpoint")], settings.model_dump(), digests=digests
+        )
         if adapter is None and adapter_path(out).name in files_of(sidecar_path(out)):
             # The model that is being replaced had this adapter; it would be wrong over the new one.
             adapter_path(out).unlink(missing_ok=True)
@@ -65,8 +66,13 @@ def export_f32_twin(checkpoint: Path, out: Path, *, force: bool = False) -> Expo
     model = _open(checkpoint, out)
     plans = plan_model(model, "f32")
     with atomic_file(out, force=force) as temporary:
-        write_gguf(temporary, family_of(model.config).gguf_arch, _entries(model, plans, "f32"), plans,
-                   description="write F32 twin")  # fmt: skip
+        write_gguf(
+            temporary,
+            family_of(model.config).gguf_arch,
+            _entries(model, plans, "f32"),
+            plans,
+            description="write F32 twin",
+        )
     return _report((out,), plans, Comparison(0))
 
 
@@ -94,15 +100,23 @@ def _open(checkpoint: Path, out: Path) -> CanonicalCheckpoint:
     model = CanonicalCheckpoint(checkpoint)
     family_of(model.config)
     if out.resolve().parent == model.path.resolve():
-        raise InputError("the output would lie inside the checkpoint folder", where=out,
-                         why="its manifest names every file of the folder", fix="choose another path")  # fmt: skip
+        raise InputError(
+            "the output would lie inside the checkpoint folder",
+            where=out,
+            why="its manifest names every file of the folder",
+            fix="choose another path",
+        )
     return model
 
 
 def _checked(found: Comparison, out: Path) -> Comparison:
     if found.total:
-        raise ParityError(f"{found.total} values differ when the file is read back", where=out, why=found.describe(),
-                          fix="this is a defect of the exporter: please report it; nothing was written")  # fmt: skip
+        raise ParityError(
+            f"{found.total} values differ when the file is read back",
+            where=out,
+            why=found.describe(),
+            fix="this is a defect of the exporter: please report it; nothing was written",
+        )
     return found
 
 

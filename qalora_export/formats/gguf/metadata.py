@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qalora_export.families import Family, rope_of
-from qalora_export.families.family import head_dim
+from qalora_export.models.families import Family, rope_of
+from qalora_export.models.families.family import head_dim
 
 QUANTIZATION_VERSION = 2  # ggml's GGML_QNT_VERSION: the block layouts that blocks.py writes
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}  # llama.h, enum llama_ftype

@@ -20,9 +20,12 @@ class NameMap:
         """ "model.layers.0.self_attn.q_proj.weight" -> "blk.0.attn_q.weight". Raises InputError when unknown."""
         found = self._map.get_name(name, try_suffixes=SUFFIXES)
         if found is None:
-            raise InputError("GGUF has no name for a tensor of this architecture", where=name,
-                             fix="the model holds more than its config.json says")  # fmt: skip
-        return found
+            raise InputError(
+                "GGUF has no name for a tensor of this architecture",
+                where=name,
+                fix="the model holds more than its config.json says",
+            )
+        return str(found)
 
 
 def _fresh_tensor_name_map(gguf_arch: str, layers: int) -> Any:

@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from qalora_export import __version__
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.manifest import parent_of
-from qalora_export.families import Family, family_of
 from qalora_export.formats.gguf.blocks import BLOCK_FORMATS, remainder
 from qalora_export.formats.gguf.metadata import Entry, architecture
 from qalora_export.formats.gguf.names import NameMap
-from qalora_export.formats.gguf.plan import LAYOUTS, TensorPlan, gguf_rows
-from qalora_export.formats.gguf.readback import group_indicator
+from qalora_export.formats.gguf.read import group_indicator
+from qalora_export.formats.gguf.tensor_table import LAYOUTS, TensorPlan, gguf_rows
+from qalora_export.models.families import Family, family_of
+from qalora_export.version import __version__
 
 
 def adapter_path(out: Path) -> Path:
@@ -71,6 +71,7 @@ def _indicator_rows(groups: int, group_size: int, rows: slice) -> NDArray[np.flo
     return group_indicator(groups, group_size)[rows]
 
 
-def _remainder_rows(model: CanonicalCheckpoint, family: Family, module: str, zero: int,
-                    rows: slice) -> NDArray[np.float32]:  # fmt: skip
+def _remainder_rows(
+    model: CanonicalCheckpoint, family: Family, module: str, zero: int, rows: slice
+) -> NDArray[np.float32]:
     return remainder(gguf_rows(model, family, module, rows), zero, where=f"{model.path}: {module}")

@@ -51,8 +51,11 @@ def validate_gguf(path: Path) -> list[TensorInfo]:
         tensor_count, key_count = cursor.number("<Q"), cursor.number("<Q")
         # The smallest metadata entry takes 8 + 1 + 4 + 1 bytes, the smallest tensor info 8 + 1 + 4 + 8 + 4 + 8.
         if key_count * 14 + tensor_count * 33 > cursor.size:
-            raise UnsafeInputError(f"header claims {key_count} keys and {tensor_count} tensors", where=path,
-                                   why=f"the file has {cursor.size} bytes")  # fmt: skip
+            raise UnsafeInputError(
+                f"header claims {key_count} keys and {tensor_count} tensors",
+                where=path,
+                why=f"the file has {cursor.size} bytes",
+            )
         alignment = _keys(cursor, key_count)
         raw = [_tensor(cursor) for _ in range(tensor_count)]
         return _placed(cursor, raw, alignment)
@@ -67,8 +70,11 @@ class _Cursor:
 
     def take(self, count: int) -> bytes:
         if count > self.limit - self.at:
-            raise UnsafeInputError(f"header wants {count} bytes at offset {self.at}", where=self.path,
-                                   why=f"truncated or lying: the file has {self.size} bytes")  # fmt: skip
+            raise UnsafeInputError(
+                f"header wants {count} bytes at offset {self.at}",
+                where=self.path,
+                why=f"truncated or lying: the file has {self.size} bytes",
+            )
         self.at += count
         return self.file.read(count)
 
@@ -78,8 +84,11 @@ class _Cursor:
     def text(self, most: int) -> str:
         length = self.number("<Q")
         if length > most:
-            raise UnsafeInputError(f"a string of {length} bytes at offset {self.at}", where=self.path,
-                                   why=f"at most {most} are allowed there")  # fmt: skip
+            raise UnsafeInputError(
+                f"a string of {length} bytes at offset {self.at}",
+                where=self.path,
+                why=f"at most {most} are allowed there",
+            )
         try:
             return self.take(length).decode("utf-8")
         except UnicodeDecodeError as error:
@@ -150,14 +159,21 @@ def _placed(cursor: _Cursor, raw: list[tuple[str, int, tuple[int, ...], int]], a
         if kind not in sizes or 0 in shape or shape[-1] % sizes[kind][0]:
             raise UnsafeInputError(f"type {kind} does not fit shape {shape}", where=where)
         if offset != position:
-            raise UnsafeInputError(f"tensor lies at {offset}, expected {position}", where=where,
-                                   why="tensors overlap, leave a hole or are not aligned")  # fmt: skip
+            raise UnsafeInputError(
+                f"tensor lies at {offset}, expected {position}",
+                where=where,
+                why="tensors overlap, leave a hole or are not aligned",
+            )
         nbytes = math.prod(shape) // sizes[kind][0] * sizes[kind][1]
         infos[name] = TensorInfo(name, kind, shape, base + offset, nbytes)
         position = _padded(offset + nbytes, alignment)
         if base + offset + nbytes > cursor.size:
-            raise UnsafeInputError(f"tensor ends at {base + offset + nbytes}, the file at {cursor.size}", where=where,
-                                   why="truncated", fix="fetch or export the file again")  # fmt: skip
+            raise UnsafeInputError(
+                f"tensor ends at {base + offset + nbytes}, the file at {cursor.size}",
+                where=where,
+                why="truncated",
+                fix="fetch or export the file again",
+            )
     if raw and cursor.size > base + position:
         raise UnsafeInputError(f"{cursor.size - base - position} bytes after the last tensor", where=cursor.path)
     return list(infos.values())

@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from qalora_export.console import track
 from qalora_export.formats.gguf.blocks import BLOCK_FORMATS
 from qalora_export.formats.gguf.metadata import Entry
-from qalora_export.formats.gguf.plan import TensorPlan
+from qalora_export.formats.gguf.tensor_table import TensorPlan
 from qalora_export.formats.gguf.validate import ALIGNMENT
 from qalora_export.formats.streaming import BlockHasher, prepared, row_blocks
 
 
-def write_gguf(path: Path, arch: str, entries: list[Entry], plans: list[TensorPlan], *,
-               description: str = "write GGUF") -> dict[str, dict[str, Any]]:  # fmt: skip
+def write_gguf(
+    path: Path, arch: str, entries: list[Entry], plans: list[TensorPlan], *, description: str = "write GGUF"
+) -> dict[str, dict[str, Any]]:
     """Write `path` and return, per tensor name, its GGUF dtype, shape and the sha256 of its bytes in the file.
 
     The caller passes a temporary path (safety.atomic_file): this function neither syncs nor renames.
@@ -59,8 +60,9 @@ def _load(job: tuple[TensorPlan, slice]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(plan.load(rows)).reshape(-1).view(np.uint8)
 
 
-def _write_tensor(file: BinaryIO, plan: TensorPlan, blocks: Iterator[NDArray[np.uint8]],
-                  hasher: BlockHasher) -> Future[str]:  # fmt: skip
+def _write_tensor(
+    file: BinaryIO, plan: TensorPlan, blocks: Iterator[NDArray[np.uint8]], hasher: BlockHasher
+) -> Future[str]:
     """Take the blocks of one tensor from the stream, write them, pad; sha256 of the bytes."""
     missing = plan.nbytes
     while missing > 0:

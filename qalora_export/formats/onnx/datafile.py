@@ -45,7 +45,7 @@ class DataFile:
         """Manifest entry of every tensor so far."""
         return {name: entry | {"sha256": self._digests[name].result()} for name, entry in self._entries.items()}
 
-    def add(self, name: str, array: NDArray) -> ir.ExternalTensor:
+    def add(self, name: str, array: NDArray[Any]) -> ir.ExternalTensor:
         """Write the bytes of `array` (C order, little-endian) and return the reference to them."""
         import onnx_ir as ir
 
@@ -63,6 +63,11 @@ class DataFile:
         self._digests[name] = self._hasher.finish()
         self._entries[name] = {"dtype": array.dtype.name, "shape": list(array.shape)}
         return ir.ExternalTensor(
-            DATA_FILE, offset, array.nbytes, ir.DataType.from_numpy(array.dtype), shape=ir.Shape(array.shape),
-            name=name, base_dir=str(self._folder),
-        )  # fmt: skip
+            DATA_FILE,
+            offset,
+            array.nbytes,
+            ir.DataType.from_numpy(array.dtype),
+            shape=ir.Shape(array.shape),
+            name=name,
+            base_dir=str(self._folder),
+        )

@@ -30,7 +30,7 @@ COPY_CHUNK = 1 << 30
 
 def exact_graph(folder: Path) -> bytes:
     """model.onnx of `folder` with accuracy_level 1; its external data still refers to the data file beside it."""
-    return with_accuracy_level(read_model(folder), EXACT_LEVEL).SerializeToString(deterministic=True)
+    return bytes(with_accuracy_level(read_model(folder), EXACT_LEVEL).SerializeToString(deterministic=True))
 
 
 def exact_variant(folder: Path, target: Path, *, force: bool = False) -> Path:

@@ -12,21 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from qalora_export import __version__
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.manifest import MANIFEST, parent_of, write_manifest
 from qalora_export.console import track
 from qalora_export.errors import InputError, ParityError
-from qalora_export.families import family_of
+from qalora_export.formats.export_report import ExportReport
 from qalora_export.formats.onnx.datafile import DATA_FILE
-from qalora_export.formats.onnx.readback import MODULES_KEY, OnnxContents, read_back
+from qalora_export.formats.onnx.read import MODULES_KEY, OnnxContents, read_back
 from qalora_export.formats.onnx.split_form import SplitForm
 from qalora_export.formats.onnx.validate import MODEL_FILE
-from qalora_export.formats.report import ExportReport
 from qalora_export.formats.streaming import finished, prepared, row_blocks
 from qalora_export.grid import Differences, differing, packed_difference
+from qalora_export.models.families import family_of
 from qalora_export.recipe import OnnxSettings
 from qalora_export.safety import atomic_directory, refuse_existing
+from qalora_export.version import __version__
 
 PRODUCER = "qalora-export"
 HEAD = "lm_head"
@@ -45,15 +45,25 @@ def export_onnx(checkpoint: Path, out_dir: Path, settings: OnnxSettings, *, forc
     source = CanonicalCheckpoint(checkpoint)
     family_of(source.config)
     if source.path.resolve() in (out_dir.resolve(), *out_dir.resolve().parents):
-        raise InputError("the output would lie inside the checkpoint folder", where=out_dir,
-                         why="its manifest names every file of the folder", fix="choose another path")  # fmt: skip
+        raise InputError(
+            "the output would lie inside the checkpoint folder",
+            where=out_dir,
+            why="its manifest names every file of the folder",
+            fix="choose another path",
+        )
     parents = [parent_of(checkpoint, "checkpoint")]
     with atomic_directory(out_dir, force=force) as folder:
         written = _write(source, folder, settings)
         with finished({DATA_FILE: folder / DATA_FILE}) as digests:  # hashed while it is read back
             compared = compare(source, folder, written.carried)
-        write_manifest(folder, "onnx", tensors=written.hashes, parents=parents,
-                       settings=settings.model_dump(mode="json"), digests=digests)  # fmt: skip
+        write_manifest(
+            folder,
+            "onnx",
+            tensors=written.hashes,
+            parents=parents,
+            settings=settings.model_dump(mode="json"),
+            digests=digests,
+        )
     files = sorted(out_dir.iterdir(), key=lambda path: (path.name == MANIFEST, path.name))
     size = sum(path.stat().st_size for path in files)
     return ExportReport(tuple(files), written.types, size, compared, 0, written.notes)
@@ -122,8 +132,11 @@ def compare(source: CanonicalCheckpoint, folder: Path, carried: list[str]) -> in
         for _ in _row_blocks(source, module):
             found += next(blocks)
         if found.total:
-            raise ParityError(f"{found.codes} codes, {found.scale} scales and {found.offset} offsets differ",
-                              where=f"{folder.name}: {module}", fix=BUG)  # fmt: skip
+            raise ParityError(
+                f"{found.codes} codes, {found.scale} scales and {found.offset} offsets differ",
+                where=f"{folder.name}: {module}",
+                fix=BUG,
+            )
         (out, groups), (_, group_size) = source.entry(f"{module}.scale").shape, source.modules[module]
         compared += out * groups * (group_size + 2)
     for name in carried:

@@ -53,6 +53,10 @@ def _register_provider() -> None:
     from mobius import EpCapabilities, ep_registry, register_ep
 
     if PROVIDER not in ep_registry:
-        register_ep(EpCapabilities(
-            name=PROVIDER, gqa_dtypes=frozenset({ir.DataType.FLOAT}), supports_past_present_share_buffer=True,
-        ))  # fmt: skip
+        register_ep(
+            EpCapabilities(
+                name=PROVIDER,
+                gqa_dtypes=frozenset({ir.DataType.FLOAT}),
+                supports_past_present_share_buffer=True,
+            )
+        )

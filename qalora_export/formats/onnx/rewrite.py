@@ -13,6 +13,7 @@ Everything else keeps its source bytes in the file and is cast to float32 in the
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -56,8 +57,11 @@ class Rewriter:
         elif name in self.checkpoint:
             self._place_other(value, name)
         else:
-            raise InputError("the graph needs a tensor that the checkpoint does not hold", where=name,
-                             fix="is the checkpoint complete? does config.json belong to it?")  # fmt: skip
+            raise InputError(
+                "the graph needs a tensor that the checkpoint does not hold",
+                where=name,
+                fix="is the checkpoint complete? does config.json belong to it?",
+            )
 
     def finish(self) -> None:
         """Check that every tensor of the checkpoint arrived, and order the graph."""
@@ -65,9 +69,12 @@ class Rewriter:
         lost += [name for name in self.checkpoint.plain_names() if name not in self.carried]
         lost = [name for name in lost if not self._may_be_left_out(name)]
         if lost:
-            raise InputError(f"the ONNX graph has no place for {len(lost)} tensors of the checkpoint", where=lost[0],
-                             why="leaving them out would change the function",
-                             fix="this variant of the architecture needs a family of its own")  # fmt: skip
+            raise InputError(
+                f"the ONNX graph has no place for {len(lost)} tensors of the checkpoint",
+                where=lost[0],
+                why="leaving them out would change the function",
+                fix="this variant of the architecture needs a family of its own",
+            )
         self.graph.sort()
 
     def _may_be_left_out(self, name: str) -> bool:
@@ -77,7 +84,7 @@ class Rewriter:
         tied = name == "lm_head.weight" and self.checkpoint.config.get("tie_word_embeddings")
         return bool(tied) and same_bytes(self.checkpoint.tensor(name), self.checkpoint.tensor(embeddings))
 
-    def _place_constant(self, value: ir.Value, array: NDArray) -> None:
+    def _place_constant(self, value: ir.Value, array: NDArray[Any]) -> None:
         if array.nbytes > INLINE_BYTES:
             value.const_value = self.data.add(value.name or "", array)
 
@@ -130,14 +137,19 @@ class Rewriter:
         for transpose in transposed:
             for use in list(transpose.outputs[0].uses()):
                 if transpose.op_type != "Transpose" or use.node.op_type != "MatMul" or use.idx != 1:
-                    raise InputError(f"a quantized weight feeds {use.node.op_type}", where=module,
-                                     why="only linear layers can be quantized", fix="add a skip rule")  # fmt: skip
+                    raise InputError(
+                        f"a quantized weight feeds {use.node.op_type}",
+                        where=module,
+                        why="only linear layers can be quantized",
+                        fix="add a skip rule",
+                    )
                 self._replace_matmul(use.node, module, form, weights, (out, groups, group_size))
             self.graph.remove(transpose, safe=True)
         self.graph.initializers.pop(value.name or "")
 
-    def _replace_matmul(self, matmul: ir.Node, module: str, form: SplitForm, weights: dict[str, ir.Value],
-                        shape: tuple[int, int, int]) -> None:  # fmt: skip
+    def _replace_matmul(
+        self, matmul: ir.Node, module: str, form: SplitForm, weights: dict[str, ir.Value], shape: tuple[int, int, int]
+    ) -> None:
         x = matmul.inputs[0]
         if x is None:
             raise InputError("a linear layer has no input", where=module)
@@ -146,10 +158,16 @@ class Rewriter:
         product = ir.node(
             "MatMulNBits",
             [x, weights["codes"], scale32.outputs[0], *([weights["zero_points"]] if form.explicit_zero else [])],
-            {"K": groups * group_size, "N": out, "bits": form.container, "block_size": group_size,
-             "accuracy_level": self.accuracy_level},
-            domain=MICROSOFT, name=f"{module}/MatMulNBits",
-        )  # fmt: skip
+            {
+                "K": groups * group_size,
+                "N": out,
+                "bits": form.container,
+                "block_size": group_size,
+                "accuracy_level": self.accuracy_level,
+            },
+            domain=MICROSOFT,
+            name=f"{module}/MatMulNBits",
+        )
         nodes = [scale32, product]
         if form.has_remainder:
             group_sum = self._group_sum(x, groups, group_size, before=matmul)
@@ -158,8 +176,9 @@ class Rewriter:
             self.graph, matmul, [matmul], nodes, [matmul.outputs[0]], [nodes[-1].outputs[0]]
         )
 
-    def _remainder(self, module: str, form: SplitForm, offset: ir.Value, scale32: ir.Value, group_sum: ir.Value,
-                   product: ir.Value) -> list[ir.Node]:  # fmt: skip
+    def _remainder(
+        self, module: str, form: SplitForm, offset: ir.Value, scale32: ir.Value, group_sum: ir.Value, product: ir.Value
+    ) -> list[ir.Node]:
         """Nodes of product + GroupSum · Rᵀ. All but the last two depend on initializers only."""
         nodes = [_cast(offset, f"{module}/offset/Cast")]
         if form.zero:
@@ -181,18 +200,19 @@ class Rewriter:
             shape = self._constant(f"group_shape_{groups}x{group_size}", np.array([0, 0, groups, group_size], np.int64))
             axis = self._constant("group_axis", np.array([3], np.int64))
             grouped = ir.node("Reshape", [x, shape], name=f"{x.name}/groups{groups}/Reshape")
-            summed = ir.node("ReduceSum", [grouped.outputs[0], axis], {"keepdims": 0},
-                             name=f"{x.name}/groups{groups}/ReduceSum")  # fmt: skip
+            summed = ir.node(
+                "ReduceSum", [grouped.outputs[0], axis], {"keepdims": 0}, name=f"{x.name}/groups{groups}/ReduceSum"
+            )
             self.graph.insert_before(before, [grouped, summed])
             self._group_sums[key] = summed.outputs[0]
         return self._group_sums[key]
 
-    def _constant(self, name: str, array: NDArray | np.generic) -> ir.Value:
+    def _constant(self, name: str, array: NDArray[Any] | np.generic) -> ir.Value:
         if name in self.graph.initializers:
             return self.graph.initializers[name]
         return self._register(name, ir.tensor(np.asarray(array), name=name), np.shape(array))
 
-    def _initializer(self, name: str, array: NDArray) -> ir.Value:
+    def _initializer(self, name: str, array: NDArray[Any]) -> ir.Value:
         return self._register(name, self.data.add(name, array), array.shape)
 
     def _register(self, name: str, tensor: ir.TensorProtocol, shape: tuple[int, ...]) -> ir.Value:
@@ -211,5 +231,9 @@ def _cast(value: ir.Value, name: str) -> ir.Node:
 def _check_shape(value: ir.Value, shape: Iterable[int]) -> None:
     expected = tuple(value.shape.numpy()) if value.shape is not None else ()
     if expected != tuple(shape):
-        raise InputError(f"tensor is {tuple(shape)}, config.json makes it {expected}", where=value.name,
-                         why="config.json and weights disagree", fix="fetch the model again")  # fmt: skip
+        raise InputError(
+            f"tensor is {tuple(shape)}, config.json makes it {expected}",
+            where=value.name,
+            why="config.json and weights disagree",
+            fix="fetch the model again",
+        )

@@ -39,7 +39,7 @@ class SplitForm:
 
     @property
     def explicit_zero(self) -> bool:
-        return self.zero != 2 ** (self.container - 1)
+        return self.zero != 1 << (self.container - 1)
 
 
 def choose_form(bits: int, scale: NDArray[np.float16], offset: NDArray[np.float16], *, where: str) -> SplitForm:

@@ -116,7 +116,7 @@ def _nbytes(tensor: onnx.TensorProto, where: str) -> int:
     except (KeyError, ValueError, TypeError) as error:
         raise UnsafeInputError(f"tensor has unknown data type {tensor.data_type}", where=where) from error
     packed = {"int4": 4, "uint4": 4, "float4_e2m1fn": 4, "int2": 2, "uint2": 2}.get(dtype.name, 8 * dtype.itemsize)
-    return -(-math.prod(tensor.dims) * packed // 8)
+    return int(-(-math.prod(tensor.dims) * packed // 8))
 
 
 def _check_external(tensor: onnx.TensorProto, expected: int, folder: Path, where: str) -> None:
@@ -131,8 +131,12 @@ def _check_external(tensor: onnx.TensorProto, expected: int, folder: Path, where
     if length != expected:
         raise UnsafeInputError(f"external data has {length} bytes, the shape needs {expected}", where=where)
     if offset + length > path.stat().st_size:
-        raise UnsafeInputError(f"external data ends at byte {offset + length} of {path.stat().st_size}", where=where,
-                               why="truncated, or the offset lies", fix="export or fetch the folder again")  # fmt: skip
+        raise UnsafeInputError(
+            f"external data ends at byte {offset + length} of {path.stat().st_size}",
+            where=where,
+            why="truncated, or the offset lies",
+            fix="export or fetch the folder again",
+        )
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:

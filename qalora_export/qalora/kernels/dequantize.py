@@ -22,9 +22,23 @@ ELEMENTS_PER_PROGRAM = 4096
 
 
 @triton.jit
-def _dequantize(words, scale, offset, a, b, matrix, groups, per_row, BITS: tl.constexpr, RUNS: tl.constexpr,
-                BLOCK: tl.constexpr, RANK: tl.constexpr, REPEAT: tl.constexpr, SCALING: tl.constexpr,
-                INTERPRETED: tl.constexpr):  # fmt: skip
+def _dequantize(
+    words,
+    scale,
+    offset,
+    a,
+    b,
+    matrix,
+    groups,
+    per_row,
+    BITS: tl.constexpr,
+    RUNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RANK: tl.constexpr,
+    REPEAT: tl.constexpr,
+    SCALING: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
     """BLOCK groups of RUNS runs each, of `groups` in the matrix and `per_row` in a row.
 
     a (RANK, per_row / REPEAT) and b (rows, RANK); without an adapter RANK is 0 and both are None.
@@ -51,8 +65,16 @@ def _dequantize(words, scale, offset, a, b, matrix, groups, per_row, BITS: tl.co
     tl.store(matrix + element, value, mask=keep_run[:, :, None])
 
 
-def dequantize(packed: Tensor, scale: Tensor, offset: Tensor, bits: int, dtype: torch.dtype, a: Tensor | None = None,
-               b: Tensor | None = None, scaling: float = 0.0) -> Tensor:  # fmt: skip
+def dequantize(
+    packed: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    bits: int,
+    dtype: torch.dtype,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    scaling: float = 0.0,
+) -> Tensor:
     """(out, in) in `dtype`; arguments as in qalora.dequant.dequantize and qalora.layer.effective_offset, same bits."""
     out, per_row = scale.shape
     group_size = packed.shape[1] * 8 // bits // per_row
@@ -61,8 +83,21 @@ def dequantize(packed: Tensor, scale: Tensor, offset: Tensor, bits: int, dtype: 
     if a is not None and b is not None:
         a, b, rank, repeat = a.contiguous(), b.contiguous(), a.shape[0], per_row // a.shape[1]
     _dequantize[(triton.cdiv(scale.numel(), block),)](
-        as_words(packed, bits), scale.contiguous(), offset.contiguous(), a, b, matrix, scale.numel(), per_row,
-        BITS=bits, RUNS=group_size // RUN, BLOCK=block, RANK=rank, REPEAT=repeat, SCALING=float(scaling),
-        INTERPRETED=INTERPRETED, enable_fp_fusion=False,  # torch rounds α/r · (B A) before it adds m
-    )  # fmt: skip
+        as_words(packed, bits),
+        scale.contiguous(),
+        offset.contiguous(),
+        a,
+        b,
+        matrix,
+        scale.numel(),
+        per_row,
+        BITS=bits,
+        RUNS=group_size // RUN,
+        BLOCK=block,
+        RANK=rank,
+        REPEAT=repeat,
+        SCALING=float(scaling),
+        INTERPRETED=INTERPRETED,
+        enable_fp_fusion=False,  # torch rounds α/r · (B A) before it adds m
+    )
     return matrix

@@ -16,8 +16,19 @@ ROWS, POOLS = 32, 32
 
 
 @triton.jit
-def _effective_offset(offset, a, b, result, rows, pools, RANK: tl.constexpr, REPEAT: tl.constexpr,
-                      SCALING: tl.constexpr, ROWS: tl.constexpr, POOLS: tl.constexpr):  # fmt: skip
+def _effective_offset(
+    offset,
+    a,
+    b,
+    result,
+    rows,
+    pools,
+    RANK: tl.constexpr,
+    REPEAT: tl.constexpr,
+    SCALING: tl.constexpr,
+    ROWS: tl.constexpr,
+    POOLS: tl.constexpr,
+):
     """ROWS × POOLS pools. offset and result (rows, pools·REPEAT), a (RANK, pools), b (rows, RANK)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     pool = tl.program_id(1) * POOLS + tl.arange(0, POOLS)
@@ -40,8 +51,17 @@ def effective_offset(offset: Tensor, a: Tensor, b: Tensor, scaling: float) -> Te
     result = torch.empty_like(offset, memory_format=torch.contiguous_format)
     grid = (triton.cdiv(rows, ROWS), triton.cdiv(pools, POOLS))
     _effective_offset[grid](
-        offset.contiguous(), a.contiguous(), b.contiguous(), result, rows, pools, RANK=a.shape[0],
-        REPEAT=offset.shape[1] // pools, SCALING=float(scaling), ROWS=ROWS, POOLS=POOLS,
+        offset.contiguous(),
+        a.contiguous(),
+        b.contiguous(),
+        result,
+        rows,
+        pools,
+        RANK=a.shape[0],
+        REPEAT=offset.shape[1] // pools,
+        SCALING=float(scaling),
+        ROWS=ROWS,
+        POOLS=POOLS,
         enable_fp_fusion=False,  # torch rounds α/r · (B A) before it adds m
-    )  # fmt: skip
+    )
     return result

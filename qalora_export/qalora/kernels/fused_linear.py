@@ -19,8 +19,22 @@ ROWS, OUT, DEPTH = 16, 64, 128
 
 
 @triton.jit
-def _fused_linear(x, words, scale, offset, y, rows, out, runs, BITS: tl.constexpr, RUNS_PER_GROUP: tl.constexpr,
-                  ROWS: tl.constexpr, OUT: tl.constexpr, RUNS: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+def _fused_linear(
+    x,
+    words,
+    scale,
+    offset,
+    y,
+    rows,
+    out,
+    runs,
+    BITS: tl.constexpr,
+    RUNS_PER_GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUT: tl.constexpr,
+    RUNS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
     """One ROWS × OUT tile of y. x (rows, 8·runs), y (rows, out); a step over in-features takes RUNS runs of eight."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = (tl.program_id(1) * OUT + tl.arange(0, OUT)).to(tl.int64)
@@ -53,8 +67,19 @@ def fused_linear(x: Tensor, packed: Tensor, scale: Tensor, offset: Tensor, bits:
     y = torch.empty(*x.shape[:-1], out, dtype=x.dtype, device=x.device)
     if rows:
         _fused_linear[(triton.cdiv(rows, ROWS), triton.cdiv(out, OUT))](
-            x.contiguous(), as_words(packed, bits), scale.contiguous(), offset.contiguous(), y, rows, out,
-            columns // RUN, BITS=bits, RUNS_PER_GROUP=columns // per_row // RUN, ROWS=ROWS, OUT=OUT,
-            RUNS=DEPTH // RUN, INTERPRETED=INTERPRETED,
-        )  # fmt: skip
+            x.contiguous(),
+            as_words(packed, bits),
+            scale.contiguous(),
+            offset.contiguous(),
+            y,
+            rows,
+            out,
+            columns // RUN,
+            BITS=bits,
+            RUNS_PER_GROUP=columns // per_row // RUN,
+            ROWS=ROWS,
+            OUT=OUT,
+            RUNS=DEPTH // RUN,
+            INTERPRETED=INTERPRETED,
+        )
     return y

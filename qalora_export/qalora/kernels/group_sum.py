@@ -18,8 +18,9 @@ ELEMENTS_PER_PROGRAM = 4096
 
 
 @triton.jit
-def _group_sum(x, sums, groups, POOL: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-               INTERPRETED: tl.constexpr):  # fmt: skip
+def _group_sum(
+    x, sums, groups, POOL: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr
+):
     """BLOCK groups of POOL neighbouring elements; WIDTH is POOL rounded up to a power of two."""
     group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     column = tl.arange(0, WIDTH)
@@ -37,6 +38,12 @@ def group_sum(x: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     block = max(1, ELEMENTS_PER_PROGRAM // width)
     if sums.numel():
         _group_sum[(triton.cdiv(sums.numel(), block),)](
-            x.contiguous(), sums, sums.numel(), POOL=pool, WIDTH=width, BLOCK=block, INTERPRETED=INTERPRETED,
-        )  # fmt: skip
+            x.contiguous(),
+            sums,
+            sums.numel(),
+            POOL=pool,
+            WIDTH=width,
+            BLOCK=block,
+            INTERPRETED=INTERPRETED,
+        )
     return sums

@@ -35,19 +35,43 @@ def _run(op: Callable[..., Tensor], name: str, *arguments: Any) -> Tensor:
 
 
 @torch.library.custom_op("qalora::dequantize", mutates_args=())
-def dequantize_op(packed: Tensor, scale: Tensor, offset: Tensor, bits: int, dtype: torch.dtype, a: Tensor | None,
-                  b: Tensor | None, scaling: float) -> Tensor:  # fmt: skip
+def dequantize_op(
+    packed: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    bits: int,
+    dtype: torch.dtype,
+    a: Tensor | None,
+    b: Tensor | None,
+    scaling: float,
+) -> Tensor:
     return _launcher("dequantize")(packed, scale, offset, bits, dtype, a, b, scaling)
 
 
 @dequantize_op.register_fake
-def _(packed: Tensor, scale: Tensor, offset: Tensor, bits: int, dtype: torch.dtype, a: Tensor | None,
-      b: Tensor | None, scaling: float) -> Tensor:  # fmt: skip
+def _(
+    packed: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    bits: int,
+    dtype: torch.dtype,
+    a: Tensor | None,
+    b: Tensor | None,
+    scaling: float,
+) -> Tensor:
     return packed.new_empty((packed.shape[0], packed.shape[1] * 8 // bits), dtype=dtype)
 
 
-def dequantize(packed: Tensor, scale: Tensor, offset: Tensor, bits: int, dtype: torch.dtype, a: Tensor | None = None,
-               b: Tensor | None = None, scaling: float = 0.0) -> Tensor:  # fmt: skip
+def dequantize(
+    packed: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    bits: int,
+    dtype: torch.dtype,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    scaling: float = 0.0,
+) -> Tensor:
     """Packed codes, with an adapter if given, → (out, in) in `dtype`; see kernels/dequantize.py."""
     return _run(dequantize_op, "dequantize", packed, scale, offset, bits, dtype, a, b, scaling)
 

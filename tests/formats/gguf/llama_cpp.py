@@ -36,7 +36,7 @@ def torch_logprobs(folder: Path, ids: Any) -> list[np.ndarray]:
     """float64 log-softmax of the PyTorch fp32 reference at every position, one array per sequence."""
     import torch
 
-    from qalora_export.qalora.reference import load_model
+    from qalora_export.models.loading import load_model
 
     model = load_model(folder, attention="eager")
     with torch.no_grad():

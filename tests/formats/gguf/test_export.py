@@ -17,7 +17,7 @@ from qalora_export.errors import InputError, ParityError
 from qalora_export.formats.gguf import export as export_module
 from qalora_export.formats.gguf.compare import compare
 from qalora_export.formats.gguf.export import export_f32_twin, export_gguf
-from qalora_export.formats.gguf.readback import read_back, runtime_dequantized
+from qalora_export.formats.gguf.read import read_back, runtime_dequantized
 from qalora_export.grid import GroupAffine, PackedAffine, differing
 from qalora_export.recipe import GgufSettings
 from qalora_export.safety import sha256_file
@@ -105,8 +105,9 @@ def test_a_remainder_beyond_float32_is_refused_by_name(tiny_canonical: Path, tmp
     matrix = CanonicalCheckpoint(tiny_canonical).group_affine("model.layers.0.mlp.up_proj")
     scale, offset = matrix.scale.copy(), matrix.offset.copy()
     scale[0, 0], offset[0, 0] = np.float16(6e-8), np.float16(2048.5)
-    bad = variant(tiny_canonical, tmp_path / "c",
-                  {"model.layers.0.mlp.up_proj": GroupAffine(matrix.codes, scale, offset, 4)})  # fmt: skip
+    bad = variant(
+        tiny_canonical, tmp_path / "c", {"model.layers.0.mlp.up_proj": GroupAffine(matrix.codes, scale, offset, 4)}
+    )
     with pytest.raises(InputError, match=r"up_proj.*q4_1"):
         export_gguf(bad, tmp_path / "m.gguf", GgufSettings(layout="split"))
     assert export_gguf(bad, tmp_path / "m.gguf", GgufSettings()).differing == 0
@@ -188,8 +189,13 @@ def test_killed_half_way_leaves_no_output_and_the_next_run_is_as_if_undisturbed(
         "C.packed = slow\n"
         "export_gguf(Path(sys.argv[1]), Path(sys.argv[2]), GgufSettings())\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", script, str(tiny_canonical), str(tmp_path / "m.gguf")], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=dict(os.environ))  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tiny_canonical), str(tmp_path / "m.gguf")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=dict(os.environ),
+    )
     assert process.stdout is not None
     process.stdout.readline()
     time.sleep(0.5)
@@ -207,9 +213,12 @@ def test_killed_half_way_leaves_no_output_and_the_next_run_is_as_if_undisturbed(
 def test_checkpoints_that_do_not_fit_their_config(tiny_canonical: Path, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(tiny_canonical, tmp_path / "c"))
     raw = json.loads((broken / "config.json").read_text())
-    for change, said in [({"num_hidden_layers": 3}, r"layers\.2"), ({"num_hidden_layers": 1}, "no name"),
-                         ({"architectures": ["GPT2LMHeadModel"]}, "LlamaForCausalLM"),
-                         ({"hidden_size": 256}, "embedding is not")]:  # fmt: skip
+    for change, said in [
+        ({"num_hidden_layers": 3}, r"layers\.2"),
+        ({"num_hidden_layers": 1}, "no name"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "LlamaForCausalLM"),
+        ({"hidden_size": 256}, "embedding is not"),
+    ]:
         (broken / "config.json").write_text(json.dumps(raw | change))
         with pytest.raises(InputError, match=said):
             export_gguf(broken, tmp_path / "m.gguf", GgufSettings())

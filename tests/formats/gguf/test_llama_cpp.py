@@ -15,23 +15,53 @@ from tests.formats.gguf.llama_cpp import ask, nmse, torch_logprobs
 from tests.models import make_tiny_canonical, make_tiny_model
 
 TEXTS = [
-    "", " ", "   ", "\n", "\r\n\r\n", "Hello world", "  leading and trailing  ", "tabs\t\tand\n\nnewlines\r\n  \n x",
-    "don't DON'T I'll We'VE it's", "1 12 123 1234 12345678 3.14159 1,000", "e\u0301 combining", "½ ² Ⅷ ٣٤٥",
-    "naïve café — 東京 🙂 \U0001f469\u200d\U0001f467", "\u00a0nbsp\u2003em\u200bzero\u0085nel\ufeff", "\x00\x01\x7f",
-    "العربية हिन्दी ไทย", "\U000e0001\U0001f1e9\U0001f1ea", "ſ 'ſ 'S 'T'RE", "!!!\n\n???...", "x" * 40,
-    "def f(x):\n    return x**2  # ok", "<|user|>\nhi<|end|>\n<|assistant|>\n", "<|end|><|end|>",
-    "<|begin_of_text|>x", "<|en d|>", "a<|pad|>b <|system|>c",
-]  # fmt: skip
+    "",
+    " ",
+    "   ",
+    "\n",
+    "\r\n\r\n",
+    "Hello world",
+    "  leading and trailing  ",
+    "tabs\t\tand\n\nnewlines\r\n  \n x",
+    "don't DON'T I'll We'VE it's",
+    "1 12 123 1234 12345678 3.14159 1,000",
+    "e\u0301 combining",
+    "½ ² Ⅷ ٣٤٥",
+    "naïve café — 東京 🙂 \U0001f469\u200d\U0001f467",
+    "\u00a0nbsp\u2003em\u200bzero\u0085nel\ufeff",
+    "\x00\x01\x7f",
+    "العربية हिन्दी ไทย",
+    "\U000e0001\U0001f1e9\U0001f1ea",
+    "ſ 'ſ 'S 'T'RE",
+    "!!!\n\n???...",
+    "x" * 40,
+    "def f(x):\n    return x**2  # ok",
+    "<|user|>\nhi<|end|>\n<|assistant|>\n",
+    "<|end|><|end|>",
+    "<|begin_of_text|>x",
+    "<|en d|>",
+    "a<|pad|>b <|system|>c",
+]
 CHATS = [
     [{"role": "user", "content": "Turn on the lights  "}],
-    [{"role": "system", "content": "Be\nbrief."}, {"role": "user", "content": " {{ x }} <|end|> é🙂 "},
-     {"role": "assistant", "content": "ok"}, {"role": "user", "content": "b"}],
+    [
+        {"role": "system", "content": "Be\nbrief."},
+        {"role": "user", "content": " {{ x }} <|end|> é🙂 "},
+        {"role": "assistant", "content": "ok"},
+        {"role": "user", "content": "b"},
+    ],
     [{"role": "user", "content": ""}],
-]  # fmt: skip
+]
 GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 SMOLLM = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, GPT2]}
-LLAMA3_ROPE = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 64, "rope_theta": 10000.0}  # fmt: skip
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "rope_theta": 10000.0,
+}
 
 
 @dataclass(frozen=True)
@@ -52,14 +82,35 @@ class Case:
 
 CASES = [
     Case("grouped queries, untied"),
-    Case("multi-head, tied, biases", {"num_key_value_heads": 4, "tie_word_embeddings": True, "attention_bias": True,
-         "mlp_bias": True}, ignore_merges=False, pre="smaug-bpe", plain_added_token=True),
-    Case("llama3 rope, wide heads, bf16", {"head_dim": 64, "rope_parameters": LLAMA3_ROPE}, "bfloat16", 3, 64,
-         pre_tokenizer=GPT2, ignore_merges=False, pre="gpt-2", bos=False),
-    Case("linear rope, fp32, padded vocabulary", {"vocab_size": 530, "rope_parameters":
-         {"rope_type": "linear", "factor": 2.0, "rope_theta": 500000.0}}, "float32", 2, 128,
-         pre_tokenizer=SMOLLM, ignore_merges=False, pre="smollm"),
-]  # fmt: skip
+    Case(
+        "multi-head, tied, biases",
+        {"num_key_value_heads": 4, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+        ignore_merges=False,
+        pre="smaug-bpe",
+        plain_added_token=True,
+    ),
+    Case(
+        "llama3 rope, wide heads, bf16",
+        {"head_dim": 64, "rope_parameters": LLAMA3_ROPE},
+        "bfloat16",
+        3,
+        64,
+        pre_tokenizer=GPT2,
+        ignore_merges=False,
+        pre="gpt-2",
+        bos=False,
+    ),
+    Case(
+        "linear rope, fp32, padded vocabulary",
+        {"vocab_size": 530, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500000.0}},
+        "float32",
+        2,
+        128,
+        pre_tokenizer=SMOLLM,
+        ignore_merges=False,
+        pre="smollm",
+    ),
+]
 
 
 def spread(vocab: int) -> list[int]:

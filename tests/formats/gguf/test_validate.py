@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qalora_export.errors import InputError, QaloraError, UnsafeInputError
 from qalora_export.formats.gguf.export import export_gguf
-from qalora_export.formats.gguf.readback import read_back
+from qalora_export.formats.gguf.read import read_back
 from qalora_export.formats.gguf.validate import validate_gguf
 from qalora_export.recipe import GgufSettings
 
@@ -28,8 +28,15 @@ def info(name: str, dims: tuple[int, ...] = (32,), kind: int = 0, offset: int = 
     return text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
 
 
-def gguf(keys: list[bytes], tensors: list[bytes], data: int = 0, *, magic: bytes = b"GGUF", version: int = 3,
-         counts: tuple[int, int] | None = None) -> bytes:  # fmt: skip
+def gguf(
+    keys: list[bytes],
+    tensors: list[bytes],
+    data: int = 0,
+    *,
+    magic: bytes = b"GGUF",
+    version: int = 3,
+    counts: tuple[int, int] | None = None,
+) -> bytes:
     count, key_count = counts or (len(tensors), len(keys))
     head = magic + struct.pack("<IQQ", version, count, key_count) + b"".join(keys) + b"".join(tensors)
     return head + bytes(-len(head) % 32) + bytes(data)
@@ -65,7 +72,7 @@ FAULTS = {
     "unaligned": (gguf([], [info("t", offset=4)], 256), "expected 0"),
     "padding at the end": (gguf([], [info("t")], 4096), "after the last"),
     "long name": (gguf([], [info("t" * 64)], 128), "64 bytes"),
-}  # fmt: skip
+}
 
 
 def test_a_good_file_passes(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from qalora_runtimes.onnxruntime_.linears import LinearsResult, on_identity
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint, CanonicalWriter
 from qalora_export.formats.onnx.datafile import DataFile
-from qalora_export.formats.onnx.readback import MODULES_KEY
+from qalora_export.formats.onnx.read import MODULES_KEY
 from qalora_export.formats.onnx.rewrite import Rewriter
 from qalora_export.formats.onnx.split_form import SplitForm
 from qalora_export.grid import GroupAffine
@@ -54,8 +54,9 @@ def linear_folder(path: Path, matrix: GroupAffine, *, accuracy_level: int = 1) -
     transpose = ir.node("Transpose", [weight], {"perm": [1, 0]})
     matmul = ir.node("MatMul", [x, transpose.outputs[0]])
     matmul.outputs[0].name, matmul.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
-    graph = ir.Graph([x], matmul.outputs, nodes=[transpose, matmul], name="linear",
-                     opset_imports={"": 24, "com.microsoft": 1})  # fmt: skip
+    graph = ir.Graph(
+        [x], matmul.outputs, nodes=[transpose, matmul], name="linear", opset_imports={"": 24, "com.microsoft": 1}
+    )
     graph.initializers[weight.name] = weight
     model = ir.Model(graph, ir_version=10)
     folder = path / "onnx"

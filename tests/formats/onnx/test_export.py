@@ -19,7 +19,7 @@ from qalora_export.formats.onnx import export as export_module
 from qalora_export.formats.onnx.datafile import ALIGNMENT, DataFile
 from qalora_export.formats.onnx.exact import exact_graph, exact_variant
 from qalora_export.formats.onnx.export import compare, export_onnx
-from qalora_export.formats.onnx.readback import read_back
+from qalora_export.formats.onnx.read import read_back
 from qalora_export.recipe import OnnxSettings
 from qalora_export.safety import sha256_file
 from tests.formats.onnx.helpers import node_types, prefill, proto
@@ -40,9 +40,14 @@ def test_report_and_files(tiny_canonical: Path, tmp_path: Path) -> None:
     assert report.differing == 0 and report.compared > 300_000
     assert report.types == {"MatMulNBits, 4 bits": LINEARS * LAYERS, "float16": 7}
     assert {path.name for path in report.files} == {
-        "model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json", "tokenizer_config.json",
-        "chat_template.jinja", "manifest.json",
-    }  # fmt: skip
+        "model.onnx",
+        "model.onnx.data",
+        "genai_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "manifest.json",
+    }
     assert report.bytes == sum(path.stat().st_size for path in (tmp_path / "onnx").iterdir())
 
 

@@ -12,21 +12,45 @@ import torch
 
 from qalora_export.formats.onnx.exact import exact_graph
 from qalora_export.formats.onnx.export import export_onnx
-from qalora_export.qalora.reference import load_model, load_tokenizer
+from qalora_export.models.loading import load_model, load_tokenizer
 from qalora_export.recipe import OnnxSettings
 
 TEXTS = [
-    "Turn on the lights", "  two spaces", "trailing  ", "\n\nnew\r\n\r\nlines\n", "\ttabs\t\there", "1234567890 12 345",
-    "don't I'LL we'Ve", "naïve café", "東京タワー 日本語", "🙂👨‍👩‍👧‍👦", "<|begin_of_text|>hi<|end|>",
-    "<|user|>\nhello<|end|>\n<|assistant|>\n", "<|unknown|>", "def f(x):\n    return x\n", "   \n   \n", "\u00a0\u3000",
-    "العربية हिन्दी", "ﬁ Ⅷ ² ½", "", " ", "a\r\nb\rc", "!!!???...", "e\u0301 \u200b", "١٢٣ ４５６",
-]  # fmt: skip
+    "Turn on the lights",
+    "  two spaces",
+    "trailing  ",
+    "\n\nnew\r\n\r\nlines\n",
+    "\ttabs\t\there",
+    "1234567890 12 345",
+    "don't I'LL we'Ve",
+    "naïve café",
+    "東京タワー 日本語",
+    "🙂👨‍👩‍👧‍👦",
+    "<|begin_of_text|>hi<|end|>",
+    "<|user|>\nhello<|end|>\n<|assistant|>\n",
+    "<|unknown|>",
+    "def f(x):\n    return x\n",
+    "   \n   \n",
+    "\u00a0\u3000",
+    "العربية हिन्दी",
+    "ﬁ Ⅷ ² ½",
+    "",
+    " ",
+    "a\r\nb\rc",
+    "!!!???...",
+    "e\u0301 \u200b",
+    "١٢٣ ４５６",
+]
 CHATS = [
     [{"role": "user", "content": "Turn on the lights"}],
-    [{"role": "system", "content": "  Be \"brief\" \\ é  "}, {"role": "user", "content": "a\n\n"},
-     {"role": "assistant", "content": '{"device": "lamp"}'}, {"role": "user", "content": "🙂 東京\t&<>"}],
+    [
+        {"role": "system", "content": '  Be "brief" \\ é  '},
+        {"role": "user", "content": "a\n\n"},
+        {"role": "assistant", "content": '{"device": "lamp"}'},
+        {"role": "user", "content": "🙂 東京\t&<>"},
+    ],
     [{"role": "user", "content": ""}],
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")

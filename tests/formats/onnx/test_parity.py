@@ -13,16 +13,22 @@ import torch
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint, CanonicalWriter
 from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.formats.onnx.export import export_onnx
-from qalora_export.formats.onnx.runtime import runtime_dequantized
-from qalora_export.qalora.reference import load_model
+from qalora_export.models.loading import load_model
 from qalora_export.recipe import OnnxSettings
+from qalora_export.verify.runtimes.onnx_dequantize import runtime_dequantized
 from tests.formats.onnx.helpers import decode, prefill, worst_nmse
 from tests.models import make_tiny_canonical, make_tiny_model, round_to_nearest
 
 # Float32 sums in another order: 2e-13 to 2e-11 here. A wrong epsilon, base or offset is above 1e-6.
 BOUND = 1e-9
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
-          "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 @dataclass(frozen=True)
@@ -46,9 +52,11 @@ CASES = (
     Case("bfloat16 source, tied", {"dtype": "bfloat16", "tie_word_embeddings": True}),
     Case("float32 source", {"dtype": "float32"}),
     Case("llama3 rotary scaling, wide heads", {"rope_parameters": LLAMA3, "head_dim": 64}),
-    Case("linear rotary scaling",
-         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}, "rms_norm_eps": 1e-3}),
-)  # fmt: skip
+    Case(
+        "linear rotary scaling",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}, "rms_norm_eps": 1e-3},
+    ),
+)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -62,8 +70,14 @@ def test_mixed_bits_and_a_quantized_head(tmp_path: Path) -> None:
     """Per-module rules: q, k and v differ in bits and group size, one layer is skipped, a tied lm_head is quantized."""
     make_tiny_model(tmp_path / "model", tie_word_embeddings=True)
     folder = ModelFolder(tmp_path / "model")
-    rules = {"q_proj": (8, 64), "k_proj": (3, 32), "v_proj": (2, 128), "o_proj": (4, 128), "gate_proj": (4, 32),
-             "up_proj": (8, 32)}  # fmt: skip
+    rules = {
+        "q_proj": (8, 64),
+        "k_proj": (3, 32),
+        "v_proj": (2, 128),
+        "o_proj": (4, 128),
+        "gate_proj": (4, 32),
+        "up_proj": (8, 32),
+    }
     with CanonicalWriter(tmp_path / "base", folder.config | {"tie_word_embeddings": False}, kind="base") as writer:
         for name, tensor in folder.tensors():
             leaf = name.split(".")[-2]

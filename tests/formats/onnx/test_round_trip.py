@@ -10,9 +10,9 @@ import onnx
 from hypothesis import given, settings
 from onnx.external_data_helper import load_external_data_for_model
 
-from qalora_export.formats.onnx.readback import read_back
-from qalora_export.formats.onnx.runtime import runtime_dequantized
+from qalora_export.formats.onnx.read import read_back
 from qalora_export.grid import GroupAffine, difference
+from qalora_export.verify.runtimes.onnx_dequantize import runtime_dequantized
 from tests.formats.onnx.helpers import LINEAR, linear_folder, matrices, proto, run_here, run_linear
 
 

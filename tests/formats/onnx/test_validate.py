@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 from qalora_export.errors import InputError, QaloraError, UnsafeInputError
-from qalora_export.formats.onnx.readback import MODULES_KEY, read_back
+from qalora_export.formats.onnx.read import MODULES_KEY, read_back
 from qalora_export.formats.onnx.validate import read_model
 from qalora_export.grid import GroupAffine
 from tests.formats.onnx.helpers import LINEAR, linear_folder, proto
@@ -78,10 +78,20 @@ def hidden_in_an_attribute(model: onnx.ModelProto) -> None:
 
 
 def hidden_in_a_function(model: onnx.ModelProto) -> None:
-    node = helper.make_node("Constant", [], ["t"], value=onnx.TensorProto(
-        data_type=1, dims=[1], data_location=onnx.TensorProto.EXTERNAL,
-        external_data=[onnx.StringStringEntryProto(key="location", value="/etc/passwd"),
-                       onnx.StringStringEntryProto(key="length", value="4")]))  # fmt: skip
+    node = helper.make_node(
+        "Constant",
+        [],
+        ["t"],
+        value=onnx.TensorProto(
+            data_type=1,
+            dims=[1],
+            data_location=onnx.TensorProto.EXTERNAL,
+            external_data=[
+                onnx.StringStringEntryProto(key="location", value="/etc/passwd"),
+                onnx.StringStringEntryProto(key="length", value="4"),
+            ],
+        ),
+    )
     model.functions.append(helper.make_function("local", "f", [], ["t"], [node], [helper.make_opsetid("", 24)]))
 
 

@@ -1,7 +1,0 @@
-"""One table per architecture: names, permutations, metadata. A family is admitted only by its own parity test."""
-
-from qalora_export.families.family import Family
-from qalora_export.families.registry import FAMILIES, family_of, supported_architectures
-from qalora_export.families.rope import Rope, rope_of
-
-__all__ = ["FAMILIES", "Family", "Rope", "family_of", "rope_of", "supported_architectures"]

@@ -1,0 +1,235 @@
+"""Read a GGUF file back with the independent reader (gguf.GGUFReader) into canonical numbers under Transformers names.
+
+Nothing here shares code with the writer but the block functions; tests judge those by gguf.quants as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qalora_export.errors import InputError, UnsafeInputError
+from qalora_export.formats.gguf.blocks import BLOCK_FORMATS, QK, remainder
+from qalora_export.formats.gguf.names import SUFFIXES, NameMap
+from qalora_export.formats.gguf.packed_blocks import decode
+from qalora_export.formats.gguf.permute import hf_order
+from qalora_export.formats.gguf.tensor_table import ROPE_FREQUENCIES
+from qalora_export.formats.gguf.validate import validate_gguf
+from qalora_export.formats.streaming import release
+from qalora_export.grid import GroupAffine, PackedAffine
+from qalora_export.grid.narrow import BFLOAT16
+from qalora_export.models.families import FAMILIES, Family
+from qalora_export.safety.limits import parse_json
+
+MODULES_KEY = "qalora.modules"  # JSON: module -> [bits, group_size], what the blocks alone do not tell
+PLAIN_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": BFLOAT16}
+
+
+class GgufContents:
+    """A GGUF file in the vocabulary of the checkpoint; matrices are decoded when asked for, one at a time.
+
+    modules: module name -> (bits, group_size). others: names of the tensors that are not quantized. types: tensor
+    name -> GGUF type, also of tensors in a type with no canonical form, which are in neither of the first two.
+    offset_is_implied: modules whose offset is not stored as such (it is -z·s, or a remainder in the adapter), so that
+    -0 and +0 cannot be told apart.
+    """
+
+    def __init__(self, path: Path, adapter: Path | None = None) -> None:
+        self._source = _Source(path)
+        self._adapter = _Source(adapter) if adapter else None
+        if self._adapter is not None:
+            _check_adapter(self._adapter)
+        self.metadata = self._source.metadata
+        self.types = {name: tensor.tensor_type.name for name, tensor in self._source.tensors.items()}
+        quantized = {n.removesuffix(".weight"): k for n, k in self.types.items() if k in BLOCK_FORMATS}
+        declared = self._source.declared()
+        self.modules = {m: declared.get(m, (BLOCK_FORMATS[kind].bits[-1], QK)) for m, kind in quantized.items()}
+        self.others = [name for name, kind in self.types.items() if kind in PLAIN_DTYPES]
+        self.offset_is_implied = frozenset(m for m, k in quantized.items() if BLOCK_FORMATS[k].zero is not None)
+
+    def group_affine(self, module: str) -> GroupAffine:
+        """The matrix of one module, rows in Transformers order. UnsafeInputError when blocks and metadata disagree."""
+        return self.packed(module).unpack()
+
+    def packed(self, module: str, rows: slice = slice(None)) -> PackedAffine:
+        """Some rows of it, codes packed; their pages of the file do not stay in memory. Errors as in group_affine."""
+        source, tensor = self._source, self._source.tensors[f"{module}.weight"]
+        fmt, (bits, group_size) = BLOCK_FORMATS[tensor.tensor_type.name], self.modules[module]
+        if bits not in fmt.bits:
+            raise UnsafeInputError(f"{bits}-bit codes declared for {fmt.name}", where=f"{source.path}: {module}")
+        heads = source.heads(module)
+        wanted = rows if heads is None else hf_order(tensor.data.shape[0], heads)[rows]
+        matrix = decode(fmt.name, np.ascontiguousarray(tensor.data[wanted]), bits=bits, group_size=group_size)
+        release(tensor.data)
+        extra = self._adapter
+        if extra is not None and fmt.zero is not None and f"{module}.weight.lora_b" in extra.lora:
+            return with_remainder(matrix, extra.remainder(module, group_size)[wanted], fmt.zero, where=extra.path)
+        return matrix
+
+    def tensor(self, name: str, rows: slice = slice(None)) -> NDArray[Any]:
+        """One tensor that is not quantized, in its stored dtype (vectors are F32 in GGUF), in Transformers order.
+
+        Some of its rows, when asked for; what is returned may be a view of the mapped file.
+        """
+        if name not in self.others:
+            raise InputError(f"the file has no plain tensor {name!r}", where=self._source.path)
+        return self._source.plain(name, rows)
+
+    def matrices(self) -> Iterator[tuple[str, GroupAffine]]:
+        for module in self.modules:
+            yield module, self.group_affine(module)
+
+    def tensors(self) -> Iterator[tuple[str, NDArray[Any]]]:
+        for name in self.others:
+            yield name, self.tensor(name)
+
+
+def read_back(path: Path, adapter: Path | None = None) -> GgufContents:
+    """Validate and open a GGUF file; `adapter`: the offset adapter of layout "split".
+
+    Raises InputError for an unknown architecture, UnsafeInputError for a malformed file.
+    """
+    return GgufContents(path, adapter)
+
+
+def runtime_dequantized(path: Path, adapter: Path | None = None) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """(module name, float32 (out, in)) of every quantized matrix, by gguf.quants.dequantize, in Transformers order.
+
+    With the adapter of layout "split", lora_b · lora_a is added as llama.cpp does it to the outputs. Each column of
+    the group indicator holds one 1, so that product and then the sum are rounded once in all.
+    """
+    from gguf.quants import dequantize
+
+    source, extra = _Source(path), _Source(adapter) if adapter else None
+    for name, tensor in source.tensors.items():
+        if tensor.tensor_type.name in PLAIN_DTYPES:
+            continue
+        weight = dequantize(tensor.data, tensor.tensor_type)
+        if extra is not None and f"{name}.lora_b" in extra.lora:
+            weight = weight + extra.lora[f"{name}.lora_b"].data @ extra.lora[f"{name}.lora_a"].data
+        yield name.removesuffix(".weight"), source.in_hf_order(name, weight)
+
+
+class _Source:
+    """One validated file: metadata, and tensors by Transformers name."""
+
+    def __init__(self, path: Path) -> None:
+        from gguf import GGUFReader
+
+        validate_gguf(path)
+        reader = GGUFReader(path)
+        self.path = path
+        self.metadata = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+        self.family = self._family()
+        self.names = _hf_names(self.family, self._number("block_count"))
+        self.tensors: dict[str, Any] = {}
+        self.lora: dict[str, Any] = {}
+        self._indicators: set[str] = set()  # modules whose lora_a has been checked
+        for tensor in reader.tensors:
+            base, _, part = tensor.name.rpartition(".")
+            if part in ("lora_a", "lora_b"):
+                self.lora[f"{self._hf_name(base)}.{part}"] = tensor
+            elif tensor.name != ROPE_FREQUENCIES:
+                self.tensors[self._hf_name(tensor.name)] = tensor
+
+    def plain(self, name: str, rows: slice = slice(None)) -> NDArray[Any]:
+        tensor = self.tensors[name]
+        dtype = PLAIN_DTYPES[tensor.tensor_type.name]
+        shape = tuple(int(n) for n in tensor.shape[::-1])
+        stored = np.ascontiguousarray(tensor.data).view(np.uint8).view(dtype).reshape(shape)
+        heads = self.heads(name.rpartition(".")[0])
+        values: NDArray[Any] = stored[rows if heads is None else hf_order(shape[0], heads)[rows]]
+        return values
+
+    def remainder(self, module: str, group_size: int) -> NDArray[np.float32]:
+        """lora_b of an offset adapter, rows in GGUF order. UnsafeInputError unless lora_a is the group indicator."""
+        indicator, rest = (self.lora[f"{module}.weight.{part}"].data for part in ("lora_a", "lora_b"))
+        if module not in self._indicators:
+            expected = group_indicator(rest.shape[1], group_size)
+            if not np.array_equal(indicator, expected):
+                raise UnsafeInputError("not an offset adapter of this matrix", where=f"{self.path}: {module}")
+            release(indicator)
+            self._indicators.add(module)
+        values: NDArray[np.float32] = rest
+        return values
+
+    def in_hf_order(self, name: str, rows: NDArray[Any]) -> NDArray[Any]:
+        heads = self.heads(name.rpartition(".")[0])
+        return rows if heads is None else rows[hf_order(rows.shape[0], heads)]
+
+    def heads(self, module: str) -> int | None:
+        kv_heads = self.metadata.get(f"{self.family.gguf_arch}.attention.head_count_kv")
+        config = {"num_attention_heads": self._number("attention.head_count"), "num_key_value_heads": kv_heads}
+        return self.family.permuted_heads(module, config)
+
+    def declared(self) -> dict[str, tuple[int, int]]:
+        """module -> (bits, group_size) as the exporter wrote it down; empty for files of other tools."""
+        raw = self.metadata.get(MODULES_KEY)
+        table = parse_json(raw.encode(), where=f"{self.path}: {MODULES_KEY}") if isinstance(raw, str) else {}
+        entries = table.items() if isinstance(table, dict) else [("", table)]
+        for module, entry in entries:
+            if not (isinstance(entry, list) and len(entry) == 2 and all(type(n) is int and n > 0 for n in entry)):
+                raise UnsafeInputError(f"{MODULES_KEY} holds no bits and group size", where=f"{self.path}: {module}")
+        return {module: (entry[0], entry[1]) for module, entry in entries}
+
+    def _family(self) -> Family:
+        arch = self.metadata.get("general.architecture")
+        for family in FAMILIES:
+            if family.gguf_arch == arch:
+                return family
+        raise InputError(
+            f"GGUF architecture {arch!r} is not supported",
+            where=self.path,
+            why=f"supported: {', '.join(f.gguf_arch for f in FAMILIES)}",
+        )
+
+    def _number(self, key: str) -> int:
+        value = self.metadata.get(f"{self.family.gguf_arch}.{key}")
+        if type(value) is not int or not 0 < value <= 2**20:
+            raise UnsafeInputError(f"{self.family.gguf_arch}.{key} is {value!r}", where=self.path)
+        return value
+
+    def _hf_name(self, name: str) -> str:
+        if name not in self.names:
+            raise InputError("a tensor that this architecture does not have", where=f"{self.path}: {name}")
+        return self.names[name]
+
+
+def _hf_names(family: Family, layers: int) -> dict[str, str]:
+    """GGUF tensor name -> Transformers tensor name."""
+    names = NameMap(family.gguf_arch, layers)
+    modules = family.required_modules({"num_hidden_layers": layers})
+    return {names.to_gguf(module + suffix): module + suffix for module in modules for suffix in SUFFIXES}
+
+
+def with_remainder(matrix: PackedAffine, rest: NDArray[np.float32], zero: int, *, where: object) -> PackedAffine:
+    """The same rows with offset = R − z·s. Raises UnsafeInputError unless that offset is an fp16."""
+    if rest.shape != matrix.scale.shape:
+        raise UnsafeInputError("not an offset adapter of this matrix", where=where)
+    exact = rest.astype(np.float64) - zero * matrix.scale.astype(np.float64)
+    with np.errstate(over="ignore"):
+        offset = exact.astype(np.float16)
+    if not np.isfinite(offset).all():
+        raise UnsafeInputError("a remainder makes an offset that fp16 does not hold", where=where)
+    found = dataclasses.replace(matrix, offset=offset)
+    if not np.array_equal(remainder(found, zero, where=str(where)), rest):
+        raise UnsafeInputError("a remainder does not come from an fp16 offset", where=where)
+    return found
+
+
+def group_indicator(groups: int, group_size: int) -> NDArray[np.float32]:
+    """float32 (groups, groups · g): row k is 1 on group k, so lora_a · x is the sum of each group of x."""
+    return np.repeat(np.eye(groups, dtype=np.float32), group_size, axis=1)
+
+
+def _check_adapter(source: _Source) -> None:
+    kind = (source.metadata.get("general.type"), source.metadata.get("adapter.type"))
+    if kind != ("adapter", "lora") or source.metadata.get("adapter.lora.alpha") != 0.0:
+        raise UnsafeInputError(
+            "not an offset adapter", where=source.path, why=f"types are {kind}; alpha must be 0, meaning scale 1"
+        )

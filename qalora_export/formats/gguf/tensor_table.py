@@ -1,0 +1,160 @@
+"""What goes into a GGUF file, tensor by tensor, before a byte is written: name, type, shape and how to load it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.model_folder import as_float32, same_bytes
+from qalora_export.errors import InputError
+from qalora_export.formats.gguf.blocks import BLOCK_FORMATS, QK, check_group, exact_format
+from qalora_export.formats.gguf.names import NameMap
+from qalora_export.formats.gguf.packed_blocks import encode
+from qalora_export.formats.gguf.permute import row_order
+from qalora_export.grid import PackedAffine
+from qalora_export.grid.narrow import BFLOAT16
+from qalora_export.models.families import Family, family_of, rope_of
+from qalora_export.models.families.family import head_dim
+
+# A GGUF type for every dtype a plain matrix may have: the bytes are copied.
+PLAIN_TYPES: dict[np.dtype, str] = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", BFLOAT16: "BF16"}
+PLAIN_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+ROPE_FREQUENCIES = "rope_freqs.weight"
+# Old Llama files carry this buffer; it follows from config.json and no runtime reads it.
+DERIVED = ".rotary_emb.inv_freq"
+# bits -> block type; "f32" (no blocks) is the twin for the exact path of verify-parity.
+LAYOUTS: dict[str, dict[int, str]] = {
+    "q4_1": {2: "Q4_1", 3: "Q4_1", 4: "Q4_1", 8: "Q8_0"},
+    "split": {2: "Q4_0", 3: "Q4_0", 4: "Q4_0", 8: "Q8_0"},
+    "f32": {2: "F32", 3: "F32", 4: "F32", 8: "F32"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """name: in GGUF; kind: GGUF type; shape: elements, row-major; load: those rows as stored (uint8 for blocks)."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    load: Callable[[slice], NDArray[Any]]
+
+    @property
+    def nbytes(self) -> int:
+        if self.kind in BLOCK_FORMATS:
+            return math.prod(self.shape) // QK * BLOCK_FORMATS[self.kind].block_bytes
+        return math.prod(self.shape) * PLAIN_BYTES[self.kind]
+
+
+def plan_model(checkpoint: CanonicalCheckpoint, layout: str) -> list[TensorPlan]:
+    """Every tensor of the model in one layout. Raises InputError for what GGUF cannot hold exactly or does not name."""
+    family = family_of(checkpoint.config)
+    _check_complete(checkpoint, family)
+    names = NameMap(family.gguf_arch, checkpoint.config["num_hidden_layers"])
+    plans = [_frequencies(checkpoint, family)] if rope_of(checkpoint.config).kind == "llama3" else []
+    plans += [_plain(checkpoint, family, names, name, layout) for name in _plain_names(checkpoint)]
+    plans += [_quantized(checkpoint, family, names, module, layout) for module in checkpoint.modules]
+    if len({plan.name for plan in plans}) != len(plans):
+        raise InputError("two tensors would get the same GGUF name", where=checkpoint.path)
+    return plans
+
+
+def prevailing_type(plans: list[TensorPlan]) -> str:
+    """The type that holds most elements of the matrices in decoder layers (general.file_type)."""
+    totals: dict[str, int] = {}
+    for plan in plans:
+        if plan.name.startswith("blk.") and len(plan.shape) == 2:
+            totals[plan.kind] = totals.get(plan.kind, 0) + math.prod(plan.shape)
+    return max(totals, key=lambda kind: totals[kind])
+
+
+def gguf_rows(checkpoint: CanonicalCheckpoint, family: Family, module: str, rows: slice) -> PackedAffine:
+    """Rows `rows`, counted in GGUF order, of the quantized matrix of a module."""
+    heads = family.permuted_heads(module, checkpoint.config)
+    total = checkpoint.entry(f"{module}.scale").shape[0]
+    return checkpoint.packed(module, rows if heads is None else row_order(total, heads)[rows])
+
+
+def _quantized(checkpoint: CanonicalCheckpoint, family: Family, names: NameMap, module: str, layout: str) -> TensorPlan:
+    bits, group_size = checkpoint.modules[module]
+    kind = LAYOUTS[layout][bits]
+    rows, groups = checkpoint.entry(f"{module}.scale").shape
+    if layout != "f32":
+        check_group(group_size, where=f"{checkpoint.path}: {module}")
+    if layout == "q4_1" and bits == 8:
+        exact_format(checkpoint.group_affine(module), where=f"{checkpoint.path}: {module}")
+
+    def load(wanted: slice) -> NDArray[Any]:
+        matrix = gguf_rows(checkpoint, family, module, wanted)
+        return matrix.unpack().dequantize() if kind == "F32" else encode(kind, matrix)
+
+    return TensorPlan(names.to_gguf(f"{module}.weight"), kind, (rows, groups * group_size), load)
+
+
+def _plain(checkpoint: CanonicalCheckpoint, family: Family, names: NameMap, name: str, layout: str) -> TensorPlan:
+    """A tensor that is not quantized: matrices keep their dtype, vectors become F32 (exact from any of the three)."""
+    entry = checkpoint.entry(name)
+    if entry.dtype not in PLAIN_TYPES or len(entry.shape) not in (1, 2):
+        raise InputError(
+            f"{entry.dtype}{entry.shape} has no exact GGUF type",
+            where=f"{checkpoint.path}: {name}",
+            why="expected a matrix or vector of F32, F16 or BF16",
+        )
+    kind = "F32" if layout == "f32" or len(entry.shape) == 1 else PLAIN_TYPES[entry.dtype]
+    heads = family.permuted_heads(name.rpartition(".")[0], checkpoint.config)
+
+    def load(wanted: slice) -> NDArray[Any]:
+        tensor = checkpoint.tensor(name)
+        tensor = tensor[wanted] if heads is None else tensor[row_order(tensor.shape[0], heads)[wanted]]
+        return as_float32(tensor) if kind == "F32" else tensor
+
+    return TensorPlan(names.to_gguf(name), kind, entry.shape, load)
+
+
+def _frequencies(checkpoint: CanonicalCheckpoint, family: Family) -> TensorPlan:
+    size = head_dim(checkpoint.config)
+    factors = rope_of(checkpoint.config, family.rope_types).frequency_factors(size)
+    if factors is None:
+        raise InputError("rotary scaling has no frequency factors", where=checkpoint.path)
+    return TensorPlan(ROPE_FREQUENCIES, "F32", factors.shape, factors.__getitem__)
+
+
+def _plain_names(checkpoint: CanonicalCheckpoint) -> Iterator[str]:
+    tied = bool(checkpoint.config.get("tie_word_embeddings"))
+    for name in checkpoint.plain_names():
+        if name.endswith(DERIVED):
+            continue
+        if tied and name == "lm_head.weight":  # llama.cpp uses the embedding where output.weight is absent
+            if not same_bytes(checkpoint.tensor(name), checkpoint.tensor("model.embed_tokens.weight")):
+                raise InputError(
+                    "config.json ties lm_head to the embedding, the weights differ",
+                    where=checkpoint.path,
+                    fix="set tie_word_embeddings to false",
+                )
+            continue
+        yield name
+
+
+def _check_complete(checkpoint: CanonicalCheckpoint, family: Family) -> None:
+    config: Mapping[str, Any] = checkpoint.config
+    for module in family.required_modules(config):
+        if module not in checkpoint.modules and f"{module}.weight" not in checkpoint:
+            raise InputError(
+                f"the checkpoint has no weight for {module}",
+                where=checkpoint.path,
+                why="config.json says it must",
+                fix="is the download complete?",
+            )
+    expected = (config["vocab_size"], config["hidden_size"])
+    if checkpoint.entry("model.embed_tokens.weight").shape != expected:
+        raise InputError(
+            f"the embedding is not {expected}",
+            where=f"{checkpoint.path}: model.embed_tokens.weight",
+            why="vocab_size and hidden_size of config.json",
+        )

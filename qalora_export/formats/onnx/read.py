@@ -1,0 +1,199 @@
+"""Read an exported folder back with the onnx package: canonical matrices and other tensors by checkpoint name.
+
+Nothing here uses the writer's code for bytes or graphs: external data is loaded by onnx.external_data_helper, arrays
+by onnx.numpy_helper, zero point and container come from the nodes, and codes are unpacked apart from grid.packing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qalora_export.errors import InputError, UnsafeInputError
+from qalora_export.formats.onnx.split_form import CONTAINER_BITS, from_blocks, implied_offset
+from qalora_export.formats.onnx.validate import read_model
+from qalora_export.grid import GroupAffine, PackedAffine, pack_codes
+from qalora_export.safety import inside
+from qalora_export.safety.limits import parse_json
+
+if TYPE_CHECKING:
+    import onnx
+
+MODULES_KEY = "qalora.modules"  # JSON: module -> [bits, group_size]; a 3-bit code in a 4-bit container shows only here
+PARTS = ("codes", "scale", "offset", "zero_points")
+
+
+@dataclass(frozen=True)
+class OnnxContents:
+    """A folder in the vocabulary of the checkpoint; tensors are loaded when asked for, one at a time.
+
+    modules: module name -> (bits, group_size). others: names of tensors that are not quantized. offset_is_implied:
+    modules whose offset is not stored (symmetric: −z·s, equal bit for bit). nodes: module name -> its MatMulNBits
+    node. initializers: every tensor by name, data not loaded.
+    """
+
+    folder: Path
+    model: onnx.ModelProto
+    metadata: dict[str, str]
+    modules: dict[str, tuple[int, int]]
+    nodes: dict[str, onnx.NodeProto]
+    initializers: dict[str, onnx.TensorProto]
+
+    @property
+    def others(self) -> list[str]:
+        """Checkpoint tensors end in .weight or .bias; the graph's own constants (axes, rotary tables) do not."""
+        return [name for name in self.initializers if name.endswith((".weight", ".bias"))]
+
+    @property
+    def offset_is_implied(self) -> frozenset[str]:
+        return frozenset(module for module in self.modules if f"{module}.offset" not in self.initializers)
+
+    @property
+    def accuracy_level(self) -> int | None:
+        """That of the MatMulNBits nodes; None when they disagree or there are none."""
+        levels = {integers_of(node).get("accuracy_level", 0) for node in self.nodes.values()}
+        return levels.pop() if len(levels) == 1 else None
+
+    def tensor(self, name: str) -> NDArray[Any]:
+        """One initializer by name, in its stored dtype, read from the data file. Raises InputError when absent."""
+        import onnx
+        from onnx.external_data_helper import load_external_data_for_tensor
+
+        if name not in self.initializers:
+            raise InputError(f"the model has no tensor {name!r}", where=self.folder)
+        copy = onnx.TensorProto()
+        copy.CopyFrom(self.initializers[name])
+        if copy.data_location == onnx.TensorProto.EXTERNAL:
+            load_external_data_for_tensor(copy, str(self.folder))
+        return onnx.numpy_helper.to_array(copy)
+
+    def rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Rows [start, stop) of an external tensor, so that a large embedding need not be in memory as a whole."""
+        import onnx
+
+        tensor = self.initializers[name]
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        row = math.prod(tensor.dims[1:])
+        with inside(self.folder, entries["location"]).open("rb") as file:
+            file.seek(int(entries.get("offset", "0")) + start * row * dtype.itemsize)
+            raw = file.read((stop - start) * row * dtype.itemsize)
+        return np.frombuffer(raw, dtype).reshape(-1, *tensor.dims[1:])
+
+    def group_affine(self, module: str) -> GroupAffine:
+        """The quantized matrix of one module. Raises UnsafeInputError when node and tensors disagree."""
+        blocks, scale, offset, bits = self._parts(module, slice(None))
+        try:
+            return GroupAffine(from_blocks(blocks, CONTAINER_BITS[bits]), scale, offset, bits)
+        except InputError as error:
+            raise UnsafeInputError(error.what, where=f"{self.folder}: {module}", why=error.why) from error
+
+    def packed(self, module: str, rows: slice) -> PackedAffine:
+        """Some rows of it with packed codes: a container's bytes are the packed ones. Errors as in group_affine."""
+        blocks, scale, offset, bits = self._parts(module, rows)
+        container = CONTAINER_BITS[bits]
+        same = container == bits
+        try:
+            codes = blocks.reshape(len(blocks), -1) if same else pack_codes(from_blocks(blocks, container), bits)
+            return PackedAffine(codes, scale, offset, bits, self.modules[module][1])
+        except InputError as error:
+            raise UnsafeInputError(error.what, where=f"{self.folder}: {module}", why=error.why) from error
+
+    def _parts(self, module: str, rows: slice) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], int]:
+        """Rows of codes (rows, groups, bytes), scale and offset (rows, groups), and bits; the node is checked."""
+        where = f"{self.folder}: {module}"
+        bits, group_size = self.modules[module]
+        said = integers_of(self.nodes[module])
+        shape = tuple(self.initializers[f"{module}.codes"].dims)
+        container = CONTAINER_BITS[bits]
+        expected = (said.get("N"), said.get("K", 0) // group_size, group_size * container // 8)
+        if (said.get("bits", 4), said.get("block_size")) != (container, group_size) or shape != expected:
+            raise UnsafeInputError(f"MatMulNBits says {said}, its codes are {shape}", where=where)
+        blocks, scale = self._some(f"{module}.codes", rows), self._some(f"{module}.scale", rows)
+        if blocks.dtype != np.uint8 or scale.shape != blocks.shape[:2] or scale.dtype != np.float16:
+            raise UnsafeInputError(f"codes are {blocks.dtype}, scale {scale.dtype}{scale.shape}", where=where)
+        stored = module not in self.offset_is_implied
+        offset = (
+            self._some(f"{module}.offset", rows) if stored else implied_offset(scale, self._zero(module, container))
+        )
+        if offset.shape != scale.shape or offset.dtype != np.float16:
+            raise UnsafeInputError(f"offset is {offset.dtype}{offset.shape}, scale {scale.shape}", where=where)
+        return blocks, scale, offset, bits
+
+    def _some(self, name: str, rows: slice) -> NDArray[Any]:
+        """Rows of a tensor, from the data file when it lies there."""
+        import onnx
+
+        tensor = self.initializers[name]
+        start, stop, _ = rows.indices(tensor.dims[0] if tensor.dims else 0)
+        whole = (start, stop) == (0, tensor.dims[0] if tensor.dims else 0)
+        if whole or tensor.data_location != onnx.TensorProto.EXTERNAL:
+            return self.tensor(name)[rows]
+        return self.rows(name, start, stop)
+
+    def matrices(self) -> Iterator[tuple[str, GroupAffine]]:
+        """(module, matrix), one in memory at a time."""
+        for module in self.modules:
+            yield module, self.group_affine(module)
+
+    def _zero(self, module: str, container: int) -> int:
+        """z of a module: its zero_points, all of which must be equal, or MatMulNBits' default."""
+        inputs = self.nodes[module].input
+        if len(inputs) < 4 or not inputs[3]:
+            return int(2 ** (container - 1))
+        packed = self.tensor(inputs[3])
+        values = np.unique(from_blocks(packed[:, None, :], container)) if packed.ndim == 2 else packed
+        if packed.dtype != np.uint8 or values.size != 1:
+            raise UnsafeInputError("zero points differ between groups", where=f"{self.folder}: {module}")
+        return int(values[0])
+
+
+def read_back(folder: Path) -> OnnxContents:
+    """Validate a folder and describe what it holds. Errors as in validate.read_model; InputError if it is not ours."""
+    model = read_model(folder)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    modules, nodes = _modules(metadata, folder), _products(model)
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    for module in modules:
+        if module not in nodes or not {f"{module}.codes", f"{module}.scale"} <= set(initializers):
+            raise UnsafeInputError("metadata names a module that the graph does not hold", where=f"{folder}: {module}")
+    return OnnxContents(folder, model, metadata, modules, nodes, initializers)
+
+
+def integers_of(node: onnx.NodeProto) -> dict[str, int]:
+    """The integer attributes of a node."""
+    import onnx
+
+    return {a.name: int(a.i) for a in node.attribute if a.type == onnx.AttributeProto.INT}
+
+
+def _products(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    """The MatMulNBits node of every module, found by the name of its codes input."""
+    nodes = [node for node in model.graph.node if node.op_type == "MatMulNBits" and len(node.input) > 2]
+    return {node.input[1].removesuffix(".codes"): node for node in nodes if node.input[1].endswith(".codes")}
+
+
+def _modules(metadata: dict[str, str], folder: Path) -> dict[str, tuple[int, int]]:
+    if MODULES_KEY not in metadata:
+        raise InputError(
+            "not a folder written by qalora-export",
+            where=folder,
+            why=f"no {MODULES_KEY} in its metadata",
+            fix="run `qalora-export export onnx`",
+        )
+    raw = parse_json(metadata[MODULES_KEY].encode(), where=f"{folder}: {MODULES_KEY}")
+    if not isinstance(raw, dict) or not all(_is_entry(value) for value in raw.values()):
+        raise UnsafeInputError(f"{MODULES_KEY} holds impossible bits or group sizes", where=folder)
+    return {name: (bits, group) for name, (bits, group) in raw.items()}
+
+
+def _is_entry(value: object) -> bool:
+    if not isinstance(value, list) or len(value) != 2 or not all(type(number) is int for number in value):
+        return False
+    return value[0] in CONTAINER_BITS and value[1] > 0

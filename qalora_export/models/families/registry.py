@@ -1,0 +1,59 @@
+"""Which architectures are admitted."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from qalora_export.errors import InputError
+from qalora_export.models.families.family import Family, head_dim
+from qalora_export.models.families.llama import LLAMA
+from qalora_export.models.families.rope import rope_of
+
+FAMILIES: tuple[Family, ...] = (LLAMA,)
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
+
+def supported_architectures() -> list[str]:
+    """Every admitted name of config.json's `architectures`."""
+    return [name for family in FAMILIES for name in family.architectures]
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a model by its config.json.
+
+    Raises InputError, with the list of supported architectures, when there is none, and for variants (rotary
+    scaling, activation, …) that the family's exporters do not carry exactly.
+    """
+    names = config.get("architectures") or []
+    found = [family for family in FAMILIES if isinstance(names, list) and set(names) & set(family.architectures)]
+    if len(found) != 1:
+        raise InputError(
+            f"unsupported architecture {', '.join(map(str, names)) if names else '(none named)'}",
+            where="config.json: architectures",
+            why=f"supported: {', '.join(supported_architectures())}",
+            fix="every other architecture needs a family table and a parity test first",
+        )
+    family = found[0]
+    for key in SIZES:
+        if type(config.get(key)) is not int or config[key] <= 0:
+            raise InputError(f"{key} is {config.get(key)!r}, not a positive number", where=f"config.json: {key}")
+    family.check(config)
+    rope_of(config, family.rope_types)
+    _check_heads(config)
+    return family
+
+
+def _check_heads(config: Mapping[str, Any]) -> None:
+    heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
+    if type(kv_heads) is not int or kv_heads <= 0 or heads % kv_heads:
+        raise InputError(f"{heads} attention heads do not divide among {kv_heads} key/value heads", where="config.json")
+    if not config.get("head_dim") and config["hidden_size"] % heads:
+        raise InputError(f"hidden size {config['hidden_size']} does not divide into {heads} heads", where="config.json")
+    if head_dim(config) % 2:
+        raise InputError(f"head_dim {head_dim(config)} is odd", where="config.json", why="rotary embedding needs pairs")

@@ -1,0 +1,56 @@
+"""Load a model the one way every stage uses: local files only, no remote code, eager float32 unless told otherwise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qalora_export.errors import InputError
+
+
+def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Any:
+    """A causal language model in eval mode from a local folder (canonical or plain safetensors)."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    from qalora_export.checkpoint.canonical import QUANT_METHOD, CanonicalCheckpoint
+    from qalora_export.checkpoint.model_folder import ModelFolder
+
+    # Every header, and of a canonical checkpoint every shape, is checked before Transformers maps the files.
+    quantization = ModelFolder(folder).config.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
+        CanonicalCheckpoint(folder)
+    logging.disable_progress_bar()  # stages have their own
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            attn_implementation=attention,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        raise InputError(f"Transformers cannot load the model: {error}", where=folder) from error
+    model, info = loaded
+    if absent := sorted(info["missing_keys"]):
+        raise InputError(
+            f"the checkpoint lacks {len(absent)} tensors of the model",
+            where=f"{folder}: {absent[0]}",
+            why="Transformers would fill them with random numbers",
+            fix="fetch it again",
+        )
+    return model.eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The model's fast tokenizer from local files."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, use_fast=True)
+    except (ValueError, KeyError, OSError) as error:
+        raise InputError(f"Transformers cannot load the tokenizer: {error}", where=folder) from error

@@ -1,0 +1,294 @@
+"""The train stage: canonical base + data → QA-LoRA adapter, on Transformers' Trainer (one process or many).
+
+    data → samples → rows → Trainer (adapter only) → best checkpoint → adapter folder
+
+Beside the adapter stands `<out>.training/` with the checkpoints of an unfinished run and the record of a finished one.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qalora_export.data.sequence_packing import Row, one_per_row, pack, tokens
+from qalora_export.errors import InputError
+from qalora_export.qalora.training import folder as training_folder
+from qalora_export.qalora.training.processes import check_engine, is_main, shards, world_size
+from qalora_export.recipe import TrainSettings
+from qalora_export.safety import refuse_existing, sha256_file
+
+if TYPE_CHECKING:
+    import torch
+
+    from qalora_export.qalora.training.arguments import Steps
+    from qalora_export.qalora.training.callbacks import StepClock
+    from qalora_export.qalora.training.memory import MemoryEstimate
+    from qalora_export.qalora.training.trainer import AdapterTrainer
+
+Curve = tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainPlan:
+    """What a run would do, known before the model is loaded."""
+
+    train: tuple[Row, ...]
+    validation: tuple[Row, ...]
+    steps: Steps
+    dtype: torch.dtype
+    memory: MemoryEstimate
+
+    @property
+    def samples(self) -> int:
+        return sum(len(row) for row in self.train)
+
+    @property
+    def tokens(self) -> int:
+        return tokens(self.train)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainReport:
+    """What a run did. Losses are nats per learned token; curves are (optimizer step, loss).
+
+    tokens_per_second counts tokens that are not padding, all processes together, in the optimizer steps of this call
+    (None when nothing was left to train). peak_memory_bytes is rank 0's: GPU allocations, or the process's peak RSS.
+    """
+
+    adapter: str
+    record: str
+    steps: int
+    kept_step: int
+    initial_loss: float | None
+    best_loss: float | None
+    final_train_loss: float
+    train_curve: Curve
+    validation_curve: Curve
+    trainable_parameters: int
+    samples: int
+    tokens_per_epoch: int
+    resumed_from: int
+    tokens_per_second: float | None
+    peak_memory_bytes: int
+    device: str
+    processes: int
+    settings: dict[str, Any]
+
+
+def plan(base: Path, settings: TrainSettings) -> TrainPlan:
+    """Read and tokenize the data, count steps, estimate memory; trains nothing. Raises InputError as the parts do."""
+    import torch
+
+    from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+    from qalora_export.data.samples import load_samples
+    from qalora_export.models.loading import load_tokenizer
+    from qalora_export.qalora.training.arguments import Steps, check_optimizer, compute_dtype
+    from qalora_export.qalora.training.memory import estimate_memory
+
+    if settings.data is None:
+        raise InputError("no training data", where="train.data", fix="pass --data FILE (JSONL or .txt)")
+    check_engine()
+    check_optimizer(settings.optimizer)
+    dtype = compute_dtype(settings.precision)
+    context = CanonicalCheckpoint(base).config.get("max_position_embeddings")
+    options: dict[str, Any] = {
+        "format": settings.format,
+        "sequence_length": settings.sequence_length,
+        "context": context,
+    }
+    tokenizer = load_tokenizer(base)
+    samples = load_samples(Path(settings.data), tokenizer, **options)
+    rows = pack(samples, settings.sequence_length) if settings.packing else one_per_row(samples)
+    held_out = load_samples(Path(settings.validation), tokenizer, **options) if settings.validation else []
+    longest = max(sum(map(len, row)) for row in rows)
+    memory = estimate_memory(
+        base,
+        settings.model_copy(update={"sequence_length": longest}),
+        dtype=dtype,
+        cuda=torch.cuda.is_available(),
+        shards=shards(),
+    )
+    return TrainPlan(tuple(rows), tuple(one_per_row(held_out)), Steps.of(len(rows), settings), dtype, memory)
+
+
+def train(base: Path, out: Path, settings: TrainSettings, *, force: bool = False, resume: bool = True) -> TrainReport:
+    """Train an adapter over the canonical checkpoint `base` and save it as `out`.
+
+    The adapter with the lowest validation loss is kept; without validation data, the last. A killed run goes on from
+    its last checkpoint when called again with the same base, data and settings (`resume=False` starts again). Under
+    torchrun or accelerate every process calls this; rank 0 writes. Raises InputError for bad data or settings, an
+    existing output, a run that changed since it was interrupted, and a loss that is not finite.
+    """
+    from qalora_export.qalora.training.arguments import arguments
+    from qalora_export.qalora.training.memory import check_fits
+    from qalora_export.qalora.training.sharding import gather_adapter, prepare
+
+    refuse_existing(out, force=force)
+    made = plan(base, settings)
+    folder = training_folder.folder_for(out)
+    args = arguments(folder, settings, made.steps, evaluate=bool(made.validation), fresh=True)
+    check_fits(made.memory)  # of the GPU that belongs to this process
+    with args.main_process_first(local=False):
+        if is_main():
+            training_folder.prepare(folder, fingerprint(base, settings), resume=resume, force=force)
+    last = training_folder.last_checkpoint(folder)
+    args.eval_on_start = bool(made.validation) and last is None
+    trainer, clock = _trainer(base, settings, made, args, folder)
+    prepare(trainer.accelerator)
+    _run(trainer, last)
+    gather_adapter(trainer.model)
+    report = _report(trainer, clock, made, settings, out, resumed_from=_step_of(last))
+    if is_main():
+        _write(trainer, report, base, out, settings, force=force)
+    trainer.accelerator.wait_for_everyone()
+    return report
+
+
+def fingerprint(base: Path, settings: TrainSettings) -> dict[str, Any]:
+    """Everything that decides the resulting numbers; a checkpoint is only continued under an equal one."""
+    from qalora_export.checkpoint.manifest import parent_of
+    from qalora_export.version import __version__
+
+    content = settings.model_dump(mode="json")
+    for name in ("data", "validation"):
+        content[name] = sha256_file(Path(content[name])) if content[name] else None
+    return {
+        "settings": content,
+        "base": parent_of(base, "base").sha256,
+        "processes": world_size(),
+        "shards": shards(),
+        "version": __version__,
+    }
+
+
+def _trainer(
+    base: Path, settings: TrainSettings, made: TrainPlan, args: Any, folder: Path
+) -> tuple[AdapterTrainer, StepClock]:
+    from transformers import PrinterCallback
+    from transformers.utils import logging as hf_logging
+
+    from qalora_export.data.sequence_packing import collate
+    from qalora_export.models.loading import load_model
+    from qalora_export.qalora.attach import attach, compile_layers
+    from qalora_export.qalora.training.callbacks import ProgressBar, StepClock, StopAtNonFinite
+    from qalora_export.qalora.training.trainer import AdapterTrainer, RowDataset
+
+    hf_logging.disable_progress_bar()  # every process would draw one; ours follows
+    model = load_model(base, dtype=made.dtype)
+    model.config.use_cache = False  # with a KV cache Transformers would not tell packed samples apart
+    attach(model, settings)
+    if settings.compile:
+        compile_layers(model)
+    clock = StepClock()
+    callbacks = [StopAtNonFinite(), clock] + ([ProgressBar(), _tensorboard(folder)] if is_main() else [])
+    trainer = AdapterTrainer(
+        model=model,
+        args=args,
+        data_collator=collate,
+        train_dataset=RowDataset(made.train),
+        eval_dataset=RowDataset(made.validation) if made.validation else None,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer, clock
+
+
+def _tensorboard(folder: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations.integration_utils import TensorBoardCallback
+
+    return TensorBoardCallback(SummaryWriter(str(folder / "tensorboard")))
+
+
+def _run(trainer: AdapterTrainer, last: Path | None) -> None:
+    """Train to the end, from `last` if given, and leave the adapter to keep in the model."""
+    from transformers import TrainerState
+
+    from qalora_export.qalora.training.callbacks import ProgressBar
+    from qalora_export.qalora.training.trainer import load_adapter_state
+
+    state = TrainerState.load_from_json(str(last / "trainer_state.json")) if last else None
+    try:
+        if state is not None and state.global_step >= trainer.args.max_steps:
+            trainer.state = state  # killed between the last step and saving the adapter
+        else:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+    finally:
+        bars = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ProgressBar)]
+        for bar in bars:
+            bar.close()
+    kept = training_folder.checkpoint(Path(str(trainer.args.output_dir)), _kept_step(trainer))
+    load_adapter_state(trainer.model, kept / training_folder.ADAPTER)
+
+
+def _kept_step(trainer: AdapterTrainer) -> int:
+    return trainer.state.best_global_step or trainer.state.global_step
+
+
+def _step_of(path: Path | None) -> int:
+    return int(path.name.rpartition("-")[2]) if path else 0
+
+
+def _report(
+    trainer: AdapterTrainer, clock: StepClock, made: TrainPlan, settings: TrainSettings, out: Path, *, resumed_from: int
+) -> TrainReport:
+    history = trainer.state.log_history
+    losses, validation = _curve(history, "loss"), _curve(history, "eval_loss")
+    seen = made.tokens * clock.steps / made.steps.per_epoch
+    return TrainReport(
+        adapter=out.name,
+        record=training_folder.folder_for(out).name,
+        steps=trainer.state.global_step,
+        kept_step=_kept_step(trainer),
+        initial_loss=validation[0][1] if validation else None,
+        best_loss=trainer.state.best_metric,
+        final_train_loss=losses[-1][1],
+        train_curve=losses,
+        validation_curve=validation,
+        trainable_parameters=made.memory.trainable_parameters,
+        samples=made.samples,
+        tokens_per_epoch=made.tokens,
+        resumed_from=resumed_from,
+        tokens_per_second=seen / clock.seconds if clock.steps else None,
+        peak_memory_bytes=_peak_memory(),
+        device=_device_name(),
+        processes=world_size(),
+        settings=settings.model_dump(mode="json"),
+    )
+
+
+def _curve(history: list[dict[str, float]], name: str) -> Curve:
+    return tuple((int(row["step"]), row[name]) for row in history if name in row)
+
+
+def _peak_memory() -> int:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _device_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+
+
+def _write(
+    trainer: AdapterTrainer, report: TrainReport, base: Path, out: Path, settings: TrainSettings, *, force: bool
+) -> None:
+    """The record first, then the adapter (the commit mark of the stage), then the checkpoints go."""
+    from qalora_export.qalora.adapter_files import save_adapter
+    from qalora_export.qalora.training.plots import plot_losses
+
+    folder = training_folder.folder_for(out)
+    training_folder.write_lines(folder / "metrics.jsonl", trainer.state.log_history)
+    training_folder.write_json(folder / "report.json", asdict(report))
+    plot_losses(folder, report.train_curve, report.validation_curve, best_step=report.kept_step)
+    save_adapter(trainer.accelerator.unwrap_model(trainer.model), out, base=base, settings=settings, force=force)
+    training_folder.keep_only(folder, ())

@@ -1,0 +1,202 @@
+"""The quantize stage: a Transformers folder in, a canonical checkpoint out, one decoder layer in memory at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from qalora_export.checkpoint.canonical import CanonicalWriter
+from qalora_export.checkpoint.manifest import parent_of
+from qalora_export.checkpoint.model_folder import ModelFolder
+from qalora_export.console import track
+from qalora_export.data.calibration import calibration_windows
+from qalora_export.errors import InputError
+from qalora_export.models.families import family_of
+from qalora_export.models.skeleton import Activations, Skeleton
+from qalora_export.quantization.gptq import gptq
+from qalora_export.quantization.gptq_import import import_gptq
+from qalora_export.quantization.hessian import Hessian, collect
+from qalora_export.quantization.report import ModuleReport, QuantizeReport, peak_rss_bytes
+from qalora_export.quantization.rtn import round_to_nearest
+from qalora_export.quantization.rules import Plan, resolve
+from qalora_export.quantization.source import gptq_config
+from qalora_export.recipe import QuantizeSettings
+from qalora_export.safety import refuse_existing, sha256_file
+
+
+def quantize(model: Path, out: Path, settings: QuantizeSettings, *, force: bool = False) -> QuantizeReport:
+    """Quantize a model folder (fp16, bf16 or fp32, sharded or not) into the canonical checkpoint `out`.
+
+    A folder in GPTQ format is imported with its own codes and scales, nothing is quantized again. CUDA is used when
+    present. The same inputs and settings give the same bytes on the same machine. Raises InputError for everything
+    the user can put right; nothing is left at `out` then.
+    """
+    began = time.perf_counter()
+    refuse_existing(out, force=force)
+    folder = ModelFolder(model)
+    if (packed := gptq_config(folder)) is not None:
+        return import_gptq(folder, packed, out, settings, force=force)
+    family_of(folder.config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    skeleton = Skeleton(folder, device)
+    skeleton.check_complete()
+    plans = resolve(
+        settings,
+        {name: module.in_features for name, module in skeleton.linears().items()},
+        inside=skeleton.layer_name(0).removesuffix("0"),
+        tied=skeleton.tied,
+    )
+    windows = _windows(folder, settings) if settings.method == "gptq" else None
+    with CanonicalWriter(
+        out,
+        folder.config,
+        folder.companions(),
+        kind="base",
+        parents=[parent_of(model, "source")],
+        settings=_recorded(settings),
+        force=force,
+    ) as writer:
+        run = _Run(skeleton, plans, settings, writer, None if windows is None else Activations(skeleton, windows))
+        modules = tuple(track(run.modules(), f"quantize ({settings.method})", total=len(plans)))
+        kept = run.write_rest()
+    return QuantizeReport(
+        out,
+        settings.method,
+        modules,
+        kept,
+        0 if windows is None else windows.size,
+        time.perf_counter() - began,
+        peak_rss_bytes(),
+        torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+    )
+
+
+@dataclass
+class _Run:
+    skeleton: Skeleton
+    plans: dict[str, Plan]
+    settings: QuantizeSettings
+    writer: CanonicalWriter
+    activations: Activations | None
+
+    def modules(self) -> Iterator[ModuleReport]:
+        """Quantize and write module after module; a layer's outputs after quantization feed the next layer."""
+        count = self.skeleton.layer_count()
+        outside = [name for name in self.plans if not name.startswith(f"{self.skeleton.prefix}layers.")]
+        for index in range(count):
+            yield from self._layer(index, propagate=index + 1 < count or bool(outside))
+        if outside and self.activations is not None:
+            with self.skeleton.materialized(f"{self.skeleton.prefix}norm") as norm:
+                self.activations.run_plain(norm)
+        for name in outside:
+            yield from self._outside(name)
+
+    def write_rest(self) -> int:
+        """Copy every tensor that is not quantized bit for bit; returns how many."""
+        quantized = {f"{name}.weight" for name in self.plans}
+        rest = [name for name in self.skeleton.folder.names() if name not in quantized]
+        for name in rest:
+            self.writer.add(name, np.asarray(self.skeleton.folder.tensor(name)))
+        return len(rest)
+
+    def _layer(self, index: int, *, propagate: bool) -> Iterator[ModuleReport]:
+        name, activations = self.skeleton.layer_name(index), self.activations
+        with self.skeleton.materialized(name) as layer:
+            linears = {
+                m: linear
+                for m, linear in self.skeleton.linears().items()
+                if m in self.plans and m.startswith(f"{name}.")
+            }
+            hessians: dict[str, Hessian] = {}
+            if activations is not None and linears:
+                hessians = collect(linears, lambda: activations.run(layer, index, keep=False))
+            for module, linear in linears.items():
+                yield self._quantize(module, linear, hessians[module].value() if hessians else None)
+            if activations is not None and propagate:
+                activations.run(layer, index, keep=True)
+
+    def _outside(self, name: str) -> Iterator[ModuleReport]:
+        linear = self.skeleton.linears()[name]
+        with self.skeleton.materialized(name):
+            hessian = None
+            if self.activations is not None:
+                hessian = Hessian(linear.in_features, self.skeleton.device)
+                for batch in self.activations.batches():
+                    hessian.add(batch)
+            yield self._quantize(name, linear, None if hessian is None else hessian.value())
+
+    def _quantize(self, name: str, linear: nn.Linear, hessian: Tensor | None) -> ModuleReport:
+        """Quantize, write, put the dequantized weight in place of the source's, report."""
+        plan, weight = self.plans[name], linear.weight.data
+        where = f"{self.skeleton.folder.path}: {name}.weight"
+        if hessian is None:
+            matrix = round_to_nearest(weight, plan, where=where)
+        else:
+            damp, block_size = self.settings.damp, self.settings.block_size
+            matrix = gptq(weight, hessian, plan, where=where, damp=damp, block_size=block_size)
+        self.writer.add_quantized(name, matrix)
+        result = torch.from_numpy(matrix.dequantize()).to(weight.device)
+        report = _report(name, plan, weight, result, hessian)
+        weight.copy_(result)
+        return report
+
+
+def _report(name: str, plan: Plan, weight: Tensor, result: Tensor, hessian: Tensor | None) -> ModuleReport:
+    error = result - weight
+    norm = float(weight.norm())
+    output_error = None
+    if hessian is not None:
+        h = hessian.float()
+        power = float(((weight @ h) * weight).sum(dtype=torch.float64))
+        output_error = float(((error @ h) * error).sum(dtype=torch.float64)) / power if power else 0.0
+    return ModuleReport(
+        name,
+        (weight.shape[0], weight.shape[1]),
+        plan.bits,
+        plan.group_size,
+        plan.sym,
+        float(error.norm()) / norm if norm else 0.0,
+        output_error,
+        int(torch.count_nonzero(error)),
+        float(error.abs().max()),
+    )
+
+
+def _windows(folder: ModelFolder, settings: QuantizeSettings) -> NDArray[np.int64]:
+    from qalora_export.models.loading import load_tokenizer
+
+    if settings.calibration is None:
+        raise InputError(
+            "GPTQ needs calibration text",
+            where="quantize.calibration",
+            fix="give --calibration FILE (plain text or JSONL), or use --method rtn",
+        )
+    limit = int(folder.config.get("max_position_embeddings") or settings.sequence_length)
+    return calibration_windows(
+        Path(settings.calibration),
+        load_tokenizer(folder.path),
+        seed=settings.seed,
+        samples=settings.calibration_samples,
+        length=min(settings.sequence_length, limit),
+    )
+
+
+def _recorded(settings: QuantizeSettings) -> dict[str, Any]:
+    """The settings as the manifest keeps them: the calibration text by name and hash, never by path."""
+    recorded = settings.model_dump(mode="json")
+    if settings.method == "gptq" and settings.calibration is not None:
+        path = Path(settings.calibration)
+        recorded["calibration"] = {"name": path.name, "sha256": sha256_file(path)}
+    else:
+        recorded["calibration"] = None
+    return recorded

@@ -1,0 +1,179 @@
+"""Which part broke: the first layer, and inside it the first tensor, where a runtime leaves the PyTorch reference.
+
+Two passes over the probe sequence with the worst position. The first reads the hidden state after every decoder layer,
+the second every projection, norm and sum inside the first layer that is wrong. ONNX Runtime gives them as extra outputs
+of the same graph, llama.cpp through its evaluation callback; both read the very artifact that failed.
+
+At every point the error is the largest NMSE of any position, Σ (b̂ − b)² / Σ b². What diverges is beyond `bound`: on
+the exact path gate G2's own 1e-9, on the shipped path a multiple of what int8 activations do at that point in PyTorch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qalora_export.errors import RuntimeUnavailableError
+from qalora_export.verify.bisect.points import Point, layer_points, model_points
+from qalora_export.verify.gates.rule import EXACT_NMSE, Entry
+from qalora_export.verify.metrics import PositionMetrics
+from qalora_export.verify.probes.probe_set import ProbeSet
+
+if TYPE_CHECKING:
+    from qalora_export.verify.reference.activations import ReferenceModel
+
+# A single sequence's worst position scatters around the floor; a fault is orders of magnitude above it.
+TIMES_FLOOR = 10.0
+RunPath = Literal["exact", "shipped"]
+Activations = dict[str, NDArray[np.float32]]  # point key -> (positions, features)
+Reader = Callable[[NDArray[np.int32], list[Point]], Activations]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What to look into: a failed gate's path and mode, and one sequence of the probe set."""
+
+    gate: str
+    path: RunPath
+    mode: str
+    sequence: str
+    ids: NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One point. nmse: largest of any position, inf for NaN or another shape; nan where the runtime shows no value."""
+
+    name: str
+    what: str
+    nmse: float
+    bound: float
+
+    @property
+    def diverges(self) -> bool:
+        return self.nmse > self.bound
+
+
+@dataclass(frozen=True, slots=True)
+class Bisection:
+    """Findings for one runtime. layers: in order; inside: the points of the first wrong layer; note: what limits it."""
+
+    runtime: str
+    gate: str
+    path: str
+    mode: str
+    sequence: str
+    through: str
+    layers: list[Step] = field(default_factory=list)
+    inside: list[Step] = field(default_factory=list)
+    note: str = ""
+
+    @property
+    def first_layer(self) -> str | None:
+        """Name of the first wrong step of `layers`, "model.layers.3" say."""
+        return next((step.name for step in self.layers if step.diverges), None)
+
+    @property
+    def first(self) -> Step | None:
+        """The first point that diverges, as near as it can be told."""
+        return next((step for step in [*self.inside, *self.layers] if step.diverges), None)
+
+    def describe(self) -> str:
+        if self.first is None:
+            return f"bisect: {self.note or 'no point diverges beyond its bound'}"
+        return f"bisect: first diverges at {self.first.name} ({self.first.what}), NMSE {self.first.nmse:.2e}"
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "gate": self.gate,
+            "path": self.path,
+            "mode": self.mode,
+            "sequence": self.sequence,
+            "through": self.through,
+            "first_layer": self.first_layer,
+            "first_tensor": self.first.name if self.first else None,
+            "what": self.first.what if self.first else None,
+            "nmse": self.first.nmse if self.first else None,
+            "note": self.note,
+            "layers": [_step_json(step) for step in self.layers],
+            "inside": [_step_json(step) for step in self.inside],
+        }
+
+
+def failure_of(
+    entries: Iterable[Entry], positions: dict[tuple[str, str], PositionMetrics], runtime: str, probes: ProbeSet
+) -> Failure | None:
+    """The failed logits gate of a runtime that says most (exact before shipped, prompt before decode), or None."""
+    failed = {entry.gate: entry for entry in entries if entry.runtime == runtime and entry.status == "fail"}
+    decode_path: RunPath = "exact"
+    if "G4" in failed and not any(c.figure.startswith("exact_") and not c.passed for c in failed["G4"].checks):
+        decode_path = "shipped"
+    choices: tuple[tuple[str, RunPath, str], ...] = (
+        ("G2", "exact", "prefill"),
+        ("G3", "shipped", "prefill"),
+        ("G4", decode_path, "decode"),
+    )
+    for gate, path, mode in choices:
+        measured = positions.get((runtime, path if mode == "prefill" else f"{path} {mode}"))
+        if gate in failed and measured is not None:
+            worst = int(np.argmax(np.where(measured.bad, np.inf, measured.nmse)))
+            index = int(np.searchsorted(probes.starts, worst, side="right")) - 1
+            start, length = int(probes.starts[index]), int(probes.lengths[index])
+            return Failure(gate, path, mode, probes.names[index], probes.ids[start : start + length])
+    return None
+
+
+def bisect(
+    runtime: str, failure: Failure, model: ReferenceModel, layers: int, read: Reader, *, through: str
+) -> Bisection:
+    """Compare layer by layer, then inside the first wrong layer. Never raises for what the runtime does."""
+    found = Bisection(runtime, failure.gate, failure.path, failure.mode, failure.sequence, through)
+    try:
+        outer = _compare(failure, model, model_points(layers), read)
+        found = replace(found, layers=outer)
+        wrong = next((index for index, step in enumerate(outer) if step.diverges), None)
+        if wrong is not None and 1 <= wrong <= layers:
+            found = replace(found, inside=_compare(failure, model, layer_points(wrong - 1), read))
+    except RuntimeUnavailableError as error:
+        return replace(found, note=f"the values inside could not be read: {error}")
+    unseen = [step.name for step in [*found.layers, *found.inside] if math.isnan(step.nmse)]
+    return replace(found, note=f"the runtime does not show {', '.join(unseen)}") if unseen else found
+
+
+def explain(entries: list[Entry], found: Bisection) -> list[Entry]:
+    """The same entries; those of the runtime's failed logits gates begin `where` with the finding."""
+    return [
+        replace(entry, where=(found.describe(), *entry.where))
+        if entry.runtime == found.runtime and entry.gate in ("G2", "G3", "G4") and entry.status == "fail"
+        else entry
+        for entry in entries
+    ]
+
+
+def _compare(failure: Failure, model: ReferenceModel, points: list[Point], read: Reader) -> list[Step]:
+    want, got = model.activations(failure.ids, points), read(failure.ids, points)
+    floor = model.activations(failure.ids, points, int8=True) if failure.path == "shipped" else want
+    steps = []
+    for point in points:
+        bound = max(EXACT_NMSE.bound, TIMES_FLOOR * position_nmse(want[point.key], floor[point.key]))
+        error = position_nmse(want[point.key], got[point.key]) if point.key in got else float("nan")
+        steps.append(Step(point.name, point.what, error, bound))
+    return steps
+
+
+def position_nmse(want: NDArray[np.float32], got: NDArray[np.float32]) -> float:
+    """Largest NMSE of any position; both float32 (positions, features). inf for NaN, Inf or another shape."""
+    if want.shape != got.shape or not np.isfinite(got).all():
+        return float("inf")
+    error = ((got.astype(np.float64) - want) ** 2).sum(axis=1)
+    power = (want.astype(np.float64) ** 2).sum(axis=1)
+    return float(np.divide(error, power, out=np.where(error > 0, np.inf, 0.0), where=power > 0).max())
+
+
+def _step_json(step: Step) -> dict[str, Any]:
+    return {"name": step.name, "what": step.what, "nmse": step.nmse, "bound": step.bound, "diverges": step.diverges}

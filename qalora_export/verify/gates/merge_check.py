@@ -1,0 +1,125 @@
+"""Is a merged checkpoint its base plus its adapter? Recomputed apart from training and merging, in numpy float64.
+
+    offset_eff = fp16( m + scaling · B A )          codes, scale and everything else as in the base
+
+A checkpoint merged with another convention (sum for mean), alpha or rank is a consistent file with right hashes that
+exports and runs without a flaw; only base and adapter can tell that it is not the trained model. Both are found
+through the manifest, beside the checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qalora_export.checkpoint.canonical import PARTS, CanonicalCheckpoint
+from qalora_export.checkpoint.manifest import MANIFEST, read_manifest
+from qalora_export.checkpoint.provenance import parent_folder
+from qalora_export.errors import QaloraError
+from qalora_export.grid import differing
+from qalora_export.qalora.adapter_files import Adapter, ModuleAdapter, ModuleShape, read_adapter
+
+# float64 sums of the product may be ordered otherwise, and torch rounds to float16 through float32: the exact value
+# may lie this far, relative to the terms that were added, on the other side of a rounding boundary.
+FLOAT32_STEP = 2.0**-23
+
+
+@dataclass(frozen=True, slots=True)
+class MergeCheck:
+    """wrong: differing values by tensor. adapted: modules recomputed with an adapter. note: why nothing was checked."""
+
+    wrong: dict[str, int] = field(default_factory=dict)
+    adapted: int = 0
+    note: str = ""
+
+    def describe(self) -> str:
+        return self.note or f"merge recomputed from base and adapter in {self.adapted} modules"
+
+
+def merge_check(checkpoint: CanonicalCheckpoint, *, base: Path | None = None) -> MergeCheck:
+    """Compare a merged checkpoint with base and adapter; one module in memory at a time.
+
+    base: stands for the one the manifest names. A checkpoint that is no merge, or whose base or adapter is not here,
+    gives a note and no findings; an adapter that does not fit its base is a finding.
+    """
+    manifest = read_manifest(checkpoint.path) if (checkpoint.path / MANIFEST).is_file() else {}
+    if manifest.get("kind") != "merged":
+        return MergeCheck(note="not a merged checkpoint")
+    base = base or parent_folder(checkpoint.path, "base")
+    adapter = parent_folder(checkpoint.path, "adapter")
+    if base is None or adapter is None:
+        return MergeCheck(note="merge not recomputed: base or adapter is not beside the checkpoint")
+    settings = manifest.get("settings")
+    convention = str(settings.get("convention", "auto")) if isinstance(settings, dict) else "auto"
+    before = CanonicalCheckpoint(base)
+    try:
+        read = read_adapter(adapter, _shapes(before), convention=_asked(adapter, convention), base=base)
+    except QaloraError as error:
+        return MergeCheck({f"{adapter.name} over {base.name} ({error.what})": 1})
+    return MergeCheck(_differences(before, checkpoint, read), len(read.modules))
+
+
+def _differences(before: CanonicalCheckpoint, merged: CanonicalCheckpoint, adapter: Adapter) -> dict[str, int]:
+    wrong: dict[str, int] = {}
+    for module, _ in sorted(set(before.modules.items()) ^ set(merged.modules.items())):
+        wrong[f"{module} (quantized otherwise in base and merged checkpoint)"] = 1
+    for module in before.modules:
+        if merged.modules.get(module) == before.modules[module]:
+            wrong |= _module_differences(before, merged, module, adapter.modules.get(module))
+    for name in {*before.plain_names(), *merged.plain_names()}:
+        if name not in before or name not in merged or differing(before.tensor(name), merged.tensor(name)):
+            wrong[f"{name} (other than in the base)"] = 1
+    return wrong
+
+
+def _module_differences(
+    before: CanonicalCheckpoint, merged: CanonicalCheckpoint, module: str, adapter: ModuleAdapter | None
+) -> dict[str, int]:
+    same = PARTS if adapter is None else PARTS[:2]
+    wrong = {}
+    for part in same:
+        count = differing(before.tensor(f"{module}.{part}"), merged.tensor(f"{module}.{part}"))
+        if count:
+            wrong[f"{module}.{part} (other than in the base)"] = count
+    if adapter is not None:
+        a, b = adapter.a.numpy(), adapter.b.numpy()
+        count = wrong_offsets(
+            before.tensor(f"{module}.offset"), merged.tensor(f"{module}.offset"), a, b, adapter.scaling
+        )
+        if count:
+            wrong[f"{module}.offset (not base + adapter)"] = count
+    return wrong
+
+
+def wrong_offsets(
+    base: NDArray[np.float16],
+    merged: NDArray[np.float16],
+    a: NDArray[np.float32],
+    b: NDArray[np.float32],
+    scaling: float,
+) -> int:
+    """Offsets, (out, in/g), that are not float16(base + scaling · b a); a (r, in/pool), b (out, r)."""
+    repeat = base.shape[1] // a.shape[1]
+    product = scaling * (b.astype(np.float64) @ a.astype(np.float64))
+    terms = abs(scaling) * (np.abs(b).astype(np.float64) @ np.abs(a).astype(np.float64))
+    exact = base.astype(np.float64) + np.repeat(product, repeat, axis=1)
+    slack = FLOAT32_STEP * (np.abs(base).astype(np.float64) + np.repeat(terms, repeat, axis=1))
+    with np.errstate(over="ignore"):
+        low, high = (exact - slack).astype(np.float16), (exact + slack).astype(np.float16)
+    return int(np.count_nonzero(~((low <= merged) & (merged <= high))))
+
+
+def _asked(adapter: Path, convention: str) -> str:
+    """What to ask read_adapter for: an adapter with its own manifest settles the convention itself."""
+    return "auto" if (adapter / MANIFEST).is_file() else convention
+
+
+def _shapes(checkpoint: CanonicalCheckpoint) -> dict[str, ModuleShape]:
+    shapes = {}
+    for name, (_, group) in checkpoint.modules.items():
+        rows, groups = checkpoint.entry(f"{name}.scale").shape
+        shapes[name] = ModuleShape(rows, groups * group, group)
+    return shapes

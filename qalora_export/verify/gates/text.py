@@ -1,0 +1,118 @@
+"""Gate G5: the same text becomes the same token ids, the same conversation the same prompt, in every runtime.
+
+The judge is Hugging Face's tokenizer of the checkpoint. llama.cpp and GenAI answer with their own tokenizers and
+template engines; plain ONNX Runtime has none, so there the tokenizer files that ship in the ONNX folder answer.
+
+Two habits of runtimes are known and not faults: llama.cpp cuts the BOS text from a rendered conversation and puts its
+id back while tokenizing, and GenAI never adds special tokens to plain text (without a chat template the caller prepends
+BOS). The ids of every rendered conversation are compared too, so a BOS that is lost or doubled on that way shows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from qalora_export.models.loading import load_tokenizer
+from qalora_export.verify.gates.rule import Entry, judge
+from qalora_export.verify.probes.probe_set import ProbeSet
+
+SHOWN = 6
+CLIP = 60
+
+
+@dataclass(frozen=True, slots=True)
+class TextHabits:
+    """What a runtime does by design. adds_specials: puts BOS/EOS around plain text as Hugging Face's tokenizer does.
+
+    cuts_bos: renders conversations without the leading BOS text that its tokenizer will add as an id.
+    """
+
+    adds_specials: bool = True
+    cuts_bos: bool = False
+
+
+def folder_answers(folder: Path, probes: ProbeSet) -> dict[str, Any]:
+    """Answers by the tokenizer files in `folder`.
+
+    texts: ids of each text, special tokens added as for a prompt; plain_texts: nothing added; rendered: each
+    conversation as a string that ends with the generation prompt; rendered_ids: its ids, nothing added; bos: BOS text.
+    """
+    tokenizer = load_tokenizer(folder)
+    rendered = [
+        tokenizer.apply_chat_template([dict(turn) for turn in chat], tokenize=False, add_generation_prompt=True)
+        for chat in probes.chats
+    ]
+
+    def ids(text: str, *, special: bool) -> list[int]:
+        return [int(i) for i in tokenizer(text, add_special_tokens=special)["input_ids"]]
+
+    return {
+        "texts": [ids(text, special=True) for text in probes.texts],
+        "plain_texts": [ids(text, special=False) for text in probes.texts],
+        "rendered": rendered,
+        "rendered_ids": [ids(text, special=False) for text in rendered],
+        "bos": tokenizer.bos_token or "",
+    }
+
+
+def expected_answers(expected: dict[str, Any], habits: TextHabits) -> dict[str, Any]:
+    """What a runtime with these habits must answer; `expected` is folder_answers of the checkpoint."""
+    cut = expected["bos"] if habits.cuts_bos else ""
+    return {
+        "texts": expected["texts" if habits.adds_specials else "plain_texts"],
+        "rendered": [text.removeprefix(cut) for text in expected["rendered"]],
+        "rendered_ids": expected["rendered_ids"],
+    }
+
+
+def text_gate(runtime: str, probes: ProbeSet, expected: dict[str, Any], answers: dict[str, Any]) -> Entry:
+    """Compare a runtime's answers with expected_answers; every text and conversation must be answered."""
+    findings: list[str] = []
+    wrong_ids = 0
+    for kind, names in (("texts", probes.texts), ("rendered_ids", range(len(probes.chats)))):
+        for name, want, got in zip_longest(names, expected[kind], _list(answers, kind)[: len(names)]):
+            wrong = _differing_ids(want, got)
+            wrong_ids += wrong
+            if wrong:
+                findings.append(f"{kind} {_clip(name)}: {_first_difference(want, got)}")
+    wrong_chats = 0
+    asked = range(len(probes.chats))
+    for name, want, got in zip_longest(asked, expected["rendered"], _list(answers, "rendered")[: len(asked)]):
+        if got != want:
+            wrong_chats += 1
+            findings.append(f"conversation {name}: {_first_difference(want, got)}")
+    total = sum(len(ids) for kind in ("texts", "rendered_ids") for ids in expected[kind])
+    return judge(
+        "G5",
+        runtime,
+        {"differing_ids": wrong_ids, "differing_chats": wrong_chats},
+        detail=f"{len(probes.texts)} texts and {len(probes.chats)} conversations, {total} ids",
+        where=findings[:SHOWN],
+        figures={"ids": total, "findings": findings},
+    )
+
+
+def _list(answers: dict[str, Any], key: str) -> list[Any]:
+    value = answers.get(key)
+    return value if isinstance(value, list) else []
+
+
+def _differing_ids(want: list[int], got: object) -> int:
+    """Ids that differ or are missing or surplus; an absent answer differs in every id, and at least in one."""
+    if not isinstance(got, list):
+        return max(1, len(want))
+    return sum(a != b for a, b in zip_longest(want, got))
+
+
+def _first_difference(want: Any, got: Any) -> str:
+    if not isinstance(got, list | str):
+        return "no answer"
+    index = next((i for i, (a, b) in enumerate(zip_longest(want, got)) if a != b), 0)
+    return f"at {index}: expected {_clip(want[index : index + 8])}, got {_clip(got[index : index + 8])}"
+
+
+def _clip(value: object) -> str:
+    return repr(value)[:CLIP]

@@ -1,0 +1,135 @@
+"""The probe set: the user's own prompts and fixed edge cases, the same for every runtime and for a given seed.
+
+Every position of every sequence is compared, never only the last token of one prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qalora_export.data.prompts import canonical_json, read_prompts, token_ids
+from qalora_export.errors import InputError
+from qalora_export.recipe import VerifySettings
+from qalora_export.safety import sha256_bytes
+from qalora_export.verify.probes.text import CHATS, EDGE_TEXTS, LONG_TEXT, TEXTS
+
+TOKENS_PER_TEXT = 1000
+
+
+@dataclass(frozen=True)
+class ProbeSet:
+    """ids int32 (total,): all sequences one after the other; lengths int32 (n,); names: what each sequence is for.
+
+    texts, chats: what gate G5 asks every tokenizer.
+    """
+
+    ids: NDArray[np.int32]
+    lengths: NDArray[np.int32]
+    names: tuple[str, ...]
+    texts: tuple[str, ...] = TEXTS
+    chats: tuple[tuple[dict[str, str], ...], ...] = CHATS
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the probe: ids, lengths, texts and chats."""
+        return sha256_bytes(self.ids, self.lengths, self.text_job())
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """Index of each sequence's first position, int64 (n,)."""
+        return np.cumsum(self.lengths, dtype=np.int64) - self.lengths
+
+    def sequences(self) -> Iterator[NDArray[np.int32]]:
+        return (self.ids[s : s + n] for s, n in zip(self.starts, self.lengths, strict=True))
+
+    def text_job(self) -> bytes:
+        """Gate G5's questions as the JSON a runner reads."""
+        return canonical_json({"texts": list(self.texts), "chats": [list(chat) for chat in self.chats]})
+
+    def place(self, position: int) -> str:
+        """Human-readable place of a position: sequence name and index inside it."""
+        sequence = int(np.searchsorted(self.starts, position, side="right")) - 1
+        return f"{self.names[sequence]}[{position - int(self.starts[sequence])}]"
+
+
+def make_probes(tokenizer: Any, config: dict[str, Any], settings: VerifySettings) -> ProbeSet:
+    """At least settings.sequences sequences and settings.positions positions, deterministic for a seed.
+
+    Raises InputError when the model's context cannot hold the probe set's shortest useful sequence.
+    """
+    vocabulary = int(config["vocab_size"])
+    limit = min(settings.max_length, int(config.get("max_position_embeddings", settings.max_length)))
+    if limit < 8:
+        raise InputError(
+            f"probe sequences of {limit} tokens are too short",
+            where="verify.max_length",
+            fix="set max_length to 8 or more",
+        )
+    chosen = list(_edge_cases(tokenizer, vocabulary, limit, settings.seed))
+    stream = _fill(tokenizer, vocabulary, limit, settings)
+    while len(chosen) < settings.sequences or sum(len(ids) for _, ids in chosen) < settings.positions:
+        chosen.append(next(stream))
+    sequences = [np.asarray(ids, np.int32) for _, ids in chosen]
+    lengths = np.asarray([len(ids) for ids in sequences], np.int32)
+    return ProbeSet(
+        np.concatenate(sequences),
+        lengths,
+        tuple(name for name, _ in chosen),
+        texts=(*TEXTS, *_vocabulary_texts(tokenizer)),
+        chats=CHATS if tokenizer.chat_template else (),
+    )
+
+
+def _vocabulary_texts(tokenizer: Any) -> Iterator[str]:
+    """Every token's own text, alone and doubled, a line each: a lost merge rule shows in one of them.
+
+    Doubled because many tokenizers look a whole word up before they apply any rule. Tokens that are no whole
+    characters, and NUL, which C strings cannot hold, are left out.
+    """
+    special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+    ids = [[i] for i in range(len(tokenizer)) if i not in special]
+    lines = [text for text in tokenizer.batch_decode(ids) if text and "\ufffd" not in text and "\0" not in text]
+    for start in range(0, len(lines), TOKENS_PER_TEXT):
+        chosen = lines[start : start + TOKENS_PER_TEXT]
+        yield "\n".join([*chosen, *(text + text.lstrip() for text in chosen)])
+
+
+def _edge_cases(tokenizer: Any, vocabulary: int, limit: int, seed: int) -> Iterator[tuple[str, list[int]]]:
+    """Sequences that broke real exports: cut to the limit, empty ones left out (a tokenizer may have no BOS)."""
+    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    random = np.random.default_rng(seed)
+    specials = [i for i in sorted(set(tokenizer.all_special_ids)) if i < vocabulary]
+    letter = tokenizer("a", add_special_tokens=False)["input_ids"][:1]
+    cases = {
+        "single BOS": start,
+        "one token": letter,
+        "one token repeated": start + letter * 24,
+        "BOS repeated": start * 5,
+        "special tokens": specials,
+        "vocabulary ends": [0, 1, 2, vocabulary - 3, vocabulary - 2, vocabulary - 1],
+        "random ids": random.integers(0, vocabulary, 48).tolist(),
+        "near max_length": token_ids(tokenizer, LONG_TEXT * (1 + limit // 64)),
+        **{name: token_ids(tokenizer, text) for name, text in EDGE_TEXTS.items()},
+    }
+    for name, ids in cases.items():
+        if ids:
+            yield name, [int(i) for i in ids[:limit]]
+
+
+def _fill(tokenizer: Any, vocabulary: int, limit: int, settings: VerifySettings) -> Iterator[tuple[str, list[int]]]:
+    """The user's prompts in an order drawn from the seed, each once; then random ids, without end."""
+    random = np.random.default_rng(settings.seed + 1)
+    prompts = read_prompts(Path(settings.prompts)) if settings.prompts else []
+    for index in random.permutation(len(prompts)):
+        if ids := token_ids(tokenizer, prompts[index])[:limit]:
+            yield f"prompt {index + 1}", ids
+    number = 0
+    while True:
+        number += 1
+        yield f"random {number}", random.integers(0, vocabulary, min(limit, 48)).tolist()

@@ -1,0 +1,156 @@
+"""The reference model one decoder layer at a time: memory holds one float32 layer, however many there are.
+
+All sequences pass a layer before the next is loaded. Decoding, token by token, can be done so as well: what a layer
+answers to a token depends on its own KV cache and on what the layer below answered to the tokens so far. Every product
+is the one that the whole model computes, on the same shapes and in the same order, so the logits have the same bits.
+
+Quantized layers are plain linear layers that hold the dequantized float32 matrix: the same product on the same numbers,
+without unpacking codes again for every token. The matrices are compared with the numpy dequantization of the checkpoint
+first, so the reference is not its own witness.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.safetensors_file import TensorEntry
+from qalora_export.errors import InputError
+from qalora_export.grid import differing
+from qalora_export.models.skeleton import Skeleton, layer_output
+from qalora_export.qalora.dequant import dequantize
+
+Rounding = Callable[[Tensor, int], Tensor]  # x (…, in) and the group size of the layer -> what the layer sees of x
+
+
+class DequantizedCheckpoint(CanonicalCheckpoint):
+    """A canonical checkpoint that also answers for `<module>.weight` of its quantized modules, float32 (out, in)."""
+
+    def entry(self, name: str) -> TensorEntry:
+        module = self._quantized(name)
+        if module is None:
+            return super().entry(name)
+        scale, (_, group_size) = super().entry(f"{module}.scale"), self.modules[module]
+        shape = (scale.shape[0], scale.shape[1] * group_size)
+        return TensorEntry(np.dtype(np.float32), shape, super().entry(f"{module}.codes").begin)
+
+    def tensor(self, name: str) -> NDArray[Any]:
+        """Raises InputError when PyTorch and numpy dequantize a module differently."""
+        module = self._quantized(name)
+        if module is None:
+            return super().tensor(name)
+        packed = self.packed(module)
+        codes, scale, offset = (
+            torch.from_numpy(np.array(part)) for part in (packed.codes, packed.scale, packed.offset)
+        )
+        weight = dequantize(codes, scale, offset, packed.bits, torch.float32).numpy()
+        wrong = differing(weight, packed.unpack().dequantize())
+        if wrong:
+            raise InputError(
+                f"PyTorch and numpy dequantize {wrong} values differently",
+                where=f"{self.path}: {module}",
+                why="the reference would not be the checkpoint",
+                fix="report this with your CPU and torch version",
+            )
+        return weight
+
+    def _quantized(self, name: str) -> str | None:
+        module, _, leaf = name.rpartition(".")
+        return module if leaf == "weight" and module in self.modules else None
+
+
+@dataclass
+class _Step:
+    """One forward pass of the whole model: hidden states (1, tokens, hidden) between layers, arguments by layer."""
+
+    hidden: Tensor
+    arguments: list[dict[str, Any]]
+
+
+class LayerwiseModel:
+    """A checkpoint that answers log-probabilities of sequences, every position.
+
+    rounding: applied to the input of every quantized layer. All methods want torch.inference_mode.
+    """
+
+    def __init__(self, checkpoint: Path, *, rounding: Rounding | None = None) -> None:
+        self._checkpoint = DequantizedCheckpoint(checkpoint)
+        self._skeleton = Skeleton(self._checkpoint, torch.device("cpu"), attention="eager")
+        self._skeleton.check_complete()
+        if rounding is not None:
+            for name, (_, group_size) in self._checkpoint.modules.items():
+                module = self._skeleton.model.get_submodule(name)
+                module.register_forward_pre_hook(lambda _, x, size=group_size: (rounding(x[0], size),))
+
+    @property
+    def frequencies(self) -> NDArray[np.float32]:
+        """The rotary embedding the model really uses, radians per position, (head size / 2,)."""
+        frequencies: NDArray[np.float32] = self._skeleton.base.rotary_emb.inv_freq.float().numpy()
+        return frequencies
+
+    def run(self, sequences: Iterable[NDArray[np.int32]], *, decode: bool) -> list[NDArray[np.float32]]:
+        """Every sequence as a whole prompt and, with `decode`, token by token: [prefill] or [prefill, decoded].
+
+        Each float32 (positions, vocabulary), the sequences one below the other. A layer is loaded once for all.
+        """
+        ids = [torch.from_numpy(sequence.astype(np.int64))[None] for sequence in sequences]
+        skeleton = self._skeleton
+        with skeleton.materialized(f"{skeleton.prefix}embed_tokens"):
+            prompts = [[_Step(*skeleton.enter(tokens))] for tokens in ids]
+            walks = [self._embed_by_token(tokens) for tokens in ids] if decode else []
+        for index, layer in enumerate(skeleton.base.layers):
+            with skeleton.materialized(skeleton.layer_name(index)):
+                for steps in prompts:
+                    _advance(layer, index, steps, None)
+                for steps in walks:
+                    _advance(layer, index, steps, self._cache())
+        with skeleton.materialized(f"{skeleton.prefix}norm"):
+            for step in (step for steps in prompts + walks for step in steps):
+                step.hidden = skeleton.base.norm(step.hidden)
+        return self._logprobs([prompts, walks] if decode else [prompts])
+
+    def _logprobs(self, passes: list[list[list[_Step]]]) -> list[NDArray[np.float32]]:
+        skeleton = self._skeleton
+        with skeleton.materialized(f"{skeleton.prefix}embed_tokens" if skeleton.tied else "lm_head") as module:
+            head: Callable[[Tensor], Tensor] = module
+            if skeleton.tied:
+                head = functools.partial(nn.functional.linear, weight=cast(Tensor, module.weight))
+            vocabulary = skeleton.model.config.vocab_size
+            return [
+                _stacked([step.hidden for steps in sequences for step in steps], head, vocabulary)
+                for sequences in passes
+            ]
+
+    def _cache(self) -> DynamicCache:
+        return DynamicCache(config=self._skeleton.model.config)
+
+    def _embed_by_token(self, ids: Tensor) -> list[_Step]:
+        """One step per token. The cache only counts tokens here; every layer gets one of its own later."""
+        cache = self._cache()
+        return [_Step(*self._skeleton.enter(ids[:, at : at + 1], cache)) for at in range(ids.shape[1])]
+
+
+def _advance(layer: nn.Module, index: int, steps: list[_Step], cache: DynamicCache | None) -> None:
+    for step in steps:
+        step.hidden = layer_output(layer(step.hidden, past_key_values=cache, **step.arguments[index]))
+        step.arguments[index] = {}  # no longer needed
+
+
+def _stacked(hidden: list[Tensor], head: Callable[[Tensor], Tensor], vocabulary: int) -> NDArray[np.float32]:
+    """(1, tokens, hidden) each -> (all tokens, vocabulary)"""
+    rows = np.empty((sum(part.shape[1] for part in hidden), vocabulary), np.float32)
+    at = 0
+    for part in hidden:
+        rows[at : at + part.shape[1]] = torch.log_softmax(head(part)[0].float(), dim=-1).numpy()
+        at += part.shape[1]
+    return rows

@@ -1,0 +1,101 @@
+"""The reference: PyTorch, float32, eager attention, one sequence at a time, every position, layer by layer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from qalora_export.errors import InputError
+from qalora_export.models.loading import load_model
+from qalora_export.qalora.layer import QALoraLinear
+from qalora_export.verify.probes.probe_set import ProbeSet
+from qalora_export.verify.reference.layerwise import DequantizedCheckpoint, LayerwiseModel
+
+SIMULATED_BLOCK = 32  # int8 activation blocks of llama.cpp's Q8_1
+
+
+@dataclass(frozen=True)
+class Reference:
+    """logprobs: float32 (positions, vocabulary), whole prompts. decoded: the same, token by token with KV cache.
+
+    frequencies: the rotary embedding the model really uses, radians per position, (head size / 2,).
+    """
+
+    logprobs: NDArray[np.float32]
+    decoded: NDArray[np.float32] | None
+    frequencies: NDArray[np.float32]
+
+
+def reference_logprobs(checkpoint: Path, probes: ProbeSet, *, threads: int, decode: bool = False) -> Reference:
+    """Run the probe set through the checkpoint. Raises InputError when the reference's own numbers are in doubt."""
+    with fixed_threads(threads), torch.inference_mode():
+        model = LayerwiseModel(checkpoint)
+        prefill, *rest = model.run(probes.sequences(), decode=decode)
+    if not np.isfinite(prefill).all():
+        raise InputError(
+            "the checkpoint gives NaN or infinite logits in PyTorch",
+            where=checkpoint,
+            why="no runtime can be compared with that",
+            fix="repair or retrain the model",
+        )
+    return Reference(prefill, rest[0] if decode else None, model.frequencies)
+
+
+def simulated_int8_logprobs(
+    checkpoint: Path, probes: ProbeSet, *, threads: int, block: int | None = SIMULATED_BLOCK
+) -> NDArray[np.float32]:
+    """The same model with the input of every quantized layer rounded to int8, `block` in-features per step.
+
+    block None: the layer's own group size. What int8 kernels do to activations, without any runtime.
+    """
+    with fixed_threads(threads), torch.inference_mode():
+        model = LayerwiseModel(checkpoint, rounding=lambda x, group_size: round_to_int8(x, block or group_size))
+        return model.run(probes.sequences(), decode=False)[0]
+
+
+def float32_model(checkpoint: Path) -> Any:
+    """The whole checkpoint in float32, its quantized layers plain, for looking inside one sequence.
+
+    Raises InputError when its numbers are in doubt.
+    """
+    model = load_model(checkpoint, dtype=torch.float32, attention="eager")
+    canonical = DequantizedCheckpoint(checkpoint)
+    for name in canonical.modules:
+        layer = model.get_submodule(name)
+        if not isinstance(layer, QALoraLinear):
+            raise InputError("Transformers did not build the quantized layer", where=f"{checkpoint}: {name}")
+        weight = torch.from_numpy(canonical.tensor(f"{name}.weight"))
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        if layer.bias is not None:
+            plain.bias = nn.Parameter(layer.bias.detach().float(), requires_grad=False)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, plain)
+    return model
+
+
+def round_to_int8(x: torch.Tensor, block: int = SIMULATED_BLOCK) -> torch.Tensor:
+    """What an int8 kernel sees of x (…, in): blocks rounded to steps of absmax / 127."""
+    blocks = x.unflatten(-1, (-1, block))
+    step = blocks.abs().amax(-1, keepdim=True) / 127
+    rounded: torch.Tensor = (torch.round(blocks / step.clamp_min(torch.finfo(x.dtype).tiny)) * step).flatten(-2)
+    return rounded
+
+
+@contextlib.contextmanager
+def fixed_threads(count: int) -> Iterator[None]:
+    """A fixed thread count, so the order of sums does not change between runs on one machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

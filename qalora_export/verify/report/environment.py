@@ -1,0 +1,143 @@
+"""The part of report.json that says what was verified, with what, and how to do it again."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qalora_export.checkpoint.canonical import PARTS, CanonicalCheckpoint
+from qalora_export.checkpoint.manifest import MANIFEST
+from qalora_export.checkpoint.provenance import kind_of
+from qalora_export.safety import sha256_bytes, sha256_file
+from qalora_export.verify.runtimes.gguf_side import adapter_of
+from qalora_export.version import __version__
+
+if TYPE_CHECKING:
+    from qalora_export.verify.stage import Session
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "numpy",
+    "gguf",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "xllamacpp",
+    "llama-cpp-python",
+    "mobius-onnx",
+)
+
+
+def describe_inputs(session: Session, artifacts: dict[str, Path], base: Path | None) -> dict[str, Any]:
+    """Everything of report.json but verdict, gates and provenance."""
+    checkpoint, probes, settings = session.checkpoint, session.probes, session.settings
+    counts = parameter_counts(checkpoint)
+    return {
+        "checkpoint": {
+            "name": checkpoint.path.name,
+            "kind": kind_of(checkpoint.path),
+            "manifest_sha256": _hash_if_file(checkpoint.path / MANIFEST),
+            **counts,
+        },
+        "artifacts": [describe_artifact(p, artifacts, counts["parameters"]) for p in dict.fromkeys(artifacts.values())],
+        "probe": {
+            "sequences": len(probes.lengths),
+            "positions": int(probes.ids.size),
+            "sha256": probes.sha256,
+            "seed": settings.seed,
+            "prompts": Path(settings.prompts).name if settings.prompts else None,
+            "texts": len(probes.texts),
+            "conversations": len(probes.chats),
+            "names": list(probes.names),
+            "lengths": probes.lengths.tolist(),
+        },
+        "noise_floor": {runtime: floor.as_json() for runtime, floor in session.floors.items()},
+        "runtimes": {
+            run: {key: value for key, value in fingerprint.items() if key != "machine"}
+            for run, fingerprint in session.runs.fingerprints.items()
+        },
+        "reference": {"what": "PyTorch float32, eager attention, one sequence at a time", "threads": settings.threads},
+        "environment": environment() | {"cpu": _machine(session)},
+        "settings": settings.model_dump(mode="json"),
+        "command": command_line(checkpoint.path, artifacts, base, session),
+    }
+
+
+def parameter_counts(checkpoint: CanonicalCheckpoint) -> dict[str, int]:
+    """parameters of the model, and how many of them are quantized weights."""
+    quantized = 0
+    for module, (_, group_size) in checkpoint.modules.items():
+        rows, groups = checkpoint.entry(f"{module}.{PARTS[1]}").shape
+        quantized += rows * groups * group_size
+    plain = sum(_size(checkpoint.entry(name).shape) for name in checkpoint.plain_names())
+    return {"parameters": quantized + plain, "quantized_parameters": quantized}
+
+
+def describe_artifact(path: Path, artifacts: dict[str, Path], parameters: int) -> dict[str, Any]:
+    """Name, bytes of weights and graph (not the tokenizer), sha256, bits per weight over all parameters."""
+    files = [path] if path.is_file() else sorted(p for p in path.glob("model.onnx*") if p.is_file())
+    if path.is_file() and (adapter := adapter_of(path)):
+        files.append(adapter)
+    nbytes = sum(file.stat().st_size for file in files)
+    listing = "".join(f"{file.name} {sha256_file(file)}\n" for file in files)
+    return {
+        "name": path.name,
+        "runtimes": [runtime for runtime, artifact in artifacts.items() if artifact == path],
+        "bytes": nbytes,
+        "bits_per_weight": round(8 * nbytes / parameters, 3),
+        "sha256": sha256_file(path) if path.is_file() else sha256_bytes(listing.encode()),
+        "files": {file.name: sha256_file(file) for file in files},
+    }
+
+
+def environment() -> dict[str, Any]:
+    return {
+        "qalora-export": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def command_line(checkpoint: Path, artifacts: dict[str, Path], base: Path | None, session: Session) -> str:
+    """The command that makes this report again, with file names instead of the paths of this machine."""
+    settings = session.settings
+    words = ["qalora-export", "verify-parity", checkpoint.name]
+    for path in dict.fromkeys(artifacts.values()):
+        words += ["--gguf" if path.is_file() else "--onnx", path.name]
+    words += ["--base", base.name] if base else []
+    words += ["--prompts", Path(settings.prompts).name] if settings.prompts else []
+    for runtime in artifacts:
+        words += ["--runtime", runtime]
+    for flag in ("sequences", "positions", "max_length", "threads", "seed"):
+        words += [f"--{flag.replace('_', '-')}", str(getattr(settings, flag))]
+    return shlex.join([*words, "--out", "parity"])
+
+
+def _machine(session: Session) -> dict[str, Any]:
+    """CPU, flags and system as the runners saw them; they all ran here."""
+    found = [fingerprint.get("machine") for fingerprint in session.runs.fingerprints.values()]
+    return next((machine for machine in found if machine), {})
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _hash_if_file(path: Path) -> str | None:
+    return sha256_file(path) if path.is_file() else None
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    count = 1
+    for n in shape:
+        count *= n
+    return count

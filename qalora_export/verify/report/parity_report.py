@@ -1,0 +1,173 @@
+"""What verify-parity found, as an object, a table on the terminal and report.json.
+
+report.json (format "qalora-parity/1"):
+
+    verdict       "pass" | "fail" | "not run"; exit_code 0 | 1 | 3
+    checkpoint    name, kind, manifest_sha256, parameters, quantized_parameters
+    artifacts     one per artifact: runtime kinds it serves, name, bytes, sha256, bits_per_weight
+    probe         sequences, positions, sha256, seed, prompts, names and lengths of the sequences
+    gates         one entry per gate and runtime: gate, title, runtime, status ("pass" | "fail" | "not run"), measured,
+                  bound, unit, figure (which of the checks these are: the first that failed, else the headline), detail,
+                  where (tensors, facts or positions), checks (every figure with its bound and reason), figures
+    noise_floor   per runtime: source and figures
+    runtimes      per run "runtime/path/mode": the runner's fingerprint (version, CPU flags, threads, tokens/s, memory)
+    bisect        per runtime whose logits failed: first_layer, first_tensor, what, nmse, and for every layer and every
+                  point inside the first wrong one: name, what, nmse, bound, diverges; plotted in bisect-RUNTIME.svg
+    reference     what computed the reference;  environment: packages, machine
+    provenance    links: child, role, parent, sha256, state ("verified" | "not found" | "broken"), note
+    settings      the resolved settings;  command: how to run it again;  positions: name of the npz with every position
+
+Numbers that JSON cannot hold are the strings "inf", "-inf" and "nan".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qalora_export.checkpoint.provenance import Link
+from qalora_export.console import console
+from qalora_export.errors import ExitCode
+from qalora_export.verify.bisect.plot import error_plot
+from qalora_export.verify.bisect.search import Bisection
+from qalora_export.verify.gates.rule import GATES, Entry, exit_code
+from qalora_export.verify.metrics import PositionMetrics
+
+FORMAT = "qalora-parity/1"
+REPORT, POSITIONS = "report.json", "positions.npz"
+VERDICTS = {ExitCode.OK: "pass", ExitCode.PARITY_FAILED: "fail", ExitCode.RUNTIME_UNAVAILABLE: "not run"}
+STYLES = {"pass": "green", "fail": "bold red", "not run": "bold yellow"}
+
+
+@dataclass
+class ParityReport:
+    """Every finding of one run. out: the report folder. positions: per-position metrics by (runtime, path)."""
+
+    out: Path
+    entries: list[Entry]
+    links: list[Link]
+    facts: dict[str, Any]
+    positions: dict[tuple[str, str], PositionMetrics] = field(default_factory=dict)
+    bisections: dict[str, Bisection] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> ExitCode:
+        return exit_code(self.entries)
+
+    @property
+    def verdict(self) -> str:
+        return VERDICTS[self.exit_code]
+
+    @property
+    def passed(self) -> bool:
+        return self.exit_code == ExitCode.OK
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of report.json."""
+        return {
+            "format": FORMAT,
+            "verdict": self.verdict,
+            "exit_code": int(self.exit_code),
+            **self.facts,
+            "gates": [entry_json(entry) for entry in self.entries],
+            "provenance": [link.as_json() for link in self.links],
+            "bisect": {runtime: found.as_json() for runtime, found in self.bisections.items()},
+            "positions": POSITIONS,
+        }
+
+
+def entry_json(entry: Entry) -> dict[str, Any]:
+    """One gate of one runtime."""
+    deciding = entry.deciding
+    return {
+        "gate": entry.gate,
+        "title": GATES[entry.gate].title,
+        "runtime": entry.runtime,
+        "status": entry.status,
+        "figure": deciding.figure if deciding else None,
+        "measured": deciding.measured if deciding else None,
+        "bound": deciding.bound if deciding else None,
+        "unit": deciding.unit if deciding else None,
+        "detail": entry.detail,
+        "where": list(entry.where),
+        "checks": [asdict(check) | {"passed": check.passed} for check in entry.checks],
+        "figures": dict(entry.figures or {}),
+    }
+
+
+def write_report(report: ParityReport, folder: Path) -> None:
+    """report.json, positions.npz and a plot for each bisect."""
+    text = json.dumps(_plain(report.as_json()), indent=1, allow_nan=False, ensure_ascii=False)
+    (folder / REPORT).write_text(text + "\n", encoding="utf-8")
+    arrays = {
+        f"{runtime}/{path}/{name}": getattr(metrics, name)
+        for (runtime, path), metrics in report.positions.items()
+        for name in ("nmse", "kl", "agree", "bad")
+    }
+    np.savez_compressed(folder / POSITIONS, **arrays)
+    for runtime, found in report.bisections.items():
+        (folder / f"bisect-{runtime}.svg").write_text(error_plot(found), encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """JSON's own types only: numpy numbers unwrapped, non-finite numbers as strings."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def print_table(report: ParityReport) -> None:
+    """Gates down, runtimes across; then every finding, the verdict and what to look at."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    runtimes = list(dict.fromkeys(entry.runtime for entry in report.entries))
+    by_place = {(entry.gate, entry.runtime): entry for entry in report.entries}
+    table = Table(title="verify-parity", title_justify="left", header_style="bold")
+    for column in ("gate", *runtimes):
+        table.add_column(column)
+    for gate in GATES.values():
+        cells = [_cell(by_place[gate.id, runtime]) for runtime in runtimes]
+        table.add_row(f"{gate.id} {gate.title}\n   [dim]{gate.limits[0].unit}[/dim]", *cells)
+    console.print(table)
+    for entry in report.entries:
+        if entry.status != "pass":
+            style = STYLES[entry.status]
+            console.print(f"[{style}]{entry.gate} {entry.runtime}: {entry.status}[/{style}]  {escape(explain(entry))}")
+            for place in entry.where:
+                console.print(f"    {escape(place)}")
+    style = STYLES[report.verdict]
+    console.print(f"[{style}]verdict: {report.verdict}[/{style}] (exit code {int(report.exit_code)}), {report.out}")
+
+
+def _cell(entry: Entry) -> str:
+    style, check = STYLES[entry.status], entry.deciding
+    sign = "≤" if entry.status == "pass" else ">"
+    unit = "" if not check or entry.status == "pass" else f"\n{check.unit}"
+    figures = f"\n[dim]{number(check.measured)} {sign} {number(check.bound)}{unit}[/dim]" if check else ""
+    return f"[{style}]{entry.status}[/{style}]{figures}"
+
+
+def explain(entry: Entry) -> str:
+    """Every figure out of bounds, then the detail."""
+    failed = [f"{c.figure} {number(c.measured)} > {number(c.bound)}" for c in entry.checks if not c.passed]
+    return "; ".join([*failed, entry.detail])
+
+
+def number(value: float) -> str:
+    """Counts as they are, everything else with three significant digits."""
+    if float(value).is_integer() and abs(value) < 1e6:
+        return str(int(value))
+    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.3g}"

@@ -1,0 +1,109 @@
+"""What an artifact says beside its tensors, in the checkpoint's own vocabulary, and what it should say.
+
+A fact is a name and a value that every reader can compare: a size, an epsilon, a list of tokens. The expected facts
+come from config.json and Hugging Face's tokenizer; an artifact's facts come from the written file. A fact that is
+expected and absent is a differing fact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qalora_export.models.families.family import head_dim
+from qalora_export.models.loading import load_tokenizer
+from qalora_export.safety import inside, read_json
+
+CLIP = 70
+# Frequencies are recomputed from a base or read out of a float32 table; a wrong base of 1 part in 10,000 shows.
+FREQUENCY_TOLERANCE = 1e-5
+ABSENT = "absent"
+# Fact -> key of config.json.
+SIZES = {
+    "vocabulary": "vocab_size",
+    "hidden size": "hidden_size",
+    "layers": "num_hidden_layers",
+    "attention heads": "num_attention_heads",
+    "context length": "max_position_embeddings",
+}
+
+
+def expected_graph_facts(config: Mapping[str, Any], frequencies: NDArray[Any]) -> dict[str, Any]:
+    """Sizes, heads and normalization by config.json; frequencies: the reference's own RoPE, (head size / 2,)."""
+    facts = {fact: config[key] for fact, key in SIZES.items()}
+    return facts | {
+        "key/value heads": config.get("num_key_value_heads") or config["num_attention_heads"],
+        "head size": head_dim(config),
+        "norm epsilon": np.float32(config.get("rms_norm_eps", 1e-6)),
+        "RoPE frequencies": frequencies,
+    }
+
+
+def expected_text_facts(checkpoint: Path) -> dict[str, Any]:
+    """Tokens by id, merges by rank, special ids, what is put around a text, chat template, by Transformers."""
+    tokenizer = load_tokenizer(checkpoint)
+    raw = read_json(inside(checkpoint, "tokenizer.json"))
+    return {
+        "tokens": tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))),
+        "merges": merge_rules(raw),
+        "BOS id": tokenizer.bos_token_id,
+        "EOS id": tokenizer.eos_token_id,
+        "ids around an empty text": [int(i) for i in tokenizer("")["input_ids"]],
+        "chat template": tokenizer.chat_template,
+    }
+
+
+def merge_rules(raw: Mapping[str, Any]) -> list[str]:
+    """Merges of a parsed tokenizer.json as "left right", whichever way they are spelled."""
+    return [rule if isinstance(rule, str) else " ".join(rule) for rule in raw["model"]["merges"]]
+
+
+def differing_facts(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """One line per fact that is absent or has another value; lists name the first place that differs."""
+    return [
+        f"{name}: {_explain(value, found.get(name, ABSENT))}"
+        for name, value in expected.items()
+        if not _same(name, value, found.get(name, ABSENT))
+    ]
+
+
+def _same(name: str, expected: Any, found: Any) -> bool:
+    if isinstance(expected, np.ndarray):
+        return (
+            isinstance(found, np.ndarray)
+            and found.shape == expected.shape
+            and np.allclose(found, expected, rtol=FREQUENCY_TOLERANCE, atol=0)
+        )
+    if isinstance(expected, np.floating):
+        return isinstance(found, int | float | np.floating) and np.float32(found) == expected
+    if name == "tokens":
+        return isinstance(found, list) and _first_wrong(expected, found) is None
+    return bool(type(expected) is type(found) and expected == found)
+
+
+def _first_wrong(expected: list[Any], found: list[Any]) -> int | None:
+    """Index of the first token that differs. Ids without a token, and rows beyond the last, may hold any filler."""
+    for index, token in enumerate(expected):
+        if token is not None and (index >= len(found) or found[index] != token):
+            return index
+    return None
+
+
+def _explain(expected: Any, found: Any) -> str:
+    if isinstance(expected, list) and isinstance(found, list):
+        pairs = zip_longest(expected, found, fillvalue=ABSENT)
+        index, (want, got) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        return (
+            f"item {index}: expected {_clip(want)}, found {_clip(got)} ({len(expected)} expected, {len(found)} found)"
+        )
+    return f"expected {_clip(expected)}, found {_clip(found)}"
+
+
+def _clip(value: Any) -> str:
+    text = str(value) if isinstance(value, np.floating) else repr(value)
+    return text if len(text) <= CLIP else text[:CLIP] + "…"

@@ -1,0 +1,85 @@
+"""What the gates need from a GGUF file: contents, facts, dequantized weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qalora_export.formats.gguf.read import GgufContents, read_back, runtime_dequantized
+from qalora_export.formats.gguf.split import adapter_path
+from qalora_export.verify.runtimes.facts import ABSENT
+
+DEQUANTIZER = "gguf.quants.dequantize, llama.cpp's own"
+FREQUENCY_DIVISORS = "rope_freqs.weight"
+
+
+def adapter_of(artifact: Path) -> Path | None:
+    """The offset adapter that belongs to a file of layout "split", when it is there.
+
+    A file of another layout has none: an adapter that lies beside it by chance must not be applied.
+    """
+    path = adapter_path(artifact)
+    return path if path.is_file() and read_back(artifact).metadata.get("qalora.layout") == "split" else None
+
+
+def contents_of(artifact: Path) -> GgufContents:
+    """Read back by gguf.GGUFReader."""
+    return read_back(artifact, adapter_of(artifact))
+
+
+def dequantized(artifact: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    return runtime_dequantized(artifact, adapter_of(artifact))
+
+
+def facts_of(artifact: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts by GGUF metadata (docs/gguf.md of ggml), in the names of verify.facts."""
+    arch = metadata.get("general.architecture")
+
+    def of(key: str) -> Any:
+        return metadata.get(f"{arch}.{key}", ABSENT)
+
+    def token(key: str) -> Any:
+        return metadata.get(f"tokenizer.ggml.{key}")
+
+    before = [token("bos_token_id")] if token("add_bos_token") else []
+    after = [token("eos_token_id")] if token("add_eos_token") else []
+    return {
+        "vocabulary": of("vocab_size"),
+        "hidden size": of("embedding_length"),
+        "layers": of("block_count"),
+        "attention heads": of("attention.head_count"),
+        "context length": of("context_length"),
+        "key/value heads": of("attention.head_count_kv"),
+        "head size": of("attention.key_length"),
+        "norm epsilon": of("attention.layer_norm_rms_epsilon"),
+        "RoPE frequencies": _frequencies(artifact, of),
+        "tokens": token("tokens"),
+        "merges": token("merges"),
+        "BOS id": token("bos_token_id"),
+        "EOS id": token("eos_token_id"),
+        "ids around an empty text": before + after,
+        "chat template": metadata.get("tokenizer.chat_template"),
+    }
+
+
+def _frequencies(artifact: Path, of: Any) -> NDArray[np.float64] | str:
+    """What llama.cpp rotates by: base^(-2i/d), over the linear factor, over the divisors of rope_freqs.weight."""
+    base, size = of("rope.freq_base"), of("rope.dimension_count")
+    if not isinstance(base, float) or not isinstance(size, int) or base <= 0 or size <= 0:
+        return ABSENT
+    frequencies = 1.0 / np.power(base, np.arange(0, size, 2, dtype=np.float64) / size)
+    if of("rope.scaling.type") == "linear":
+        frequencies = frequencies / float(of("rope.scaling.factor"))
+    divisors = _tensor(artifact, FREQUENCY_DIVISORS)
+    return frequencies if divisors is None else frequencies / divisors
+
+
+def _tensor(artifact: Path, name: str) -> NDArray[np.float64] | None:
+    from gguf import GGUFReader
+
+    found = [tensor.data for tensor in GGUFReader(artifact).tensors if tensor.name == name]
+    return np.asarray(found[0], np.float64) if found else None

@@ -1,0 +1,92 @@
+"""The F32 twin of a GGUF: the artifact's own bytes, dequantized, for kernels that do not round.
+
+llama.cpp has no rounding-free kernel for quantized weights (activations become int8), so gate G2 runs a second file in
+which every tensor is F32. It is made from the artifact, not from the checkpoint: metadata is copied and tensors are
+dequantized by gguf's own code, so whatever is wrong in the artifact is wrong in the twin and shows in its logits.
+The finished twin is read back and compared with the artifact again, so a fault of this module cannot hide either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qalora_export.errors import ParityError
+from qalora_export.formats.gguf.validate import validate_gguf
+from qalora_export.grid import differing
+from qalora_export.safety import atomic_file
+
+ALL_F32 = 0  # LLAMA_FTYPE_ALL_F32
+COPIED_BY_WRITER = {"general.architecture", "general.file_type"}
+
+
+def write_twin(artifact: Path, out: Path, *, force: bool = False) -> int:
+    """Write the twin and verify it. Returns the number of tensors.
+
+    Raises ParityError when the twin read back is not the artifact's dequantized numbers, bit for bit.
+    """
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+    reader = _open(artifact)
+    with atomic_file(out, force=force) as temporary:
+        writer = GGUFWriter(temporary, arch=reader.fields["general.architecture"].contents())
+        for field in reader.fields.values():
+            if not field.name.startswith("GGUF.") and field.name not in COPIED_BY_WRITER:
+                _copy_field(writer, field)
+        writer.add_file_type(ALL_F32)
+        for tensor in reader.tensors:
+            shape = [int(n) for n in reversed(tensor.shape)]
+            writer.add_tensor_info(
+                tensor.name, shape, np.dtype(np.float32), 4 * int(np.prod(shape)), GGMLQuantizationType.F32
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for _, values in _dequantized(reader):
+            writer.write_tensor_data(values)
+        writer.close()
+    return _verify(reader, out)
+
+
+def _open(path: Path) -> Any:
+    from gguf import GGUFReader
+
+    validate_gguf(path)  # counts, offsets and sizes against the real file, before the reader allocates
+    return GGUFReader(path)
+
+
+def _copy_field(writer: Any, field: Any) -> None:
+    from gguf import GGUFValueType
+
+    kind = field.types[0]
+    sub_type = field.types[-1] if kind == GGUFValueType.ARRAY else None
+    writer.add_key_value(field.name, field.contents(), kind, sub_type=sub_type)
+
+
+def _dequantized(reader: Any) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """(GGUF tensor name, float32 array in numpy order), one tensor in memory at a time."""
+    from gguf.quants import dequantize
+
+    for tensor in reader.tensors:
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        yield tensor.name, np.ascontiguousarray(dequantize(tensor.data, tensor.tensor_type), np.float32).reshape(shape)
+
+
+def _verify(artifact: Any, out: Path) -> int:
+    twin = _open(out)
+    count = 0
+    for (name, values), tensor in zip(_dequantized(artifact), twin.tensors, strict=True):
+        wrong = differing(np.asarray(tensor.data).reshape(values.shape), values)
+        if tensor.name != name or wrong:
+            raise ParityError(
+                f"the F32 twin differs from the artifact in {wrong} values",
+                where=f"{out}: {name}",
+                why="the exact path would measure something else",
+                fix="report this",
+            )
+        count += 1
+    return count

@@ -1,0 +1,137 @@
+"""tokenizer.json → GGUF entries; whatever llama.cpp would do differently is refused with what was found."""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qalora_export.errors import InputError
+from qalora_export.formats.gguf.tokenizer.fields import byte_alphabet, tokenizer_entries
+from qalora_export.formats.gguf.tokenizer.pretokenizer import KNOWN, identify
+
+
+def entries(folder: Path) -> dict:
+    config = json.loads((folder / "config.json").read_text())
+    return {
+        entry.key.removeprefix("tokenizer.").removeprefix("ggml."): entry.value
+        for entry in tokenizer_entries(folder, config)
+    }
+
+
+@pytest.fixture
+def folder(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def edit(path: Path, change: Callable[[dict], None]) -> None:
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))
+
+
+def test_the_sample_tokenizer(folder: Path) -> None:
+    found, raw = entries(folder), json.loads((folder / "tokenizer.json").read_text())
+    assert (found["model"], found["pre"]) == ("gpt2", "llama-bpe")
+    assert [found["tokens"][index] for index in raw["model"]["vocab"].values()] == list(raw["model"]["vocab"])
+    special = {token["content"]: token["id"] for token in raw["added_tokens"]}
+    assert [index for index, kind in enumerate(found["token_type"]) if kind == 3] == sorted(special.values())
+    assert found["merges"] == [" ".join(pair) for pair in raw["model"]["merges"]]
+    assert found["bos_token_id"] == special["<|begin_of_text|>"]
+    assert found["eos_token_id"] == special["<|end|>"]
+    assert found["padding_token_id"] == special["<|pad|>"]
+    assert (found["add_bos_token"], found["add_eos_token"]) == (True, False)
+    assert found["chat_template"] == (folder / "chat_template.jinja").read_text()
+
+
+def test_the_vocabulary_is_padded_to_the_embedding(folder: Path) -> None:
+    edit(folder / "config.json", lambda config: config.update(vocab_size=config["vocab_size"] + 3))
+    found = entries(folder)
+    assert found["token_type"][-3:] == [5, 5, 5]
+    assert len(set(found["tokens"])) == len(found["tokens"])
+
+
+def test_a_second_end_token_becomes_end_of_turn(folder: Path) -> None:
+    edit(folder / "generation_config.json", lambda config: config.update(eos_token_id=[config["eos_token_id"], 5]))
+    assert entries(folder)["eot_token_id"] == 5
+
+
+def test_templates_by_name(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    named = [{"name": "default", "template": "A"}, {"name": "tool_use", "template": "B"}]
+    edit(folder / "tokenizer_config.json", lambda config: config.update(chat_template=named))
+    found = entries(folder)
+    assert (found["chat_template"], found["chat_templates"], found["chat_template.tool_use"]) == (
+        "A",
+        ["tool_use"],
+        "B",
+    )
+
+
+def test_merges_spelled_as_strings_mean_the_same(folder: Path) -> None:
+    before = entries(folder)["merges"]
+    edit(folder / "tokenizer.json", lambda raw: raw["model"].update(merges=before))
+    assert entries(folder)["merges"] == before
+
+
+TOKENIZER_FAULTS: dict[str, tuple[Callable[[dict], None], str]] = {
+    "unigram": (lambda raw: raw["model"].update(type="Unigram"), "Unigram"),
+    "byte fallback": (lambda raw: raw["model"].update(byte_fallback=True), "byte_fallback"),
+    "suffix": (lambda raw: raw["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix"),
+    "normalizer": (lambda raw: raw.update(normalizer={"type": "NFC"}), "NFC"),
+    "byte without token": (lambda raw: raw["model"]["vocab"].pop("!"), "1 of 256"),
+    "merge lost its result": (lambda raw: raw["model"]["merges"].insert(0, ["!", "~"]), "merge rule 0"),
+    "merge twice": (lambda raw: raw["model"]["merges"].append(raw["model"]["merges"][0]), "repeated"),
+    "id beyond the embedding": (lambda raw: raw["model"]["vocab"].update(zzz=99999), "99999"),
+    "id twice": (lambda raw: raw["model"]["vocab"].update(zzz=0), "belongs to"),
+    "lstrip": (lambda raw: raw["added_tokens"][0].update(lstrip=True), "lstrip"),
+    "pre-tokenizer": (lambda raw: raw.update(pre_tokenizer={"type": "Whitespace"}), "Whitespace"),
+    "prefix space": (lambda raw: raw["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True), "known"),
+    "no pre-tokenizer": (lambda raw: raw.update(pre_tokenizer=None), "known"),
+    "post-processor": (lambda raw: raw.update(post_processor={"type": "BertProcessing"}), "BertProcessing"),
+    "malformed template": (lambda raw: raw.update(post_processor={"type": "TemplateProcessing"}), "malformed"),
+    "malformed added token": (lambda raw: raw["added_tokens"].append({"id": 3}), "malformed"),
+}
+
+
+@pytest.mark.parametrize("fault", TOKENIZER_FAULTS)
+def test_tokenizer_faults(folder: Path, fault: str) -> None:
+    change, said = TOKENIZER_FAULTS[fault]
+    edit(folder / "tokenizer.json", change)
+    with pytest.raises(InputError, match=said):
+        entries(folder)
+
+
+CONFIG_FAULTS: dict[str, tuple[Callable[[dict], None], str]] = {
+    "bos is another token": (lambda raw: raw.update(bos_token="<|user|>"), "start"),
+    "bos is unknown": (lambda raw: raw.update(bos_token="<s>"), "not in the vocabulary"),
+    "add_bos contradicts": (lambda raw: raw.update(add_bos_token=False), "contradicts"),
+}
+
+
+@pytest.mark.parametrize("fault", CONFIG_FAULTS)
+def test_tokenizer_config_faults(folder: Path, fault: str) -> None:
+    change, said = CONFIG_FAULTS[fault]
+    edit(folder / "tokenizer_config.json", change)
+    with pytest.raises(InputError, match=said):
+        entries(folder)
+
+
+def test_ignore_merges_is_part_of_the_identity(tiny_model: Path) -> None:
+    raw = json.loads((tiny_model / "tokenizer.json").read_text())
+    other = copy.deepcopy(raw)
+    other["model"]["ignore_merges"] = False
+    assert (identify(raw), identify(other)) == ("llama-bpe", "smaug-bpe")
+    other["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] += "|x"
+    with pytest.raises(InputError, match=r"\|x.*ignore_merges = False"):
+        identify(other)
+    assert len(set(KNOWN.values())) == len(KNOWN)
+
+
+def test_byte_alphabet_is_that_of_tokenizers() -> None:
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    assert sorted(byte_alphabet()) == sorted(ByteLevel.alphabet())
+    assert [byte_alphabet()[byte] for byte in b"A \n"] == ["A", "Ġ", "Ċ"]

@@ -1,0 +1,358 @@
+"""The train stage in one process: what it learns, what it keeps, how it stops and goes on."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.manifest import verify_manifest
+from qalora_export.data.samples import IGNORED, load_samples
+from qalora_export.data.sequence_packing import collate, one_per_row
+from qalora_export.errors import InputError, QaloraError, RuntimeUnavailableError
+from qalora_export.models.loading import load_model, load_tokenizer
+from qalora_export.qalora.adapter_files import load_adapter
+from qalora_export.qalora.training import folder as training_folder
+from qalora_export.qalora.training import stage as train_stage
+from qalora_export.qalora.training import trainer as adapter_trainer
+from qalora_export.qalora.training.stage import TrainReport, plan, train
+from qalora_export.recipe import TrainSettings
+
+ROOMS, THINGS = ("kitchen", "hall", "attic", "garden"), ("lights", "radio", "fan", "oven", "heater")
+
+
+def write_commands(path: Path, begin: int, end: int) -> Path:
+    """Spoken commands with JSON answers of different lengths."""
+    rows = []
+    for index in range(begin, end):
+        room, thing = ROOMS[index % 4], THINGS[index % 5]
+        answer = json.dumps({"room": room, "device": thing} | ({"level": index} if index % 3 else {}))
+        rows.append({"prompt": f"turn on the {thing} in the {room}" + ", please" * (index % 2), "output": answer})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("data")
+    return {
+        "data": str(write_commands(folder / "train.jsonl", 0, 24)),
+        "validation": str(write_commands(folder / "validation.jsonl", 30, 37)),
+    }
+
+
+Runner = Callable[..., TrainReport]
+
+
+@pytest.fixture
+def run(tiny_canonical: Path, files: dict[str, str], tmp_path: Path) -> Runner:
+    def call(name: str = "adapter", *, force: bool = False, resume: bool = True, **settings: Any) -> TrainReport:
+        chosen = TrainSettings(**{**files, "batch_size": 8, "max_steps": 6, "rank": 4, **settings})
+        return train(tiny_canonical, tmp_path / name, chosen, force=force, resume=resume)
+
+    return call
+
+
+def validation_loss(base: Path, files: dict[str, str], adapter: Path | None) -> float:
+    """Mean loss per answer token by the plain model, one sample at a time, in float64."""
+    model = load_model(base)
+    if adapter is not None:
+        load_adapter(model, adapter)
+    total = count = 0.0
+    for sample in load_samples(Path(files["validation"]), load_tokenizer(base), sequence_length=512):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([sample.ids])).logits[0].double()
+        for position in range(1, len(sample)):
+            if sample.labels[position] != IGNORED:
+                total -= float(logits[position - 1].log_softmax(-1)[sample.labels[position]])
+                count += 1
+    return total / count
+
+
+def test_loss_falls_and_the_adapter_is_the_measured_one(
+    run: Runner, tmp_path: Path, tiny_canonical: Path, files: dict[str, str]
+) -> None:
+    report = run(max_steps=20, learning_rate=3e-3)
+    assert report.best_loss is not None and report.initial_loss is not None
+    assert report.best_loss < report.initial_loss - 1
+    assert report.final_train_loss < report.train_curve[0][1] - 1
+    assert report.initial_loss == pytest.approx(validation_loss(tiny_canonical, files, None), rel=1e-5)
+    assert report.best_loss == pytest.approx(validation_loss(tiny_canonical, files, tmp_path / "adapter"), rel=1e-5)
+    assert [step for step, _ in report.train_curve] == list(range(1, 21))
+    assert [step for step, _ in report.validation_curve] == list(range(0, 21, 2))
+    assert verify_manifest(tmp_path / "adapter") == []
+
+
+def test_the_record_stands_beside_the_adapter(run: Runner, tmp_path: Path) -> None:
+    report = run()
+    record = tmp_path / report.record
+    assert {p.name for p in record.iterdir()} == {
+        "run.json",
+        "metrics.jsonl",
+        "report.json",
+        "loss.png",
+        "loss.svg",
+        "tensorboard",
+    }
+    saved = json.loads((record / "report.json").read_text())
+    assert saved["best_loss"] == report.best_loss and saved["settings"]["rank"] == 4
+    assert saved["tokens_per_second"] > 0 and saved["peak_memory_bytes"] > 2**20
+    metrics = [json.loads(line) for line in (record / "metrics.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in metrics if "loss" in row] == [loss for _, loss in report.train_curve]
+    assert list((record / "tensorboard").glob("events.out.tfevents*"))
+
+
+def test_the_best_adapter_is_kept_not_the_last(
+    run: Runner, tmp_path: Path, tiny_canonical: Path, files: dict[str, str]
+) -> None:
+    data = tmp_path / "one.jsonl"  # learning this one answer by heart forgets the others
+    data.write_text(json.dumps({"prompt": "turn on the fan in the hall", "output": '{"room": "kitchen"}'}))
+    report = run(data=str(data), max_steps=16, learning_rate=0.01, schedule="constant", evaluate_every=1)
+    best_step, best = min(report.validation_curve[1:], key=lambda point: point[1])
+    assert best_step < 16, "the run must get worse again for this test to say anything"
+    assert (report.kept_step, report.best_loss) == (best_step, best)
+    assert validation_loss(tiny_canonical, files, tmp_path / "adapter") == pytest.approx(best, rel=1e-5)
+
+
+def test_without_validation_the_last_adapter_is_kept(run: Runner, tmp_path: Path) -> None:
+    report = run(validation=None)
+    assert (report.kept_step, report.best_loss, report.validation_curve) == (6, None, ())
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_same_seed_gives_the_same_bytes(run: Runner, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        run(name, seed=5)
+    run("c", seed=6)
+    assert folder_bytes(tmp_path / "a") == folder_bytes(tmp_path / "b")
+    assert folder_bytes(tmp_path / "a") != folder_bytes(tmp_path / "c")
+
+
+def test_accumulation_equals_the_larger_batch(run: Runner, tiny_canonical: Path, tmp_path: Path) -> None:
+    whole = run("whole", batch_size=12, max_steps=4)
+    parts = run("parts", batch_size=3, gradient_accumulation=4, max_steps=4)
+    for left, right in zip(whole.train_curve, parts.train_curve, strict=True):
+        assert left[1] == pytest.approx(right[1], rel=1e-5)
+    assert whole.validation_curve[-1][1] == pytest.approx(parts.validation_curve[-1][1], rel=1e-5)
+
+
+def test_packing_learns_from_the_same_tokens(run: Runner) -> None:
+    plain = run("plain", batch_size=24, max_steps=1)
+    packed = run("packed", batch_size=24, max_steps=1, packing=True, sequence_length=200)
+    assert packed.train_curve[0][1] == pytest.approx(plain.train_curve[0][1], rel=1e-5)
+    assert packed.samples == plain.samples and packed.tokens_per_epoch == plain.tokens_per_epoch
+
+
+def test_gradient_checkpointing_changes_nothing(run: Runner, tmp_path: Path) -> None:
+    plain, checkpointed = run("a"), run("b", gradient_checkpointing=True)
+    assert plain.train_curve == checkpointed.train_curve
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True, "packing": True, "sequence_length": 128}])
+def test_compiled_layers_are_whole_graphs_that_train_the_same(
+    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """Graphs without the code generator (minutes on a CPU), and an error where one would break."""
+    plain = run("a", max_steps=3, **options)
+    compiled: list[torch.nn.Module] = []
+    original = torch.nn.Module.compile
+
+    def whole_graph(module: torch.nn.Module) -> None:
+        compiled.append(module)
+        original(module, fullgraph=True, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", whole_graph)
+    torch.compiler.reset()
+    other = run("b", max_steps=3, compile=True, **options)
+    torch.compiler.reset()
+    assert [type(module).__name__ for module in compiled] == ["LlamaDecoderLayer"] * 2
+    for curve in ("train_curve", "validation_curve"):
+        left, right = (dict(getattr(report, curve)) for report in (plain, other))
+        assert [right[step] for step in left] == pytest.approx(list(left.values()), rel=1e-5)
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("a", "b"))
+    assert one.keys() == two.keys()
+
+
+def test_bf16_follows_fp32(run: Runner) -> None:
+    exact, narrow = run("a", max_steps=4), run("b", max_steps=4, precision="bf16")
+    assert exact.train_curve != narrow.train_curve
+    assert narrow.train_curve[-1][1] == pytest.approx(exact.train_curve[-1][1], rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
+def test_optimizers_of_bitsandbytes_follow_the_one_of_torch(
+    run: Runner, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """On a CPU bitsandbytes keeps paged states unpaged, and says so; the numbers are the same."""
+    states: list[Any] = []
+    write = train_stage._write
+    monkeypatch.setattr(
+        train_stage,
+        "_write",
+        lambda trainer, *rest, **options: (
+            states.extend(trainer.optimizer.state.values()),
+            write(trainer, *rest, **options),
+        ),
+    )
+    plain, other = run("a", rank=32), run("b", rank=32, optimizer=name)  # below 4096 values states stay in 32 bits
+    assert other.best_loss == pytest.approx(plain.best_loss, rel=0.02)
+    assert (torch.uint8 in {state["state1"].dtype for state in states if "state1" in state}) == ("8bit" in name)
+
+
+def test_targets_limit_the_adapter(run: Runner, tiny_canonical: Path) -> None:
+    report = run(targets=("*.q_proj", "*.v_proj"))
+    base = CanonicalCheckpoint(tiny_canonical)
+    shapes = [base.entry(f"{name}.scale").shape for name in base.modules if name.endswith(("q_proj", "v_proj"))]
+    assert report.trainable_parameters == sum(4 * (out + groups) for out, groups in shapes)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing of ours catches it."""
+
+
+@pytest.mark.parametrize(
+    ("moment", "optimizer"),
+    [("checkpoint", "adamw_torch"), ("step", "adamw_torch"), ("adapter", "adamw_torch"), ("step", "paged_adamw_8bit")],
+)
+def test_an_interrupted_run_ends_like_an_undisturbed_one(
+    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, optimizer: str
+) -> None:
+    """Cut off inside the write of the second checkpoint, between two, and after the last before the adapter."""
+    options = {
+        "max_steps": 7,
+        "evaluate_every": 2,
+        "packing": True,
+        "sequence_length": 128,
+        "batch_size": 4,
+        "optimizer": optimizer,
+    }
+    undisturbed = run("whole", **options)
+
+    calls = {"mark_complete": 0, "training_step": 0}
+
+    def die_at(name: str, limit: int, original: Any) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            if calls[name] == limit:
+                raise Killed
+            return original(*args, **kwargs)
+
+        return wrapper
+
+    with monkeypatch.context() as patch:
+        if moment == "checkpoint":
+            patch.setattr(training_folder, "mark_complete", die_at("mark_complete", 2, training_folder.mark_complete))
+        elif moment == "step":
+            step = adapter_trainer.AdapterTrainer.training_step
+            patch.setattr(adapter_trainer.AdapterTrainer, "training_step", die_at("training_step", 6, step))
+        else:
+            patch.setattr(training_folder, "write_lines", die_at("mark_complete", 1, training_folder.write_lines))
+        with pytest.raises(Killed):
+            run("cut", **options)
+    assert not (tmp_path / "cut").exists()
+    resumed = run("cut", **options)
+    assert resumed.resumed_from == {"checkpoint": 2, "step": 4, "adapter": 7}[moment]
+    assert resumed.train_curve == undisturbed.train_curve
+    assert resumed.validation_curve == undisturbed.validation_curve
+    assert folder_bytes(tmp_path / "cut") == folder_bytes(tmp_path / "whole")
+
+
+def test_a_changed_run_is_not_resumed(run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(training_folder, "write_lines", lambda *_: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            run()
+    with pytest.raises(InputError, match="cannot resume") as error:
+        run(learning_rate=2e-3)
+    assert error.value.why == "changed since then: settings.learning_rate"
+    assert run(learning_rate=2e-3, resume=False).resumed_from == 0
+
+
+def test_a_loss_that_is_no_number_stops_the_run(run: Runner, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"not finite \(nan\) at step \d of 6") as error:
+        run(learning_rate=1e6, max_grad_norm=1e9, schedule="constant", warmup_ratio=0.0)
+    assert "--learning-rate" in error.value.fix
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({"optimizer": "adamw_torsch"}, InputError, "did you mean 'adamw_torch'"),
+        ({"optimizer": "paged_adamw_8bit"}, RuntimeUnavailableError, "needs bitsandbytes"),
+        ({"data": None}, InputError, "no training data"),
+        ({"targets": ("*.z_proj",)}, InputError, "matches the target"),
+        ({"sequence_length": 30}, InputError, "samples are longer than sequence_length"),
+        ({"pool": 48}, InputError, "pool length 48"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(
+    run: Runner,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    kind: type[QaloraError],
+    message: str,
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)  # absent, wherever the tests run
+    with pytest.raises(kind, match=message):
+        run(**settings)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed cannot train packed weights"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM cannot train packed weights"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP version 1 cannot shard"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_MIXED_PRECISION": "bf16"}, "round scales"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "accelerate does not shard here"),  # one CPU process
+    ],
+)
+def test_engines_that_would_not_keep_the_packed_weights_are_refused(
+    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=message):
+        run()
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_fsdp_takes_only_optimizers_that_work_on_shards(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="paged_adamw_8bit does not work on the shards") as error:
+        run(optimizer="paged_adamw_8bit")
+    assert "adamw_torch" in error.value.fix
+
+
+def test_an_existing_output_is_refused_unless_forced(run: Runner, tmp_path: Path) -> None:
+    run()
+    with pytest.raises(InputError, match="exists already"):
+        run()
+    before = folder_bytes(tmp_path / "adapter")
+    run(force=True, seed=3)
+    assert folder_bytes(tmp_path / "adapter") != before
+
+
+def test_the_plan_counts_what_the_trainer_does(tiny_canonical: Path, files: dict[str, str], run: Runner) -> None:
+    settings = TrainSettings(**files, batch_size=5, gradient_accumulation=2, epochs=2.5, rank=4)
+    made = plan(tiny_canonical, settings)
+    assert (made.steps.per_epoch, made.steps.total, made.steps.evaluate_every) == (3, 8, 1)
+    report = run(batch_size=5, gradient_accumulation=2, epochs=2.5, max_steps=-1)
+    assert report.steps == made.steps.total and report.trainable_parameters == made.memory.trainable_parameters
+    samples = load_samples(Path(files["data"]), load_tokenizer(tiny_canonical), sequence_length=512)
+    assert made.tokens == sum(int(collate(one_per_row([s]))["input_ids"].numel()) for s in samples)

@@ -1,0 +1,78 @@
+import pytest
+
+from qalora_export.errors import InputError
+from qalora_export.quantization.rules import Plan, parse_rule, resolve
+from qalora_export.recipe import QuantizeRule, QuantizeSettings
+
+WIDTHS = {
+    "model.layers.0.self_attn.q_proj": 128,
+    "model.layers.0.mlp.down_proj": 256,
+    "model.layers.1.self_attn.q_proj": 128,
+    "model.layers.1.mlp.down_proj": 256,
+    "lm_head": 128,
+}
+
+
+def plans(*rules: str, tied: bool = False, widths: dict[str, int] = WIDTHS, **values: object) -> dict[str, Plan]:
+    settings = QuantizeSettings(rules=tuple(parse_rule(rule) for rule in rules), **values)
+    return resolve(settings, widths, inside="model.layers.", tied=tied)
+
+
+def test_without_rules_every_linear_layer_inside_the_decoder() -> None:
+    assert plans(bits=3, group_size=64) == {name: Plan(3, 64, False) for name in WIDTHS if name != "lm_head"}
+
+
+def test_the_first_matching_rule_wins() -> None:
+    found = plans("*.0.*.down_proj=bits:8,group:128,sym:true", "*.down_proj=skip")
+    assert found["model.layers.0.mlp.down_proj"] == Plan(8, 128, True)
+    assert "model.layers.1.mlp.down_proj" not in found
+    assert found["model.layers.1.self_attn.q_proj"] == Plan(4, 32, False)
+
+
+@pytest.mark.parametrize("pattern", ["*", "lm*", "*head"])
+def test_a_wildcard_never_reaches_lm_head(pattern: str) -> None:
+    assert "lm_head" not in plans(f"{pattern}=bits:8")
+
+
+def test_lm_head_by_its_name() -> None:
+    assert plans("lm_head=bits:8,sym:true")["lm_head"] == Plan(8, 32, True)
+    with pytest.raises(InputError, match=r"shares its weights with the embedding.*lm_head"):
+        plans("lm_head=bits:8", tied=True)
+    assert "lm_head" not in plans("lm_head=skip", tied=True)
+
+
+def test_a_rule_that_matches_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match=r"'\*\.donw_proj' matches no linear layer.*named like"):
+        plans("*.donw_proj=skip")
+
+
+def test_skipping_everything_is_refused() -> None:
+    with pytest.raises(InputError, match="skip every module"):
+        plans("*=skip")
+
+
+@pytest.mark.parametrize(
+    ("width", "message"),
+    [
+        (96, r"96 in-features .* groups of 128.*down.*group size 32;.*--rule 'model\.layers\.0\.down=group:32'"),
+        (192, r"192 in-features .*group size 32 or 64;.*'model\.layers\.0\.down=group:64'"),
+        (48, r"48 in-features .*keep this module as it is: --rule 'model\.layers\.0\.down=skip'"),
+    ],
+)
+def test_groups_that_do_not_fit_name_the_module_and_the_way_out(width: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        plans(group_size=128, widths={"model.layers.0.down": width})
+
+
+def test_the_command_line_spelling() -> None:
+    assert parse_rule("a.*=skip") == QuantizeRule(match="a.*", skip=True)
+    assert parse_rule("a=bits:3,group:64") == QuantizeRule(match="a", bits=3, group_size=64)
+    assert parse_rule("a=group_size:128,sym:false") == QuantizeRule(match="a", group_size=128, sym=False)
+
+
+@pytest.mark.parametrize(
+    "text", ["a", "=skip", "a=", "a=skp", "a=bits:x", "a=bits:5", "a=group:48", "a=sym:1", "a=skip:1"]
+)
+def test_rules_that_cannot_be_read(text: str) -> None:
+    with pytest.raises(InputError):
+        parse_rule(text)

@@ -1,0 +1,76 @@
+"""A gate passes only when everything was measured and lies within its bound."""
+
+import math
+
+import pytest
+
+from qalora_export.errors import ExitCode
+from qalora_export.verify.gates.logits import Floor
+from qalora_export.verify.gates.rule import GATES, Entry, exit_code, judge, not_run
+
+G2 = {"nmse_scaled_max": 1e-12, "disagreements": 0, "bad_positions": 0}
+
+
+def entry(status: str) -> Entry:
+    return {
+        "pass": judge("G2", "r", G2, detail=""),
+        "fail": judge("G2", "r", G2 | {"nmse_scaled_max": 1.0}, detail=""),
+        "not run": not_run("G2", "r", "missing"),
+    }[status]
+
+
+@pytest.mark.parametrize("figure", list(G2))
+@pytest.mark.parametrize("value", [math.nan, math.inf, 2.0])
+def test_one_figure_out_of_bounds_fails(figure: str, value: float) -> None:
+    found = judge("G2", "llama.cpp", G2 | {figure: value}, detail="")
+    assert found.status == "fail"
+    assert found.deciding is not None
+    assert found.deciding.figure == figure
+
+
+def test_a_missing_figure_is_an_error_not_a_pass() -> None:
+    with pytest.raises(KeyError):
+        judge("G2", "r", {"nmse_scaled_max": 0.0}, detail="")
+
+
+def test_no_limits_is_an_error_not_a_pass() -> None:
+    with pytest.raises(ValueError, match="nothing to check"):
+        judge("G2", "r", G2, limits=(), detail="")
+
+
+def floor(kl_mean: float) -> Floor:
+    names = ("kl_mean", "nmse_mean", "kl_p99", "kl_max", "disagreements", "perplexity_shift")
+    return Floor("test", dict.fromkeys(names, 1.0) | {"kl_mean": kl_mean}, {"kl_mean": 0.1 * kl_mean})
+
+
+def test_floor_limits_need_a_floor_and_scale_with_it() -> None:
+    figures = dict.fromkeys(floor(1.0).figures, 1.0) | {"bad_positions": 0, "noise_gain": 1.0}
+    with pytest.raises(ValueError, match="noise floor"):
+        judge("G3", "r", figures, detail="")
+    assert judge("G3", "r", figures, floor=floor(1.0).bound, detail="").status == "pass"
+    assert judge("G3", "r", figures, floor=floor(0.61).bound, detail="").status == "pass"  # 1.25 + 4 standard errors
+    assert judge("G3", "r", figures, floor=floor(0.60).bound, detail="").status == "fail"
+    assert judge("G3", "r", figures, floor=floor(math.nan).bound, detail="").status == "fail"
+    assert judge("G3", "r", figures | {"noise_gain": 2.1}, floor=floor(1.0).bound, detail="").status == "fail"
+
+
+@pytest.mark.parametrize(
+    ("statuses", "code"),
+    [
+        (["pass", "pass"], ExitCode.OK),
+        (["pass", "not run"], ExitCode.RUNTIME_UNAVAILABLE),
+        (["pass", "fail"], ExitCode.PARITY_FAILED),
+        (["not run", "fail"], ExitCode.PARITY_FAILED),
+        ([], ExitCode.RUNTIME_UNAVAILABLE),
+    ],
+)
+def test_exit_code(statuses: list[str], code: ExitCode) -> None:
+    assert exit_code(entry(status) for status in statuses) == code
+
+
+def test_every_limit_states_unit_and_reason() -> None:
+    assert list(GATES) == ["G0", "G1", "G2", "G3", "G4", "G5"]
+    for gate in GATES.values():
+        assert gate.limits
+        assert all(limit.unit and limit.reason for limit in gate.limits)
+        assert len({limit.figure for limit in gate.limits}) == len(gate.limits)

@@ -1,0 +1,124 @@
+"""The probe set: big enough, deterministic, and made of what the user and the edge cases give."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qalora_export.data.prompts import read_prompts
+from qalora_export.errors import InputError
+from qalora_export.models.loading import load_tokenizer
+from qalora_export.recipe import VerifySettings
+from qalora_export.verify.probes.probe_set import ProbeSet, make_probes
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path):
+    return load_tokenizer(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model: Path) -> dict:
+    return json.loads((tiny_model / "config.json").read_text())
+
+
+def prompts_file(folder: Path, count: int = 200) -> Path:
+    path = folder / "prompts.jsonl"
+    turns = [(f"lamp {i} on", f'{{"n":{i}}}') for i in range(count)]
+    rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in turns]
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def test_size_bounds_and_ids(tokenizer, config: dict, tmp_path: Path) -> None:
+    settings = VerifySettings(prompts=str(prompts_file(tmp_path)), sequences=40, positions=1500, max_length=64)
+    probes = make_probes(tokenizer, config, settings)
+    assert len(probes.lengths) >= 40
+    assert probes.ids.size == probes.lengths.sum() >= 1500
+    assert probes.lengths.max() == 64
+    assert probes.lengths.min() == 1
+    assert probes.ids.min() >= 0
+    assert probes.ids.max() == config["vocab_size"] - 1
+    assert len(set(probes.names)) == len(probes.names)
+    for case in (
+        "single BOS",
+        "one token",
+        "special tokens",
+        "vocabulary ends",
+        "near max_length",
+        "unicode",
+        "digits",
+    ):
+        assert case in probes.names
+    assert sum(name.startswith("prompt ") for name in probes.names) > 10
+
+
+def test_same_seed_same_probe_and_another_seed_another(tokenizer, config: dict, tmp_path: Path) -> None:
+    prompts = str(prompts_file(tmp_path))
+    first, again, other = (make_probes(tokenizer, config, VerifySettings(prompts=prompts, seed=s)) for s in (0, 0, 1))
+    assert first.sha256 == again.sha256
+    assert first.sha256 != other.sha256
+
+
+def test_without_prompts_random_ids_fill_up(tokenizer, config: dict) -> None:
+    probes = make_probes(tokenizer, config, VerifySettings())
+    assert probes.ids.size >= 1000
+    assert any(name.startswith("random ") for name in probes.names)
+
+
+def test_chats_go_through_the_template(tokenizer, config: dict, tmp_path: Path) -> None:
+    probes = make_probes(tokenizer, config, VerifySettings(prompts=str(prompts_file(tmp_path, 3))))
+    texts = [
+        tokenizer.decode(ids) for ids, name in zip(probes.sequences(), probes.names, strict=True) if "prompt" in name
+    ]
+    assert len(texts) == 3
+    assert all(text.startswith("<|begin_of_text|><|user|>") and "<|assistant|>" in text for text in texts)
+
+
+def test_place_names_sequence_and_index() -> None:
+    probes = ProbeSet(np.arange(5, dtype=np.int32), np.array([2, 3], np.int32), ("a", "b"))
+    assert [probes.place(i) for i in range(5)] == ["a[0]", "a[1]", "b[0]", "b[1]", "b[2]"]
+
+
+def test_a_context_too_short_is_refused(tokenizer, config: dict) -> None:
+    with pytest.raises(InputError, match="too short"):
+        make_probes(tokenizer, config, VerifySettings(max_length=4))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", "one\ntwo\n\nthree\n", ["one\ntwo", "three"]),
+        ("a.jsonl", '{"text": "x"}\n\n{"text": "y"}\n', ["x", "y"]),
+        (
+            "b.jsonl",
+            '{"instruction": "do", "input": "it", "output": "done"}\n',
+            [[{"role": "user", "content": "do\nit"}, {"role": "assistant", "content": "done"}]],
+        ),
+        (
+            "c.jsonl",
+            '{"messages": [{"role": "user", "content": "hi"}]}\n',
+            [[{"role": "user", "content": "hi"}]],
+        ),
+    ],
+)
+def test_prompt_formats(tmp_path: Path, name: str, content: str, expected: list) -> None:
+    (tmp_path / name).write_text(content)
+    assert read_prompts(tmp_path / name) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [('{"text": "x"}\n{oops\n', ":2"), ('{"text": "x"}\n{"txt": "y"}\n', ":2"), ("[1]\n", ":1"), ("\n", "")],
+)
+def test_bad_prompts_name_the_line(tmp_path: Path, content: str, place: str) -> None:
+    (tmp_path / "p.jsonl").write_text(content)
+    with pytest.raises(InputError) as caught:
+        read_prompts(tmp_path / "p.jsonl")
+    assert caught.value.where.endswith(f"p.jsonl{place}")
+
+
+def test_absent_prompts_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not found"):
+        read_prompts(tmp_path / "none.jsonl")

@@ -1,0 +1,77 @@
+"""The reference is the checkpoint: prefill and decode agree, and its weights are compared with numpy's."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qalora_export.errors import InputError
+from qalora_export.models.loading import load_model, load_tokenizer
+from qalora_export.recipe import VerifySettings
+from qalora_export.verify.metrics import compare, following_ids
+from qalora_export.verify.probes.probe_set import ProbeSet, make_probes
+from qalora_export.verify.reference import layerwise
+from qalora_export.verify.reference import logits as reference
+
+
+@pytest.fixture(scope="module")
+def probes(tiny_canonical: Path) -> ProbeSet:
+    config = json.loads((tiny_canonical / "config.json").read_text())
+    whole = make_probes(load_tokenizer(tiny_canonical), config, VerifySettings())
+    count = int(whole.lengths[:6].sum())
+    return ProbeSet(whole.ids[:count], whole.lengths[:6], whole.names[:6])
+
+
+def test_equals_a_plain_forward_of_the_loaded_model(tiny_canonical: Path, probes: ProbeSet) -> None:
+    found = reference.reference_logprobs(tiny_canonical, probes, threads=1)
+    model = load_model(tiny_canonical, attention="eager")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            rows = [
+                torch.log_softmax(model(torch.tensor(ids.astype(np.int64))[None]).logits[0], -1)
+                for ids in probes.sequences()
+            ]
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(found.logprobs, torch.cat(rows).numpy())
+    np.testing.assert_array_equal(found.frequencies, model.model.rotary_emb.inv_freq.numpy())
+
+
+def test_decode_agrees_with_prefill(tiny_canonical: Path, probes: ProbeSet) -> None:
+    found = reference.reference_logprobs(tiny_canonical, probes, threads=1, decode=True)
+    assert found.decoded is not None
+    summary = compare(found.logprobs, found.decoded, following_ids(probes.ids, probes.lengths)).summary()
+    assert summary.nmse_max < 1e-10
+    assert summary.disagreements == 0
+
+
+def test_a_torch_that_dequantizes_otherwise_is_refused(
+    tiny_canonical: Path, probes: ProbeSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = layerwise.dequantize
+    monkeypatch.setattr(layerwise, "dequantize", lambda *arguments: right(*arguments) * (1 + 2**-23))
+    with pytest.raises(InputError, match="dequantize"):
+        reference.reference_logprobs(tiny_canonical, probes, threads=1)
+
+
+def test_simulated_int8_is_noise_and_not_nothing(tiny_canonical: Path, probes: ProbeSet) -> None:
+    exact = reference.reference_logprobs(tiny_canonical, probes, threads=1).logprobs
+    noisy = reference.simulated_int8_logprobs(tiny_canonical, probes, threads=1)
+    summary = compare(exact, noisy, following_ids(probes.ids, probes.lengths)).summary()
+    assert 1e-7 < summary.nmse_mean < 1e-2
+
+
+def test_int8_rounding_is_that_of_its_definition() -> None:
+    x = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)
+    x[1, :32] = 0
+    found = reference.round_to_int8(torch.from_numpy(x)).numpy()
+    for row in range(3):
+        for block in range(2):
+            values = x[row, 32 * block : 32 * block + 32]
+            step = np.float32(np.abs(values).max() / np.float32(127))
+            expected = np.rint(values / step) * step if step else values
+            np.testing.assert_allclose(found[row, 32 * block : 32 * block + 32], expected, rtol=1e-6)

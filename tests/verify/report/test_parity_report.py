@@ -1,0 +1,204 @@
+"""report.html, junit.xml and the table: complete, escaped, self-contained, and honest about what was not run."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from qalora_export.checkpoint.provenance import Link
+from qalora_export.verify.gates.rule import GATES, Entry, judge, not_run
+from qalora_export.verify.metrics import compare
+from qalora_export.verify.report import html, junit
+from qalora_export.verify.report import parity_report as report
+from qalora_export.verify.report.parity_report import ParityReport
+
+RUNTIMES = ("llama.cpp", "onnxruntime")
+EVIL = "<script>alert(1)</script>\x01"
+
+
+def metrics(seed: int, *, bad: bool = False):
+    random = np.random.default_rng(seed)
+    a = np.log(random.dirichlet(np.ones(12), 40)).astype(np.float32)
+    b = (a + random.normal(0, 1e-3, a.shape)).astype(np.float32)
+    if bad:
+        b[3, 3] = np.nan
+    return compare(a, b, np.append(np.zeros(39, np.int32), -1).astype(np.int32))
+
+
+def entry(gate: str, runtime: str, status: str) -> Entry:
+    if status == "not run":
+        return not_run(gate, runtime, f"crashed: {EVIL}")
+    limits = [limit for limit in GATES[gate].limits if limit.kind == "absolute"]
+    figures = dict.fromkeys((limit.figure for limit in limits), 0.0 if status == "pass" else 7.0)
+    limits = limits or list(GATES["G5"].limits)
+    return judge(gate, runtime, figures, detail=f"detail of {gate}", where=[f"tensor {EVIL}"], limits=limits)
+
+
+def made(statuses: dict[tuple[str, str], str] | None = None, *, bad: bool = False) -> ParityReport:
+    statuses = statuses or {}
+    entries = [entry(g, r, statuses.get((g, r), "pass")) for r in RUNTIMES for g in GATES]
+    facts = {
+        "checkpoint": {
+            "name": EVIL,
+            "kind": "merged",
+            "manifest_sha256": "ab",
+            "parameters": 1000,
+            "quantized_parameters": 900,
+        },
+        "artifacts": [
+            {
+                "name": "model.gguf",
+                "runtimes": list(RUNTIMES),
+                "bytes": 2**21,
+                "bits_per_weight": 4.5,
+                "sha256": "cd",
+                "files": {},
+            }
+        ],
+        "probe": {
+            "sequences": 2,
+            "positions": 40,
+            "sha256": "ef",
+            "seed": 0,
+            "prompts": None,
+            "texts": 3,
+            "conversations": 1,
+            "names": ["a", "b"],
+            "lengths": [15, 25],
+        },
+        "noise_floor": {},
+        "reference": {},
+        "settings": {},
+        "command": "qalora-export verify-parity x",
+        "runtimes": {
+            "llama.cpp/shipped/prefill": {
+                "version": "1",
+                "prefill_tokens_per_second": 1234.5,
+                "peak_rss_bytes": 2**20,
+                "threads": 2,
+                "settings": {"kv": "f16"},
+            }
+        },
+        "environment": {"qalora-export": "0", "python": "3", "platform": "p", "cpu": {}, "packages": {"torch": "2"}},
+    }
+    links = [
+        Link("model.gguf", "checkpoint", EVIL, "a" * 64, "verified"),
+        Link("m", "base", "b", "", "not found", "away"),
+    ]
+    positions = {
+        (r, p): metrics(i, bad=bad) for i, r in enumerate(RUNTIMES) for p in ("exact", "shipped", "noise floor")
+    }
+    return ParityReport(Path("out"), entries, links, facts, positions)
+
+
+class Links(HTMLParser):
+    """Every address and tag of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "action", "data", "srcset")]
+
+
+def page(folder: Path, made_report: ParityReport) -> tuple[str, Links]:
+    html.write_html(made_report, folder)
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    parser = Links()
+    parser.feed(text)
+    return text, parser
+
+
+def test_the_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
+    text, parser = page(tmp_path, made())
+    assert parser.addresses
+    assert all(address.startswith("data:image/png;base64,") for address in parser.addresses)
+    assert not {"script", "link", "iframe", "object", "form"} & set(parser.tags)
+    assert "<script>" not in text
+    assert "&lt;script&gt;alert(1)" in text
+    assert "url(" not in text and "@import" not in text
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_the_page_has_a_row_for_every_gate_and_runtime(tmp_path: Path) -> None:
+    text, _ = page(tmp_path, made())
+    assert text.count(">✓ pass</span>") >= 2 * len(RUNTIMES) * len(GATES)
+    for part in ("PASS", "Provenance", "How to reproduce", "bits per weight", "1,234", "noise floor", "a" * 20, "away"):
+        assert part in text, part
+
+
+@pytest.mark.usefixtures("no_plots")
+@pytest.mark.parametrize(
+    ("status", "word", "code"), [("fail", "FAIL", 1), ("not run", "NOT PROVEN", 3), ("pass", "PASS", 0)]
+)
+def test_the_verdict_is_on_top(status: str, word: str, code: int, tmp_path: Path) -> None:
+    text, _ = page(tmp_path, made({("G2", "llama.cpp"): status, ("G3", "llama.cpp"): status}))
+    heading = re.search(r"<h1>(.*?)</h1>", text)
+    assert heading is not None
+    assert heading.group(1).startswith(word)
+    assert f"Exit code {code}." in text
+
+
+def test_runs_that_gave_nothing_still_make_a_page(tmp_path: Path) -> None:
+    empty = made({(g, r): "not run" for g in GATES for r in RUNTIMES})
+    empty.positions.clear()
+    empty.facts["runtimes"] = {}
+    text, _ = page(tmp_path, empty)
+    assert "NOT PROVEN" in text
+
+
+def test_nan_positions_are_drawn(tmp_path: Path) -> None:
+    clean, _ = page(tmp_path, made())
+    broken, _ = page(tmp_path, made(bad=True))
+    assert clean != broken
+
+
+def test_equal_reports_make_equal_pages(tmp_path: Path) -> None:
+    assert page(tmp_path, made())[0] == page(tmp_path, made())[0]
+
+
+def test_junit_counts_and_parses(tmp_path: Path) -> None:
+    junit.write_junit(made({("G1", "llama.cpp"): "fail", ("G4", "onnxruntime"): "not run"}), tmp_path)
+    root = ElementTree.parse(tmp_path / "junit.xml").getroot()
+    assert (root.get("tests"), root.get("failures"), root.get("errors"), root.get("skipped")) == ("12", "1", "1", "0")
+    assert [suite.get("name") for suite in root] == list(RUNTIMES)
+    failure = root.find("./testsuite[@name='llama.cpp']/testcase[@name='G1 weights']/failure")
+    assert failure is not None
+    assert "7 > 0" in str(failure.get("message"))
+    assert "tensor <script>" in str(failure.text)
+    assert root.find("./testsuite[@name='onnxruntime']/testcase[@name='G4 decode']/error") is not None
+
+
+def test_report_json_holds_what_json_cannot(tmp_path: Path) -> None:
+    made_report = made(bad=True)
+    made_report.facts["reference"] = {"x": np.float32(0.5), "y": float("inf"), "z": (np.int64(3),)}
+    report.write_report(made_report, tmp_path)
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written["reference"] == {"x": 0.5, "y": "inf", "z": [3]}
+    assert [(e["gate"], e["runtime"]) for e in written["gates"]] == [(g, r) for r in RUNTIMES for g in GATES]
+
+
+def test_the_table_names_every_finding(capsys: pytest.CaptureFixture[str]) -> None:
+    report.print_table(made({("G1", "llama.cpp"): "fail", ("G4", "onnxruntime"): "not run"}))
+    shown = capsys.readouterr().err
+    assert "verdict: fail" in shown
+    assert "G1 llama.cpp: fail" in shown
+    assert "tensor <script>" in shown
+    assert "G4 onnxruntime: not run" in shown
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (12.0, "12"), (1e-9, "1e-09"), (4589.7, "4,590"), (5353472.0, "5.35e+06"), (0.5, "0.5")],
+)
+def test_numbers(value: float, text: str) -> None:
+    assert report.number(value) == text
