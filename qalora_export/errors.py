@@ -1,6 +1,26 @@
 """One exception class per exit code. Every message says what, where, why and what to do next."""
 
+import os
 from enum import IntEnum
+
+LONGEST = 2000  # characters of one part of a message; a file may hold a name, or a line, of megabytes
+
+
+def printable(text: object) -> str:
+    """`text` without anything that could steer a terminal: control characters, escape sequences, bidirectional marks
+    and lone surrogates as Python writes them (\\x1b, \\u202e, \\udcff); line breaks and tabs stay.
+    """
+    text = text if isinstance(text, str) else str(text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def _shown(text: object) -> str:
+    text = text if isinstance(text, str) else str(text)
+    if len(text) > LONGEST:
+        text = f"{text[:LONGEST]}… ({len(text):,} characters in all)"
+    return printable(text)
 
 
 class ExitCode(IntEnum):
@@ -15,17 +35,17 @@ class QaloraError(Exception):
     """Base of everything this project raises on purpose.
 
     what: the finding in one sentence.  where: file, tensor or setting.  why: the rule that was broken.
-    fix: what the user can do next.
+    fix: what the user can do next.  All four are made printable and are cut after 2,000 characters.
     """
 
     code = ExitCode.BAD_INPUT
 
     def __init__(self, what: str, *, where: object = "", why: str = "", fix: str = "") -> None:
-        self.what, self.where, self.why, self.fix = what, str(where), why, fix
-        parts = [what]
+        self.what, self.where, self.why, self.fix = (_shown(part) for part in (what, where, why, fix))
+        parts = [self.what]
         parts += [f"where: {self.where}"] if self.where else []
-        parts += [f"why: {why}"] if why else []
-        parts += [f"next: {fix}"] if fix else []
+        parts += [f"why: {self.why}"] if self.why else []
+        parts += [f"next: {self.fix}"] if self.fix else []
         super().__init__(" | ".join(parts))
 
 
@@ -53,19 +73,30 @@ class UnsafeInputError(QaloraError):
     code = ExitCode.UNSAFE_INPUT
 
 
-def from_system(error: Exception) -> QaloraError | None:
-    """What the machine refused (a file, memory) in our words; None for every other exception, which is a defect."""
-    if isinstance(error, OSError) and error.filename is not None:
+def from_system(error: BaseException) -> QaloraError | None:
+    """What the machine or a native library refused, in our words; None for every other exception, which is a defect."""
+    if isinstance(error, OSError) and error.errno is not None:
         return InputError(
-            f"cannot read or write a file: {error.strerror or error}",
-            where=error.filename,
+            f"cannot read or write a file: {error.strerror or os.strerror(error.errno)}",
+            where=error.filename or "",
             fix="check the path, its permissions and the space on the disk",
         )
-    # torch's class is known by its name: torch is not imported for an error message.
+    # torch's class and pyo3's are known by their names: nothing is imported for an error message.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return InputError(
             "out of memory",
             why=str(error).partition("\n")[0],
             fix="close other programs, use a smaller batch, or a machine with more memory",
         )
+    if is_panic(error):
+        return InputError(
+            "a native library gave up on its input",
+            why=str(error),
+            fix="one of the given files is damaged, or made for another version of the library: fetch it again",
+        )
     return None
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a Rust library (tokenizers, safetensors) panicked; its exception is not an Exception."""
+    return type(error).__name__ == "PanicException"

@@ -18,7 +18,7 @@ from typing import Any
 
 from qalora_export.checkpoint.manifest import MANIFEST, parent_of, verify_files, verify_manifest
 from qalora_export.checkpoint.sidecar import sidecar_path
-from qalora_export.console import console
+from qalora_export.console import console, styled
 from qalora_export.errors import ExitCode, InputError, ParityError, RuntimeUnavailableError
 from qalora_export.model_card import write_card
 from qalora_export.recipe import EvaluateSettings, Recipe, Settings, dump_toml
@@ -79,9 +79,9 @@ def _run(recipe: Recipe, out: Path, *, force: bool) -> RunReport:
     stages = plan(recipe)
     for number, stage in enumerate(stages, 1):
         key = _key(stage)
-        title = f"[bold]\\[{number}/{len(stages)}] {stage.name}[/bold]"
+        title = f"[{number}/{len(stages)}] {stage.name}"
         if not force and state.done(stage, key):
-            console.print(f"{title} [green]up to date[/green] {stage.output}")
+            console.print(styled("[bold]{}[/bold] [green]up to date[/green] {}", title, stage.output))
             skipped.append(stage.name)
             continue
         ours = force or state.owns(stage)
@@ -91,7 +91,7 @@ def _run(recipe: Recipe, out: Path, *, force: bool) -> RunReport:
                 where=stage.output,
                 fix="choose another `out`, delete it, or pass --force",
             )
-        console.print(f"{title} → {stage.output}")
+        console.print(styled("[bold]{}[/bold] → {}", title, stage.output))
         state.record(stage, key, output_hash=None)
         stage.action(ours)
         state.record(stage, key, output_hash=_output_hash(stage.output))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -88,6 +89,25 @@ def test_runtimes_import_nothing_of_ours() -> None:
         text = path.read_text(encoding="utf-8")
         assert "qalora_export" not in text.replace("qalora_export.verify", ""), path
         assert "import torch" not in text, path
+
+
+def test_markup_stands_only_in_templates_of_styled() -> None:
+    """The consoles read no markup in plain strings: a path may be called [/b]. Style comes from console.styled."""
+    wrong = []
+    for path in (ROOT / "qalora_export").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        allowed = {id(part) for call in calls if _name(call.func) == "styled" for part in ast.walk(call)}
+        prints = [call for call in calls if _name(call.func) in ("print", "add_row", "add_column", "Table", "status")]
+        for part in (part for call in prints for part in ast.walk(call)):
+            text = part.value if isinstance(part, ast.Constant) and id(part) not in allowed else None
+            if isinstance(text, str) and re.search(r"\[(/|bold|dim|red|green|yellow)", text):
+                wrong.append(f"{path.relative_to(ROOT)}:{part.lineno}")
+    assert not wrong
+
+
+def _name(function: ast.expr) -> str:
+    return getattr(function, "attr", getattr(function, "id", ""))
 
 
 @pytest.mark.parametrize("module", TORCH_FREE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from qalora_export.console import results
+from qalora_export.console import results, styled
 
 STYLES = {"ok": "green", "missing": "bold red", "note": "yellow"}
 
@@ -18,7 +18,6 @@ def command() -> None:
 
       qalora-export doctor
     """
-    from rich.markup import escape
     from rich.table import Table
 
     from qalora_export.inspection.doctor import examine
@@ -26,9 +25,9 @@ def command() -> None:
     findings = examine()
     table = Table("what", "status", "detail")
     for finding in findings:
-        table.add_row(finding.subject, f"[{STYLES[finding.status]}]{finding.status}[/]", escape(finding.detail))
+        table.add_row(finding.subject, styled(f"[{STYLES[finding.status]}]{{}}[/]", finding.status), finding.detail)
     results.print(table)
     missing = [finding.subject for finding in findings if finding.status == "missing"]
     if missing:
-        results.print(f"[bold red]missing[/bold red]: {', '.join(missing)}")
+        results.print(styled("[bold red]missing[/bold red]: {}", ", ".join(missing)))
         raise typer.Exit(3)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qalora_export.console import results
+from qalora_export.console import results, styled
+from qalora_export.errors import InputError
 
 if TYPE_CHECKING:
     from qalora_export.inspection.compare import Comparison
@@ -22,7 +23,8 @@ def command(
 ) -> None:
     """What an artifact holds: bits, groups, bytes by kind, provenance; or how two artifacts differ.
 
-    Exit code 1 when two artifacts differ or a file does not match its manifest.
+    Exit code 1, parity failed, when two artifacts differ or a file does not match its manifest; 2 when there is no
+    manifest.
 
     [bold]Examples[/bold]
 
@@ -48,7 +50,7 @@ def _print_view(view: View, *, facts: bool) -> None:
 
     from qalora_export.inspection.view import byte_table
 
-    results.print(f"[bold]{view.kind}[/bold] {view.path}  {view.bytes_on_disk:,} bytes on disk")
+    results.print(styled("[bold]{}[/bold] {}  {} bytes on disk", view.kind, view.path, f"{view.bytes_on_disk:,}"))
     table = Table("kind", "tensors", "parameters", "bytes")
     rows = byte_table(view)
     for kind, (count, parameters, size) in rows.items():
@@ -59,37 +61,40 @@ def _print_view(view: View, *, facts: bool) -> None:
     results.print(f"{8 * size / max(1, parameters):.3f} bits per parameter")
     if facts:
         for key, value in view.facts.items():
-            results.print(f"  {key}: {value}", markup=False)
+            results.print(f"  {key}: {value}")
     if view.manifest is None:
         results.print("no manifest: provenance unknown")
         return
-    results.print(f"made by {view.manifest.get('created_by')} as {view.manifest.get('kind')}", markup=False)
+    results.print(f"made by {view.manifest.get('created_by')} as {view.manifest.get('kind')}")
     for parent in view.manifest.get("parents", []):
-        results.print(f"  from {parent.get('role')} {parent.get('name')} {parent.get('sha256')}", markup=False)
+        results.print(f"  from {parent.get('role')} {parent.get('name')} {parent.get('sha256')}")
 
 
 def _print_comparison(comparison: Comparison) -> None:
     for label, names in (("only in the first", comparison.only_left), ("only in the second", comparison.only_right)):
         for name in names:
-            results.print(f"{label}: {name}", markup=False)
+            results.print(f"{label}: {name}")
     for name, found in comparison.matrices.items():
-        results.print(f"{name}: {found.codes} codes, {found.scale} scales, {found.offset} offsets differ", markup=False)
+        results.print(f"{name}: {found.codes} codes, {found.scale} scales, {found.offset} offsets differ")
     for name, count in comparison.tensors.items():
-        results.print(f"{name}: {count} values differ", markup=False)
+        results.print(f"{name}: {count} values differ")
     verdict = "[green]equal[/green]" if comparison.equal else "[bold red]different[/bold red]"
-    results.print(f"{verdict}: {comparison.compared} tensors compared")
+    results.print(styled(f"{verdict}: {{}} tensors compared", comparison.compared))
 
 
 def _check(view: View) -> int:
     from qalora_export.checkpoint.manifest import verify_files
 
     if view.manifest is None:
-        results.print("[bold red]no manifest to check against[/bold red]")
-        return 1
+        raise InputError(
+            "no manifest to check against",
+            where=view.path,
+            fix="fetch the artifact together with its manifest",
+        )
     folder = view.path if view.path.is_dir() else view.path.parent
     wrong = verify_files(folder, view.manifest["files"])
     for name in wrong:
-        results.print(f"[bold red]does not match its manifest[/bold red]: {name}")
+        results.print(styled("[bold red]does not match its manifest[/bold red]: {}", name))
     if not wrong:
-        results.print(f"[green]intact[/green]: {len(view.manifest['files'])} files match their sha256")
+        results.print(styled("[green]intact[/green]: {} files match their sha256", len(view.manifest["files"])))
     return 1 if wrong else 0

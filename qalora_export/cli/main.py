@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
-from typing import NoReturn
 
 # Models are local folders: nothing here may reach for a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import typer
 
-from qalora_export.console import console
-from qalora_export.errors import ExitCode, QaloraError, from_system
+from qalora_export.console import console, leave_closed_pipe, styled
+from qalora_export.errors import ExitCode, InputError, QaloraError, from_system
 from qalora_export.version import __version__
 
 app = typer.Typer(
@@ -24,7 +24,11 @@ app = typer.Typer(
     help="Quantize a language model, fine-tune it with QA-LoRA, merge without loss, export the same numbers to GGUF "
     "and ONNX, and prove it.\n\n"
     "Exit codes: 0 pass · 1 parity failed · 2 bad usage, recipe or input · 3 a requested runtime is missing or crashed "
-    "· 4 unsafe input.",
+    "· 4 unsafe input. Others: 70 a defect of qalora-export · 130 interrupted · "
+    "141 the reader of its output went away.\n\n"
+    "1 means that numbers which must be equal are not, and nothing else: a gate failed (verify-parity, run), what was "
+    "written does not read back the same (merge, export), two artifacts differ or one is not what its manifest "
+    "records (inspect).",
 )
 export_app = typer.Typer(no_args_is_help=True, help="Write the checkpoint's own numbers in a runtime's format.")
 app.add_typer(export_app, name="export")
@@ -50,6 +54,8 @@ def _register_verbs() -> None:
 
 
 INTERNAL_ERROR = 70  # sysexits.h EX_SOFTWARE; 1 would say that parity failed
+INTERRUPTED = 130
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # typer carries its own copy of click
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -57,37 +63,77 @@ def main(arguments: list[str] | None = None) -> None:
 
     Anything else is a defect of ours: its traceback is shown and the exit code is none of the documented ones.
     """
+    _encode_anything()
     _register_verbs()
     try:
-        app(args=arguments, prog_name="qalora-export")
-    except QaloraError as error:
-        _fail(error)
-    except KeyboardInterrupt:
-        console.print("[bold red]interrupted[/bold red]; finished stages are kept, run the same command again to go on")
-        sys.exit(130)
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(int(ExitCode.OK))
-    except Exception as error:
-        if (known := from_system(error)) is not None:
-            _fail(known)
-        console.print(traceback.format_exc(), markup=False)
-        console.print("[bold red]internal error:[/bold red] a defect of qalora-export; please report the lines above")
-        sys.exit(INTERNAL_ERROR)
+        code = _run(arguments)
+        for stream in (sys.stdout, sys.stderr):  # what the system refuses now, it would refuse at exit, unseen
+            if stream is not None:
+                stream.flush()
+    except BrokenPipeError:
+        leave_closed_pipe()
+    except OSError as error:  # not even a message can be written
+        code = 0 if (known := from_system(error)) is None else int(known.code)
+    sys.exit(code)
 
 
-def _fail(error: QaloraError) -> NoReturn:
-    console.print(f"[bold red]error:[/bold red] {_escape(error.what)}")
+def _run(arguments: list[str] | None) -> int:
+    """Run the command line; the exit code."""
+    try:
+        code = app(args=arguments, prog_name="qalora-export", standalone_mode=False)
+    except BrokenPipeError:
+        raise
+    except UsageError as error:
+        return _bad_usage(error)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # the console of typer's help ends with 1 on it
+            leave_closed_pipe()
+        raise
+    except BaseException as error:  # a panic of a native library is no Exception
+        known = error if isinstance(error, QaloraError) else from_system(error)
+        return _report(known) if known is not None else _defect()
+    if code == INTERRUPTED:
+        console.print(styled("[bold red]interrupted[/]; finished stages are kept, run the same command again to go on"))
+    return code if isinstance(code, int) else int(ExitCode.OK)
+
+
+def _encode_anything() -> None:
+    """A terminal that cannot show a character shows its code; it is no reason to fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _bad_usage(error: Exception) -> int:
+    context = getattr(error, "ctx", None)
+    text = getattr(error, "format_message", lambda: str(error))()
+    if type(error).__name__ == "NoArgsIsHelpError":  # the help is printed already, or is the message
+        if text:
+            console.print(text)
+        return int(ExitCode.BAD_INPUT)
+    command = context.command_path if context is not None else "qalora-export"
+    return _report(InputError(text, fix=f"{command} --help"))
+
+
+def _report(error: QaloraError) -> int:
+    console.print(styled("[bold red]error:[/bold red] {}", _indented(error.what)))
     for label, text in (("where", error.where), ("why", error.why), ("next", error.fix)):
         if text:
-            console.print(f"  [dim]{label}:[/dim] {_escape(text)}")
-    sys.exit(int(error.code))
+            console.print(styled(f"  [dim]{label}:[/dim] {{}}", _indented(text)))
+    return int(error.code)
 
 
-def _escape(text: str) -> str:
-    from rich.markup import escape
+def _indented(text: str) -> str:
+    """No line of a message may look like the beginning of another one."""
+    return "\n    ".join(text.splitlines())
 
-    return escape(text)
+
+def _defect() -> int:
+    console.print(traceback.format_exc())
+    console.print(styled("[bold red]internal error:[/] a defect of qalora-export; please report the lines above"))
+    return INTERNAL_ERROR
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
-from qalora_export.console import results
+from qalora_export.console import results, styled
 from qalora_export.recipe import Recipe
 from qalora_export.safety import read_json
 
@@ -28,7 +29,7 @@ def print_summary(recipe: Recipe) -> None:
     out = Path(recipe.out)
     if (out / "report" / "report.json").is_file():
         results.print(_parity_table(read_json(out / "report" / "report.json")))
-    results.print(_score_line(out), markup=True)
+    results.print(_score_line(out))
     artifacts = (
         "model.gguf",
         "onnx",
@@ -40,7 +41,7 @@ def print_summary(recipe: Recipe) -> None:
     )
     for name in artifacts:
         if (out / name).exists():
-            results.print(f"  {out / name}", markup=False)
+            results.print(f"  {out / name}")
 
 
 def _parity_table(report: dict[str, Any]) -> Table:
@@ -59,18 +60,22 @@ def _parity_table(report: dict[str, Any]) -> Table:
     return table
 
 
-def _cell(entry: dict[str, Any] | None) -> str:
+def _cell(entry: dict[str, Any] | None) -> Text:
     if entry is None or entry["measured"] is None:
-        return f"[{STYLES['not run']}]not run[/]"
+        return _in_style("not run", "not run")
     measured = entry["measured"]  # non-finite numbers are strings in report.json
     text = measured if isinstance(measured, str) else f"{measured:.3g}"
-    return f"[{STYLES[entry['status']]}]{text}[/]"
+    return _in_style(entry["status"], text)
 
 
-def _verdict(entries: list[dict[str, Any]]) -> str:
+def _verdict(entries: list[dict[str, Any]]) -> Text:
     statuses = {entry["status"] for entry in entries}
     worst = next(status for status in ("fail", "not run", "pass") if status in statuses)
-    return f"[{STYLES[worst]}]{worst}[/]"
+    return _in_style(worst, worst)
+
+
+def _in_style(status: str, text: str) -> Text:
+    return styled(f"[{STYLES[status]}]{{}}[/]", text)
 
 
 def _score_line(out: Path) -> str:
@@ -79,4 +84,4 @@ def _score_line(out: Path) -> str:
         if (out / name).is_file():
             score = read_json(out / name)
             parts.append(f"{label} {score['exact']}/{score['total']} ({score['accuracy']:.1%})")
-    return "task score, exact match: " + (" → ".join(parts) or "not measured (no \\[evaluate] in the recipe)")
+    return "task score, exact match: " + (" → ".join(parts) or "not measured (no [evaluate] in the recipe)")

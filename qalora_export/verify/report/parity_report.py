@@ -30,9 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.text import Text
 
 from qalora_export.checkpoint.provenance import Link
-from qalora_export.console import console
+from qalora_export.console import console, styled
 from qalora_export.errors import ExitCode
 from qalora_export.verify.bisect.plot import error_plot
 from qalora_export.verify.bisect.search import Bisection
@@ -130,7 +131,6 @@ def _plain(value: Any) -> Any:
 
 def print_table(report: ParityReport) -> None:
     """Gates down, runtimes across; then every finding, the verdict and what to look at."""
-    from rich.markup import escape
     from rich.table import Table
 
     runtimes = list(dict.fromkeys(entry.runtime for entry in report.entries))
@@ -140,24 +140,26 @@ def print_table(report: ParityReport) -> None:
         table.add_column(column)
     for gate in GATES.values():
         cells = [_cell(by_place[gate.id, runtime]) for runtime in runtimes]
-        table.add_row(f"{gate.id} {gate.title}\n   [dim]{gate.limits[0].unit}[/dim]", *cells)
+        table.add_row(styled("{}\n   [dim]{}[/dim]", f"{gate.id} {gate.title}", gate.limits[0].unit), *cells)
     console.print(table)
     for entry in report.entries:
         if entry.status != "pass":
             style = STYLES[entry.status]
-            console.print(f"[{style}]{entry.gate} {entry.runtime}: {entry.status}[/{style}]  {escape(explain(entry))}")
+            title = f"{entry.gate} {entry.runtime}: {entry.status}"
+            console.print(styled(f"[{style}]{{}}[/]  {{}}", title, explain(entry)))
             for place in entry.where:
-                console.print(f"    {escape(place)}")
+                console.print(f"    {place}")
     style = STYLES[report.verdict]
-    console.print(f"[{style}]verdict: {report.verdict}[/{style}] (exit code {int(report.exit_code)}), {report.out}")
+    ending = f"(exit code {int(report.exit_code)}), {report.out}"
+    console.print(styled(f"[{style}]verdict: {{}}[/] {{}}", report.verdict, ending))
 
 
-def _cell(entry: Entry) -> str:
+def _cell(entry: Entry) -> Text:
     style, check = STYLES[entry.status], entry.deciding
     sign = "≤" if entry.status == "pass" else ">"
     unit = "" if not check or entry.status == "pass" else f"\n{check.unit}"
-    figures = f"\n[dim]{number(check.measured)} {sign} {number(check.bound)}{unit}[/dim]" if check else ""
-    return f"[{style}]{entry.status}[/{style}]{figures}"
+    figures = f"\n{number(check.measured)} {sign} {number(check.bound)}{unit}" if check else ""
+    return styled(f"[{style}]{{}}[/][dim]{{}}[/dim]", entry.status, figures)
 
 
 def explain(entry: Entry) -> str:
