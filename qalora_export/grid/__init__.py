@@ -1,7 +1,7 @@
 """The canonical numbers: codes, scale, offset; packing; exact comparison; counted narrowing. numpy only."""
 
 from qalora_export.grid.exactness import Differences, difference, differing, packed_difference
-from qalora_export.grid.group_affine import BITS, GROUP_SIZES, GroupAffine
+from qalora_export.grid.group_affine import BITS, GROUP_SIZES, GroupAffine, implied_offset
 from qalora_export.grid.narrow import Narrowed, narrow
 from qalora_export.grid.packed_affine import PackedAffine, fp16_is_finite, fp16_largest
 from qalora_export.grid.packing import pack_codes, packed_width, unpack_codes
@@ -17,6 +17,7 @@ __all__ = [
     "differing",
     "fp16_is_finite",
     "fp16_largest",
+    "implied_offset",
     "narrow",
     "pack_codes",
     "packed_difference",

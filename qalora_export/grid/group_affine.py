@@ -1,4 +1,4 @@
-"""The canonical form of a quantized matrix (design §2).
+"""The canonical form of a quantized matrix (DESIGN.md, "Canonical form").
 
     w[o, i] = s[o, i // g] · q[o, i] + m[o, i // g]
 
@@ -33,7 +33,10 @@ class GroupAffine:
     def __post_init__(self) -> None:
         problem = _problem(self)
         if problem:
-            raise InputError(f"not a quantized matrix: {problem}", why="codes, scale and offset must follow design §2")
+            raise InputError(
+                f"not a quantized matrix: {problem}",
+                why='see DESIGN.md, "Canonical form"',
+            )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -56,6 +59,15 @@ class GroupAffine:
         s = self.scale.astype(np.float32)[..., None]
         m = self.offset.astype(np.float32)[..., None]
         return (s * q + m).reshape(self.shape)
+
+
+def implied_offset(scale: NDArray[np.float16], zero: int) -> NDArray[np.float16]:
+    """fp16(−zero · s): the offset that an integer zero stands for. Exact when zero is a power of two and it fits.
+
+    Infinite where fp16 does not hold it, and no quantized matrix may have that.
+    """
+    with np.errstate(over="ignore"):
+        return (-np.float32(zero) * scale.astype(np.float32)).astype(np.float16)
 
 
 def _problem(matrix: GroupAffine) -> str:

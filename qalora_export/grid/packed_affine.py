@@ -34,7 +34,7 @@ class PackedAffine:
         if not (fp16_is_finite(self.scale) and fp16_is_finite(self.offset)):
             raise InputError(
                 "not a quantized matrix: a scale or offset is NaN or infinite",
-                why="codes, scale and offset must follow design §2",
+                why='see DESIGN.md, "Canonical form"',
             )
 
     @property

@@ -89,7 +89,7 @@ def provenance(model: CanonicalCheckpoint, layout: str) -> list[Entry]:
 
 def _entries(model: CanonicalCheckpoint, plans: list[TensorPlan], layout: str) -> list[Entry]:
     return [
-        *general(name=model.path.resolve().name, file_type=prevailing_type(plans)),
+        *general(name=model.path.resolve().name, file_type=prevailing_type(plans).file_type),
         *architecture(family_of(model.config), model.config),
         *tokenizer_entries(model.path, model.config),
         *provenance(model, layout),
@@ -124,7 +124,7 @@ def _report(files: tuple[Path, ...], plans: list[TensorPlan], found: Comparison)
     adapters = [path.name for path in files if path == adapter_path(files[0])]
     return ExportReport(
         files=files,
-        types=dict(Counter(plan.kind for plan in plans)),
+        types=dict(Counter(plan.kind.name for plan in plans)),
         bytes=sum(path.stat().st_size for path in files),
         compared=found.compared,
         differing=found.total,

@@ -24,6 +24,7 @@ from qalora_export.formats.gguf.names import NameMap
 from qalora_export.formats.gguf.permute import row_order
 from qalora_export.formats.gguf.split import adapter_entries
 from qalora_export.formats.gguf.tensor_table import TensorPlan
+from qalora_export.formats.gguf.types import F32
 from qalora_export.formats.gguf.validate import validate_gguf
 from qalora_export.formats.gguf.writer import write_gguf
 from qalora_export.grid import differing
@@ -63,7 +64,7 @@ def write_adapter(
     """
     model = CanonicalCheckpoint(base)
     arrays = _arrays(model, modules)
-    plans = [TensorPlan(name, "F32", array.shape, array.__getitem__) for name, array in arrays.items()]
+    plans = [TensorPlan(name, F32, array.shape, array.__getitem__) for name, array in arrays.items()]
     with atomic_file(sidecar_path(out), force=force) as manifest, atomic_file(out, force=force) as temporary:
         tensors = write_gguf(
             temporary, family_of(model.config).gguf_arch, adapter_entries(model), plans, description="write adapter"

@@ -12,8 +12,7 @@ from typing import Any
 from qalora_export.models.families import Family, rope_of
 from qalora_export.models.families.family import head_dim
 
-QUANTIZATION_VERSION = 2  # ggml's GGML_QNT_VERSION: the block layouts that blocks.py writes
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}  # llama.h, enum llama_ftype
+QUANTIZATION_VERSION = 2  # ggml's GGML_QNT_VERSION: the block layouts that types.py writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +24,12 @@ class Entry:
     value: Any
 
 
-def general(*, name: str, file_type: str) -> list[Entry]:
-    """general.* (general.architecture is the writer's own). name: model name; file_type: the prevailing tensor type."""
+def general(*, name: str, file_type: int) -> list[Entry]:
+    """general.* (general.architecture is the writer's own). file_type: that of the prevailing tensor type."""
     return [
         Entry("general.type", "string", "model"),
         Entry("general.name", "string", name),
-        Entry("general.file_type", "uint32", FILE_TYPES[file_type]),
+        Entry("general.file_type", "uint32", file_type),
         Entry("general.quantization_version", "uint32", QUANTIZATION_VERSION),
     ]
 

@@ -5,7 +5,6 @@ Nothing here shares code with the writer but the block functions; tests judge th
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,20 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.errors import InputError, UnsafeInputError
-from qalora_export.formats.gguf.blocks import BLOCK_FORMATS, QK, remainder
 from qalora_export.formats.gguf.names import SUFFIXES, NameMap
-from qalora_export.formats.gguf.packed_blocks import decode
 from qalora_export.formats.gguf.permute import hf_order
+from qalora_export.formats.gguf.remainder import group_indicator, with_remainder
 from qalora_export.formats.gguf.tensor_table import ROPE_FREQUENCIES
+from qalora_export.formats.gguf.types import BLOCK_TYPES, PLAIN_TYPES
 from qalora_export.formats.gguf.validate import validate_gguf
 from qalora_export.formats.streaming import release
 from qalora_export.grid import GroupAffine, PackedAffine
-from qalora_export.grid.narrow import BFLOAT16
 from qalora_export.models.families import FAMILIES, Family
 from qalora_export.safety.limits import parse_json
 
 MODULES_KEY = "qalora.modules"  # JSON: module -> [bits, group_size], what the blocks alone do not tell
-PLAIN_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": BFLOAT16}
 
 
 class GgufContents:
@@ -46,11 +43,11 @@ class GgufContents:
             _check_adapter(self._adapter)
         self.metadata = self._source.metadata
         self.types = {name: tensor.tensor_type.name for name, tensor in self._source.tensors.items()}
-        quantized = {n.removesuffix(".weight"): k for n, k in self.types.items() if k in BLOCK_FORMATS}
+        quantized = {n.removesuffix(".weight"): k for n, k in self.types.items() if k in BLOCK_TYPES}
         declared = self._source.declared()
-        self.modules = {m: declared.get(m, (BLOCK_FORMATS[kind].bits[-1], QK)) for m, kind in quantized.items()}
-        self.others = [name for name, kind in self.types.items() if kind in PLAIN_DTYPES]
-        self.offset_is_implied = frozenset(m for m, k in quantized.items() if BLOCK_FORMATS[k].zero is not None)
+        self.modules = {m: declared.get(m, _native(kind)) for m, kind in quantized.items()}
+        self.others = [name for name, kind in self.types.items() if kind in PLAIN_TYPES]
+        self.offset_is_implied = frozenset(m for m, k in quantized.items() if BLOCK_TYPES[k].zero is not None)
 
     def group_affine(self, module: str) -> GroupAffine:
         """The matrix of one module, rows in Transformers order. UnsafeInputError when blocks and metadata disagree."""
@@ -59,16 +56,17 @@ class GgufContents:
     def packed(self, module: str, rows: slice = slice(None)) -> PackedAffine:
         """Some rows of it, codes packed; their pages of the file do not stay in memory. Errors as in group_affine."""
         source, tensor = self._source, self._source.tensors[f"{module}.weight"]
-        fmt, (bits, group_size) = BLOCK_FORMATS[tensor.tensor_type.name], self.modules[module]
-        if bits not in fmt.bits:
-            raise UnsafeInputError(f"{bits}-bit codes declared for {fmt.name}", where=f"{source.path}: {module}")
+        kind, (bits, group_size) = BLOCK_TYPES[tensor.tensor_type.name], self.modules[module]
         heads = source.heads(module)
         wanted = rows if heads is None else hf_order(tensor.data.shape[0], heads)[rows]
-        matrix = decode(fmt.name, np.ascontiguousarray(tensor.data[wanted]), bits=bits, group_size=group_size)
+        try:
+            matrix = kind.unpack(np.ascontiguousarray(tensor.data[wanted]), bits=bits, group_size=group_size)
+        except (InputError, UnsafeInputError) as error:
+            raise type(error)(error.what, where=f"{source.path}: {module}", why=error.why, fix=error.fix) from error
         release(tensor.data)
         extra = self._adapter
-        if extra is not None and fmt.zero is not None and f"{module}.weight.lora_b" in extra.lora:
-            return with_remainder(matrix, extra.remainder(module, group_size)[wanted], fmt.zero, where=extra.path)
+        if extra is not None and kind.zero is not None and f"{module}.weight.lora_b" in extra.lora:
+            return with_remainder(matrix, extra.remainder(module, group_size)[wanted], kind.zero, where=extra.path)
         return matrix
 
     def tensor(self, name: str, rows: slice = slice(None)) -> NDArray[Any]:
@@ -107,7 +105,7 @@ def runtime_dequantized(path: Path, adapter: Path | None = None) -> Iterator[tup
 
     source, extra = _Source(path), _Source(adapter) if adapter else None
     for name, tensor in source.tensors.items():
-        if tensor.tensor_type.name in PLAIN_DTYPES:
+        if tensor.tensor_type.name in PLAIN_TYPES:
             continue
         weight = dequantize(tensor.data, tensor.tensor_type)
         if extra is not None and f"{name}.lora_b" in extra.lora:
@@ -139,7 +137,7 @@ class _Source:
 
     def plain(self, name: str, rows: slice = slice(None)) -> NDArray[Any]:
         tensor = self.tensors[name]
-        dtype = PLAIN_DTYPES[tensor.tensor_type.name]
+        dtype = PLAIN_TYPES[tensor.tensor_type.name].dtype
         shape = tuple(int(n) for n in tensor.shape[::-1])
         stored = np.ascontiguousarray(tensor.data).view(np.uint8).view(dtype).reshape(shape)
         heads = self.heads(name.rpartition(".")[0])
@@ -200,31 +198,16 @@ class _Source:
         return self.names[name]
 
 
+def _native(kind: str) -> tuple[int, int]:
+    """(bits, group_size) of a file that does not declare them: those of its blocks."""
+    return BLOCK_TYPES[kind].bits[-1], BLOCK_TYPES[kind].block_size
+
+
 def _hf_names(family: Family, layers: int) -> dict[str, str]:
     """GGUF tensor name -> Transformers tensor name."""
     names = NameMap(family.gguf_arch, layers)
     modules = family.required_modules({"num_hidden_layers": layers})
     return {names.to_gguf(module + suffix): module + suffix for module in modules for suffix in SUFFIXES}
-
-
-def with_remainder(matrix: PackedAffine, rest: NDArray[np.float32], zero: int, *, where: object) -> PackedAffine:
-    """The same rows with offset = R − z·s. Raises UnsafeInputError unless that offset is an fp16."""
-    if rest.shape != matrix.scale.shape:
-        raise UnsafeInputError("not an offset adapter of this matrix", where=where)
-    exact = rest.astype(np.float64) - zero * matrix.scale.astype(np.float64)
-    with np.errstate(over="ignore"):
-        offset = exact.astype(np.float16)
-    if not np.isfinite(offset).all():
-        raise UnsafeInputError("a remainder makes an offset that fp16 does not hold", where=where)
-    found = dataclasses.replace(matrix, offset=offset)
-    if not np.array_equal(remainder(found, zero, where=str(where)), rest):
-        raise UnsafeInputError("a remainder does not come from an fp16 offset", where=where)
-    return found
-
-
-def group_indicator(groups: int, group_size: int) -> NDArray[np.float32]:
-    """float32 (groups, groups · g): row k is 1 on group k, so lora_a · x is the sum of each group of x."""
-    return np.repeat(np.eye(groups, dtype=np.float32), group_size, axis=1)
 
 
 def _check_adapter(source: _Source) -> None:

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.manifest import parent_of
-from qalora_export.formats.gguf.blocks import BLOCK_FORMATS, remainder
 from qalora_export.formats.gguf.metadata import Entry, architecture
 from qalora_export.formats.gguf.names import NameMap
-from qalora_export.formats.gguf.read import group_indicator
-from qalora_export.formats.gguf.tensor_table import LAYOUTS, TensorPlan, gguf_rows
+from qalora_export.formats.gguf.remainder import group_indicator, remainder
+from qalora_export.formats.gguf.tensor_table import TensorPlan, gguf_rows
+from qalora_export.formats.gguf.types import F32, base_type
 from qalora_export.models.families import Family, family_of
 from qalora_export.version import __version__
 
@@ -55,15 +55,15 @@ def plan_remainders(model: CanonicalCheckpoint) -> list[TensorPlan]:
     names = NameMap(family.gguf_arch, model.config["num_hidden_layers"])
     plans: list[TensorPlan] = []
     for module, (bits, group_size) in model.modules.items():
-        zero = BLOCK_FORMATS[LAYOUTS["split"][bits]].zero
+        zero = base_type(bits).zero
         if zero is None or not remainder(model.packed(module), zero, where=f"{model.path}: {module}").any():
             continue
         rows, groups = model.entry(f"{module}.scale").shape
         name = names.to_gguf(f"{module}.weight")
         load_a = functools.partial(_indicator_rows, groups, group_size)
         load_b = functools.partial(_remainder_rows, model, family, module, zero)
-        plans.append(TensorPlan(f"{name}.lora_a", "F32", (groups, groups * group_size), load_a))
-        plans.append(TensorPlan(f"{name}.lora_b", "F32", (rows, groups), load_b))
+        plans.append(TensorPlan(f"{name}.lora_a", F32, (groups, groups * group_size), load_a))
+        plans.append(TensorPlan(f"{name}.lora_b", F32, (rows, groups), load_b))
     return plans
 
 

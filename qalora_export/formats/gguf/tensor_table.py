@@ -7,53 +7,49 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.model_folder import as_float32, same_bytes
 from qalora_export.errors import InputError
-from qalora_export.formats.gguf.blocks import BLOCK_FORMATS, QK, check_group, exact_format
 from qalora_export.formats.gguf.names import NameMap
-from qalora_export.formats.gguf.packed_blocks import encode
 from qalora_export.formats.gguf.permute import row_order
+from qalora_export.formats.gguf.types import (
+    F32,
+    PLAIN_TYPES,
+    BlockType,
+    GgufType,
+    base_type,
+    check_group,
+    exact_type,
+)
 from qalora_export.grid import PackedAffine
-from qalora_export.grid.narrow import BFLOAT16
 from qalora_export.models.families import Family, family_of, rope_of
 from qalora_export.models.families.family import head_dim
 
-# A GGUF type for every dtype a plain matrix may have: the bytes are copied.
-PLAIN_TYPES: dict[np.dtype, str] = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", BFLOAT16: "BF16"}
-PLAIN_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 ROPE_FREQUENCIES = "rope_freqs.weight"
 # Old Llama files carry this buffer; it follows from config.json and no runtime reads it.
 DERIVED = ".rotary_emb.inv_freq"
-# bits -> block type; "f32" (no blocks) is the twin for the exact path of verify-parity.
-LAYOUTS: dict[str, dict[int, str]] = {
-    "q4_1": {2: "Q4_1", 3: "Q4_1", 4: "Q4_1", 8: "Q8_0"},
-    "split": {2: "Q4_0", 3: "Q4_0", 4: "Q4_0", 8: "Q8_0"},
-    "f32": {2: "F32", 3: "F32", 4: "F32", 8: "F32"},
-}
 
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
-    """name: in GGUF; kind: GGUF type; shape: elements, row-major; load: those rows as stored (uint8 for blocks)."""
+    """name: in GGUF; kind: its type; shape: elements, row-major; load: those rows as stored (uint8 for blocks)."""
 
     name: str
-    kind: str
+    kind: type[GgufType]
     shape: tuple[int, ...]
     load: Callable[[slice], NDArray[Any]]
 
     @property
     def nbytes(self) -> int:
-        if self.kind in BLOCK_FORMATS:
-            return math.prod(self.shape) // QK * BLOCK_FORMATS[self.kind].block_bytes
-        return math.prod(self.shape) * PLAIN_BYTES[self.kind]
+        return self.kind.nbytes(self.shape)
 
 
 def plan_model(checkpoint: CanonicalCheckpoint, layout: str) -> list[TensorPlan]:
-    """Every tensor of the model in one layout. Raises InputError for what GGUF cannot hold exactly or does not name."""
+    """Every tensor of the model in one layout: "q4_1" (each by itself), "split" (bases; offsets go elsewhere) or "f32".
+
+    Raises InputError for what GGUF cannot hold exactly or does not name."""
     family = family_of(checkpoint.config)
     _check_complete(checkpoint, family)
     names = NameMap(family.gguf_arch, checkpoint.config["num_hidden_layers"])
@@ -65,9 +61,9 @@ def plan_model(checkpoint: CanonicalCheckpoint, layout: str) -> list[TensorPlan]
     return plans
 
 
-def prevailing_type(plans: list[TensorPlan]) -> str:
-    """The type that holds most elements of the matrices in decoder layers (general.file_type)."""
-    totals: dict[str, int] = {}
+def prevailing_type(plans: list[TensorPlan]) -> type[GgufType]:
+    """The type that holds most elements of the matrices in decoder layers."""
+    totals: dict[type[GgufType], int] = {}
     for plan in plans:
         if plan.name.startswith("blk.") and len(plan.shape) == 2:
             totals[plan.kind] = totals.get(plan.kind, 0) + math.prod(plan.shape)
@@ -82,37 +78,41 @@ def gguf_rows(checkpoint: CanonicalCheckpoint, family: Family, module: str, rows
 
 
 def _quantized(checkpoint: CanonicalCheckpoint, family: Family, names: NameMap, module: str, layout: str) -> TensorPlan:
-    bits, group_size = checkpoint.modules[module]
-    kind = LAYOUTS[layout][bits]
+    kind = _matrix_type(checkpoint, module, layout)
     rows, groups = checkpoint.entry(f"{module}.scale").shape
-    if layout != "f32":
-        check_group(group_size, where=f"{checkpoint.path}: {module}")
-    if layout == "q4_1" and bits == 8:
-        exact_format(checkpoint.group_affine(module), where=f"{checkpoint.path}: {module}")
 
     def load(wanted: slice) -> NDArray[Any]:
         matrix = gguf_rows(checkpoint, family, module, wanted)
-        return matrix.unpack().dequantize() if kind == "F32" else encode(kind, matrix)
+        return kind.pack(matrix) if issubclass(kind, BlockType) else matrix.unpack().dequantize()
 
-    return TensorPlan(names.to_gguf(f"{module}.weight"), kind, (rows, groups * group_size), load)
+    return TensorPlan(names.to_gguf(f"{module}.weight"), kind, (rows, groups * checkpoint.modules[module][1]), load)
+
+
+def _matrix_type(checkpoint: CanonicalCheckpoint, module: str, layout: str) -> type[GgufType]:
+    if layout == "f32":  # no blocks: the twin for the exact path of verify-parity
+        return F32
+    (bits, group_size), where = checkpoint.modules[module], f"{checkpoint.path}: {module}"
+    check_group(group_size, where=where)
+    return base_type(bits) if layout == "split" else exact_type(bits, lambda: checkpoint.packed(module), where=where)
 
 
 def _plain(checkpoint: CanonicalCheckpoint, family: Family, names: NameMap, name: str, layout: str) -> TensorPlan:
     """A tensor that is not quantized: matrices keep their dtype, vectors become F32 (exact from any of the three)."""
     entry = checkpoint.entry(name)
-    if entry.dtype not in PLAIN_TYPES or len(entry.shape) not in (1, 2):
+    same = next((kind for kind in PLAIN_TYPES.values() if kind.dtype == entry.dtype), None)
+    if same is None or len(entry.shape) not in (1, 2):
         raise InputError(
             f"{entry.dtype}{entry.shape} has no exact GGUF type",
             where=f"{checkpoint.path}: {name}",
             why="expected a matrix or vector of F32, F16 or BF16",
         )
-    kind = "F32" if layout == "f32" or len(entry.shape) == 1 else PLAIN_TYPES[entry.dtype]
+    kind = F32 if layout == "f32" or len(entry.shape) == 1 else same
     heads = family.permuted_heads(name.rpartition(".")[0], checkpoint.config)
 
     def load(wanted: slice) -> NDArray[Any]:
         tensor = checkpoint.tensor(name)
         tensor = tensor[wanted] if heads is None else tensor[row_order(tensor.shape[0], heads)[wanted]]
-        return as_float32(tensor) if kind == "F32" else tensor
+        return as_float32(tensor) if kind is F32 else tensor
 
     return TensorPlan(names.to_gguf(name), kind, entry.shape, load)
 
@@ -122,7 +122,7 @@ def _frequencies(checkpoint: CanonicalCheckpoint, family: Family) -> TensorPlan:
     factors = rope_of(checkpoint.config, family.rope_types).frequency_factors(size)
     if factors is None:
         raise InputError("rotary scaling has no frequency factors", where=checkpoint.path)
-    return TensorPlan(ROPE_FREQUENCIES, "F32", factors.shape, factors.__getitem__)
+    return TensorPlan(ROPE_FREQUENCIES, F32, factors.shape, factors.__getitem__)
 
 
 def _plain_names(checkpoint: CanonicalCheckpoint) -> Iterator[str]:

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.console import track
-from qalora_export.formats.gguf.blocks import BLOCK_FORMATS
 from qalora_export.formats.gguf.metadata import Entry
 from qalora_export.formats.gguf.tensor_table import TensorPlan
+from qalora_export.formats.gguf.types import BlockType
 from qalora_export.formats.gguf.validate import ALIGNMENT
 from qalora_export.formats.streaming import BlockHasher, prepared, row_blocks
 
@@ -32,7 +32,7 @@ def write_gguf(
         blocks = prepared(_load, ((plan, rows) for plan in plans for rows in row_blocks(plan.shape[0], plan.nbytes)))
         for plan in track(plans, description):
             digest = _write_tensor(file, plan, blocks, hasher)
-            tensors[plan.name] = {"dtype": plan.kind, "shape": list(plan.shape), "sha256": digest}
+            tensors[plan.name] = {"dtype": plan.kind.name, "shape": list(plan.shape), "sha256": digest}
     return {name: entry | {"sha256": entry["sha256"].result()} for name, entry in tensors.items()}
 
 
@@ -44,10 +44,10 @@ def _write_header(path: Path, arch: str, entries: list[Entry], plans: list[Tenso
         for entry in entries:
             getattr(writer, f"add_{entry.kind}")(entry.key, entry.value)
         for plan in plans:
-            block = BLOCK_FORMATS.get(plan.kind)
+            block = issubclass(plan.kind, BlockType)
             rows = (plan.shape[0], plan.nbytes // plan.shape[0]) if block else plan.shape
             dtype = np.dtype(np.uint8) if block else np.dtype(np.float32)  # uint8 tells the writer: shape is in bytes
-            writer.add_tensor_info(plan.name, rows, dtype, plan.nbytes, GGMLQuantizationType[plan.kind])
+            writer.add_tensor_info(plan.name, rows, dtype, plan.nbytes, GGMLQuantizationType(plan.kind.id))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.errors import InputError, UnsafeInputError
-from qalora_export.formats.onnx.split_form import CONTAINER_BITS, from_blocks, implied_offset
+from qalora_export.formats.onnx.split_form import CONTAINER_BITS, from_blocks
 from qalora_export.formats.onnx.validate import read_model
-from qalora_export.grid import GroupAffine, PackedAffine, pack_codes
+from qalora_export.grid import GroupAffine, PackedAffine, implied_offset, pack_codes
 from qalora_export.safety import inside
 from qalora_export.safety.limits import parse_json
 

@@ -1,4 +1,4 @@
-"""The exact split form of a quantized linear (design §5): numbers and byte layout, numpy only.
+"""The exact split form of a quantized linear (DESIGN.md, "ONNX split form"): numbers and byte layout, numpy only.
 
     y = MatMulNBits(x; codes, s, zero z) + GroupSum_g(x) · Rᵀ        R = m + z·s
 
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.errors import InputError
-from qalora_export.grid import fp16_is_finite, fp16_largest, pack_codes, unpack_codes
+from qalora_export.grid import fp16_is_finite, fp16_largest, implied_offset, pack_codes, unpack_codes
 
 CONTAINER_BITS = {2: 2, 3: 4, 4: 4, 8: 8}  # code bits -> bits of one MatMulNBits element
 MIN_BLOCK = 16  # MatMulNBits: block_size is a power of two, at least 16
@@ -64,12 +64,6 @@ def _is_symmetric(scale: NDArray[np.float16], offset: NDArray[np.float16], zero:
         np.array_equal(implied_offset(scale[rows], zero).view(np.uint16), offset[rows].view(np.uint16))
         for rows in (slice(1), slice(None))
     )
-
-
-def implied_offset(scale: NDArray[np.float16], zero: int) -> NDArray[np.float16]:
-    """float16(−z·s) (out, in/g): the offset of a tensor without remainder. Infinite where it does not fit."""
-    with np.errstate(over="ignore"):
-        return (-np.float32(zero) * scale.astype(np.float32)).astype(np.float16)
 
 
 def remainder_is_exact(scale: NDArray[np.float16], offset: NDArray[np.float16], zero: int) -> bool:

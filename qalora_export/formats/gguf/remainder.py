@@ -1,0 +1,52 @@
+"""The numbers of layout "split": what a block type with an implied zero leaves over, and back.
+
+R = m + zero·s          m = R − zero·s          lora_b · (lora_a · x) = R · groupsum(x)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qalora_export.errors import InputError, UnsafeInputError
+from qalora_export.grid import GroupAffine, PackedAffine
+
+
+def remainder(matrix: GroupAffine | PackedAffine, zero: int, *, where: str) -> NDArray[np.float32]:
+    """R = m + zero·s, float32 (out, in/g): what a block format with a fixed zero leaves over.
+
+    Raises InputError when float32 cannot hold R exactly (m and s more than about 13 binary orders apart); float64
+    always can, as fp16 spans 40 binary orders.
+    """
+    exact = matrix.offset.astype(np.float64) + zero * matrix.scale.astype(np.float64)
+    held = exact.astype(np.float32)
+    if not np.array_equal(held.astype(np.float64), exact):
+        raise InputError(
+            "offset + zero · scale is not exact in float32",
+            where=where,
+            why="scale and offset of one group are too many binary orders apart",
+            fix="export this checkpoint with layout q4_1",
+        )
+    return held
+
+
+def with_remainder(matrix: PackedAffine, rest: NDArray[np.float32], zero: int, *, where: object) -> PackedAffine:
+    """The same rows with offset = R − z·s. Raises UnsafeInputError unless that offset is an fp16."""
+    if rest.shape != matrix.scale.shape:
+        raise UnsafeInputError("not an offset adapter of this matrix", where=where)
+    exact = rest.astype(np.float64) - zero * matrix.scale.astype(np.float64)
+    with np.errstate(over="ignore"):
+        offset = exact.astype(np.float16)
+    if not np.isfinite(offset).all():
+        raise UnsafeInputError("a remainder makes an offset that fp16 does not hold", where=where)
+    found = dataclasses.replace(matrix, offset=offset)
+    if not np.array_equal(remainder(found, zero, where=str(where)), rest):
+        raise UnsafeInputError("a remainder does not come from an fp16 offset", where=where)
+    return found
+
+
+def group_indicator(groups: int, group_size: int) -> NDArray[np.float32]:
+    """float32 (groups, groups · g): row k is 1 on group k, so lora_a · x is the sum of each group of x."""
+    return np.repeat(np.eye(groups, dtype=np.float32), group_size, axis=1)

@@ -1,0 +1,332 @@
+"""The tensor types of GGUF that we read and write: one class each, registered by being defined.
+
+Sources: ggml/src/ggml-common.h (block_q4_1, …), ggml-quants.c (dequantize_row_*), ggml.h (enum ggml_type), llama.h
+(enum llama_ftype). A block covers QK = 32 consecutive in-features of one row of a matrix.
+
+**To add a block type** write one subclass of BlockType at the end of this file: its numbers, `put_codes` and
+`take_codes` (fast, all rows) and `slow_unpack` (obvious, one block). A type whose blocks hold more than d, m and codes
+overrides `pack` and `unpack`. Nothing else needs an edit to read it back, compare it, dequantize it, make its F32 twin
+or inspect it, and tests/formats/gguf/test_types.py tries every registered type against its oracle and the gguf package.
+Of several types that hold a matrix exactly the one registered first is written.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qalora_export.errors import InputError, UnsafeInputError
+from qalora_export.grid import PackedAffine, implied_offset, pack_codes, unpack_codes
+from qalora_export.grid.narrow import BFLOAT16
+
+QK = 32
+FP16 = 2  # bytes
+
+BLOCK_TYPES: dict[str, type[BlockType]] = {}
+PLAIN_TYPES: dict[str, type[PlainType]] = {}
+
+
+class GgufType(ABC):
+    """name: ggml's, that of the class. id: enum ggml_type. file_type: enum llama_ftype of a file mostly of this type.
+
+    block_size: elements in a block. block_bytes: its bytes.
+    """
+
+    name: ClassVar[str]
+    id: ClassVar[int]
+    file_type: ClassVar[int]
+    block_size: ClassVar[int]
+    block_bytes: ClassVar[int]
+
+    @classmethod
+    def nbytes(cls, shape: tuple[int, ...]) -> int:
+        """Bytes of a tensor of `shape` (elements, row-major)."""
+        return math.prod(shape) // cls.block_size * cls.block_bytes
+
+
+class PlainType(GgufType):
+    """Numbers without blocks: the bytes are those of a numpy dtype."""
+
+    block_size = 1
+    dtype: ClassVar[np.dtype[Any]]
+
+    def __init_subclass__(cls) -> None:
+        cls.name, cls.block_bytes = cls.__name__, cls.dtype.itemsize
+        PLAIN_TYPES[cls.name] = cls
+
+
+class F32(PlainType):
+    """IEEE single precision."""
+
+    id, file_type, dtype = 0, 0, np.dtype("<f4")
+
+
+class F16(PlainType):
+    """IEEE half precision."""
+
+    id, file_type, dtype = 1, 1, np.dtype("<f2")
+
+
+class BF16(PlainType):
+    """The upper half of an F32."""
+
+    id, file_type, dtype = 30, 32, BFLOAT16
+
+
+class BlockType(GgufType):
+    """Blocks of a scale d, perhaps a min m, and codes:  w = d·q + m, or w = d·(q − zero).
+
+    layout: one block as a record with the fp16 bit patterns `d` and, where zero is None, `m`. code_bits: of a code in
+    the block. bits: canonical bits of codes it may hold, the last of which is assumed for files of other tools. zero:
+    the implied zero, or None where each block carries its own min.
+    """
+
+    block_size = QK
+    layout: ClassVar[np.dtype[Any]]
+    code_bits: ClassVar[int]
+    carrier: ClassVar[int]  # canonical bits at which codes come and go: 4 or 8, the least that holds code_bits
+    bits: ClassVar[tuple[int, ...]]
+    zero: ClassVar[int | None] = None
+
+    def __init_subclass__(cls, *, abstract: bool = False) -> None:
+        if abstract:
+            return
+        cls.name, cls.block_bytes = cls.__name__, cls.layout.itemsize
+        cls.carrier = 4 if cls.code_bits <= 4 else 8
+        taken = {kind.id: name for name, kind in BLOCK_TYPES.items()}
+        if cls.name in BLOCK_TYPES or cls.id in taken:
+            raise TypeError(f"GGUF type {cls.name} ({cls.id}) is registered twice: {taken.get(cls.id, cls.name)}")
+        BLOCK_TYPES[cls.name] = cls
+
+    @classmethod
+    @abstractmethod
+    def put_codes(cls, blocks: NDArray[Any], codes: NDArray[np.uint8]) -> None:
+        """Write codes (rows, in·carrier/8), packed at `carrier` bits, into the records (rows, in/32)."""
+
+    @classmethod
+    @abstractmethod
+    def take_codes(cls, blocks: NDArray[Any]) -> NDArray[np.uint8]:
+        """The inverse: codes (rows, in·carrier/8), packed at `carrier` bits."""
+
+    @classmethod
+    @abstractmethod
+    def slow_unpack(cls, block: bytes) -> tuple[list[int], float, float]:
+        """The oracle of tests: 32 codes, d and m of one block, a byte at a time as ggml declares it."""
+
+    @classmethod
+    def holds_all(cls, bits: int) -> bool:
+        """Whether every matrix of that many bits is exactly in this type, whatever its values."""
+        return cls.zero is None and bits in cls.bits and bits <= cls.code_bits
+
+    @classmethod
+    def holds(cls, matrix: PackedAffine) -> bool:
+        """Whether this very matrix is exactly in this type: its codes fit, and so does its offset (−0 equals 0)."""
+        if cls.holds_all(matrix.bits):
+            return True
+        if matrix.bits not in cls.bits:
+            return False
+        if cls.zero is not None and not np.array_equal(matrix.offset, implied_offset(matrix.scale, cls.zero)):
+            return False
+        return matrix.bits <= cls.code_bits or not int(unpack_codes(matrix.codes, matrix.bits).max()) >> cls.code_bits
+
+    @classmethod
+    def pack(cls, matrix: PackedAffine) -> NDArray[np.uint8]:
+        """Rows of blocks (out, in/32 · block_bytes) uint8; d and m are repeated when a group spans several blocks.
+
+        Codes and scale are held exactly, and so is the offset where blocks carry it; elsewhere the caller sees to the
+        difference (`holds`, or layout "split"). Raises InputError for other bits, smaller groups and larger codes.
+        """
+        check_group(matrix.group_size, where=cls.name)
+        if matrix.bits not in cls.bits:
+            raise InputError(f"{matrix.bits}-bit codes do not go into {cls.name}", why=f"it holds {cls.bits} bits")
+        blocks = np.empty((matrix.shape[0], matrix.shape[1] // QK), cls.layout)
+        blocks["d"] = _per_block(matrix.scale, matrix.group_size)
+        if cls.zero is None:
+            blocks["m"] = _per_block(matrix.offset, matrix.group_size)
+        codes = _repacked(matrix.codes, matrix.bits, cls.carrier)
+        if min(matrix.bits, cls.carrier) > cls.code_bits and int(codes.max()) >> cls.code_bits:
+            raise InputError(
+                f"code {int(codes.max())} does not fit in {cls.name}", why=f"it holds {cls.code_bits} bits"
+            )
+        cls.put_codes(blocks, codes)
+        return blocks.view(np.uint8)
+
+    @classmethod
+    def unpack(cls, rows: NDArray[np.uint8], *, bits: int, group_size: int) -> PackedAffine:
+        """The inverse of pack; offset = −zero·s where the zero is implied.
+
+        bits and group_size are what the writer declared: UnsafeInputError when the blocks contradict them or hold NaN,
+        InputError when the implied offset overflows fp16.
+        """
+        check_group(group_size, where="declared by the file")
+        if bits not in cls.bits:
+            raise UnsafeInputError(f"{bits}-bit codes declared for {cls.name}", why=f"it holds {cls.bits} bits")
+        blocks = np.ascontiguousarray(rows).view(cls.layout)
+        scale = _grouped(blocks["d"], group_size, "scale")
+        offset = _grouped(blocks["m"], group_size, "offset") if cls.zero is None else _implied(scale, cls.zero)
+        try:
+            codes = _repacked(cls.take_codes(blocks), cls.carrier, bits)
+            return PackedAffine(codes, scale, offset, bits, group_size)
+        except InputError as error:
+            raise UnsafeInputError(error.what, why="the blocks hold no canonical numbers") from error
+
+
+def exact_type(bits: int, load: Callable[[], PackedAffine], *, where: str) -> type[BlockType]:
+    """The type that holds a matrix by itself; `load` is called where its values decide. InputError when none does."""
+    for kind in BLOCK_TYPES.values():
+        if kind.holds_all(bits):
+            return kind
+    matrix = load()
+    for kind in BLOCK_TYPES.values():
+        if kind.holds(matrix):
+            return kind
+    raise InputError(
+        f"{bits}-bit codes with a free offset have no exact GGUF type",
+        where=where,
+        why="Q8_0 is symmetric: its offset is −128·scale",
+        fix="export to ONNX, which holds them; or use layout split; or quantize this module with "
+        "sym = true or at 4 bits",
+    )
+
+
+def base_type(bits: int) -> type[BlockType]:
+    """The type with an implied zero that holds codes of these bits and their scale: the base of layout "split"."""
+    return next(kind for kind in BLOCK_TYPES.values() if kind.zero is not None and bits in kind.bits)
+
+
+def check_group(group_size: int, *, where: str) -> None:
+    """GGUF blocks cover 32 in-features, so smaller groups do not fit. Raises InputError."""
+    if group_size % QK:
+        raise InputError(
+            f"group size {group_size} does not fit GGUF blocks of {QK}",
+            where=where,
+            fix="quantize with group_size 32, 64 or 128, or export to ONNX",
+        )
+
+
+def _per_block(values: NDArray[np.float16], group_size: int) -> NDArray[np.uint16]:
+    """fp16 (out, in/g) -> its bit patterns, one per block (out, in/32)."""
+    patterns = values.view("<u2")
+    return patterns if group_size == QK else np.repeat(patterns, group_size // QK, axis=1)
+
+
+def _grouped(per_block: NDArray[np.uint16], group_size: int, what: str) -> NDArray[np.float16]:
+    """Bit patterns per block (out, in/32) -> fp16 (out, in/g), after checking that the blocks of a group agree."""
+    span = group_size // QK
+    if per_block.shape[1] % span:
+        raise UnsafeInputError(f"{per_block.shape[1]} blocks do not divide into groups of {group_size}")
+    groups = per_block.reshape(per_block.shape[0], -1, span)
+    if not (groups == groups[..., :1]).all():
+        raise UnsafeInputError(f"blocks of one group disagree about its {what}", why=f"declared group {group_size}")
+    return np.ascontiguousarray(groups[..., 0]).view("<f2").astype(np.float16, copy=False)
+
+
+def _repacked(codes: NDArray[np.uint8], bits: int, target: int) -> NDArray[np.uint8]:
+    """Packed codes at another width. Raises InputError when one does not fit."""
+    return codes if bits == target else pack_codes(unpack_codes(codes, bits), target)
+
+
+def _implied(scale: NDArray[np.float16], zero: int) -> NDArray[np.float16]:
+    offset = implied_offset(scale, zero)
+    if np.isinf(offset).any() and np.isfinite(scale).all():
+        raise InputError(f"−{zero}·scale overflows fp16", why=f"a scale exceeds {65504 / zero:g}")
+    return offset
+
+
+class _Nibbles(BlockType, abstract=True):
+    """Codes of 4 bits: byte j of the 16 bytes `qs` = element j | element j+16 << 4 (grid.packing: 2j | 2j+1 << 4).
+
+    As words of eight bytes a = packed 0..7 and b = packed 8..15, the even bytes of `qs` are the low nibbles of a beside
+    those of b, the odd ones the high nibbles: 16 codes move at a time, and codes of 4 bits are never unpacked.
+    """
+
+    code_bits, bits = 4, (2, 3, 4)
+
+    @classmethod
+    def put_codes(cls, blocks: NDArray[Any], codes: NDArray[np.uint8]) -> None:
+        a, b = np.ascontiguousarray(codes).reshape(-1).view("<u8").reshape(-1, 2).T
+        even = (a & _LOW) | ((b & _LOW) << _FOUR)
+        odd = ((a >> _FOUR) & _LOW) | (b & _HIGH)
+        both = odd.view(np.uint8).astype("<u2") << _EIGHT
+        both |= even.view(np.uint8)
+        blocks["qs"] = both.view(f"V{QK // 2}").reshape(blocks.shape)  # opaque items move several times faster
+
+    @classmethod
+    def take_codes(cls, blocks: NDArray[Any]) -> NDArray[np.uint8]:
+        both = np.ascontiguousarray(blocks["qs"]).view("<u2").reshape(-1)
+        even, odd = both.astype(np.uint8).view("<u8"), (both >> _EIGHT).astype(np.uint8).view("<u8")
+        words = np.empty((even.size, 2), "<u8")
+        words[:, 0] = (even & _LOW) | ((odd & _LOW) << _FOUR)
+        words[:, 1] = ((even >> _FOUR) & _LOW) | (odd & _HIGH)
+        return words.view(np.uint8).reshape(len(blocks), -1)
+
+
+_LOW, _HIGH = np.uint64(0x0F0F0F0F0F0F0F0F), np.uint64(0xF0F0F0F0F0F0F0F0)
+_FOUR, _EIGHT = np.uint64(4), np.uint16(8)
+
+
+class Q4_1(_Nibbles):
+    """The canonical form itself, w = d·q + m:
+
+    0        2        4                                   20 bytes
+    │ d fp16 │ m fp16 │ qs: 16 bytes, see _Nibbles         │
+    """
+
+    id, file_type = 3, 3
+    layout = np.dtype([("d", "<u2"), ("m", "<u2"), ("qs", f"V{QK // 2}")])  # FP16 + FP16 + QK // 2
+
+    @classmethod
+    def slow_unpack(cls, block: bytes) -> tuple[list[int], float, float]:
+        d, m = struct.unpack_from("<ee", block)
+        return _slow_nibbles(block[2 * FP16 :]), d, m
+
+
+class Q4_0(_Nibbles):
+    """Symmetric about 8, w = d·(q − 8):
+
+    0        2                                   18 bytes
+    │ d fp16 │ qs: 16 bytes, see _Nibbles         │
+    """
+
+    id, file_type, zero = 2, 2, 8
+    layout = np.dtype([("d", "<u2"), ("qs", f"V{QK // 2}")])  # FP16 + QK // 2
+
+    @classmethod
+    def slow_unpack(cls, block: bytes) -> tuple[list[int], float, float]:
+        (d,) = struct.unpack_from("<e", block)
+        return _slow_nibbles(block[FP16:]), d, -cls.zero * d
+
+
+class Q8_0(BlockType):
+    """Symmetric about 128, w = d·(q − 128):
+
+    0        2                                                     34 bytes
+    │ d fp16 │ qs: 32 × int8, byte j = q of element j − 128         │
+    """
+
+    id, file_type, zero = 8, 7, 128
+    code_bits, bits = 8, (8,)
+    layout = np.dtype([("d", "<u2"), ("qs", f"V{QK}")])  # FP16 + QK
+
+    @classmethod
+    def put_codes(cls, blocks: NDArray[Any], codes: NDArray[np.uint8]) -> None:
+        blocks["qs"] = (codes ^ np.uint8(128)).view(f"V{QK}").reshape(blocks.shape)  # q − 128 in two's complement
+
+    @classmethod
+    def take_codes(cls, blocks: NDArray[Any]) -> NDArray[np.uint8]:
+        return np.ascontiguousarray(blocks["qs"]).view(np.uint8).reshape(len(blocks), -1) ^ np.uint8(128)
+
+    @classmethod
+    def slow_unpack(cls, block: bytes) -> tuple[list[int], float, float]:
+        d, *q = struct.unpack("<e32b", block)
+        return [value + 128 for value in q], d, -cls.zero * d
+
+
+def _slow_nibbles(qs: bytes) -> list[int]:
+    return [qs[j] & 15 for j in range(QK // 2)] + [qs[j] >> 4 for j in range(QK // 2)]
