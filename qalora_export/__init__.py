@@ -8,6 +8,9 @@
     q.export_gguf("merged.qalora", "model.gguf")
     report = q.verify_parity("merged.qalora", "report", gguf="model.gguf")
 
+Every path is a str or a PathLike. Every stage returns a frozen report, raises a QaloraError for what the user can put
+right, prints nothing, and tells of its progress through `logging` (a line a minute at level INFO).
+
 Importing this package makes `AutoModelForCausalLM.from_pretrained` understand canonical checkpoints
 (`quant_method = "qalora"`). Everything named here is imported when it is first used, torch with it, so `import
 qalora_export` is cheap.
@@ -23,23 +26,31 @@ from qalora_export.version import __version__
 
 if TYPE_CHECKING:
     from qalora_export.errors import InputError, ParityError, QaloraError, RuntimeUnavailableError, UnsafeInputError
-    from qalora_export.evaluation import evaluate
+    from qalora_export.evaluation import EvaluateReport, evaluate
+    from qalora_export.formats.export_report import ExportReport
     from qalora_export.formats.gguf.export import export_gguf
     from qalora_export.formats.onnx.export import export_onnx
+    from qalora_export.inspection.view import View
+    from qalora_export.inspection.view import open_view as load
     from qalora_export.models.loading import load_model, load_tokenizer
-    from qalora_export.pipeline import run
-    from qalora_export.qalora.merge import merge
-    from qalora_export.qalora.training.stage import train
+    from qalora_export.pipeline import RunReport, run
+    from qalora_export.qalora.merge import MergeReport, merge
+    from qalora_export.qalora.training.stage import TrainReport, train
+    from qalora_export.quantization.report import QuantizeReport
     from qalora_export.quantization.stage import quantize
     from qalora_export.recipe import (
         EvaluateSettings,
+        ExportSettings,
         GgufSettings,
         OnnxSettings,
+        QuantizeRule,
         QuantizeSettings,
         Recipe,
         TrainSettings,
         VerifySettings,
+        load_recipe,
     )
+    from qalora_export.verify.report.parity_report import ParityReport
     from qalora_export.verify.stage import verify_parity
 
 __all__ = [  # noqa: RUF022  (in the order of the line, then what it takes and raises)
@@ -51,15 +62,27 @@ __all__ = [  # noqa: RUF022  (in the order of the line, then what it takes and r
     "verify_parity",
     "evaluate",
     "run",
+    "load",
     "load_model",
     "load_tokenizer",
+    "load_recipe",
     "Recipe",
     "QuantizeSettings",
+    "QuantizeRule",
     "TrainSettings",
     "EvaluateSettings",
+    "ExportSettings",
     "GgufSettings",
     "OnnxSettings",
     "VerifySettings",
+    "QuantizeReport",
+    "TrainReport",
+    "MergeReport",
+    "ExportReport",
+    "ParityReport",
+    "EvaluateReport",
+    "RunReport",
+    "View",
     "QaloraError",
     "InputError",
     "UnsafeInputError",
@@ -68,8 +91,9 @@ __all__ = [  # noqa: RUF022  (in the order of the line, then what it takes and r
     "__version__",
 ]
 
-# Where a public name is defined; settings are in recipe, exceptions in errors. No name here is also a module or
-# subpackage of ours: importing one of those sets it as an attribute of this package and would shadow the function.
+# Where a public name is defined ("module:name" where it has another name there); settings are in recipe, exceptions in
+# errors. No name here is also a module or subpackage of ours: importing one of those sets it as an attribute of this
+# package and would shadow the function.
 _HOME = {
     "quantize": "quantization.stage",
     "train": "qalora.training.stage",
@@ -79,8 +103,17 @@ _HOME = {
     "verify_parity": "verify.stage",
     "evaluate": "evaluation",
     "run": "pipeline",
+    "load": "inspection.view:open_view",
     "load_model": "models.loading",
     "load_tokenizer": "models.loading",
+    "QuantizeReport": "quantization.report",
+    "TrainReport": "qalora.training.stage",
+    "MergeReport": "qalora.merge",
+    "ExportReport": "formats.export_report",
+    "ParityReport": "verify.report.parity_report",
+    "EvaluateReport": "evaluation",
+    "RunReport": "pipeline",
+    "View": "inspection.view",
 }
 
 register_with_transformers()
@@ -90,7 +123,8 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = _HOME.get(name) or ("errors" if name.endswith("Error") else "recipe")
-    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    module, _, other_name = home.partition(":")
+    value = getattr(importlib.import_module(f"{__name__}.{module}"), other_name or name)
     globals()[name] = value
     return value
 

@@ -8,45 +8,57 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qalora_export.console import track
 from qalora_export.data.records import Record, read_records
 from qalora_export.data.samples import render
 from qalora_export.errors import InputError
+from qalora_export.progress import track
 from qalora_export.recipe import EvaluateSettings
-from qalora_export.safety import atomic_file, refuse_existing, sha256_file
+from qalora_export.safety import StrPath, atomic_file, refuse_existing, sha256_file
 
 Prompt = tuple[list[int], Record]  # token ids of everything before the answer
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
+class Miss:
+    """A wrong answer."""
+
+    prompt: str
+    expected: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateReport:
     """Exact matches out of total; `misses` shows the first few wrong answers."""
 
     model: str
     data_sha256: str
     total: int
     exact: int
-    misses: list[dict[str, str]]
+    misses: tuple[Miss, ...]
 
     @property
     def accuracy(self) -> float:
         return self.exact / self.total
 
 
-def evaluate(model: Path, settings: EvaluateSettings, out: Path | None = None, *, force: bool = False) -> Score:
+def evaluate(
+    model: StrPath, settings: EvaluateSettings, out: StrPath | None = None, *, force: bool = False
+) -> EvaluateReport:
     """Score a model folder (plain or canonical) on chat JSONL in float32; writes `out` as JSON when given.
 
     Prompts of equal length share a batch, so no padding enters the numbers. Raises InputError for unusable data.
     """
     from qalora_export.models.loading import load_model, load_tokenizer
 
+    model, out = Path(model), None if out is None else Path(out)
     if out is not None:
         refuse_existing(out, force=force)
     samples = read_samples(Path(settings.data))[: settings.limit]
     network, tokenizer = load_model(model), load_tokenizer(model)
     context = network.config.max_position_embeddings
     batches = _batches(tokenizer, samples, settings.batch_size, context - settings.max_new_tokens, Path(settings.data))
-    exact, misses = 0, list[dict[str, str]]()
+    exact, misses = 0, list[Miss]()
     for batch in track(batches, f"evaluate {model.name}"):
         answers = _answers(network, tokenizer, [ids for ids, _ in batch], settings.max_new_tokens)
         for (_, sample), answer in zip(batch, answers, strict=True):
@@ -54,8 +66,8 @@ def evaluate(model: Path, settings: EvaluateSettings, out: Path | None = None, *
             if answer == expected.strip():
                 exact += 1
             elif len(misses) < 5:
-                misses.append({"prompt": sample.messages[-2][1], "expected": expected, "answer": answer})
-    score = Score(model.name, sha256_file(Path(settings.data)), len(samples), exact, misses)
+                misses.append(Miss(sample.messages[-2][1], expected, answer))
+    score = EvaluateReport(model.name, sha256_file(Path(settings.data)), len(samples), exact, tuple(misses))
     if out is not None:
         with atomic_file(out, force=force) as temporary:
             temporary.write_text(json.dumps(asdict(score) | {"accuracy": score.accuracy}, indent=2) + "\n", "utf-8")

@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qalora_export.checkpoint.manifest import MANIFEST, parent_of, verify_files, verify_manifest
 from qalora_export.checkpoint.sidecar import sidecar_path
-from qalora_export.console import console, styled
 from qalora_export.errors import ExitCode, InputError, ParityError, RuntimeUnavailableError
 from qalora_export.model_card import write_card
-from qalora_export.recipe import EvaluateSettings, Recipe, Settings, dump_toml
+from qalora_export.recipe import EvaluateSettings, Recipe, Settings, dump_toml, load_recipe
 from qalora_export.safety import (
+    StrPath,
     atomic_file,
     could_not_write,
     read_json,
@@ -32,8 +33,14 @@ from qalora_export.safety import (
     sweep,
 )
 
+if TYPE_CHECKING:
+    from qalora_export.verify.report.parity_report import ParityReport
+
 STATE = "run.json"
 RESOLVED = "recipe.resolved.toml"
+VERIFY = "verify-parity"
+logger = logging.getLogger(__name__)
+OnStage = Callable[[str, Any], None]  # name of a stage and the report that it returned
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,39 +56,47 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """What `run` did: names of stages that ran and that were skipped, and the folder of the artifacts."""
+    """What `run` did: names of stages that ran and that were skipped, and the folder of the artifacts.
+
+    reports: what each stage that ran returned, by its name.
+    """
 
     out: Path
-    ran: list[str]
-    skipped: list[str]
+    ran: tuple[str, ...]
+    skipped: tuple[str, ...]
+    reports: dict[str, Any]
 
 
-def run(recipe: Recipe, *, force: bool = False) -> RunReport:
-    """Run every stage of a recipe, resuming where an earlier run stopped.
+def run(recipe: Recipe | StrPath, *, force: bool = False, on_stage: OnStage | None = None) -> RunReport:
+    """Run every stage of a recipe (an object, or the path of its TOML file), resuming where an earlier run stopped.
+
+    on_stage is called with name and report when a stage has run, also when parity failed.
 
     Raises InputError when an output exists that no earlier run of this folder made (unless `force`), ParityError when
     verify-parity fails, and whatever a stage raises.
     """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(Path(recipe))
     out = Path(recipe.out)
     with could_not_write(out):
         out.mkdir(parents=True, exist_ok=True)
     with single_writer(out):
-        report = _run(recipe, out, force=force)
+        report = _run(recipe, out, force=force, on_stage=on_stage or (lambda *_: None))
         sweep(out)
     return report
 
 
-def _run(recipe: Recipe, out: Path, *, force: bool) -> RunReport:
+def _run(recipe: Recipe, out: Path, *, force: bool, on_stage: OnStage) -> RunReport:
     with atomic_file(out / RESOLVED, force=True) as temporary:
         temporary.write_text(dump_toml(recipe), encoding="utf-8")
     state = _State(out / STATE)
-    ran, skipped = list[str](), list[str]()
+    reports, skipped = dict[str, Any](), list[str]()
     stages = plan(recipe)
     for number, stage in enumerate(stages, 1):
         key = _key(stage)
-        title = f"[{number}/{len(stages)}] {stage.name}"
+        place = f"[{number}/{len(stages)}]"
         if not force and state.done(stage, key):
-            console.print(styled("[bold]{}[/bold] [green]up to date[/green] {}", title, stage.output))
+            logger.info("%s %s: up to date, %s", place, stage.name, stage.output)
             skipped.append(stage.name)
             continue
         ours = force or state.owns(stage)
@@ -91,13 +106,15 @@ def _run(recipe: Recipe, out: Path, *, force: bool) -> RunReport:
                 where=stage.output,
                 fix="choose another `out`, delete it, or pass --force",
             )
-        console.print(styled("[bold]{}[/bold] → {}", title, stage.output))
+        logger.info("%s %s → %s", place, stage.name, stage.output)
         state.record(stage, key, output_hash=None)
-        stage.action(ours)
+        reports[stage.name] = stage.action(ours)
+        on_stage(stage.name, reports[stage.name])
+        if stage.name == VERIFY:
+            _require_pass(reports[stage.name])
         state.record(stage, key, output_hash=_output_hash(stage.output))
-        ran.append(stage.name)
     write_card(recipe)
-    return RunReport(out, ran, skipped)
+    return RunReport(out, tuple(reports), tuple(skipped), reports)
 
 
 def plan(recipe: Recipe) -> list[Stage]:
@@ -107,6 +124,7 @@ def plan(recipe: Recipe) -> list[Stage]:
     from qalora_export.qalora.merge import merge
     from qalora_export.qalora.training.stage import train
     from qalora_export.quantization.stage import quantize
+    from qalora_export.verify.stage import verify_parity
 
     out, source = Path(recipe.out), Path(recipe.model)
     base, adapter, merged = out / "base.qalora", out / "adapter", out / "merged.qalora"
@@ -132,11 +150,11 @@ def plan(recipe: Recipe) -> list[Stage]:
         report = out / "report"
         stages.append(
             Stage(
-                "verify-parity",
+                VERIFY,
                 (*_files(merged, v.prompts), base, *artifacts),
                 v,
                 report,
-                lambda f: _verify(merged, report, v, gguf, onnx, base, f),
+                lambda f: verify_parity(merged, report, v, gguf=gguf, onnx=onnx, base=base, force=f),
             )
         )
     return stages
@@ -151,22 +169,18 @@ def _score_stage(name: str, model: Path, settings: EvaluateSettings, out: Path) 
     )
 
 
-def _verify(
-    merged: Path, report: Path, settings: Any, gguf: Path | None, onnx: Path | None, base: Path, force: bool
-) -> None:
-    from qalora_export.verify.stage import verify_parity
-
-    result = verify_parity(merged, report, settings, gguf=gguf, onnx=onnx, base=base, force=force)
-    if result.exit_code == ExitCode.PARITY_FAILED:
+def _require_pass(report: ParityReport) -> None:
+    """Raises the exception of the report's exit code."""
+    if report.exit_code == ExitCode.PARITY_FAILED:
         raise ParityError(
             "the artifacts do not hold the numbers of the checkpoint",
-            where=report,
-            fix="the table above names gate, tensor and position; report.html has the plots",
+            where=report.out,
+            fix="report.json names gate, tensor and position; report.html has the plots",
         )
-    if result.exit_code == ExitCode.RUNTIME_UNAVAILABLE:
+    if report.exit_code == ExitCode.RUNTIME_UNAVAILABLE:
         raise RuntimeUnavailableError(
             "a requested runtime is missing or crashed: this run is not a pass",
-            where=report,
+            where=report.out,
             fix="install it, or name the runtimes you ship in [verify] runtimes",
         )
 

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A module may import from its own layer or a lower one.
 LAYERS = (
-    {"errors", "version"},
+    {"errors", "version", "progress"},
     {"grid", "safety", "console", "recipe"},
     {"checkpoint"},
     {"models", "data"},

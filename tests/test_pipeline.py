@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-import qalora_export as api
-from qalora_export.errors import InputError
+from qalora_export.errors import ExitCode, InputError, ParityError
 from qalora_export.evaluation import evaluate
 from qalora_export.pipeline import plan, run
 from qalora_export.recipe import Recipe, dump_toml, load_recipe, validated
@@ -42,14 +42,15 @@ def recipe(tiny_model: Path, tmp_path: Path) -> Recipe:
 def no_parity(monkeypatch: pytest.MonkeyPatch) -> None:
     """The verify stage has tests of its own; here its report is one empty file."""
 
-    def fake(merged: Path, report: Path, *_: object) -> None:
+    def fake(merged: Path, report: Path, *_: object, **__: object) -> SimpleNamespace:
         report.mkdir(exist_ok=True)
         (report / "report.json").write_text('{"verdict": "pass", "gates": []}')
+        return SimpleNamespace(exit_code=ExitCode.OK, out=report)
 
-    monkeypatch.setattr("qalora_export.pipeline._verify", fake)
+    monkeypatch.setattr("qalora_export.verify.stage.verify_parity", fake)
 
 
-STAGES = [
+STAGES = (
     "quantize",
     "train",
     "merge",
@@ -58,7 +59,7 @@ STAGES = [
     "export gguf",
     "export onnx",
     "verify-parity",
-]
+)
 
 
 def test_all_stages_then_nothing_then_what_changed(recipe: Recipe, no_parity: None, tmp_path: Path) -> None:
@@ -74,19 +75,19 @@ def test_all_stages_then_nothing_then_what_changed(recipe: Recipe, no_parity: No
 
     # Other training settings: quantize and the base's score stand, everything after training runs again.
     changed = recipe.model_copy(update={"train": recipe.train.model_copy(update={"rank": 3})})
-    assert run(changed).skipped == ["quantize", "evaluate base"]
+    assert run(changed).skipped == ("quantize", "evaluate base")
 
     # A damaged output is made again; what follows from it is unchanged because it comes out equal.
     with (out / "base.qalora" / "model.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\xff")
-    assert run(changed).ran == ["quantize"]
+    assert run(changed).ran == ("quantize",)
 
 
 def test_a_changed_input_file_runs_its_stages_again(recipe: Recipe, no_parity: None, tmp_path: Path) -> None:
     run(recipe)
     _samples(tmp_path / "data.jsonl", count=14)
-    assert run(recipe).skipped == ["quantize"]
+    assert run(recipe).skipped == ("quantize",)
 
 
 def test_foreign_output_is_refused(recipe: Recipe, no_parity: None) -> None:
@@ -109,11 +110,26 @@ def test_an_interrupted_stage_is_run_again(recipe: Recipe, no_parity: None, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(api, "merge", interrupted)
+        patch.setattr("qalora_export.qalora.merge.merge", interrupted)
         run(recipe)
     report = run(recipe)
-    assert report.skipped == ["quantize", "train"]
+    assert report.skipped == ("quantize", "train")
     assert report.ran[0] == "merge"
+
+
+def test_a_failed_parity_is_shown_raised_and_never_recorded_as_done(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake(merged: Path, report: Path, *_: object, **__: object) -> SimpleNamespace:
+        report.mkdir(exist_ok=True)
+        return SimpleNamespace(exit_code=ExitCode.PARITY_FAILED, out=report)
+
+    monkeypatch.setattr("qalora_export.verify.stage.verify_parity", fake)
+    seen = list[str]()
+    for _ in range(2):
+        with pytest.raises(ParityError, match="do not hold the numbers"):
+            run(recipe, on_stage=lambda name, report: seen.append(name))
+    assert seen == [*STAGES, "verify-parity"]
 
 
 def test_plan_names_every_path(recipe: Recipe) -> None:

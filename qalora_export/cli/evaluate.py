@@ -32,7 +32,7 @@ def command(
     score = evaluate(model, settings, out, force=force)
     console.print(f"exact match {score.exact}/{score.total} = {score.accuracy:.1%}")
     for miss in score.misses:
-        console.print(f"  {miss['prompt']!r}: expected {miss['expected']!r}, got {miss['answer']!r}")
+        console.print(f"  {miss.prompt!r}: expected {miss.expected!r}, got {miss.answer!r}")
     next_command(shlex.join(["qalora-export", *_next(model)]))
 
 

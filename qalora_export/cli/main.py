@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import typer
 
-from qalora_export.console import console, leave_closed_pipe, styled
+from qalora_export.console import console, leave_closed_pipe, listening, styled
 from qalora_export.errors import ExitCode, InputError, QaloraError, from_system
 from qalora_export.version import __version__
 
@@ -58,6 +58,7 @@ INTERRUPTED = 130
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # typer carries its own copy of click
 
 
+@listening()
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `qalora-export`: our errors, and the system's, as one clear message and their exit code.
 

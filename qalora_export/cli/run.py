@@ -39,13 +39,22 @@ def command(
     if out is not None:
         overrides["out"] = str(out)
     resolved = load_recipe(recipe, overrides)
-    report = run(resolved, force=force)
+    report = run(resolved, force=force, on_stage=_show)
     console.print(f"ran: {', '.join(report.ran) or 'nothing'}; up to date: {', '.join(report.skipped) or 'nothing'}")
     from qalora_export.cli.run_summary import print_summary
 
     print_summary(resolved)
     artifacts = (report.out / name for name in ("model.gguf", "onnx", "merged.qalora"))
     next_command(shlex.join(["qalora-export", "inspect", str(next(path for path in artifacts if path.exists()))]))
+
+
+def _show(stage: str, report: Any) -> None:
+    """The findings of verify-parity as soon as they are known: a run that fails ends with an exception."""
+    from qalora_export.cli.parity_table import print_report
+    from qalora_export.pipeline import VERIFY
+
+    if stage == VERIFY:
+        print_report(report)
 
 
 def _parse(text: str) -> tuple[str, Any]:

@@ -10,10 +10,6 @@ import typer
 
 from qalora_export.console import next_command
 
-# Which runtimes a given artifact is verified on when --runtime is not used.
-GGUF_RUNTIMES = ("llama.cpp",)
-ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-genai")
-
 
 def command(
     checkpoint: Annotated[Path, typer.Argument(help="Canonical checkpoint that the artifacts were exported from.")],
@@ -57,11 +53,12 @@ def command(
 
       qalora-export verify-parity merged.qalora --onnx onnx/ --runtime onnxruntime --positions 5000 --out parity/
     """
+    from qalora_export.cli.parity_table import print_report
     from qalora_export.recipe import VerifySettings, validated
-    from qalora_export.verify.stage import verify_parity
+    from qalora_export.verify.stage import runtimes_for, verify_parity
 
     given: dict[str, Any] = {
-        "runtimes": runtime or [*(GGUF_RUNTIMES if gguf else ()), *(ONNX_RUNTIMES if onnx else ())],
+        "runtimes": runtime or runtimes_for(gguf=gguf, onnx=onnx),
         "prompts": str(prompts) if prompts else None,
         "sequences": sequences,
         "positions": positions,
@@ -74,6 +71,7 @@ def command(
     report = verify_parity(
         checkpoint, out, settings, gguf=gguf, onnx=onnx, base=base, bisect=not no_bisect, force=force
     )
+    print_report(report)
     artifact = gguf or onnx  # verify_parity refuses to run without one
     compared = [] if report.passed else [checkpoint]  # value by value, when something is wrong
     next_command(shlex.join(["qalora-export", "inspect", *map(str, [artifact, *compared])]))

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qalora_export.console import track
 from qalora_export.data.records import Messages, Record, read_records
 from qalora_export.errors import InputError
+from qalora_export.progress import track
 
 IGNORED = -100  # the label of a token that is not learned (torch cross_entropy's ignore_index)
 MARKERS = re.compile(r"{%-?\s*generation\s*-?%}")

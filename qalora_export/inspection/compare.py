@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from qalora_export.console import track
 from qalora_export.grid import Differences, GroupAffine
 from qalora_export.inspection.view import View, same_values
+from qalora_export.progress import track
 
 
 @dataclass

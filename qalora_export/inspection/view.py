@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from qalora_export.checkpoint.manifest import MANIFEST, manifest_at, read_manifest
 from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.grid import GroupAffine
-from qalora_export.safety import read_json
+from qalora_export.safety import StrPath, read_json
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,13 @@ class View:
         return sum(file.stat().st_size for file in files)
 
 
-def open_view(path: Path) -> View:
-    """Open whatever lies at `path`. Raises InputError for what is none of ours, UnsafeInputError for lying files."""
+def open_view(path: StrPath) -> View:
+    """Open any artifact: a checkpoint, an adapter, a GGUF file, an ONNX folder or a plain model folder; read-only.
+
+    Tensors are read when they are asked for. Raises InputError for what is none of ours, UnsafeInputError for files
+    that lie.
+    """
+    path = Path(path)
     if path.is_file() and path.suffix == ".gguf":
         return _gguf(path)
     if not path.is_dir():

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from qalora_export.errors import InputError
+from qalora_export.safety import StrPath
 
 
-def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Any:
+def load_model(folder: StrPath, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Any:
     """A causal language model in eval mode from a local folder (canonical or plain safetensors)."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -18,6 +19,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, attention: s
     from qalora_export.checkpoint.canonical import QUANT_METHOD, CanonicalCheckpoint
     from qalora_export.checkpoint.model_folder import ModelFolder
 
+    folder = Path(folder)
     # Every header, and of a canonical checkpoint every shape, is checked before Transformers maps the files.
     quantization = ModelFolder(folder).config.get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
@@ -46,7 +48,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, attention: s
     return model.eval()
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: StrPath) -> Any:
     """The model's fast tokenizer from local files."""
     from transformers import AutoTokenizer
 

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint, CanonicalWriter
 from qalora_export.checkpoint.manifest import MANIFEST, parent_of, verify_manifest
-from qalora_export.console import track
 from qalora_export.errors import InputError, ParityError
 from qalora_export.grid import Differences, GroupAffine, difference, differing
 from qalora_export.models.loading import load_model
+from qalora_export.progress import track
 from qalora_export.qalora.adapter_files import Adapter, ModuleAdapter, ModuleShape, load_adapter, read_adapter
 from qalora_export.qalora.layer import effective_offset
-from qalora_export.safety import atomic_directory, refuse_existing
+from qalora_export.safety import StrPath, atomic_directory, refuse_existing
 
 PROBE_SEQUENCES, PROBE_LENGTH = 4, 32
 
@@ -50,7 +50,13 @@ class MergeReport:
 
 
 def merge(
-    base: Path, adapter: Path, out: Path, *, convention: str = "auto", force: bool = False, compare_logits: bool = True
+    base: StrPath,
+    adapter: StrPath,
+    out: StrPath,
+    *,
+    convention: str = "auto",
+    force: bool = False,
+    compare_logits: bool = True,
 ) -> MergeReport:
     """Write `base` with the adapter's offset_eff to `out`, one module in memory at a time.
 
@@ -58,6 +64,7 @@ def merge(
     differ from its manifest, or an offset_eff that float16 cannot hold (tensor and group named); ParityError when the
     written checkpoint is not base + adapter bit for bit. Nothing appears under `out` unless every check passed.
     """
+    base, adapter, out = Path(base), Path(adapter), Path(out)
     refuse_existing(out, force=force)
     checkpoint = CanonicalCheckpoint(base)
     if (base / MANIFEST).exists() and (damaged := verify_manifest(base)):

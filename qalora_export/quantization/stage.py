@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,11 +17,11 @@ from torch import Tensor, nn
 from qalora_export.checkpoint.canonical import CanonicalWriter
 from qalora_export.checkpoint.manifest import parent_of
 from qalora_export.checkpoint.model_folder import ModelFolder
-from qalora_export.console import track
 from qalora_export.data.calibration import calibration_windows
 from qalora_export.errors import InputError
 from qalora_export.models.families import family_of
 from qalora_export.models.skeleton import Activations, Skeleton
+from qalora_export.progress import track
 from qalora_export.quantization.gptq import gptq
 from qalora_export.quantization.gptq_import import import_gptq
 from qalora_export.quantization.hessian import Hessian, collect
@@ -29,19 +30,30 @@ from qalora_export.quantization.rtn import round_to_nearest
 from qalora_export.quantization.rules import Plan, resolve
 from qalora_export.quantization.source import gptq_config
 from qalora_export.recipe import QuantizeSettings
-from qalora_export.safety import refuse_existing, sha256_file
+from qalora_export.safety import StrPath, refuse_existing, sha256_file
+
+logger = logging.getLogger(__name__)
 
 
-def quantize(model: Path, out: Path, settings: QuantizeSettings, *, force: bool = False) -> QuantizeReport:
+def quantize(
+    model: StrPath, out: StrPath, settings: QuantizeSettings | None = None, *, force: bool = False
+) -> QuantizeReport:
     """Quantize a model folder (fp16, bf16 or fp32, sharded or not) into the canonical checkpoint `out`.
+
+    Without settings: 4 bits in groups of 32 by rounding to nearest, which needs no data. GPTQ loses less and takes
+    QuantizeSettings(calibration="text.txt").
 
     A folder in GPTQ format is imported with its own codes and scales, nothing is quantized again. CUDA is used when
     present. The same inputs and settings give the same bytes on the same machine. Raises InputError for everything
     the user can put right; nothing is left at `out` then.
     """
     began = time.perf_counter()
+    model, out = Path(model), Path(out)
     refuse_existing(out, force=force)
     folder = ModelFolder(model)
+    if settings is None:
+        settings = QuantizeSettings(method="rtn")
+        logger.info("no settings: rounding to nearest; GPTQ, which loses less, takes calibration text")
     if (packed := gptq_config(folder)) is not None:
         return import_gptq(folder, packed, out, settings, force=force)
     family_of(folder.config)

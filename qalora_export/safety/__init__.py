@@ -4,11 +4,12 @@ from qalora_export.safety.atomic import atomic_directory, atomic_file, could_not
 from qalora_export.safety.hashing import sha256_bytes, sha256_file
 from qalora_export.safety.limits import MAX_HEADER_BYTES, MAX_JSON_BYTES, read_json
 from qalora_export.safety.lock import single_writer
-from qalora_export.safety.paths import inside
+from qalora_export.safety.paths import StrPath, inside
 
 __all__ = [
     "MAX_HEADER_BYTES",
     "MAX_JSON_BYTES",
+    "StrPath",
     "atomic_directory",
     "atomic_file",
     "could_not_write",

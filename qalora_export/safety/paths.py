@@ -1,8 +1,11 @@
 """No path that a file names may leave the folder of that file."""
 
+import os
 from pathlib import Path, PurePosixPath
 
 from qalora_export.errors import InputError, UnsafeInputError
+
+StrPath = str | os.PathLike[str]  # what every public function takes for a file or folder
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -1,20 +1,21 @@
-"""verify-parity: six gates on every requested runtime, one report (design §6)."""
+"""verify-parity: six gates on every requested runtime, one report (DESIGN.md, "Gates")."""
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.provenance import Link, artifact_links, checkpoint_links
-from qalora_export.console import console
 from qalora_export.errors import InputError, RuntimeUnavailableError
 from qalora_export.models.loading import load_tokenizer
-from qalora_export.recipe import VerifySettings
-from qalora_export.safety import atomic_directory, refuse_existing
+from qalora_export.progress import status
+from qalora_export.recipe import RuntimeName, VerifySettings
+from qalora_export.safety import StrPath, atomic_directory, refuse_existing
 from qalora_export.verify.bisect.stage import bisect_failures
 from qalora_export.verify.gates.artifact import bytes_gate, weights_gate
 from qalora_export.verify.gates.logits import Floor, logits_gates, reason
@@ -27,11 +28,12 @@ from qalora_export.verify.reference.noise_floor import NoiseFloor
 from qalora_export.verify.report.environment import describe_inputs
 from qalora_export.verify.report.html import write_html
 from qalora_export.verify.report.junit import write_junit
-from qalora_export.verify.report.parity_report import ParityReport, print_table, write_report
+from qalora_export.verify.report.parity_report import ParityReport, write_report
 from qalora_export.verify.runtimes.records import ADAPTERS, RuntimeAdapter
 from qalora_export.verify.runtimes.runs import Artifact, Runs
 
 V = TypeVar("V")
+logger = logging.getLogger(__name__)
 Launch = Callable[..., Any]
 SENSITIVITY_BLOCK = 32  # one yardstick for every runtime
 
@@ -56,13 +58,13 @@ class Session:
 
 
 def verify_parity(
-    checkpoint: Path,
-    out: Path,
-    settings: VerifySettings,
+    checkpoint: StrPath,
+    out: StrPath,
+    settings: VerifySettings | None = None,
     *,
-    gguf: Path | None = None,
-    onnx: Path | None = None,
-    base: Path | None = None,
+    gguf: StrPath | None = None,
+    onnx: StrPath | None = None,
+    base: StrPath | None = None,
     force: bool = False,
     bisect: bool = True,
     launch: Launch | None = None,
@@ -70,6 +72,7 @@ def verify_parity(
 ) -> ParityReport:
     """Run every gate of every requested runtime and write the report folder `out`, also when parity fails.
 
+    Without settings every runtime that can run a given artifact is requested.
     base: the unadapted base checkpoint whose noise floor bounds the shipped path; without it the base is looked for
     beside the checkpoint by its manifest hash. bisect: look for the first layer and tensor that diverges when a logits
     gate fails. launch, taps: stand in for qalora_runtimes.launch.run_runner and qalora_runtimes.taps.run_taps; a
@@ -77,6 +80,9 @@ def verify_parity(
 
     The report's exit_code is 0, 1 or 3. Raises InputError (2) and UnsafeInputError (4) for bad input.
     """
+    checkpoint, out = Path(checkpoint), Path(out)
+    gguf, onnx, base = (None if path is None else Path(path) for path in (gguf, onnx, base))
+    settings = settings or VerifySettings(runtimes=runtimes_for(gguf=gguf, onnx=onnx))
     refuse_existing(out, force=force)
     artifacts = _artifacts(settings, gguf, onnx)
     model = CanonicalCheckpoint(checkpoint)
@@ -97,8 +103,13 @@ def verify_parity(
         for write in (write_report, write_html, write_junit):
             write(report, folder)
     _check_complete(report, settings)
-    print_table(report)
     return report
+
+
+def runtimes_for(*, gguf: Path | None, onnx: Path | None) -> tuple[RuntimeName, ...]:
+    """Every runtime that can run what is given."""
+    given = {"gguf": gguf, "onnx": onnx}
+    return tuple(cast(RuntimeName, name) for name, adapter in ADAPTERS.items() if given[adapter.format] is not None)
 
 
 def _artifacts(settings: VerifySettings, gguf: Path | None, onnx: Path | None) -> dict[str, Path]:
@@ -125,8 +136,8 @@ def _prepare(
 ) -> Session:
     tokenizer = load_tokenizer(model.path)
     probes = make_probes(tokenizer, model.config, settings)
-    console.print(f"probe set: {len(probes.lengths)} sequences, {probes.ids.size} positions")
-    with console.status("PyTorch reference"):
+    logger.info("probe set: %d sequences, %d positions", len(probes.lengths), probes.ids.size)
+    with status("PyTorch reference"):
         reference = reference_logprobs(model.path, probes, threads=settings.threads)
     if launch is None:
         from qalora_runtimes.launch import run_runner
@@ -153,14 +164,14 @@ def _verify_runtime(session: Session, adapter: RuntimeAdapter, artifact: Path, r
     """All six gates of one runtime, in order; a gate that cannot run is an entry too, and the next one is tried."""
     runtime, workdir = adapter.runtime, session.workdir / adapter.runtime
     workdir.mkdir()
-    with console.status(f"{runtime}: bytes and weights"):
+    with status(f"{runtime}: bytes and weights"):
         report.entries += [_bytes_entry(session, adapter, artifact), _weights_entry(session, adapter, artifact)]
     shipped = adapter.shipped(artifact)
-    with console.status(f"{runtime}: noise floor"):
+    with status(f"{runtime}: noise floor"):
         floor = _attempt(lambda: session.floor.of(adapter, shipped))
     if isinstance(floor, Floor):
         session.floors[runtime] = floor
-    with console.status(f"{runtime}: logits"):
+    with status(f"{runtime}: logits"):
         sensitivity = session.floor.simulation(session.checkpoint.path, SENSITIVITY_BLOCK).nmse
         exact = _attempt(lambda: adapter.exact(artifact, workdir))
         if isinstance(exact, Artifact):
@@ -179,7 +190,7 @@ def _verify_runtime(session: Session, adapter: RuntimeAdapter, artifact: Path, r
     if isinstance(floor, Floor):
         curves = {"noise floor": floor.metrics, "base": floor.base_metrics}
         report.positions |= {(runtime, path): metrics for path, metrics in curves.items() if metrics is not None}
-    with console.status(f"{runtime}: text"):
+    with status(f"{runtime}: text"):
         report.entries.append(_text_entry(session, adapter, artifact))
 
 

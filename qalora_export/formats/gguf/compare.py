@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.model_folder import as_float32
-from qalora_export.console import track
 from qalora_export.formats.gguf.read import GgufContents
 from qalora_export.formats.gguf.tensor_table import DERIVED
 from qalora_export.formats.streaming import prepared, release, row_blocks
 from qalora_export.grid import Differences, differing
+from qalora_export.progress import track
 
 POSITIVE_ZERO = np.float16(0)  # x + 0 turns −0 into +0 and leaves every other value alone
 

@@ -22,17 +22,20 @@ from qalora_export.formats.gguf.writer import write_gguf
 from qalora_export.formats.streaming import finished
 from qalora_export.models.families import family_of
 from qalora_export.recipe import GgufSettings
-from qalora_export.safety import atomic_file
+from qalora_export.safety import StrPath, atomic_file
 from qalora_export.version import __version__
 
 
-def export_gguf(checkpoint: Path, out: Path, settings: GgufSettings, *, force: bool = False) -> ExportReport:
+def export_gguf(
+    checkpoint: StrPath, out: StrPath, settings: GgufSettings | None = None, *, force: bool = False
+) -> ExportReport:
     """Write `out` and `<out>.manifest.json`, which comes last.
 
     Layout "split" also writes `<stem>.lora.gguf`, unless every offset is −z·scale already and there is nothing to add.
     Raises InputError for what GGUF cannot hold exactly, ParityError when the file read back differs; in both cases
     nothing is left behind.
     """
+    checkpoint, out, settings = Path(checkpoint), Path(out), settings or GgufSettings()
     model = _open(checkpoint, out)
     plans = plan_model(model, settings.layout)
     remainders = plan_remainders(model) if settings.layout == "split" else []

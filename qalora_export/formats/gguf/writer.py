@@ -10,12 +10,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from qalora_export.console import track
 from qalora_export.formats.gguf.metadata import Entry
 from qalora_export.formats.gguf.tensor_table import TensorPlan
 from qalora_export.formats.gguf.types import BlockType
 from qalora_export.formats.gguf.validate import ALIGNMENT
 from qalora_export.formats.streaming import BlockHasher, prepared, row_blocks
+from qalora_export.progress import track
 
 
 def write_gguf(

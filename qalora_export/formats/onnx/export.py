@@ -14,7 +14,6 @@ import numpy as np
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.manifest import MANIFEST, parent_of, write_manifest
-from qalora_export.console import track
 from qalora_export.errors import InputError, ParityError
 from qalora_export.formats.export_report import ExportReport
 from qalora_export.formats.onnx.datafile import DATA_FILE
@@ -24,8 +23,9 @@ from qalora_export.formats.onnx.validate import MODEL_FILE
 from qalora_export.formats.streaming import finished, prepared, row_blocks
 from qalora_export.grid import Differences, differing, packed_difference
 from qalora_export.models.families import family_of
+from qalora_export.progress import track
 from qalora_export.recipe import OnnxSettings
-from qalora_export.safety import atomic_directory, refuse_existing
+from qalora_export.safety import StrPath, atomic_directory, refuse_existing
 from qalora_export.version import __version__
 
 PRODUCER = "qalora-export"
@@ -34,25 +34,28 @@ WHOLE_BYTES = 8 * 2**20  # tensors up to here are compared in one piece
 BUG = "this is a defect of the exporter: please report it; nothing was written"
 
 
-def export_onnx(checkpoint: Path, out_dir: Path, settings: OnnxSettings, *, force: bool = False) -> ExportReport:
-    """Write `out_dir`: model.onnx, model.onnx.data, genai_config.json, tokenizer files, manifest.json.
+def export_onnx(
+    checkpoint: StrPath, out: StrPath, settings: OnnxSettings | None = None, *, force: bool = False
+) -> ExportReport:
+    """Write the folder `out`: model.onnx, model.onnx.data, genai_config.json, tokenizer files, manifest.json.
 
     One tensor is in memory at a time. The folder is read back before it gets its final name. Raises InputError for
     unsupported architectures and existing output, ParityError when a single value of the written file differs; in
     every case nothing is left behind.
     """
-    refuse_existing(out_dir, force=force)
+    checkpoint, out, settings = Path(checkpoint), Path(out), settings or OnnxSettings()
+    refuse_existing(out, force=force)
     source = CanonicalCheckpoint(checkpoint)
     family_of(source.config)
-    if source.path.resolve() in (out_dir.resolve(), *out_dir.resolve().parents):
+    if source.path.resolve() in (out.resolve(), *out.resolve().parents):
         raise InputError(
             "the output would lie inside the checkpoint folder",
-            where=out_dir,
+            where=out,
             why="its manifest names every file of the folder",
             fix="choose another path",
         )
     parents = [parent_of(checkpoint, "checkpoint")]
-    with atomic_directory(out_dir, force=force) as folder:
+    with atomic_directory(out, force=force) as folder:
         written = _write(source, folder, settings)
         with finished({DATA_FILE: folder / DATA_FILE}) as digests:  # hashed while it is read back
             compared = compare(source, folder, written.carried)
@@ -64,7 +67,7 @@ def export_onnx(checkpoint: Path, out_dir: Path, settings: OnnxSettings, *, forc
             settings=settings.model_dump(mode="json"),
             digests=digests,
         )
-    files = sorted(out_dir.iterdir(), key=lambda path: (path.name == MANIFEST, path.name))
+    files = sorted(out.iterdir(), key=lambda path: (path.name == MANIFEST, path.name))
     size = sum(path.stat().st_size for path in files)
     return ExportReport(tuple(files), written.types, size, compared, 0, written.notes)
 

@@ -1,4 +1,4 @@
-"""What happens beside the training loop: a progress bar, the stop at a loss that is no number, time per step."""
+"""What happens beside the training loop: progress, the stop at a loss that is no number, time per step."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import math
 import time
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qalora_export.console import console
 from qalora_export.errors import InputError
+from qalora_export.progress import Task
 
 
 class StopAtNonFinite(TrainerCallback):
@@ -49,25 +48,14 @@ class StepClock(TrainerCallback):
         self.steps += 1
 
 
-class ProgressBar(TrainerCallback):
-    """Steps, latest losses, elapsed time and ETA on the console (rank 0 only)."""
+class Progress(TrainerCallback):
+    """Steps and latest losses (rank 0 only)."""
 
-    def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[losses]}"),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._latest: dict[str, float] = {}
+    def __init__(self, task: Task) -> None:
+        self._task, self._latest = task, dict[str, float]()
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._task = self._progress.add_task("training", total=state.max_steps, completed=state.global_step, losses="")
-        self._progress.start()
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._show(state.global_step)
 
     def on_log(
         self,
@@ -78,8 +66,8 @@ class ProgressBar(TrainerCallback):
         **_: Any,
     ) -> None:
         self._latest |= {name: value for name, value in (logs or {}).items() if name in ("loss", "eval_loss")}
-        shown = "  ".join(f"{name.replace('eval_', 'validation ')} {value:.4f}" for name, value in self._latest.items())
-        self._progress.update(self._task, completed=state.global_step, losses=shown)
+        self._show(state.global_step)
 
-    def close(self) -> None:
-        self._progress.stop()
+    def _show(self, step: int) -> None:
+        shown = [f"{name.replace('eval_', 'validation ')} {value:.4f}" for name, value in self._latest.items()]
+        self._task.update(step, "  ".join(shown))

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from qalora_export.data.sequence_packing import Row, one_per_row, pack, tokens
 from qalora_export.errors import InputError
+from qalora_export.progress import task
 from qalora_export.qalora.training import folder as training_folder
 from qalora_export.qalora.training.processes import check_engine, is_main, shards, world_size
 from qalora_export.recipe import TrainSettings
-from qalora_export.safety import refuse_existing, sha256_file
+from qalora_export.safety import StrPath, refuse_existing, sha256_file
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +79,7 @@ class TrainReport:
     settings: dict[str, Any]
 
 
-def plan(base: Path, settings: TrainSettings) -> TrainPlan:
+def plan(base: StrPath, settings: TrainSettings) -> TrainPlan:
     """Read and tokenize the data, count steps, estimate memory; trains nothing. Raises InputError as the parts do."""
     import torch
 
@@ -88,6 +89,7 @@ def plan(base: Path, settings: TrainSettings) -> TrainPlan:
     from qalora_export.qalora.training.arguments import Steps, check_optimizer, compute_dtype
     from qalora_export.qalora.training.memory import estimate_memory
 
+    base = Path(base)
     if settings.data is None:
         raise InputError("no training data", where="train.data", fix="pass --data FILE (JSONL or .txt)")
     check_engine()
@@ -114,7 +116,9 @@ def plan(base: Path, settings: TrainSettings) -> TrainPlan:
     return TrainPlan(tuple(rows), tuple(one_per_row(held_out)), Steps.of(len(rows), settings), dtype, memory)
 
 
-def train(base: Path, out: Path, settings: TrainSettings, *, force: bool = False, resume: bool = True) -> TrainReport:
+def train(
+    base: StrPath, out: StrPath, settings: TrainSettings, *, force: bool = False, resume: bool = True
+) -> TrainReport:
     """Train an adapter over the canonical checkpoint `base` and save it as `out`.
 
     The adapter with the lowest validation loss is kept; without validation data, the last. A killed run goes on from
@@ -126,6 +130,7 @@ def train(base: Path, out: Path, settings: TrainSettings, *, force: bool = False
     from qalora_export.qalora.training.memory import check_fits
     from qalora_export.qalora.training.sharding import gather_adapter, prepare
 
+    base, out = Path(base), Path(out)
     refuse_existing(out, force=force)
     made = plan(base, settings)
     folder = training_folder.folder_for(out)
@@ -173,7 +178,7 @@ def _trainer(
     from qalora_export.data.sequence_packing import collate
     from qalora_export.models.loading import load_model
     from qalora_export.qalora.attach import attach, compile_layers
-    from qalora_export.qalora.training.callbacks import ProgressBar, StepClock, StopAtNonFinite
+    from qalora_export.qalora.training.callbacks import StepClock, StopAtNonFinite
     from qalora_export.qalora.training.trainer import AdapterTrainer, RowDataset
 
     hf_logging.disable_progress_bar()  # every process would draw one; ours follows
@@ -183,7 +188,7 @@ def _trainer(
     if settings.compile:
         compile_layers(model)
     clock = StepClock()
-    callbacks = [StopAtNonFinite(), clock] + ([ProgressBar(), _tensorboard(folder)] if is_main() else [])
+    callbacks = [StopAtNonFinite(), clock] + ([_tensorboard(folder)] if is_main() else [])
     trainer = AdapterTrainer(
         model=model,
         args=args,
@@ -207,19 +212,17 @@ def _run(trainer: AdapterTrainer, last: Path | None) -> None:
     """Train to the end, from `last` if given, and leave the adapter to keep in the model."""
     from transformers import TrainerState
 
-    from qalora_export.qalora.training.callbacks import ProgressBar
+    from qalora_export.qalora.training.callbacks import Progress
     from qalora_export.qalora.training.trainer import load_adapter_state
 
     state = TrainerState.load_from_json(str(last / "trainer_state.json")) if last else None
-    try:
-        if state is not None and state.global_step >= trainer.args.max_steps:
-            trainer.state = state  # killed between the last step and saving the adapter
-        else:
+    if state is not None and state.global_step >= trainer.args.max_steps:
+        trainer.state = state  # killed between the last step and saving the adapter
+    else:
+        with task("training", trainer.args.max_steps, _step_of(last)) as shown:
+            if is_main():
+                trainer.add_callback(Progress(shown))
             trainer.train(resume_from_checkpoint=str(last) if last else None)
-    finally:
-        bars = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ProgressBar)]
-        for bar in bars:
-            bar.close()
     kept = training_folder.checkpoint(Path(str(trainer.args.output_dir)), _kept_step(trainer))
     load_adapter_state(trainer.model, kept / training_folder.ADAPTER)
 

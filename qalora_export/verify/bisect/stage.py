@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qalora_export.console import console
 from qalora_export.errors import QaloraError
+from qalora_export.progress import status
 from qalora_export.verify.bisect.readers import THROUGH, LaunchTaps, reader_of
 from qalora_export.verify.bisect.search import Bisection, Failure, bisect, explain, failure_of
 from qalora_export.verify.reference.activations import ReferenceModel
@@ -30,7 +30,7 @@ def bisect_failures(session: Session, artifacts: dict[str, Path], report: Parity
         failure = failure_of(report.entries, report.positions, runtime, session.probes)
         if failure is None:
             continue
-        with console.status(f"{runtime}: which part broke"):
+        with status(f"{runtime}: which part broke"):
             try:
                 model = model or ReferenceModel(session.checkpoint.path, threads=session.settings.threads)
                 found = _bisect(session, runtime, artifact, failure, model, launch)

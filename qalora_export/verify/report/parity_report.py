@@ -1,4 +1,4 @@
-"""What verify-parity found, as an object, a table on the terminal and report.json.
+"""What verify-parity found, as an object and as report.json.
 
 report.json (format "qalora-parity/1"):
 
@@ -30,10 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.text import Text
 
 from qalora_export.checkpoint.provenance import Link
-from qalora_export.console import console, styled
 from qalora_export.errors import ExitCode
 from qalora_export.verify.bisect.plot import error_plot
 from qalora_export.verify.bisect.search import Bisection
@@ -43,7 +41,6 @@ from qalora_export.verify.metrics import PositionMetrics
 FORMAT = "qalora-parity/1"
 REPORT, POSITIONS = "report.json", "positions.npz"
 VERDICTS = {ExitCode.OK: "pass", ExitCode.PARITY_FAILED: "fail", ExitCode.RUNTIME_UNAVAILABLE: "not run"}
-STYLES = {"pass": "green", "fail": "bold red", "not run": "bold yellow"}
 
 
 @dataclass
@@ -127,39 +124,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
-
-
-def print_table(report: ParityReport) -> None:
-    """Gates down, runtimes across; then every finding, the verdict and what to look at."""
-    from rich.table import Table
-
-    runtimes = list(dict.fromkeys(entry.runtime for entry in report.entries))
-    by_place = {(entry.gate, entry.runtime): entry for entry in report.entries}
-    table = Table(title="verify-parity", title_justify="left", header_style="bold")
-    for column in ("gate", *runtimes):
-        table.add_column(column)
-    for gate in GATES.values():
-        cells = [_cell(by_place[gate.id, runtime]) for runtime in runtimes]
-        table.add_row(styled("{}\n   [dim]{}[/dim]", f"{gate.id} {gate.title}", gate.limits[0].unit), *cells)
-    console.print(table)
-    for entry in report.entries:
-        if entry.status != "pass":
-            style = STYLES[entry.status]
-            title = f"{entry.gate} {entry.runtime}: {entry.status}"
-            console.print(styled(f"[{style}]{{}}[/]  {{}}", title, explain(entry)))
-            for place in entry.where:
-                console.print(f"    {place}")
-    style = STYLES[report.verdict]
-    ending = f"(exit code {int(report.exit_code)}), {report.out}"
-    console.print(styled(f"[{style}]verdict: {{}}[/] {{}}", report.verdict, ending))
-
-
-def _cell(entry: Entry) -> Text:
-    style, check = STYLES[entry.status], entry.deciding
-    sign = "≤" if entry.status == "pass" else ">"
-    unit = "" if not check or entry.status == "pass" else f"\n{check.unit}"
-    figures = f"\n{number(check.measured)} {sign} {number(check.bound)}{unit}" if check else ""
-    return styled(f"[{style}]{{}}[/][dim]{{}}[/dim]", entry.status, figures)
 
 
 def explain(entry: Entry) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from qalora_export.checkpoint.provenance import Link
+from qalora_export.cli.parity_table import print_report
 from qalora_export.verify.gates.rule import GATES, Entry, judge, not_run
 from qalora_export.verify.metrics import compare
 from qalora_export.verify.report import html, junit
@@ -188,7 +189,7 @@ def test_report_json_holds_what_json_cannot(tmp_path: Path) -> None:
 
 
 def test_the_table_names_every_finding(capsys: pytest.CaptureFixture[str]) -> None:
-    report.print_table(made({("G1", "llama.cpp"): "fail", ("G4", "onnxruntime"): "not run"}))
+    print_report(made({("G1", "llama.cpp"): "fail", ("G4", "onnxruntime"): "not run"}))
     shown = capsys.readouterr().err
     assert "verdict: fail" in shown
     assert "G1 llama.cpp: fail" in shown
