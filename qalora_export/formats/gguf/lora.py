@@ -20,12 +20,12 @@ from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.manifest import Parent, parent_of
 from qalora_export.checkpoint.sidecar import sidecar_path, write_sidecar
 from qalora_export.errors import InputError, ParityError
+from qalora_export.formats.gguf.file import GgufFile
 from qalora_export.formats.gguf.names import NameMap
 from qalora_export.formats.gguf.permute import row_order
 from qalora_export.formats.gguf.split import adapter_entries
 from qalora_export.formats.gguf.tensor_table import TensorPlan
 from qalora_export.formats.gguf.types import F32
-from qalora_export.formats.gguf.validate import validate_gguf
 from qalora_export.formats.gguf.writer import write_gguf
 from qalora_export.grid import differing
 from qalora_export.models.families import family_of
@@ -109,10 +109,7 @@ def _shape(model: CanonicalCheckpoint, module: str) -> tuple[int, int]:
 
 
 def _check(path: Path, arrays: Mapping[str, NDArray[np.float32]], out: Path) -> None:
-    from gguf import GGUFReader
-
-    validate_gguf(path)
-    found = {tensor.name: np.asarray(tensor.data) for tensor in GGUFReader(path).tensors}
+    found = {name: tensor.values for name, tensor in GgufFile(path).tensors.items()}
     wrong = sum(differing(array, found[name]) if name in found else array.size for name, array in arrays.items())
     if wrong or set(found) != set(arrays):
         raise ParityError(

@@ -1,6 +1,6 @@
-"""Read a GGUF file back with the independent reader (gguf.GGUFReader) into canonical numbers under Transformers names.
+"""Read a GGUF file back into canonical numbers under Transformers names.
 
-Nothing here shares code with the writer but the block functions; tests judge those by gguf.quants as well.
+Nothing here shares code with the writer but the block types; tests judge those by gguf.quants as well.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.errors import InputError, UnsafeInputError
+from qalora_export.formats.gguf.file import GgufFile, StoredTensor
 from qalora_export.formats.gguf.names import SUFFIXES, NameMap
 from qalora_export.formats.gguf.permute import hf_order
 from qalora_export.formats.gguf.remainder import group_indicator, with_remainder
 from qalora_export.formats.gguf.tensor_table import ROPE_FREQUENCIES
 from qalora_export.formats.gguf.types import BLOCK_TYPES, PLAIN_TYPES
-from qalora_export.formats.gguf.validate import validate_gguf
 from qalora_export.formats.streaming import release
 from qalora_export.grid import GroupAffine, PackedAffine
 from qalora_export.models.families import FAMILIES, Family
@@ -42,7 +42,7 @@ class GgufContents:
         if self._adapter is not None:
             _check_adapter(self._adapter)
         self.metadata = self._source.metadata
-        self.types = {name: tensor.tensor_type.name for name, tensor in self._source.tensors.items()}
+        self.types = {name: tensor.kind for name, tensor in self._source.tensors.items()}
         quantized = {n.removesuffix(".weight"): k for n, k in self.types.items() if k in BLOCK_TYPES}
         declared = self._source.declared()
         self.modules = {m: declared.get(m, _native(kind)) for m, kind in quantized.items()}
@@ -56,14 +56,14 @@ class GgufContents:
     def packed(self, module: str, rows: slice = slice(None)) -> PackedAffine:
         """Some rows of it, codes packed; their pages of the file do not stay in memory. Errors as in group_affine."""
         source, tensor = self._source, self._source.tensors[f"{module}.weight"]
-        kind, (bits, group_size) = BLOCK_TYPES[tensor.tensor_type.name], self.modules[module]
+        kind, (bits, group_size) = BLOCK_TYPES[tensor.kind], self.modules[module]
         heads = source.heads(module)
-        wanted = rows if heads is None else hf_order(tensor.data.shape[0], heads)[rows]
+        wanted = rows if heads is None else hf_order(tensor.shape[0], heads)[rows]
         try:
-            matrix = kind.unpack(np.ascontiguousarray(tensor.data[wanted]), bits=bits, group_size=group_size)
+            matrix = kind.unpack(np.ascontiguousarray(tensor.rows[wanted]), bits=bits, group_size=group_size)
         except (InputError, UnsafeInputError) as error:
             raise type(error)(error.what, where=f"{source.path}: {module}", why=error.why, fix=error.fix) from error
-        release(tensor.data)
+        release(tensor.rows)
         extra = self._adapter
         if extra is not None and kind.zero is not None and f"{module}.weight.lora_b" in extra.lora:
             return with_remainder(matrix, extra.remainder(module, group_size)[wanted], kind.zero, where=extra.path)
@@ -101,15 +101,13 @@ def runtime_dequantized(path: Path, adapter: Path | None = None) -> Iterator[tup
     With the adapter of layout "split", lora_b · lora_a is added as llama.cpp does it to the outputs. Each column of
     the group indicator holds one 1, so that product and then the sum are rounded once in all.
     """
-    from gguf.quants import dequantize
-
     source, extra = _Source(path), _Source(adapter) if adapter else None
     for name, tensor in source.tensors.items():
-        if tensor.tensor_type.name in PLAIN_TYPES:
+        if tensor.kind in PLAIN_TYPES:
             continue
-        weight = dequantize(tensor.data, tensor.tensor_type)
+        weight = tensor.dequantized()
         if extra is not None and f"{name}.lora_b" in extra.lora:
-            weight = weight + extra.lora[f"{name}.lora_b"].data @ extra.lora[f"{name}.lora_a"].data
+            weight = weight + extra.lora[f"{name}.lora_b"].values @ extra.lora[f"{name}.lora_a"].values
         yield name.removesuffix(".weight"), source.in_hf_order(name, weight)
 
 
@@ -117,36 +115,29 @@ class _Source:
     """One validated file: metadata, and tensors by Transformers name."""
 
     def __init__(self, path: Path) -> None:
-        from gguf import GGUFReader
-
-        validate_gguf(path)
-        reader = GGUFReader(path)
-        self.path = path
-        self.metadata = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+        file = GgufFile(path)
+        self.path, self.metadata = path, file.metadata
         self.family = self._family()
         self.names = _hf_names(self.family, self._number("block_count"))
-        self.tensors: dict[str, Any] = {}
-        self.lora: dict[str, Any] = {}
+        self.tensors: dict[str, StoredTensor] = {}
+        self.lora: dict[str, StoredTensor] = {}
         self._indicators: set[str] = set()  # modules whose lora_a has been checked
-        for tensor in reader.tensors:
-            base, _, part = tensor.name.rpartition(".")
+        for name, tensor in file.tensors.items():
+            base, _, part = name.rpartition(".")
             if part in ("lora_a", "lora_b"):
                 self.lora[f"{self._hf_name(base)}.{part}"] = tensor
-            elif tensor.name != ROPE_FREQUENCIES:
-                self.tensors[self._hf_name(tensor.name)] = tensor
+            elif name != ROPE_FREQUENCIES:
+                self.tensors[self._hf_name(name)] = tensor
 
     def plain(self, name: str, rows: slice = slice(None)) -> NDArray[Any]:
-        tensor = self.tensors[name]
-        dtype = PLAIN_TYPES[tensor.tensor_type.name].dtype
-        shape = tuple(int(n) for n in tensor.shape[::-1])
-        stored = np.ascontiguousarray(tensor.data).view(np.uint8).view(dtype).reshape(shape)
+        stored = self.tensors[name].values
         heads = self.heads(name.rpartition(".")[0])
-        values: NDArray[Any] = stored[rows if heads is None else hf_order(shape[0], heads)[rows]]
+        values: NDArray[Any] = stored[rows if heads is None else hf_order(stored.shape[0], heads)[rows]]
         return values
 
     def remainder(self, module: str, group_size: int) -> NDArray[np.float32]:
         """lora_b of an offset adapter, rows in GGUF order. UnsafeInputError unless lora_a is the group indicator."""
-        indicator, rest = (self.lora[f"{module}.weight.{part}"].data for part in ("lora_a", "lora_b"))
+        indicator, rest = (self.lora[f"{module}.weight.{part}"].values for part in ("lora_a", "lora_b"))
         if module not in self._indicators:
             expected = group_indicator(rest.shape[1], group_size)
             if not np.array_equal(indicator, expected):

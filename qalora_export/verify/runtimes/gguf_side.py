@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qalora_export.formats.gguf.file import GgufFile
 from qalora_export.formats.gguf.read import GgufContents, read_back, runtime_dequantized
 from qalora_export.formats.gguf.split import adapter_path
 from qalora_export.verify.runtimes.facts import ABSENT
@@ -27,7 +28,7 @@ def adapter_of(artifact: Path) -> Path | None:
 
 
 def contents_of(artifact: Path) -> GgufContents:
-    """Read back by gguf.GGUFReader."""
+    """Read back by our reader, which shares no code with the writer, gguf.GGUFWriter."""
     return read_back(artifact, adapter_of(artifact))
 
 
@@ -79,7 +80,5 @@ def _frequencies(artifact: Path, of: Any) -> NDArray[np.float64] | str:
 
 
 def _tensor(artifact: Path, name: str) -> NDArray[np.float64] | None:
-    from gguf import GGUFReader
-
-    found = [tensor.data for tensor in GGUFReader(artifact).tensors if tensor.name == name]
-    return np.asarray(found[0], np.float64) if found else None
+    found = GgufFile(artifact).tensors.get(name)
+    return None if found is None else np.asarray(found.values, np.float64)

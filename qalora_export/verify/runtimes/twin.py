@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.errors import ParityError
-from qalora_export.formats.gguf.validate import validate_gguf
+from qalora_export.formats.gguf.file import GgufFile
+from qalora_export.formats.gguf.types import F32
+from qalora_export.formats.gguf.validate import Field
 from qalora_export.grid import differing
 from qalora_export.safety import atomic_file
 
@@ -31,17 +33,16 @@ def write_twin(artifact: Path, out: Path, *, force: bool = False) -> int:
     """
     from gguf import GGMLQuantizationType, GGUFWriter
 
-    reader = _open(artifact)
+    reader = GgufFile(artifact)
     with atomic_file(out, force=force) as temporary:
-        writer = GGUFWriter(temporary, arch=reader.fields["general.architecture"].contents())
-        for field in reader.fields.values():
-            if not field.name.startswith("GGUF.") and field.name not in COPIED_BY_WRITER:
-                _copy_field(writer, field)
+        writer = GGUFWriter(temporary, arch=str(reader.metadata.get("general.architecture", "")))
+        for key, field in reader.fields.items():
+            if key not in COPIED_BY_WRITER:
+                _copy_field(writer, key, field)
         writer.add_file_type(ALL_F32)
-        for tensor in reader.tensors:
-            shape = [int(n) for n in reversed(tensor.shape)]
+        for name, tensor in reader.tensors.items():
             writer.add_tensor_info(
-                tensor.name, shape, np.dtype(np.float32), 4 * int(np.prod(shape)), GGMLQuantizationType.F32
+                name, tensor.shape, np.dtype(np.float32), F32.nbytes(tensor.shape), GGMLQuantizationType.F32
             )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -52,36 +53,28 @@ def write_twin(artifact: Path, out: Path, *, force: bool = False) -> int:
     return _verify(reader, out)
 
 
-def _open(path: Path) -> Any:
-    from gguf import GGUFReader
-
-    validate_gguf(path)  # counts, offsets and sizes against the real file, before the reader allocates
-    return GGUFReader(path)
-
-
-def _copy_field(writer: Any, field: Any) -> None:
+def _copy_field(writer: Any, key: str, field: Field) -> None:
     from gguf import GGUFValueType
 
-    kind = field.types[0]
-    sub_type = field.types[-1] if kind == GGUFValueType.ARRAY else None
-    writer.add_key_value(field.name, field.contents(), kind, sub_type=sub_type)
+    value = field.value
+    if value == []:  # the writer refuses an empty list, and it says nothing
+        return
+    sub_type = None if field.item is None else GGUFValueType(field.item)
+    writer.add_key_value(key, value, GGUFValueType(field.kind), sub_type=sub_type)
 
 
-def _dequantized(reader: Any) -> Iterator[tuple[str, NDArray[np.float32]]]:
+def _dequantized(reader: GgufFile) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """(GGUF tensor name, float32 array in numpy order), one tensor in memory at a time."""
-    from gguf.quants import dequantize
-
-    for tensor in reader.tensors:
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        yield tensor.name, np.ascontiguousarray(dequantize(tensor.data, tensor.tensor_type), np.float32).reshape(shape)
+    for name, tensor in reader.tensors.items():
+        yield name, tensor.dequantized()
 
 
-def _verify(artifact: Any, out: Path) -> int:
-    twin = _open(out)
+def _verify(artifact: GgufFile, out: Path) -> int:
+    twin = GgufFile(out)
     count = 0
-    for (name, values), tensor in zip(_dequantized(artifact), twin.tensors, strict=True):
-        wrong = differing(np.asarray(tensor.data).reshape(values.shape), values)
-        if tensor.name != name or wrong:
+    for (name, values), (found, tensor) in zip(_dequantized(artifact), twin.tensors.items(), strict=True):
+        wrong = differing(np.asarray(tensor.values), values)
+        if found != name or wrong:
             raise ParityError(
                 f"the F32 twin differs from the artifact in {wrong} values",
                 where=f"{out}: {name}",
