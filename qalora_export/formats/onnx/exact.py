@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qalora_export.checkpoint.manifest import MANIFEST
-from qalora_export.formats.onnx.validate import MODEL_FILE, read_model
+from qalora_export.formats.onnx.genai_config import MODEL_FILE
+from qalora_export.formats.onnx.validate import read_model
 from qalora_export.safety import atomic_directory
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from qalora_export.checkpoint.manifest import MANIFEST, parent_of, write_manifes
 from qalora_export.errors import InputError, ParityError
 from qalora_export.formats.export_report import ExportReport
 from qalora_export.formats.onnx.datafile import DATA_FILE
+from qalora_export.formats.onnx.genai_config import MODEL_FILE
 from qalora_export.formats.onnx.read import MODULES_KEY, OnnxContents, read_back
 from qalora_export.formats.onnx.split_form import SplitForm
-from qalora_export.formats.onnx.validate import MODEL_FILE
 from qalora_export.formats.streaming import finished, prepared, row_blocks
 from qalora_export.grid import Differences, differing, packed_difference
 from qalora_export.models.families import family_of

@@ -1,31 +1,34 @@
 """An ONNX folder is untrusted input: checked before a runtime, or we, read a byte of its weights.
 
 Checked: size of model.onnx; every tensor's dims, dtype and byte count; external data stays inside the folder, is no
-link and lies inside its file; names are unique; genai_config.json names no path outside and no custom-op library
-(onnxruntime-genai would load it as native code).
+link and lies inside its file; names are unique; operators are the runtime's own; genai_config.json holds no key that
+could make a runtime load code or touch other files (genai_config.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qalora_export.errors import InputError, UnsafeInputError
+from qalora_export.formats.onnx.genai_config import MODEL_FILE, check_genai_config
 from qalora_export.safety import inside, read_json
 
 if TYPE_CHECKING:
     import onnx
     from google.protobuf.message import Message
 
-MODEL_FILE = "model.onnx"
 GENAI_CONFIG = "genai_config.json"
 MAX_MODEL_BYTES = 2**31 - 1  # protobuf's own limit
 MAX_INLINE_BYTES = 64 * 2**20  # weights live in the data file; an inline tensor is an axis, a shape, a small table
 MAX_ELEMENTS = 2**40
 EXTERNAL_KEYS = {"location", "offset", "length", "checksum"}
-FORBIDDEN_GENAI_KEYS = ("custom_ops_library",)
+STANDARD = {"", "ai.onnx"}
+DOMAINS = {*STANDARD, "com.microsoft"}  # what a stock ONNX Runtime has; any other needs a custom-op library
+FORBIDDEN_OPERATORS = {("com.microsoft", "EPContext")}  # names a compiled binary beside the model
+FORBIDDEN_METADATA = {"ort_config"}  # session options inside the model
 
 
 def read_model(folder: Path) -> onnx.ModelProto:
@@ -37,6 +40,7 @@ def read_model(folder: Path) -> onnx.ModelProto:
     if path.stat().st_size > MAX_MODEL_BYTES:
         raise UnsafeInputError(f"model.onnx has {path.stat().st_size} bytes", where=path, why="protobuf ends at 2 GiB")
     model = parse_model(path.read_bytes(), where=path)
+    _check_code(model, path)
     names = set()
     for tensor in _tensors(model):
         check_tensor(tensor, folder)
@@ -45,7 +49,7 @@ def read_model(folder: Path) -> onnx.ModelProto:
             raise UnsafeInputError("two initializers share a name", where=f"{path}: {tensor.name}")
         names.add(tensor.name)
     if (folder / GENAI_CONFIG).exists():
-        _check_genai_config(read_json(inside(folder, GENAI_CONFIG)), folder, where=folder / GENAI_CONFIG)
+        check_genai_config(read_json(inside(folder, GENAI_CONFIG)), folder / GENAI_CONFIG)
     return model
 
 
@@ -166,16 +170,35 @@ def _node_tensors(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
             yield from _graph_tensors(graph)
 
 
-def _check_genai_config(value: Any, folder: Path, where: Path) -> None:
-    """Walk the JSON: every "filename" stays inside the folder, nothing names native code."""
-    if isinstance(value, list):
-        for item in value:
-            _check_genai_config(item, folder, where)
-    if not isinstance(value, dict):
-        return
-    for key, item in value.items():
-        if key in FORBIDDEN_GENAI_KEYS:
-            raise UnsafeInputError(f"genai_config.json asks for native code: {key}", where=where)
-        if key == "filename":
-            inside(folder, str(item))
-        _check_genai_config(item, folder, where)
+def _check_code(model: onnx.ModelProto, where: object) -> None:
+    """Operators that the runtime brings itself, or that the model spells out with those; nothing that reads a file."""
+    if model.training_info:
+        raise UnsafeInputError("training graphs have no place in a decoder", where=where)
+    if odd := sorted({entry.key for entry in model.metadata_props} & FORBIDDEN_METADATA):
+        raise UnsafeInputError(f"metadata sets {odd[0]}", where=where, why="it configures the runtime")
+    local = {(function.domain, function.name) for function in model.functions}
+    if len(local) != len(model.functions) or any(domain in STANDARD for domain, _ in local):
+        raise UnsafeInputError("a function is repeated or redefines a standard operator", where=where)
+    for opset in [*model.opset_import, *(opset for function in model.functions for opset in function.opset_import)]:
+        if opset.domain not in DOMAINS | {domain for domain, _ in local}:
+            raise UnsafeInputError(f"operators of {opset.domain!r} need a library of native code", where=where)
+    for function in model.functions:
+        if any((node.domain, node.op_type) in local for node in _all_nodes(function.node)):
+            raise UnsafeInputError("a function calls a function", where=f"{where}: {function.name}")
+    nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    for node in _all_nodes(nodes):
+        kind = (node.domain, node.op_type)
+        if kind not in local and (node.domain not in DOMAINS or kind in FORBIDDEN_OPERATORS):
+            raise UnsafeInputError(
+                f"operator {node.domain}:{node.op_type} needs native code or files beside the model",
+                where=f"{where}: {node.name}",
+            )
+
+
+def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """These nodes and, at any depth, those of their sub-graphs."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield from _all_nodes(graph.node)
