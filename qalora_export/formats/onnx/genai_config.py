@@ -43,7 +43,7 @@ def _ids(value: Any) -> bool:
 
 
 def _nothing(value: Any) -> bool:
-    return value == []
+    return isinstance(value, list) and not value
 
 
 def _model_file(value: Any) -> bool:
