@@ -106,6 +106,8 @@ class OnnxSettings(Settings):
 
 
 class ExportSettings(Settings):
+    """Which formats `run` exports, and how; None leaves one out."""
+
     gguf: GgufSettings | None = GgufSettings()
     onnx: OnnxSettings | None = OnnxSettings()
 
@@ -153,7 +155,8 @@ def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
             target = target.setdefault(table, {}) if isinstance(target, dict) else target
         if not isinstance(target, dict):
             raise InputError("a setting lies below a value that is not a table", where=dotted, fix="check the key")
-        target[leaf] = value
+        is_path = leaf in PATH_KEYS.get(".".join(tables), ())
+        target[leaf] = str(expanded(value)) if is_path and isinstance(value, str) else value
     return validated(Recipe, raw, where=path)
 
 
@@ -200,10 +203,11 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
         target = raw.get(table, {}) if table else raw
         for key in keys:
             if isinstance(target, dict) and isinstance(target.get(key), str):
-                target[key] = str(folder / _expanded(target[key]))
+                target[key] = str(folder / expanded(target[key]))
 
 
-def _expanded(path: str) -> Path:
+def expanded(path: str | Path) -> Path:
+    """The path with ~ and ~name replaced by a home folder. Raises InputError for a user unknown here."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:  # ~name of a user that this machine does not have

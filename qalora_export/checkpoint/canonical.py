@@ -149,6 +149,10 @@ class CanonicalWriter:
         self.add(f"{module}.scale", matrix.scale)
         self.add(f"{module}.offset", matrix.offset)
 
+    def add_json(self, name: str, value: object) -> None:
+        """One more file of the folder, named in its manifest; no file that carries the model."""
+        _dump(self._folder / name, value)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from rich.table import Table
 
 from qalora_export.recipe import QuantizeSettings
 
 if TYPE_CHECKING:
-    from qalora_export.quantization.report import QuantizeReport
+    from qalora_export.quantization.report import ModuleReport, QuantizeReport
 
 D = QuantizeSettings()  # one source of defaults: the recipe's
 GRID, GPTQ = "Grid", "GPTQ"
@@ -45,7 +46,7 @@ def command(
         "the first that matches wins.",
         rich_help_panel=GRID,
     ),
-    calibration: str | None = typer.Option(
+    calibration: Path | None = typer.Option(
         None, help='Plain text, or JSONL with "text" or "messages" a line.', rich_help_panel=GPTQ
     ),
     calibration_samples: int | None = typer.Option(
@@ -93,7 +94,7 @@ def command(
       qalora-export quantize my-model-gptq --out base.qalora --checkpoint-format gptq
     """
     given = {name: value for name, value in locals().items() if name in QuantizeSettings.model_fields}
-    from qalora_export.console import console, next_command
+    from qalora_export.console import next_command
     from qalora_export.quantization.rules import parse_rule
     from qalora_export.quantization.stage import quantize
     from qalora_export.recipe import load_recipe, validated
@@ -103,34 +104,53 @@ def command(
     if rule:
         values["rules"] = [parse_rule(text).model_dump(mode="json", exclude_none=True) for text in rule]
     report = quantize(model, out, validated(QuantizeSettings, values, where="quantize options"), force=force)
-    console.print(_table(report))
-    _print_summary(report)
+    print_report(report)
     next_command(shlex.join(["qalora-export", "train", str(out), "--data", "train.jsonl", "--out", "adapter"]))
 
 
-def _table(report: QuantizeReport) -> object:
-    from rich.table import Table
+WORST = 5  # modules named on the terminal; all of them are in the report file
 
-    table = Table(title=f"{report.out} ({report.method})", title_justify="left")
-    table.add_column("module", overflow="fold")
-    for heading in ("shape", "bits", "group", "bits/weight", "weight error", "output error"):
-        table.add_column(heading, justify="right")
+
+def _kinds(report: QuantizeReport) -> Table:
+    """One row for every kind of module that was treated alike."""
+    kinds: dict[tuple[str, str, int], list[ModuleReport]] = {}
     for module in report.modules:
-        table.add_row(
-            module.name,
-            f"{module.shape[0]}×{module.shape[1]}",
-            f"{module.bits}{' sym' if module.sym else ''}",
-            str(module.group_size),
-            f"{module.bits_per_weight:g}",
-            f"{module.relative_error:.2g}",
-            "" if module.output_error is None else f"{module.output_error:.2g}",
-        )
+        bits = f"{module.bits}{' sym' if module.sym else ''}"
+        kinds.setdefault((module.kind, bits, module.group_size), []).append(module)
+    table = Table("kind", title=f"quantized ({report.method})", title_justify="left")
+    for heading in ("count", "bits", "group", "weight error\nmean", "\nworst", "output error\nmean", "\nworst"):
+        table.add_column(heading, justify="right")
+    for (kind, bits, group), modules in kinds.items():
+        weight = [module.relative_error for module in modules]
+        output = [module.output_error for module in modules if module.output_error is not None]
+        table.add_row(kind, str(len(modules)), bits, str(group), *_mean_and_worst(weight), *_mean_and_worst(output))
     return table
 
 
-def _print_summary(report: QuantizeReport) -> None:
-    from qalora_export.console import console
+def _mean_and_worst(errors: list[float]) -> tuple[str, str]:
+    return (f"{sum(errors) / len(errors):.2g}", f"{max(errors):.2g}") if errors else ("", "")
 
+
+def _worst(report: QuantizeReport) -> Table:
+    """The few modules that lost most: of their output where calibration text tells, else of their weights."""
+    worst = sorted(report.modules, key=lambda m: (m.output_error or 0.0, m.relative_error), reverse=True)[:WORST]
+    table = Table(title=f"the worst {len(worst)} of {len(report.modules)}", title_justify="left")
+    table.add_column("module", overflow="fold")
+    for heading in ("shape", "weight error", "output error"):
+        table.add_column(heading, justify="right")
+    for module in worst:
+        output = "" if module.output_error is None else f"{module.output_error:.2g}"
+        table.add_row(module.name, f"{module.shape[0]}×{module.shape[1]}", f"{module.relative_error:.2g}", output)
+    return table
+
+
+def print_report(report: QuantizeReport) -> None:
+    """Errors by kind of module, the worst few, what it took, and where all of it is."""
+    from qalora_export.console import console
+    from qalora_export.quantization.report import REPORT
+
+    console.print(_kinds(report))
+    console.print(_worst(report))
     console.print(
         f"{len(report.modules)} matrices of {report.weights:,} weights, {report.bits_per_weight:.2f} bits per weight, "
         f"{report.changed:,} weights changed; {report.kept} other tensors kept bit for bit"
@@ -142,3 +162,4 @@ def _print_summary(report: QuantizeReport) -> None:
     console.print(f"{report.seconds:.1f} s, peak memory {memory}{text}")
     for note in report.notes:
         console.print(f"note: {note}")
+    console.print(f"checkpoint: {report.out}   every module: {report.out / REPORT}")

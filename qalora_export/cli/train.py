@@ -20,8 +20,8 @@ DATA, ADAPTER, RUN, MACHINE = "Data", "Adapter", "Optimization", "Device and run
 
 def command(
     base: Path = typer.Argument(..., help="canonical checkpoint, made by `qalora-export quantize`"),
-    data: str = typer.Option(..., "--data", help="training data: JSONL or .txt", rich_help_panel=DATA),
-    validation: str | None = typer.Option(
+    data: Path = typer.Option(..., "--data", help="training data: JSONL or .txt", rich_help_panel=DATA),
+    validation: Path | None = typer.Option(
         None, "--validation", help="held-out data: its loss chooses the adapter to keep", rich_help_panel=DATA
     ),
     out: Path = typer.Option(..., "--out", help="folder for the adapter"),

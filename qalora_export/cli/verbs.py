@@ -1,8 +1,13 @@
 """Which module implements which verb. Each has `command`, a typer function whose docstring is the help text."""
 
+from collections.abc import Callable
+from functools import wraps
 from importlib import import_module
+from pathlib import Path
 
 import typer
+
+from qalora_export.recipe import expanded
 
 VERBS = {
     "quantize": "qalora_export.cli.quantize",
@@ -25,4 +30,14 @@ def register(app: typer.Typer, export_app: typer.Typer) -> None:
     for target, table in ((app, VERBS), (export_app, EXPORTS)):
         if not target.registered_commands:
             for name, module in table.items():
-                target.command(name)(import_module(module).command)
+                target.command(name)(with_home(import_module(module).command))
+
+
+def with_home(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with ~ expanded in every path: a shell leaves it alone in --out=~/x."""
+
+    @wraps(command)
+    def call(**values: object) -> None:
+        command(**{name: expanded(value) if isinstance(value, Path) else value for name, value in values.items()})
+
+    return call

@@ -32,7 +32,7 @@ from qalora_export.models.families import family_of
 from qalora_export.models.skeleton import Skeleton
 from qalora_export.progress import track
 from qalora_export.quantization.gptq_version import choose_version
-from qalora_export.quantization.report import ModuleReport, QuantizeReport, peak_rss_bytes
+from qalora_export.quantization.report import REPORT, ModuleReport, QuantizeReport, peak_rss_bytes, record
 from qalora_export.recipe import QuantizeSettings
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -87,7 +87,8 @@ def import_gptq(
             writer.add_quantized(name, matrix)
             reports.append(report)
         kept, dropped = _copy_rest(folder, writer, modules, biasless)
-    notes += _notes(reports, dropped)
+        notes += _notes(reports, dropped)
+        writer.add_json(REPORT, record("import-gptq", reports, kept=kept, calibration_tokens=0, notes=notes))
     return QuantizeReport(
         out, "import-gptq", tuple(reports), kept, 0, time.perf_counter() - began, peak_rss_bytes(), None, tuple(notes)
     )

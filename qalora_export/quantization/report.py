@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import resource
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 OFFSET_AND_SCALE_BITS = 32  # one fp16 each per group
@@ -28,12 +29,36 @@ class ModuleReport:
     largest_change: float
 
     @property
+    def kind(self) -> str:
+        """What kind of module it is: the last part of its name, for example q_proj."""
+        return self.name.rpartition(".")[2]
+
+    @property
     def total(self) -> int:
         return self.shape[0] * self.shape[1]
 
     @property
     def bits_per_weight(self) -> float:
         return self.bits + OFFSET_AND_SCALE_BITS / self.group_size
+
+
+REPORT = "quantize_report.json"
+
+
+def record(
+    method: str, modules: Sequence[ModuleReport], *, kept: int, calibration_tokens: int, notes: Sequence[str] = ()
+) -> dict[str, object]:
+    """The content of quantize_report.json in the checkpoint: every module. It holds nothing that differs between two
+    runs with equal inputs, such as times.
+    """
+    rows = [asdict(module) | {"bits_per_weight": module.bits_per_weight} for module in modules]
+    return {
+        "method": method,
+        "calibration_tokens": calibration_tokens,
+        "kept": kept,
+        "notes": list(notes),
+        "modules": rows,
+    }
 
 
 @dataclass(frozen=True, slots=True)

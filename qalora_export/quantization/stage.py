@@ -25,7 +25,7 @@ from qalora_export.progress import track
 from qalora_export.quantization.gptq import gptq
 from qalora_export.quantization.gptq_import import import_gptq
 from qalora_export.quantization.hessian import Hessian, collect
-from qalora_export.quantization.report import ModuleReport, QuantizeReport, peak_rss_bytes
+from qalora_export.quantization.report import REPORT, ModuleReport, QuantizeReport, peak_rss_bytes, record
 from qalora_export.quantization.rtn import round_to_nearest
 from qalora_export.quantization.rules import Plan, resolve
 from qalora_export.quantization.source import gptq_config
@@ -81,12 +81,14 @@ def quantize(
         run = _Run(skeleton, plans, settings, writer, None if windows is None else Activations(skeleton, windows))
         modules = tuple(track(run.modules(), f"quantize ({settings.method})", total=len(plans)))
         kept = run.write_rest()
+        tokens = 0 if windows is None else windows.size
+        writer.add_json(REPORT, record(settings.method, modules, kept=kept, calibration_tokens=tokens))
     return QuantizeReport(
         out,
         settings.method,
         modules,
         kept,
-        0 if windows is None else windows.size,
+        tokens,
         time.perf_counter() - began,
         peak_rss_bytes(),
         torch.cuda.max_memory_allocated() if device.type == "cuda" else None,

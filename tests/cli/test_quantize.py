@@ -59,8 +59,9 @@ def test_gptq_in_a_process_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
     assert modules["model.layers.1.mlp.up_proj"] == (3, 64)
     assert not any(name.endswith("v_proj") for name in modules)
     for expected in (
-        "bits/weight",
-        "output error",
+        "bits per weight",
+        "the worst 5 of 12",
+        "quantize_report.json",
         "kept bit for bit",
         "peak memory",
         "256 calibration tokens",
