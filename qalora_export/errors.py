@@ -48,6 +48,11 @@ class QaloraError(Exception):
         parts += [f"next: {self.fix}"] if self.fix else []
         super().__init__(" | ".join(parts))
 
+    @property
+    def reason(self) -> str:
+        """The message without `where`, for a report that outlives the files it speaks of."""
+        return "; ".join(part for part in (self.what, self.why, self.fix) if part)
+
 
 class ParityError(QaloraError):
     """A gate failed (exit 1)."""

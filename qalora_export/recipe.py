@@ -9,14 +9,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from qalora_export.errors import InputError
 
 Bits = Literal[2, 3, 4, 8]
 GroupSize = Literal[32, 64, 128]
 Positive = Annotated[int, Field(gt=0)]
-RuntimeName = Literal["llama.cpp", "onnxruntime", "onnxruntime-genai"]
 
 
 SettingsT = TypeVar("SettingsT", bound=BaseModel)
@@ -115,13 +114,25 @@ class ExportSettings(Settings):
 class VerifySettings(Settings):
     """Which runtimes must agree, on what. prompts: JSONL (chat or text) or plain text, beside the fixed edge cases."""
 
-    runtimes: tuple[RuntimeName, ...] = ("llama.cpp", "onnxruntime", "onnxruntime-genai")
+    runtimes: tuple[str, ...] | None = Field(default=None, description="default: all that run what was exported")
     prompts: str | None = None
     sequences: Annotated[int, Field(ge=16)] = 24
     positions: Annotated[int, Field(ge=1000)] = 1000
     max_length: Positive = 128
     threads: Positive = 2
     seed: int = 0
+
+    @field_validator("runtimes")
+    @classmethod
+    def _known(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        from qalora_runtimes.launch import RUNNERS
+
+        for name in names or ():
+            if name not in RUNNERS:
+                close = difflib.get_close_matches(name, RUNNERS, n=1)
+                hint = f", did you mean {close[0]!r}?" if close else f"; known are {', '.join(RUNNERS)}"
+                raise ValueError(f"no runtime is called {name!r}{hint}")
+        return names
 
 
 class Recipe(Settings):
@@ -218,7 +229,7 @@ def _explain(model: type[BaseModel], item: Any) -> str:
     location = [str(part) for part in item["loc"]]
     dotted = ".".join(location)
     if item["type"] != "extra_forbidden":
-        return f"{dotted}: {item['msg']}"
+        return f"{dotted}: {item['msg'].removeprefix('Value error, ')}"
     close = difflib.get_close_matches(location[-1], _keys_at(model, location[:-1]), n=1)
     return f"unknown key {dotted!r}" + (f", did you mean {close[0]!r}?" if close else "")
 

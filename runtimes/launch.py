@@ -5,9 +5,11 @@ A kernel that segfaults is a finding about the runtime, not a crash of the calle
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -16,7 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import qalora_runtimes
 from qalora_runtimes.protocol import Job, Logprobs, ProtocolError, read_answers, read_job, write_job
+from qalora_runtimes.records import Runner
 from qalora_runtimes.runner import EXIT_MISSING, EXIT_OK
 
 Status = Literal["ok", "missing", "crashed"]
@@ -24,20 +28,14 @@ STDERR_TAIL = 4000  # characters
 DEFAULT_TIMEOUT = 3600.0  # seconds
 
 
-@dataclass(frozen=True)
-class Runner:
-    """module: run with `python -m`. package: on PyPI. artifact: what --model must be."""
-
-    module: str
-    package: str
-    artifact: str
+def _found() -> dict[str, Runner]:
+    """Name -> runner of every package here that says it is one."""
+    packages = [item.name for item in pkgutil.iter_modules(qalora_runtimes.__path__) if item.ispkg]
+    modules = [importlib.import_module(f"qalora_runtimes.{name}") for name in packages]
+    return {module.NAME: module.RUNNER for module in sorted(modules, key=lambda module: str(module.NAME))}
 
 
-RUNNERS = {
-    "llama.cpp": Runner("qalora_runtimes.llama_cpp", "xllamacpp", "GGUF file"),
-    "onnxruntime": Runner("qalora_runtimes.onnxruntime_", "onnxruntime", "ONNX folder"),
-    "onnxruntime-genai": Runner("qalora_runtimes.genai", "onnxruntime-genai", "ONNX folder"),
-}
+RUNNERS = _found()
 REMEDIES = {
     "SIGSEGV": "a kernel read outside its memory: install another version of the package",
     "SIGILL": "the package was built for a newer CPU than this one: install a wheel for this CPU or build from source",
@@ -45,15 +43,6 @@ REMEDIES = {
     "SIGABRT": "the runtime stopped itself; its last words are in the log",
     "SIGBUS": "a file was cut short while it was mapped, or memory ran out: check the model file and the disk",
     "SIGFPE": "a kernel divided by zero: check the model's shapes",
-}
-# What is known of one runtime, in place of the general remedy.
-KNOWN_REMEDIES = {
-    (
-        "llama.cpp",
-        "SIGSEGV",
-    ): "a kernel read outside its memory. llama.cpp built for AMX does so on Q4_1 prompts: run it without extra "
-    "buffers (--no-repack; here --exact) or with a build without AMX; if a new wheel's C API alone crashes, "
-    "--through server avoids it",
 }
 
 
@@ -171,7 +160,7 @@ def failure(name: str, code: int | None, timeout: float, log: str) -> RunnerResu
         return RunnerResult("crashed", f"{name} failed (exit code {code}): {_last_line(log)}", log=log)
     signal_name = _signal_name(-code)
     general = REMEDIES.get(signal_name, "its last words are in the log")
-    remedy = KNOWN_REMEDIES.get((name, signal_name), general)
+    remedy = RUNNERS[name].remedies.get(signal_name, general)
     package = RUNNERS[name].package
     version = _version(package) or "of unknown version"
     message = f"{name} ({package} {version}) was ended by {signal_name}: {remedy}"

@@ -16,15 +16,11 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from qalora_runtimes.launch import DEFAULT_TIMEOUT, Status, failure, run_module
+from qalora_runtimes.launch import DEFAULT_TIMEOUT, RUNNERS, Status, failure, run_module
 from qalora_runtimes.protocol import Ids, Job, ProtocolError, read_arrays, read_job, write_arrays, write_job
 from qalora_runtimes.runner import EXIT_OK, add_parent, run_guarded
 
 Taps = dict[str, NDArray[np.float32]]
-TAP_RUNNERS = {
-    "llama.cpp": "qalora_runtimes.llama_cpp.taps",
-    "onnxruntime": "qalora_runtimes.onnxruntime_.taps",
-}
 
 
 class Tapped(Protocol):
@@ -80,7 +76,10 @@ def run_taps(
         *(["--lora", lora] if lora else []),
         *(["--data", data] if data else []),
     ]
-    code, log = run_module(TAP_RUNNERS[runtime], words, workdir / "stderr.txt", timeout)
+    module = RUNNERS[runtime].taps
+    if module is None:
+        raise KeyError(f"{runtime} does not show what is inside its graph")
+    code, log = run_module(module, words, workdir / "stderr.txt", timeout)
     if code != EXIT_OK:
         failed = failure(runtime, code, timeout, log)
         return TapsResult(failed.status, failed.message)

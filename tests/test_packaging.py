@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,72 @@ def test_imports_go_one_way() -> None:
         for target in _imports(path):
             if RANK[target] > RANK[parts[0]] and (parts[0], target) not in ALLOWED:
                 wrong.append(f"{path.relative_to(ROOT)} imports {target}")
+    assert not wrong
+
+
+def _modules() -> dict[str, Path]:
+    """Dotted name -> file of every module of ours, packages by their own name."""
+    found = {}
+    for path in (ROOT / "qalora_export").rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def _edges(name: str, path: Path, modules: dict[str, Path]) -> set[str]:
+    """Modules that a module imports at its top level, also for its types alone (under TYPE_CHECKING)."""
+    waiting, found = list(ast.parse(path.read_text(encoding="utf-8")).body), set()
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+            base = ".".join(package.split(".")[: 1 - node.level or None]) if node.level else ""
+            source = ".".join(part for part in (base, node.module) if part)
+            found |= {inner if (inner := f"{source}.{alias.name}") in modules else source for alias in node.names}
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            waiting += ast.iter_child_nodes(node)
+    return {target for target in found if target in modules and target != name}
+
+
+def test_no_modules_import_each_other() -> None:
+    """Nowhere, however long the way round; imports for types alone count, imports inside functions do not."""
+    modules = _modules()
+    lazy_face = {"qalora_export"}  # its TYPE_CHECKING imports name what it fetches on first use
+    edges = {
+        name: set() if name in lazy_face else _edges(name, path, modules) - lazy_face for name, path in modules.items()
+    }
+    TopologicalSorter(edges).prepare()  # raises CycleError, which names the modules
+
+
+# Inside verify/, as its docstring draws it. A module may import from its own part or an earlier one.
+VERIFY = (
+    {"metrics", "rule"},
+    {"probes"},
+    {"runtimes"},
+    {"reference"},
+    {"session"},
+    {"gates"},
+    {"bisect"},
+    {"report"},
+    {"stage"},
+)
+VERIFY_RANK = {name: rank for rank, names in enumerate(VERIFY) for name in names}
+
+
+def test_the_parts_of_verify_import_one_way() -> None:
+    folder, wrong = ROOT / "qalora_export" / "verify", []
+    for path in folder.rglob("*.py"):
+        part = path.relative_to(folder).with_suffix("").parts[0]
+        if part == "__init__":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            module = node.module if isinstance(node, ast.ImportFrom) and node.module else ""
+            targets = [module] if module != "qalora_export.verify" else [f"{module}.{a.name}" for a in node.names]
+            for target in targets:
+                if target.startswith("qalora_export.verify.") and VERIFY_RANK[target.split(".")[2]] > VERIFY_RANK[part]:
+                    wrong.append(f"{path.relative_to(ROOT)} imports {target}")
     assert not wrong
 
 

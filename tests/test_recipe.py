@@ -26,7 +26,11 @@ def _write(folder: Path, text: str) -> Path:
         ("[[quantize.rules]]\nmatch = '*'\nskpi = true\n", "did you mean 'skip'?"),
         ("[quantize]\nbits = 5\n", "quantize.bits"),
         ("[quantize]\nbits = '4'\n", "quantize.bits"),
-        ("[verify]\nruntimes = ['llamacpp']\n", "verify.runtimes"),
+        (
+            "[verify]\nruntimes = ['llamacpp']\n",
+            "verify.runtimes: no runtime is called 'llamacpp', did you mean 'llama.cpp'?",
+        ),
+        ("[verify]\nruntimes = ['tensorrt']\n", "known are llama.cpp, onnxruntime, onnxruntime-genai"),
         ("[train]\nrank = 0\n", "train.rank"),
         ("[train\n", "not valid TOML"),
     ],
@@ -66,4 +70,5 @@ def test_resolved_recipe_reads_back_equal(tmp_path: Path) -> None:
 def test_the_sample_recipe_is_valid() -> None:
     recipe = load_recipe(Path(__file__).parent.parent / "samples" / "devices" / "recipe.toml")
     assert recipe.evaluate is not None
+    assert recipe.verify.runtimes is not None
     assert len(recipe.verify.runtimes) == 3

@@ -1,8 +1,9 @@
-"""What verify-parity found, on the terminal."""
+"""What verify-parity found, on the terminal: the table with every finding, and the summary at the end of `run`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
@@ -10,21 +11,21 @@ from rich.text import Text
 from qalora_export.console import console, styled
 
 if TYPE_CHECKING:
-    from qalora_export.verify.gates.rule import Entry
     from qalora_export.verify.report.parity_report import ParityReport
+    from qalora_export.verify.rule import Entry
 
 STYLES = {"pass": "green", "fail": "bold red", "not run": "bold yellow"}
 
 
 def print_report(report: ParityReport) -> None:
     """Gates down, runtimes across; then every finding, the verdict and what to look at."""
-    from qalora_export.verify.gates.rule import GATES
+    from qalora_export.verify.gates.registry import all_gates
     from qalora_export.verify.report.parity_report import explain
 
     runtimes = list(dict.fromkeys(entry.runtime for entry in report.entries))
     by_place = {(entry.gate, entry.runtime): entry for entry in report.entries}
     table = Table("gate", *runtimes, title="verify-parity", title_justify="left", header_style="bold")
-    for gate in GATES.values():
+    for gate in all_gates().values():
         cells = [_cell(by_place[gate.id, runtime]) for runtime in runtimes]
         table.add_row(styled("{}\n   [dim]{}[/dim]", f"{gate.id} {gate.title}", gate.limits[0].unit), *cells)
     console.print(table)
@@ -46,3 +47,44 @@ def _cell(entry: Entry) -> Text:
     unit = "" if not check or entry.status == "pass" else f"\n{check.unit}"
     figures = f"\n{number(check.measured)} {sign} {number(check.bound)}{unit}" if check else ""
     return styled(f"[{style}]{{}}[/][dim]{{}}[/dim]", entry.status, figures)
+
+
+def summary_table(report: Mapping[str, Any]) -> Table:
+    """The headline figure of every gate in a parsed report.json, runtimes across: the same numbers everywhere."""
+    runtimes = list(dict.fromkeys(entry["runtime"] for entry in report["gates"]))
+    rows = dict.fromkeys((entry["gate"], entry["row"]) for entry in report["gates"])
+    entries = {(entry["gate"], entry["runtime"]): entry for entry in report["gates"]}
+    table = Table(
+        "against PyTorch float32",
+        *runtimes,
+        title="one fine-tuned INT4 model, the same numbers everywhere",
+        title_justify="left",
+    )
+    for gate, row in rows:
+        table.add_row(row, *(_headline(entries.get((gate, runtime))) for runtime in runtimes))
+    table.add_row("verdict", *(_verdict(report["gates"], runtime) for runtime in runtimes), style="bold")
+    return table
+
+
+def _headline(entry: Mapping[str, Any] | None) -> Text:
+    """The headline figure, and the one that failed where that is another."""
+    if entry is None or entry["status"] == "not run":
+        return _in_style("not run", "not run")
+    text = _figure(entry["headline"])
+    if entry["status"] == "fail" and entry["measured"] != entry["headline"]:
+        text += f", {entry['figure']} {_figure(entry['measured'])}"
+    return _in_style(entry["status"], text)
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, int | float) else str(value)  # non-finite numbers are strings in JSON
+
+
+def _verdict(entries: list[Mapping[str, Any]], runtime: str) -> Text:
+    statuses = {entry["status"] for entry in entries if entry["runtime"] == runtime}
+    worst = next(status for status in ("fail", "not run", "pass") if status in statuses)
+    return _in_style(worst, worst)
+
+
+def _in_style(status: str, text: str) -> Text:
+    return styled(f"[{STYLES[status]}]{{}}[/]", text)

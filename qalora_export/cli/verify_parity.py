@@ -55,10 +55,10 @@ def command(
     """
     from qalora_export.cli.parity_table import print_report
     from qalora_export.recipe import VerifySettings, validated
-    from qalora_export.verify.stage import runtimes_for, verify_parity
+    from qalora_export.verify.stage import verify_parity
 
     given: dict[str, Any] = {
-        "runtimes": runtime or runtimes_for(gguf=gguf, onnx=onnx),
+        "runtimes": runtime or None,
         "prompts": str(prompts) if prompts else None,
         "sequences": sequences,
         "positions": positions,

@@ -1,0 +1,20 @@
+"""verify-parity: proof that an exported model computes the numbers of its checkpoint.
+
+G0 bytes         the written file holds the checkpoint's values, facts and merge      gates/g0_bytes.py
+G1 weights       the runtime's own dequantizer gives those numbers                   gates/g1_weights.py
+G2 exact path    rounding-free kernels give the reference's logits                   gates/g2_exact_path.py
+G3 shipped path  the kernels that ship add no more than their noise                  gates/g3_shipped_path.py
+G4 decode        token by token on the KV cache is the same as the whole prompt      gates/g4_decode.py
+G5 text          token ids and rendered conversations are the same                   gates/g5_text.py
+
+Each gate states what it compares and every bound with its reason, and registers itself (`gates/registry.py`); so does
+each runtime in `runtimes/` (`runtimes/record.py`). Imports go one way:
+
+    metrics  rule  →  probes/  →  runtimes/  →  reference/  →  session  →  gates/  →  bisect/  →  report/  →  stage
+
+metrics     distances between logits            session   what the gates of one run share
+rule        what a gate is, when it passes      bisect/   which layer and tensor broke
+probes/     what is asked                       report/   table, report.json, report.html, junit.xml
+runtimes/   reading an artifact back, runs      stage     the run itself
+reference/  what is right: float32 logits, the noise floor, the merge, the text
+"""

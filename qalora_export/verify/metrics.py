@@ -130,7 +130,7 @@ def _figures(metrics: PositionMetrics, rows: NDArray[np.int64]) -> dict[str, flo
     return {name: float(value) for name, value in zip(SCATTERING, values, strict=True)}
 
 
-def compare(
+def position_metrics(
     reference: NDArray[np.float32],
     runtime: NDArray[np.float32],
     following: NDArray[np.int32],

@@ -47,9 +47,9 @@ STAGES = {
     "probes": ("stage.make_probes",),
     "PyTorch reference": ("stage.reference_logprobs", "reference.noise_floor.reference_logprobs"),
     "PyTorch int8 simulation": ("reference.noise_floor.simulated_int8_logprobs",),
-    "G0 bytes": ("stage.bytes_gate",),
-    "G1 weights": ("stage.weights_gate",),
-    "metrics": ("gates.logits.compare", "reference.noise_floor.compare"),
+    "G0 bytes": ("gates.g0_bytes.bytes_entry",),
+    "G1 weights": ("gates.g1_weights.weights_entry",),
+    "metrics": ("session.position_metrics", "reference.noise_floor.position_metrics"),
     "report": ("stage.write_report", "stage.write_html", "stage.write_junit"),
 }
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from qalora_runtimes import launch
-from qalora_runtimes.launch import RUNNERS, Runner, available, run_runner
+from qalora_runtimes.launch import RUNNERS, available, run_runner
 from qalora_runtimes.protocol import ProtocolError, make_job
+from qalora_runtimes.records import Runner
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "runtimes").rglob("*.py"))
@@ -34,7 +35,8 @@ def run(tmp_path, monkeypatch):
     def start(body: str, name: str = "planted", **options):
         (tmp_path / "planted_runner.py").write_text(BODIES[body])
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-        monkeypatch.setitem(RUNNERS, name, Runner("planted_runner", "numpy", "nothing"))
+        remedies = RUNNERS[name].remedies if name in RUNNERS else {}
+        monkeypatch.setitem(RUNNERS, name, Runner("planted_runner", "numpy", "nothing", remedies=remedies))
         return run_runner(name, model=tmp_path, job=make_job([[1, 2]]), workdir=tmp_path / "work", **options)
 
     return start
@@ -141,5 +143,4 @@ def test_every_signal_in_the_table_exists():
     import signal
 
     assert all(name in signal.Signals.__members__ for name in launch.REMEDIES)
-    assert {runtime for runtime, _ in launch.KNOWN_REMEDIES} <= set(RUNNERS)
-    assert {name for _, name in launch.KNOWN_REMEDIES} <= set(launch.REMEDIES)
+    assert all(set(runner.remedies) <= set(launch.REMEDIES) for runner in RUNNERS.values())

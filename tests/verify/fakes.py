@@ -12,10 +12,11 @@ import numpy as np
 from qalora_runtimes.launch import RunnerResult
 from qalora_runtimes.protocol import read_job
 
-from qalora_export.verify.gates.text import expected_answers, folder_answers
+from qalora_export.verify.gates.g5_text import expected_answers
 from qalora_export.verify.probes.probe_set import ProbeSet
 from qalora_export.verify.reference.logits import reference_logprobs
-from qalora_export.verify.runtimes.records import ADAPTERS
+from qalora_export.verify.reference.text import folder_answers
+from qalora_export.verify.runtimes.record import all_runtimes
 
 Change = Callable[[np.ndarray], np.ndarray]
 
@@ -53,7 +54,7 @@ class FakeRuntimes:
         if request.text is None:
             return None
         probes = ProbeSet(np.zeros(1, np.int32), np.ones(1, np.int32), ("",), request.text.texts, request.text.chats)
-        right = expected_answers(folder_answers(self.checkpoint, probes), ADAPTERS[runtime].habits)
+        right = expected_answers(folder_answers(self.checkpoint, probes), all_runtimes()[runtime].habits)
         answers = {key: [list(v) if isinstance(v, list) else v for v in values] for key, values in right.items()}
         self.answers.get(runtime, lambda _: None)(answers)
         return answers

@@ -13,6 +13,7 @@ from qalora_runtimes.launch import RunnerResult
 from qalora_export.errors import ExitCode, InputError
 from qalora_export.recipe import VerifySettings
 from qalora_export.verify.report.parity_report import ParityReport
+from qalora_export.verify.runtimes.record import requested
 from qalora_export.verify.stage import verify_parity
 from tests.verify.exports import Exported
 from tests.verify.fakes import Change, FakeRuntimes
@@ -192,10 +193,38 @@ def test_another_vocabulary_is_never_compared(exported: Exported, tmp_path: Path
 def test_bad_usage(exported: Exported, tmp_path: Path) -> None:
     fake = FakeRuntimes(exported.checkpoint)
     with pytest.raises(InputError, match="no gguf artifact"):
-        verify_parity(exported.checkpoint, tmp_path / "r", SETTINGS, onnx=exported.onnx, launch=fake)
+        settings = SETTINGS.model_copy(update={"runtimes": ("llama.cpp",)})
+        verify_parity(exported.checkpoint, tmp_path / "r", settings, onnx=exported.onnx, launch=fake)
     with pytest.raises(InputError, match="no runtime"):
         verify_parity(exported.checkpoint, tmp_path / "r", SETTINGS.model_copy(update={"runtimes": ()}), launch=fake)
     (tmp_path / "r").mkdir()
     with pytest.raises(InputError, match="exists"):
         verify(exported, tmp_path / "r", fake)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r"]
+
+
+def test_without_a_choice_every_runtime_of_what_is_given_is_verified(exported: Exported) -> None:
+    assert list(requested(None, {"gguf": exported.gguf, "onnx": None})) == ["llama.cpp"]
+    assert list(requested(None, {"gguf": None, "onnx": exported.onnx})) == ["onnxruntime", "onnxruntime-genai"]
+    assert tuple(requested(None, {"gguf": exported.gguf, "onnx": exported.onnx})) == ALL
+    with pytest.raises(InputError, match="no runtime is requested"):
+        requested(None, {"gguf": None, "onnx": None})
+    with pytest.raises(InputError, match="no gguf artifact"):
+        requested(None, {"gguf": exported.gguf.with_name("none.gguf")})
+
+
+def test_it_prints_no_table(exported: Exported, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    verify(exported, tmp_path / "report", FakeRuntimes(exported.checkpoint))
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert "verdict" not in printed.err
+
+
+def test_the_paths_may_be_strings(exported: Exported, tmp_path: Path) -> None:
+    report = verify_parity(
+        str(exported.checkpoint),
+        str(tmp_path / "report"),
+        gguf=str(exported.gguf),
+        launch=FakeRuntimes(exported.checkpoint),
+    )
+    assert report.passed

@@ -11,10 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 if TYPE_CHECKING:
     import onnx
 
 Side = Literal["input", "output"]
+Activations = dict[str, NDArray[np.float32]]  # point key -> (positions, features)
 NORMS = ("RMSNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
 WITH_RESIDUAL = "SkipSimplifiedLayerNormalization"  # output 3 is the sum that was normalized
 

@@ -1,8 +1,7 @@
 """Which part broke: the first layer, and inside it the first tensor, where a runtime leaves the PyTorch reference.
 
 Two passes over the probe sequence with the worst position. The first reads the hidden state after every decoder layer,
-the second every projection, norm and sum inside the first layer that is wrong. ONNX Runtime gives them as extra outputs
-of the same graph, llama.cpp through its evaluation callback; both read the very artifact that failed.
+the second every projection, norm and sum inside the first layer that is wrong.
 
 At every point the error is the largest NMSE of any position, Σ (b̂ − b)² / Σ b². What diverges is beyond `bound`: on
 the exact path gate G2's own 1e-9, on the shipped path a multiple of what int8 activations do at that point in PyTorch.
@@ -11,38 +10,25 @@ the exact path gate G2's own 1e-9, on the shipped path a multiple of what int8 a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qalora_export.errors import RuntimeUnavailableError
+from qalora_export.errors import QaloraError, RuntimeUnavailableError
+from qalora_export.progress import status
 from qalora_export.verify.bisect.points import Point, layer_points, model_points
-from qalora_export.verify.gates.rule import EXACT_NMSE, Entry
+from qalora_export.verify.bisect.values import THROUGH, LaunchTaps, Reader, ReferenceModel, Suspect, reader_of
+from qalora_export.verify.gates.g2_exact_path import NMSE
 from qalora_export.verify.metrics import PositionMetrics
 from qalora_export.verify.probes.probe_set import ProbeSet
-
-if TYPE_CHECKING:
-    from qalora_export.verify.reference.activations import ReferenceModel
+from qalora_export.verify.rule import Entry
+from qalora_export.verify.session import RunPath, Session, Target
 
 # A single sequence's worst position scatters around the floor; a fault is orders of magnitude above it.
 TIMES_FLOOR = 10.0
-RunPath = Literal["exact", "shipped"]
-Activations = dict[str, NDArray[np.float32]]  # point key -> (positions, features)
-Reader = Callable[[NDArray[np.int32], list[Point]], Activations]
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """What to look into: a failed gate's path and mode, and one sequence of the probe set."""
-
-    gate: str
-    path: RunPath
-    mode: str
-    sequence: str
-    ids: NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +91,55 @@ class Bisection:
         }
 
 
-def failure_of(
+def bisect_failures(
+    session: Session,
+    targets: Iterable[Target],
+    entries: list[Entry],
+    positions: dict[tuple[str, str], PositionMetrics],
+    launch: LaunchTaps,
+) -> dict[str, Bisection]:
+    """A bisection for every runtime with a failed logits gate.
+
+    One that cannot be done is a note in the report: it never hides the failure that it was to explain.
+    """
+    model: ReferenceModel | None = None
+    found: dict[str, Bisection] = {}
+    for target in targets:
+        suspect = suspect_of(entries, positions, target.name, session.probes)
+        if suspect is None:
+            continue
+        with status(f"{target.name}: which part broke"):
+            try:
+                model = model or ReferenceModel(session.checkpoint.path, threads=session.settings.threads)
+                found[target.name] = _bisect_target(target, suspect, model, launch)
+            except QaloraError as error:
+                note = f"{error.what} {error.why}".strip()
+                found[target.name] = _nothing_yet(target.name, suspect, through="", note=note)
+    return found
+
+
+def _bisect_target(target: Target, suspect: Suspect, model: ReferenceModel, launch: LaunchTaps) -> Bisection:
+    session, runtime = target.session, target.runtime
+    read = reader_of(
+        runtime.format,
+        target.exact if suspect.path == "exact" else target.shipped,
+        session.checkpoint,
+        suspect,
+        session.workdir / f"{target.name}-bisect",
+        threads=session.settings.threads,
+        launch=launch,
+    )
+    layers = session.checkpoint.config["num_hidden_layers"]
+    found = bisect(target.name, suspect, model, layers, read, through=THROUGH[runtime.format])
+    if runtime.taps_of != target.name and found.first is None and not found.note:
+        blame = "the fault lies in its own settings or in its generation loop"
+        return replace(found, note=f"{runtime.taps_of} computes the same graph right: {blame}")
+    return found
+
+
+def suspect_of(
     entries: Iterable[Entry], positions: dict[tuple[str, str], PositionMetrics], runtime: str, probes: ProbeSet
-) -> Failure | None:
+) -> Suspect | None:
     """The failed logits gate of a runtime that says most (exact before shipped, prompt before decode), or None."""
     failed = {entry.gate: entry for entry in entries if entry.runtime == runtime and entry.status == "fail"}
     decode_path: RunPath = "exact"
@@ -124,25 +156,29 @@ def failure_of(
             worst = int(np.argmax(np.where(measured.bad, np.inf, measured.nmse)))
             index = int(np.searchsorted(probes.starts, worst, side="right")) - 1
             start, length = int(probes.starts[index]), int(probes.lengths[index])
-            return Failure(gate, path, mode, probes.names[index], probes.ids[start : start + length])
+            return Suspect(gate, path, mode, probes.names[index], probes.ids[start : start + length])
     return None
 
 
 def bisect(
-    runtime: str, failure: Failure, model: ReferenceModel, layers: int, read: Reader, *, through: str
+    runtime: str, suspect: Suspect, model: ReferenceModel, layers: int, read: Reader, *, through: str
 ) -> Bisection:
     """Compare layer by layer, then inside the first wrong layer. Never raises for what the runtime does."""
-    found = Bisection(runtime, failure.gate, failure.path, failure.mode, failure.sequence, through)
+    found = _nothing_yet(runtime, suspect, through=through)
     try:
-        outer = _compare(failure, model, model_points(layers), read)
+        outer = _steps(suspect, model, model_points(layers), read)
         found = replace(found, layers=outer)
         wrong = next((index for index, step in enumerate(outer) if step.diverges), None)
         if wrong is not None and 1 <= wrong <= layers:
-            found = replace(found, inside=_compare(failure, model, layer_points(wrong - 1), read))
+            found = replace(found, inside=_steps(suspect, model, layer_points(wrong - 1), read))
     except RuntimeUnavailableError as error:
         return replace(found, note=f"the values inside could not be read: {error}")
     unseen = [step.name for step in [*found.layers, *found.inside] if math.isnan(step.nmse)]
     return replace(found, note=f"the runtime does not show {', '.join(unseen)}") if unseen else found
+
+
+def _nothing_yet(runtime: str, suspect: Suspect, *, through: str, note: str = "") -> Bisection:
+    return Bisection(runtime, suspect.gate, suspect.path, suspect.mode, suspect.sequence, through, note=note)
 
 
 def explain(entries: list[Entry], found: Bisection) -> list[Entry]:
@@ -155,12 +191,12 @@ def explain(entries: list[Entry], found: Bisection) -> list[Entry]:
     ]
 
 
-def _compare(failure: Failure, model: ReferenceModel, points: list[Point], read: Reader) -> list[Step]:
-    want, got = model.activations(failure.ids, points), read(failure.ids, points)
-    floor = model.activations(failure.ids, points, int8=True) if failure.path == "shipped" else want
+def _steps(suspect: Suspect, model: ReferenceModel, points: list[Point], read: Reader) -> list[Step]:
+    want, got = model.activations(suspect.ids, points), read(suspect.ids, points)
+    floor = model.activations(suspect.ids, points, int8=True) if suspect.path == "shipped" else want
     steps = []
     for point in points:
-        bound = max(EXACT_NMSE.bound, TIMES_FLOOR * position_nmse(want[point.key], floor[point.key]))
+        bound = max(NMSE.bound, TIMES_FLOOR * position_nmse(want[point.key], floor[point.key]))
         error = position_nmse(want[point.key], got[point.key]) if point.key in got else float("nan")
         steps.append(Step(point.name, point.what, error, bound))
     return steps

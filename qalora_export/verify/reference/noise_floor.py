@@ -16,8 +16,10 @@ ASSUMED_GAIN.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,12 +27,12 @@ from numpy.typing import NDArray
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.provenance import base_of
 from qalora_export.errors import InputError
-from qalora_export.verify.gates.logits import Floor
-from qalora_export.verify.metrics import SCATTERING, PositionMetrics, compare, following_ids
+from qalora_export.verify.metrics import SCATTERING, PositionMetrics, following_ids, position_metrics
 from qalora_export.verify.probes.probe_set import ProbeSet
 from qalora_export.verify.reference.logits import reference_logprobs, simulated_int8_logprobs
-from qalora_export.verify.runtimes.records import RuntimeAdapter
-from qalora_export.verify.runtimes.runs import Artifact, Runs
+from qalora_export.verify.rule import Limit
+from qalora_export.verify.runtimes.record import Artifact, RuntimeRecord
+from qalora_export.verify.runtimes.runs import Runs
 
 ASSUMED_GAIN = 1.25  # the largest measured was 1.16
 # Counts and shifts grow with the size of the error, NMSE and KL with its square.
@@ -39,6 +41,41 @@ LINEAR = ("disagreements", "perplexity_shift")
 LEAST_ERRORS = {"disagreements": 1.0}
 # What float32 rounding leaves even where no activation is rounded to int8 (accuracy_level 1, bits without a kernel).
 FLOAT32_NOISE = 1e-9
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What noise the shipped path may have in one runtime. source: how it was found.
+
+    figures, errors: of metrics.Summary's scattering figures and kl_max, and their standard errors. gain: how noisy the
+    runtime's kernels are against simulated int8 rounding, and whether that was measured. measured_on_base: what the
+    unadapted base shows in the runtime. metrics, base_metrics: simulation and base per position, for plots.
+    """
+
+    source: str
+    figures: Mapping[str, float]
+    errors: Mapping[str, float]
+    gain: float = 1.0
+    gain_measured: bool = False
+    measured_on_base: Mapping[str, float] | None = None
+    metrics: PositionMetrics | None = None
+    base_metrics: PositionMetrics | None = None
+
+    def bound(self, limit: Limit) -> float:
+        """Largest passing value of a figure; "shipped_" before its name does not matter."""
+        name = limit.figure.removeprefix("shipped_")
+        return limit.bound * self.figures[name] + limit.errors * self.errors.get(name, 0.0)
+
+    def as_json(self) -> dict[str, Any]:
+        """For report.json."""
+        return {
+            "source": self.source,
+            "figures": dict(self.figures),
+            "standard_errors": dict(self.errors),
+            "gain": self.gain,
+            "gain_measured": self.gain_measured,
+            "measured_on_base": dict(self.measured_on_base) if self.measured_on_base else None,
+        }
 
 
 @dataclass
@@ -59,15 +96,15 @@ class NoiseFloor:
     _references: dict[Path, NDArray[np.float32]] = field(default_factory=dict)
     _simulated: dict[tuple[Path, int | None], PositionMetrics] = field(default_factory=dict)
 
-    def of(self, adapter: RuntimeAdapter, shipped: Artifact) -> Floor:
+    def of(self, runtime: RuntimeRecord, shipped: Artifact) -> Floor:
         """Raises RuntimeUnavailableError when the base cannot be run, InputError when it is not this model's."""
-        expected = self.simulation(self.checkpoint, adapter.int8_block)
+        expected = self.simulation(self.checkpoint, runtime.int8_block)
         base = self.base
         if base is None:
             source = f"int8 rounding simulated in PyTorch, times {ASSUMED_GAIN} (no base to measure kernels on)"
             return _scaled(source, expected, ASSUMED_GAIN)
-        measured = self._base_in(adapter, shipped, base)
-        gain = measured.summary().nmse_mean / self.simulation(base, adapter.int8_block).summary().nmse_mean
+        measured = self._base_in(runtime, shipped, base)
+        gain = measured.summary().nmse_mean / self.simulation(base, runtime.int8_block).summary().nmse_mean
         source = f"int8 rounding simulated in PyTorch, times {gain:.3f} as measured on the unadapted base {base.name}"
         return _scaled(source, expected, gain, on_base=measured)
 
@@ -76,7 +113,7 @@ class NoiseFloor:
         key = (checkpoint, block)
         if key not in self._simulated:
             found = simulated_int8_logprobs(checkpoint, self.probes, threads=self.threads, block=block)
-            self._simulated[key] = compare(self._reference(checkpoint), found, self._following)
+            self._simulated[key] = position_metrics(self._reference(checkpoint), found, self._following)
         return self._simulated[key]
 
     @property
@@ -93,14 +130,14 @@ class NoiseFloor:
             )
         return self.given_base
 
-    def _base_in(self, adapter: RuntimeAdapter, shipped: Artifact, base: Path) -> PositionMetrics:
-        if adapter.format not in self._exported:
-            folder = self.workdir / f"base-{adapter.format}"
+    def _base_in(self, runtime: RuntimeRecord, shipped: Artifact, base: Path) -> PositionMetrics:
+        if runtime.format not in self._exported:
+            folder = self.workdir / f"base-{runtime.format}"
             folder.mkdir()
-            self._exported[adapter.format] = adapter.export_like(shipped.path, base, folder)
-        artifact = self._exported[adapter.format]
-        found = self.runs.logprobs(adapter.runtime, artifact, "prefill", exact=False, label="base")
-        return compare(self._reference(base), found, self._following)
+            self._exported[runtime.format] = runtime.export(base, folder, runtime.export_settings(shipped.path))
+        artifact = self._exported[runtime.format]
+        found = self.runs.logprobs(runtime.name, artifact, "prefill", exact=False, label="base")
+        return position_metrics(self._reference(base), found, self._following)
 
     def _reference(self, checkpoint: Path) -> NDArray[np.float32]:
         if checkpoint == self.checkpoint:

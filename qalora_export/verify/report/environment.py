@@ -6,17 +6,15 @@ import importlib.metadata
 import platform
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qalora_export.checkpoint.canonical import PARTS, CanonicalCheckpoint
 from qalora_export.checkpoint.manifest import MANIFEST
 from qalora_export.checkpoint.provenance import kind_of
 from qalora_export.safety import sha256_bytes, sha256_file
-from qalora_export.verify.runtimes.gguf_side import adapter_of
+from qalora_export.verify.runtimes.llama_cpp import adapter_of
+from qalora_export.verify.session import Session, Target
 from qalora_export.version import __version__
-
-if TYPE_CHECKING:
-    from qalora_export.verify.stage import Session
 
 PACKAGES = (
     "torch",
@@ -32,10 +30,12 @@ PACKAGES = (
 )
 
 
-def describe_inputs(session: Session, artifacts: dict[str, Path], base: Path | None) -> dict[str, Any]:
+def describe_inputs(session: Session, targets: list[Target], base: Path | None) -> dict[str, Any]:
     """Everything of report.json but verdict, gates and provenance."""
     checkpoint, probes, settings = session.checkpoint, session.probes, session.settings
     counts = parameter_counts(checkpoint)
+    artifacts = {target.name: target.artifact for target in targets}
+    floors = {target.name: target.measured_floor for target in targets}
     return {
         "checkpoint": {
             "name": checkpoint.path.name,
@@ -55,7 +55,7 @@ def describe_inputs(session: Session, artifacts: dict[str, Path], base: Path | N
             "names": list(probes.names),
             "lengths": probes.lengths.tolist(),
         },
-        "noise_floor": {runtime: floor.as_json() for runtime, floor in session.floors.items()},
+        "noise_floor": {runtime: floor.as_json() for runtime, floor in floors.items() if floor},
         "runtimes": {
             run: {key: value for key, value in fingerprint.items() if key != "machine"}
             for run, fingerprint in session.runs.fingerprints.items()

@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from qalora_export.verify.bisect.plot import data_uri, error_plot
-from qalora_export.verify.gates.rule import GATES
+from qalora_export.verify.gates.registry import all_gates
 from qalora_export.verify.report import plots
+from qalora_export.verify.report.bisect_plot import data_uri, error_plot
 from qalora_export.verify.report.parity_report import ParityReport, number
 
 HTML = "report.html"
@@ -54,7 +54,7 @@ def context(report: ParityReport) -> dict[str, Any]:
         "headline": HEADLINES[report.verdict],
         "exit_code": int(report.exit_code),
         "marks": MARKS,
-        "gates": list(GATES.values()),
+        "gates": list(all_gates().values()),
         "runtimes": runtimes,
         "entries": report.entries,
         "by_place": {(entry.gate, entry.runtime): entry for entry in report.entries},

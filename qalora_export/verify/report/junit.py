@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from xml.etree import ElementTree
 
-from qalora_export.verify.gates.rule import GATES, Entry
+from qalora_export.verify.gates.registry import all_gates
 from qalora_export.verify.report.parity_report import ParityReport, explain
+from qalora_export.verify.rule import Entry
 
 JUNIT = "junit.xml"
 # How each status is written; None: nothing is added, which is what JUnit calls passed.
@@ -27,7 +28,7 @@ def write_junit(report: ParityReport, folder: Path) -> None:
 
 
 def _add(suite: ElementTree.Element, entry: Entry) -> None:
-    name = f"{entry.gate} {GATES[entry.gate].title}"
+    name = f"{entry.gate} {all_gates()[entry.gate].title}"
     case = ElementTree.SubElement(suite, "testcase", {"classname": f"verify-parity.{entry.runtime}", "name": name})
     element = ELEMENTS[entry.status]
     if element is not None:

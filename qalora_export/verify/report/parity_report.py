@@ -6,9 +6,11 @@ report.json (format "qalora-parity/1"):
     checkpoint    name, kind, manifest_sha256, parameters, quantized_parameters
     artifacts     one per artifact: runtime kinds it serves, name, bytes, sha256, bits_per_weight
     probe         sequences, positions, sha256, seed, prompts, names and lengths of the sequences
-    gates         one entry per gate and runtime: gate, title, runtime, status ("pass" | "fail" | "not run"), measured,
-                  bound, unit, figure (which of the checks these are: the first that failed, else the headline), detail,
-                  where (tensors, facts or positions), checks (every figure with its bound and reason), figures
+    gates         one entry per gate and runtime: gate, title, row (what its headline figure means to a reader),
+                  headline (that figure, null where it was not measured), runtime, status ("pass" | "fail" | "not run"),
+                  measured, bound, unit, figure (which of the checks these are: the first that failed, else the
+                  headline), detail, where (tensors, facts or positions), checks (every figure with its bound and
+                  reason), figures
     noise_floor   per runtime: source and figures
     runtimes      per run "runtime/path/mode": the runner's fingerprint (version, CPU flags, threads, tokens/s, memory)
     bisect        per runtime whose logits failed: first_layer, first_tensor, what, nmse, and for every layer and every
@@ -33,10 +35,11 @@ import numpy as np
 
 from qalora_export.checkpoint.provenance import Link
 from qalora_export.errors import ExitCode
-from qalora_export.verify.bisect.plot import error_plot
 from qalora_export.verify.bisect.search import Bisection
-from qalora_export.verify.gates.rule import GATES, Entry, exit_code
+from qalora_export.verify.gates.registry import all_gates
 from qalora_export.verify.metrics import PositionMetrics
+from qalora_export.verify.report.bisect_plot import error_plot
+from qalora_export.verify.rule import Entry, exit_code
 
 FORMAT = "qalora-parity/1"
 REPORT, POSITIONS = "report.json", "positions.npz"
@@ -82,10 +85,13 @@ class ParityReport:
 
 def entry_json(entry: Entry) -> dict[str, Any]:
     """One gate of one runtime."""
-    deciding = entry.deciding
+    gate, deciding = all_gates()[entry.gate], entry.deciding
+    headline = next((check for check in entry.checks if check.figure == gate.limits[0].figure), None)
     return {
         "gate": entry.gate,
-        "title": GATES[entry.gate].title,
+        "title": gate.title,
+        "row": gate.row,
+        "headline": headline.measured if headline else None,
         "runtime": entry.runtime,
         "status": entry.status,
         "figure": deciding.figure if deciding else None,

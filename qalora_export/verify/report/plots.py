@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qalora_export.verify.gates.rule import EXACT_NMSE
+from qalora_export.verify.gates.g2_exact_path import NMSE
 from qalora_export.verify.metrics import PositionMetrics
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def error_by_position(positions: Positions, runtimes: list[str], lengths: list[i
         for path in ("noise floor", "shipped", "exact"):
             if metrics := positions.get((runtime, path)):
                 _scatter(axis, metrics, *SERIES[path])
-        axis.axhline(EXACT_NMSE.bound, color="#0072b2", linewidth=1, linestyle="--", label="bound of the exact path")
+        axis.axhline(NMSE.bound, color="#0072b2", linewidth=1, linestyle="--", label="bound of the exact path")
         axis.set(yscale="log", ylabel="NMSE", xlim=(-0.5, max(ends[-1] - 0.5, 1)))
         _title(axis, runtime)
     _legend(axes[0], ncols=4, markerscale=4, loc="lower right", bbox_to_anchor=(1, 1))

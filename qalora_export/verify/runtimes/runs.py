@@ -13,18 +13,11 @@ from qalora_runtimes.protocol import Job, TextRequest, write_job
 
 from qalora_export.errors import RuntimeUnavailableError
 from qalora_export.verify.probes.probe_set import ProbeSet
+from qalora_export.verify.runtimes.record import Artifact
 
 Mode = Literal["prefill", "decode"]
 # A generous ceiling per process: a hung runtime is a finding, not an endless wait.
 TIMEOUT_SECONDS = 3600
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """What a runtime loads: a GGUF file (with an adapter file in the split layout) or an ONNX folder."""
-
-    path: Path
-    lora: Path | None = None
 
 
 @dataclass

@@ -13,20 +13,19 @@ from qalora_runtimes.taps import TapsResult, run_taps
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.formats.onnx.exact import exact_variant
-from qalora_export.verify.bisect.plot import error_plot
 from qalora_export.verify.bisect.points import layer_points, model_points
-from qalora_export.verify.bisect.readers import reader_of
-from qalora_export.verify.bisect.search import Bisection, Failure, Step, bisect, explain, failure_of, position_nmse
-from qalora_export.verify.gates.rule import Check, Entry
-from qalora_export.verify.metrics import compare
+from qalora_export.verify.bisect.search import Bisection, Step, bisect, explain, position_nmse, suspect_of
+from qalora_export.verify.bisect.values import ReferenceModel, Suspect, reader_of
+from qalora_export.verify.metrics import position_metrics
 from qalora_export.verify.probes.probe_set import ProbeSet
-from qalora_export.verify.reference.activations import ReferenceModel
-from qalora_export.verify.runtimes.runs import Artifact
+from qalora_export.verify.report.bisect_plot import error_plot
+from qalora_export.verify.rule import Check, Entry
+from qalora_export.verify.runtimes.record import Artifact
 from qalora_export.verify.runtimes.twin import write_twin
 from tests.verify.exports import Exported, copy_of, gguf_block, onnx_tensor, patch, read_at
 
 IDS = (np.arange(24, dtype=np.int32) * 17) % 360
-FAILURE = Failure("G2", "exact", "prefill", "a sequence", IDS)
+FAILURE = Suspect("G2", "exact", "prefill", "a sequence", IDS)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,8 +40,8 @@ def model(exported: Exported) -> ReferenceModel:
     return ReferenceModel(exported.checkpoint, threads=1)
 
 
-def run_of(kind: str, line: Exported, failure: Failure, folder: Path) -> Artifact:
-    if failure.path == "shipped":
+def run_of(kind: str, line: Exported, suspect: Suspect, folder: Path) -> Artifact:
+    if suspect.path == "shipped":
         return Artifact(line.gguf if kind == "gguf" else line.onnx)
     if kind == "onnx":
         return Artifact(exact_variant(line.onnx, folder / "exact"))
@@ -55,19 +54,19 @@ def found_in(
     line: Exported,
     model: ReferenceModel,
     folder: Path,
-    failure: Failure = FAILURE,
+    suspect: Suspect = FAILURE,
     launch: Callable = run_taps,
 ) -> Bisection:
     read = reader_of(
         kind,
-        run_of(kind, line, failure, folder),
+        run_of(kind, line, suspect, folder),
         CanonicalCheckpoint(line.checkpoint),
-        failure,
+        suspect,
         folder / "taps",
         threads=1,
         launch=launch,
     )
-    return bisect(kind, failure, model, 2, read, through="test")
+    return bisect(kind, suspect, model, 2, read, through="test")
 
 
 @pytest.mark.parametrize("mode", ["prefill", "decode"])
@@ -189,11 +188,11 @@ def test_the_gate_that_says_most_and_its_worst_sequence_are_chosen() -> None:
     right = np.log(np.random.default_rng(0).dirichlet(np.ones(8), 6)).astype(np.float32)
     wrong = right.copy()
     wrong[4, 3] += 1
-    metrics = compare(right, wrong, np.full(6, -1, np.int32))
+    metrics = position_metrics(right, wrong, np.full(6, -1, np.int32))
     positions = {("r", path): metrics for path in ("exact", "shipped", "exact decode", "shipped decode")}
 
     def chosen(*entries: Entry) -> tuple[str, str, str] | None:
-        failure = failure_of(entries, positions, "r", probes)
+        failure = suspect_of(entries, positions, "r", probes)
         assert failure is None or (failure.sequence, failure.ids.tolist()) == ("long", [2, 3, 4, 5])
         return (failure.gate, failure.path, failure.mode) if failure else None
 

@@ -10,7 +10,7 @@ import torch
 from qalora_export.errors import InputError
 from qalora_export.models.loading import load_model, load_tokenizer
 from qalora_export.recipe import VerifySettings
-from qalora_export.verify.metrics import compare, following_ids
+from qalora_export.verify.metrics import following_ids, position_metrics
 from qalora_export.verify.probes.probe_set import ProbeSet, make_probes
 from qalora_export.verify.reference import layerwise
 from qalora_export.verify.reference import logits as reference
@@ -44,7 +44,7 @@ def test_equals_a_plain_forward_of_the_loaded_model(tiny_canonical: Path, probes
 def test_decode_agrees_with_prefill(tiny_canonical: Path, probes: ProbeSet) -> None:
     found = reference.reference_logprobs(tiny_canonical, probes, threads=1, decode=True)
     assert found.decoded is not None
-    summary = compare(found.logprobs, found.decoded, following_ids(probes.ids, probes.lengths)).summary()
+    summary = position_metrics(found.logprobs, found.decoded, following_ids(probes.ids, probes.lengths)).summary()
     assert summary.nmse_max < 1e-10
     assert summary.disagreements == 0
 
@@ -61,7 +61,7 @@ def test_a_torch_that_dequantizes_otherwise_is_refused(
 def test_simulated_int8_is_noise_and_not_nothing(tiny_canonical: Path, probes: ProbeSet) -> None:
     exact = reference.reference_logprobs(tiny_canonical, probes, threads=1).logprobs
     noisy = reference.simulated_int8_logprobs(tiny_canonical, probes, threads=1)
-    summary = compare(exact, noisy, following_ids(probes.ids, probes.lengths)).summary()
+    summary = position_metrics(exact, noisy, following_ids(probes.ids, probes.lengths)).summary()
     assert 1e-7 < summary.nmse_mean < 1e-2
 
 

@@ -14,8 +14,8 @@ from qalora_export.models.loading import load_tokenizer
 from qalora_export.recipe import VerifySettings
 from qalora_export.verify.probes.probe_set import make_probes
 from qalora_export.verify.reference.noise_floor import ASSUMED_GAIN, NoiseFloor
-from qalora_export.verify.runtimes.records import ADAPTERS
-from qalora_export.verify.runtimes.runs import Artifact, Runs
+from qalora_export.verify.runtimes.record import Artifact, all_runtimes
+from qalora_export.verify.runtimes.runs import Runs
 from tests.models import make_tiny_canonical
 from tests.verify.exports import Exported
 from tests.verify.fakes import FakeRuntimes, right_logprobs
@@ -38,7 +38,7 @@ def test_a_base_is_exported_run_and_compared_with_its_own_reference(
     noise = np.random.default_rng(0)
     change = {("llama.cpp", "shipped", "prefill"): lambda x: (x + noise.normal(0, 0.3, x.shape)).astype(np.float32)}
     floor = floor_of(exported, base, tmp_path / "work", FakeRuntimes(base, changes=change))
-    found = floor.of(ADAPTERS["llama.cpp"], Artifact(exported.gguf))
+    found = floor.of(all_runtimes()["llama.cpp"], Artifact(exported.gguf))
     assert found.gain_measured
     assert "other.qalora" in found.source
     assert found.measured_on_base is not None
@@ -51,7 +51,7 @@ def test_a_base_is_exported_run_and_compared_with_its_own_reference(
 
 def test_without_a_base_the_floor_is_simulated(exported: Exported, tmp_path: Path) -> None:
     floor = floor_of(exported, None, tmp_path, FakeRuntimes(exported.checkpoint))
-    found = floor.of(ADAPTERS["onnxruntime"], Artifact(exported.onnx))
+    found = floor.of(all_runtimes()["onnxruntime"], Artifact(exported.onnx))
     assert not found.gain_measured
     assert found.gain == ASSUMED_GAIN
     assert 1e-6 < found.figures["kl_mean"] < 1e-1
@@ -61,7 +61,7 @@ def test_a_base_of_another_shape_is_refused(exported: Exported, tiny_model: Path
     base = make_tiny_canonical(tmp_path / "three.qalora", tiny_model, bits=3)
     floor = floor_of(exported, base, tmp_path, FakeRuntimes(exported.checkpoint))
     with pytest.raises(InputError, match="differ"):
-        floor.of(ADAPTERS["llama.cpp"], Artifact(exported.gguf))
+        floor.of(all_runtimes()["llama.cpp"], Artifact(exported.gguf))
 
 
 def test_a_base_that_crashes_the_runtime_gives_no_floor(exported: Exported, tiny_model: Path, tmp_path: Path) -> None:
@@ -70,4 +70,4 @@ def test_a_base_that_crashes_the_runtime_gives_no_floor(exported: Exported, tiny
     broken = {("llama.cpp", "shipped", "prefill"): RunnerResult("crashed", "died", signal_name="SIGSEGV")}
     floor = floor_of(exported, base, tmp_path / "work", FakeRuntimes(base, broken=broken))
     with pytest.raises(RuntimeUnavailableError, match="died"):
-        floor.of(ADAPTERS["llama.cpp"], Artifact(exported.gguf))
+        floor.of(all_runtimes()["llama.cpp"], Artifact(exported.gguf))

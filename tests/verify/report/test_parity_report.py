@@ -13,11 +13,12 @@ import pytest
 
 from qalora_export.checkpoint.provenance import Link
 from qalora_export.cli.parity_table import print_report
-from qalora_export.verify.gates.rule import GATES, Entry, judge, not_run
-from qalora_export.verify.metrics import compare
+from qalora_export.verify.gates.registry import all_gates
+from qalora_export.verify.metrics import position_metrics
 from qalora_export.verify.report import html, junit
 from qalora_export.verify.report import parity_report as report
 from qalora_export.verify.report.parity_report import ParityReport
+from qalora_export.verify.rule import Entry
 
 RUNTIMES = ("llama.cpp", "onnxruntime")
 EVIL = "<script>alert(1)</script>\x01"
@@ -29,21 +30,23 @@ def metrics(seed: int, *, bad: bool = False):
     b = (a + random.normal(0, 1e-3, a.shape)).astype(np.float32)
     if bad:
         b[3, 3] = np.nan
-    return compare(a, b, np.append(np.zeros(39, np.int32), -1).astype(np.int32))
+    return position_metrics(a, b, np.append(np.zeros(39, np.int32), -1).astype(np.int32))
 
 
 def entry(gate: str, runtime: str, status: str) -> Entry:
     if status == "not run":
-        return not_run(gate, runtime, f"crashed: {EVIL}")
-    limits = [limit for limit in GATES[gate].limits if limit.kind == "absolute"]
+        return all_gates()[gate].not_run(runtime, f"crashed: {EVIL}")
+    limits = [limit for limit in all_gates()[gate].limits if limit.kind == "absolute"]
     figures = dict.fromkeys((limit.figure for limit in limits), 0.0 if status == "pass" else 7.0)
-    limits = limits or list(GATES["G5"].limits)
-    return judge(gate, runtime, figures, detail=f"detail of {gate}", where=[f"tensor {EVIL}"], limits=limits)
+    limits = limits or list(all_gates()["G5"].limits)
+    return all_gates()[gate].judge(
+        runtime, figures, detail=f"detail of {gate}", where=[f"tensor {EVIL}"], limits=limits
+    )
 
 
 def made(statuses: dict[tuple[str, str], str] | None = None, *, bad: bool = False) -> ParityReport:
     statuses = statuses or {}
-    entries = [entry(g, r, statuses.get((g, r), "pass")) for r in RUNTIMES for g in GATES]
+    entries = [entry(g, r, statuses.get((g, r), "pass")) for r in RUNTIMES for g in all_gates()]
     facts = {
         "checkpoint": {
             "name": EVIL,
@@ -132,7 +135,7 @@ def test_the_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_plots")
 def test_the_page_has_a_row_for_every_gate_and_runtime(tmp_path: Path) -> None:
     text, _ = page(tmp_path, made())
-    assert text.count(">✓ pass</span>") >= 2 * len(RUNTIMES) * len(GATES)
+    assert text.count(">✓ pass</span>") >= 2 * len(RUNTIMES) * len(all_gates())
     for part in ("PASS", "Provenance", "How to reproduce", "bits per weight", "1,234", "noise floor", "a" * 20, "away"):
         assert part in text, part
 
@@ -150,7 +153,7 @@ def test_the_verdict_is_on_top(status: str, word: str, code: int, tmp_path: Path
 
 
 def test_runs_that_gave_nothing_still_make_a_page(tmp_path: Path) -> None:
-    empty = made({(g, r): "not run" for g in GATES for r in RUNTIMES})
+    empty = made({(g, r): "not run" for g in all_gates() for r in RUNTIMES})
     empty.positions.clear()
     empty.facts["runtimes"] = {}
     text, _ = page(tmp_path, empty)
@@ -185,7 +188,7 @@ def test_report_json_holds_what_json_cannot(tmp_path: Path) -> None:
     report.write_report(made_report, tmp_path)
     written = json.loads((tmp_path / "report.json").read_text())
     assert written["reference"] == {"x": 0.5, "y": "inf", "z": [3]}
-    assert [(e["gate"], e["runtime"]) for e in written["gates"]] == [(g, r) for r in RUNTIMES for g in GATES]
+    assert [(e["gate"], e["runtime"]) for e in written["gates"]] == [(g, r) for r in RUNTIMES for g in all_gates()]
 
 
 def test_the_table_names_every_finding(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,52 +10,40 @@ BOS). The ids of every rendered conversation are compared too, so a BOS that is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
-from qalora_export.models.loading import load_tokenizer
-from qalora_export.verify.gates.rule import Entry, judge
+from qalora_export.verify.gates.registry import measures
 from qalora_export.verify.probes.probe_set import ProbeSet
+from qalora_export.verify.reference.text import folder_answers
+from qalora_export.verify.rule import Entry, Gate, Limit
+from qalora_export.verify.runtimes.record import TextHabits
+from qalora_export.verify.session import Target
 
 SHOWN = 6
 CLIP = 60
 
+GATE = Gate(
+    id="G5",
+    title="text",
+    what="token ids and rendered chat template against Hugging Face tokenizers",
+    row="token ids that differ",
+    limits=(
+        Limit("differing_ids", 0, "ids", "a wrong id is a wrong prompt: the most frequent fault users report"),
+        Limit("differing_chats", 0, "conversations", "the chat template is part of the model"),
+    ),
+)
 
-@dataclass(frozen=True, slots=True)
-class TextHabits:
-    """What a runtime does by design. adds_specials: puts BOS/EOS around plain text as Hugging Face's tokenizer does.
 
-    cuts_bos: renders conversations without the leading BOS text that its tokenizer will add as an id.
-    """
-
-    adds_specials: bool = True
-    cuts_bos: bool = False
-
-
-def folder_answers(folder: Path, probes: ProbeSet) -> dict[str, Any]:
-    """Answers by the tokenizer files in `folder`.
-
-    texts: ids of each text, special tokens added as for a prompt; plain_texts: nothing added; rendered: each
-    conversation as a string that ends with the generation prompt; rendered_ids: its ids, nothing added; bos: BOS text.
-    """
-    tokenizer = load_tokenizer(folder)
-    rendered = [
-        tokenizer.apply_chat_template([dict(turn) for turn in chat], tokenize=False, add_generation_prompt=True)
-        for chat in probes.chats
-    ]
-
-    def ids(text: str, *, special: bool) -> list[int]:
-        return [int(i) for i in tokenizer(text, add_special_tokens=special)["input_ids"]]
-
-    return {
-        "texts": [ids(text, special=True) for text in probes.texts],
-        "plain_texts": [ids(text, special=False) for text in probes.texts],
-        "rendered": rendered,
-        "rendered_ids": [ids(text, special=False) for text in rendered],
-        "bos": tokenizer.bos_token or "",
-    }
+@measures(GATE)
+def text(target: Target) -> Entry:
+    session, runtime = target.session, target.runtime
+    if runtime.own_tokenizer:
+        answers = session.runs.text_answers(runtime.name, target.shipped)
+    else:
+        answers = folder_answers(target.artifact, session.probes)
+    expected = expected_answers(session.expected_text, runtime.habits)
+    return text_entry(runtime.name, session.probes, expected, answers)
 
 
 def expected_answers(expected: dict[str, Any], habits: TextHabits) -> dict[str, Any]:
@@ -68,7 +56,7 @@ def expected_answers(expected: dict[str, Any], habits: TextHabits) -> dict[str, 
     }
 
 
-def text_gate(runtime: str, probes: ProbeSet, expected: dict[str, Any], answers: dict[str, Any]) -> Entry:
+def text_entry(runtime: str, probes: ProbeSet, expected: dict[str, Any], answers: dict[str, Any]) -> Entry:
     """Compare a runtime's answers with expected_answers; every text and conversation must be answered."""
     findings: list[str] = []
     wrong_ids = 0
@@ -85,8 +73,7 @@ def text_gate(runtime: str, probes: ProbeSet, expected: dict[str, Any], answers:
             wrong_chats += 1
             findings.append(f"conversation {name}: {_first_difference(want, got)}")
     total = sum(len(ids) for kind in ("texts", "rendered_ids") for ids in expected[kind])
-    return judge(
-        "G5",
+    return GATE.judge(
         runtime,
         {"differing_ids": wrong_ids, "differing_chats": wrong_chats},
         detail=f"{len(probes.texts)} texts and {len(probes.chats)} conversations, {total} ids",

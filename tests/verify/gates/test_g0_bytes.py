@@ -12,37 +12,38 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.provenance import artifact_links
-from qalora_export.verify.gates.artifact import bytes_gate, ulp_distance, weights_gate
-from qalora_export.verify.gates.rule import Entry
-from qalora_export.verify.runtimes.records import ADAPTERS
+from qalora_export.verify.gates.g0_bytes import bytes_entry
+from qalora_export.verify.gates.g1_weights import ulp_distance, weights_entry
+from qalora_export.verify.rule import Entry
+from qalora_export.verify.runtimes.record import all_runtimes
 from tests.verify.exports import Exported, copy_of, float32, gguf_block, gguf_value, onnx_tensor, patch, read_at
 
 Q_PROJ, Q_GGUF = "model.layers.1.self_attn.v_proj", "blk.1.attn_v.weight"
-RUNTIMES = list(ADAPTERS)
+RUNTIMES = list(all_runtimes())
 
 
 def g0(runtime: str, exported: Exported) -> Entry:
-    adapter, checkpoint = ADAPTERS[runtime], CanonicalCheckpoint(exported.checkpoint)
-    artifact = exported.gguf if adapter.format == "gguf" else exported.onnx
+    record, checkpoint = all_runtimes()[runtime], CanonicalCheckpoint(exported.checkpoint)
+    artifact = exported.gguf if record.format == "gguf" else exported.onnx
     frequencies = LlamaRotaryEmbedding(AutoConfig.from_pretrained(exported.checkpoint)).inv_freq.numpy()
-    contents, links = adapter.read_back(artifact), artifact_links(artifact, checkpoint.path)
-    expected, found = adapter.expected(checkpoint, frequencies), adapter.found(artifact, contents)
-    return bytes_gate(runtime, checkpoint, contents, expected=expected, found=found, links=links)
+    contents, links = record.read_back(artifact), artifact_links(artifact, checkpoint.path)
+    expected, found = record.expected(checkpoint, frequencies), record.found(artifact, contents)
+    return bytes_entry(runtime, checkpoint, contents, expected=expected, found=found, links=links)
 
 
 def g1(runtime: str, exported: Exported, workdir: Path) -> Entry:
-    adapter, checkpoint = ADAPTERS[runtime], CanonicalCheckpoint(exported.checkpoint)
-    artifact = exported.gguf if adapter.format == "gguf" else exported.onnx
-    return weights_gate(runtime, checkpoint, adapter.dequantized(artifact, workdir), by=adapter.dequantizer)
+    record, checkpoint = all_runtimes()[runtime], CanonicalCheckpoint(exported.checkpoint)
+    artifact = exported.gguf if record.format == "gguf" else exported.onnx
+    return weights_entry(runtime, checkpoint, record.dequantized(artifact, workdir), by=record.dequantizer)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_an_undamaged_artifact_passes(runtime: str, exported: Exported, tmp_path: Path) -> None:
-    bytes_entry, weights_entry = g0(runtime, exported), g1(runtime, exported, tmp_path / "work")
-    assert (bytes_entry.status, bytes_entry.where) == ("pass", ())
-    assert (weights_entry.status, weights_entry.where) == ("pass", ())
-    assert bytes_entry.figures is not None
-    assert bytes_entry.figures["compared_values"] > 400_000
+    bytes_found, weights_found = g0(runtime, exported), g1(runtime, exported, tmp_path / "work")
+    assert (bytes_found.status, bytes_found.where) == ("pass", ())
+    assert (weights_found.status, weights_found.where) == ("pass", ())
+    assert bytes_found.figures is not None
+    assert bytes_found.figures["compared_values"] > 400_000
 
 
 def flip_gguf_code(e: Exported) -> None:
@@ -202,7 +203,7 @@ def test_an_artifact_of_another_checkpoint_breaks_the_chain(exported: Exported, 
 
 def test_matrices_that_were_not_dequantized_fail(exported: Exported) -> None:
     checkpoint = CanonicalCheckpoint(exported.checkpoint)
-    entry = weights_gate("r", checkpoint, iter([]), by="nothing")
+    entry = weights_entry("r", checkpoint, iter([]), by="nothing")
     assert entry.status == "fail"
     assert entry.deciding is not None
     assert entry.deciding.figure == "missing_matrices"

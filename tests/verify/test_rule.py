@@ -5,24 +5,26 @@ import math
 import pytest
 
 from qalora_export.errors import ExitCode
-from qalora_export.verify.gates.logits import Floor
-from qalora_export.verify.gates.rule import GATES, Entry, exit_code, judge, not_run
+from qalora_export.verify.gates.registry import all_gates
+from qalora_export.verify.reference.noise_floor import Floor
+from qalora_export.verify.rule import Entry, exit_code
 
+G2_GATE, G3_GATE = all_gates()["G2"], all_gates()["G3"]
 G2 = {"nmse_scaled_max": 1e-12, "disagreements": 0, "bad_positions": 0}
 
 
 def entry(status: str) -> Entry:
     return {
-        "pass": judge("G2", "r", G2, detail=""),
-        "fail": judge("G2", "r", G2 | {"nmse_scaled_max": 1.0}, detail=""),
-        "not run": not_run("G2", "r", "missing"),
+        "pass": G2_GATE.judge("r", G2, detail=""),
+        "fail": G2_GATE.judge("r", G2 | {"nmse_scaled_max": 1.0}, detail=""),
+        "not run": G2_GATE.not_run("r", "missing"),
     }[status]
 
 
 @pytest.mark.parametrize("figure", list(G2))
 @pytest.mark.parametrize("value", [math.nan, math.inf, 2.0])
 def test_one_figure_out_of_bounds_fails(figure: str, value: float) -> None:
-    found = judge("G2", "llama.cpp", G2 | {figure: value}, detail="")
+    found = G2_GATE.judge("llama.cpp", G2 | {figure: value}, detail="")
     assert found.status == "fail"
     assert found.deciding is not None
     assert found.deciding.figure == figure
@@ -30,12 +32,12 @@ def test_one_figure_out_of_bounds_fails(figure: str, value: float) -> None:
 
 def test_a_missing_figure_is_an_error_not_a_pass() -> None:
     with pytest.raises(KeyError):
-        judge("G2", "r", {"nmse_scaled_max": 0.0}, detail="")
+        G2_GATE.judge("r", {"nmse_scaled_max": 0.0}, detail="")
 
 
 def test_no_limits_is_an_error_not_a_pass() -> None:
     with pytest.raises(ValueError, match="nothing to check"):
-        judge("G2", "r", G2, limits=(), detail="")
+        G2_GATE.judge("r", G2, limits=(), detail="")
 
 
 def floor(kl_mean: float) -> Floor:
@@ -46,12 +48,12 @@ def floor(kl_mean: float) -> Floor:
 def test_floor_limits_need_a_floor_and_scale_with_it() -> None:
     figures = dict.fromkeys(floor(1.0).figures, 1.0) | {"bad_positions": 0, "noise_gain": 1.0}
     with pytest.raises(ValueError, match="noise floor"):
-        judge("G3", "r", figures, detail="")
-    assert judge("G3", "r", figures, floor=floor(1.0).bound, detail="").status == "pass"
-    assert judge("G3", "r", figures, floor=floor(0.61).bound, detail="").status == "pass"  # 1.25 + 4 standard errors
-    assert judge("G3", "r", figures, floor=floor(0.60).bound, detail="").status == "fail"
-    assert judge("G3", "r", figures, floor=floor(math.nan).bound, detail="").status == "fail"
-    assert judge("G3", "r", figures | {"noise_gain": 2.1}, floor=floor(1.0).bound, detail="").status == "fail"
+        G3_GATE.judge("r", figures, detail="")
+    assert G3_GATE.judge("r", figures, floor=floor(1.0).bound, detail="").status == "pass"
+    assert G3_GATE.judge("r", figures, floor=floor(0.61).bound, detail="").status == "pass"  # 1.25 + 4 standard errors
+    assert G3_GATE.judge("r", figures, floor=floor(0.60).bound, detail="").status == "fail"
+    assert G3_GATE.judge("r", figures, floor=floor(math.nan).bound, detail="").status == "fail"
+    assert G3_GATE.judge("r", figures | {"noise_gain": 2.1}, floor=floor(1.0).bound, detail="").status == "fail"
 
 
 @pytest.mark.parametrize(
@@ -69,8 +71,8 @@ def test_exit_code(statuses: list[str], code: ExitCode) -> None:
 
 
 def test_every_limit_states_unit_and_reason() -> None:
-    assert list(GATES) == ["G0", "G1", "G2", "G3", "G4", "G5"]
-    for gate in GATES.values():
+    assert list(all_gates()) == ["G0", "G1", "G2", "G3", "G4", "G5"]
+    for gate in all_gates().values():
         assert gate.limits
         assert all(limit.unit and limit.reason for limit in gate.limits)
         assert len({limit.figure for limit in gate.limits}) == len(gate.limits)

@@ -1,39 +1,77 @@
-"""What the gates need from an ONNX folder: contents, facts of the graph, of genai_config.json and of the tokenizer."""
+"""ONNX Runtime on an ONNX folder: contents and facts of the graph, its exact variant, an export like it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.errors import InputError
+from qalora_export.formats.onnx.exact import exact_variant
 from qalora_export.formats.onnx.read import OnnxContents, read_back
-from qalora_export.safety import inside, read_json
-from qalora_export.verify.runtimes.facts import ABSENT
+from qalora_export.models.families.family import head_dim
+from qalora_export.recipe import OnnxSettings
+from qalora_export.verify.runtimes.facts import ABSENT, expected_graph_facts, expected_text_facts
+from qalora_export.verify.runtimes.onnx_dequantize import runtime_dequantized
+from qalora_export.verify.runtimes.record import Artifact, Facts, Matrices, RuntimeRecord, register
 
 NORMS = ("RMSNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
 ATTENTION = "GroupQueryAttention"
 EMBEDDING = "model.embed_tokens.weight"
-GENAI_CONFIG = "genai_config.json"
-# Fact -> key of genai_config.json, in `model` or in `model.decoder`.
-GENAI_SIZES = {
-    "vocabulary": "vocab_size",
-    "hidden size": "hidden_size",
-    "layers": "num_hidden_layers",
-    "attention heads": "num_attention_heads",
-    "context length": "context_length",
-    "key/value heads": "num_key_value_heads",
-    "head size": "head_size",
-}
 # A float32 angle of p radians is right to p·2^-24; tables are made by different float32 routines.
 TABLE_ERROR, TABLE_ERROR_PER_RADIAN = 1e-6, 2.0**-21
 
 
-def contents_of(folder: Path) -> OnnxContents:
-    """Read back by the onnx package."""
-    return read_back(folder)
+@register
+class OnnxRuntime(RuntimeRecord):
+    name = "onnxruntime"
+    format = "onnx"
+    dequantizer = "ONNX Runtime on the file's own nodes and an identity"
+    own_tokenizer = False
+    int8_block = None
+    taps_of = "onnxruntime"
+
+    def read_back(self, artifact: Path) -> OnnxContents:
+        """By the onnx package."""
+        return read_back(artifact)
+
+    def dequantized(self, artifact: Path, workdir: Path) -> Matrices:
+        return runtime_dequantized(artifact, workdir)
+
+    def expected(self, checkpoint: CanonicalCheckpoint, frequencies: NDArray[Any]) -> Facts:
+        scale = np.float32(head_dim(checkpoint.config) ** -0.5)
+        facts = expected_graph_facts(checkpoint.config, frequencies) | expected_text_facts(checkpoint.path)
+        return facts | {"attention scale": scale}
+
+    def found(self, artifact: Path, contents: Any) -> Facts:
+        return graph_facts(contents) | _tokenizer_facts(artifact)
+
+    def shipped(self, artifact: Path) -> Artifact:
+        return Artifact(artifact)
+
+    def exact(self, artifact: Path, workdir: Path) -> Artifact:
+        return Artifact(exact_variant(artifact, workdir / "exact"))
+
+    def export_settings(self, artifact: Path) -> OnnxSettings:
+        return OnnxSettings(accuracy_level=1 if self.read_back(artifact).accuracy_level == 1 else 4)
+
+    def export(self, checkpoint: Path, workdir: Path, settings: OnnxSettings) -> Artifact:
+        from qalora_export.formats.onnx.export import export_onnx
+
+        out = workdir / "base-onnx"
+        export_onnx(checkpoint, out, settings)
+        return Artifact(out)
+
+
+def _tokenizer_facts(folder: Path) -> Facts:
+    """Text facts of the tokenizer files in an ONNX folder; files that do not load leave every fact absent."""
+    try:
+        return expected_text_facts(folder)
+    except InputError:
+        return {}
 
 
 def graph_facts(contents: OnnxContents) -> dict[str, Any]:
@@ -62,22 +100,6 @@ def graph_facts(contents: OnnxContents) -> dict[str, Any]:
     }
 
 
-def genai_facts(folder: Path) -> dict[str, Any]:
-    """Facts of genai_config.json, which ONNX Runtime GenAI trusts over the graph."""
-    model = read_json(inside(folder, GENAI_CONFIG)).get("model", {})
-    decoder = model.get("decoder", {})
-    facts = {name: {**decoder, **model}.get(key, ABSENT) for name, key in GENAI_SIZES.items()}
-    facts |= {"BOS id": model.get("bos_token_id"), "ends at": _as_list(model.get("eos_token_id"))}
-    return {f"genai {name}": value for name, value in facts.items()}
-
-
-def expected_generation_ends(checkpoint: Path, config: Mapping[str, Any]) -> list[int]:
-    """End-of-generation ids as Transformers' generate sees them."""
-    path = checkpoint / "generation_config.json"
-    generation = read_json(inside(checkpoint, path.name)) if path.exists() else {}
-    return _as_list(generation.get("eos_token_id", config.get("eos_token_id")))
-
-
 def _frequencies(contents: OnnxContents) -> NDArray[np.float64] | str:
     """Radians per position read from row 1 of the cos/sin tables, if every other row follows from them."""
     names = [_table_name(contents.model.graph, index) for index in (7, 8)]
@@ -103,7 +125,3 @@ def _table_name(graph: Any, index: int) -> str:
 def _single(values: Any) -> Any:
     found = sorted({value for value in values if value is not None})
     return found[0] if len(found) == 1 else found
-
-
-def _as_list(value: Any) -> list[int]:
-    return [value] if isinstance(value, int) else list(value or [])

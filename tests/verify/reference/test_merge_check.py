@@ -12,7 +12,7 @@ import pytest
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.safetensors_file import read_header
 from qalora_export.qalora.merge import merge
-from qalora_export.verify.gates.merge_check import merge_check, wrong_offsets
+from qalora_export.verify.reference.merge_check import merge_check, wrong_offsets
 from tests.qalora.adapters import QUERY, foreign_adapter, own_adapter
 
 

@@ -1,45 +1,65 @@
-"""Gates G0 (bytes) and G1 (weights): the written file itself, before any logits."""
+"""Gate G0: the written file itself, read back by an independent reader, before any logits.
+
+Every code, scale, offset and other value, every fact that steers the numbers, every link of the provenance chain, the
+merge that the checkpoint claims to be; and that the files are the same ones when the last gate has run.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import PARTS, CanonicalCheckpoint
 from qalora_export.checkpoint.model_folder import as_float32
-from qalora_export.checkpoint.provenance import Link
+from qalora_export.checkpoint.provenance import Link, artifact_links
 from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.grid import Differences, GroupAffine, difference, differing
-from qalora_export.verify.gates.merge_check import MergeCheck
-from qalora_export.verify.gates.rule import Entry, judge
+from qalora_export.verify.gates.registry import measures
+from qalora_export.verify.reference.merge_check import MergeCheck
+from qalora_export.verify.rule import Entry, Gate, Limit
 from qalora_export.verify.runtimes.facts import differing_facts
+from qalora_export.verify.runtimes.record import Contents
+from qalora_export.verify.session import Target
 
 SHOWN = 12
 # A buffer of old checkpoints that follows from config.json; the RoPE facts check what it stood for.
 DERIVED = ".rotary_emb.inv_freq"
 
-
-class Contents(Protocol):
-    """An artifact read back by an independent reader, in the checkpoint's vocabulary (formats.*.readback).
-
-    modules: module -> (bits, group_size). others: names of tensors that are not quantized. offset_is_implied: modules
-    whose offset is not stored but follows from the scale, so that -0 and +0 cannot be told apart.
-    """
-
-    @property
-    def modules(self) -> Mapping[str, tuple[int, int]]: ...
-    @property
-    def others(self) -> list[str]: ...
-    @property
-    def offset_is_implied(self) -> frozenset[str]: ...
-    def group_affine(self, module: str) -> GroupAffine: ...
-    def tensor(self, name: str) -> NDArray[Any]: ...
+GATE = Gate(
+    id="G0",
+    title="bytes",
+    what="the written file, read back by an independent reader, against the checkpoint",
+    row="values that differ in the file",
+    limits=(
+        Limit("differing_values", 0, "values", "the export moves bytes; nothing is rounded"),
+        Limit("differing_facts", 0, "facts", "a right tensor under a wrong epsilon or RoPE base is a wrong model"),
+        Limit("broken_links", 0, "links", "a hash that does not match is another file than the one that was made"),
+        Limit("wrong_merged_values", 0, "values", "a right export of a wrong merge is not the trained model"),
+    ),
+)
 
 
-def bytes_gate(
+@measures(GATE)
+def file_bytes(target: Target) -> Entry:
+    session, runtime = target.session, target.runtime
+    links = artifact_links(target.artifact, session.checkpoint.path)
+    session.links += [link for link in links if link not in session.links]
+    contents = runtime.read_back(target.artifact)
+    return bytes_entry(
+        runtime.name,
+        session.checkpoint,
+        contents,
+        expected=runtime.expected(session.checkpoint, session.reference.frequencies),
+        found=runtime.found(target.artifact, contents),
+        links=[*session.chain, *links],
+        merge=session.merge,
+    )
+
+
+def bytes_entry(
     runtime: str,
     checkpoint: CanonicalCheckpoint,
     contents: Contents,
@@ -49,7 +69,7 @@ def bytes_gate(
     links: Iterable[Link],
     merge: MergeCheck | None = None,
 ) -> Entry:
-    """G0: every code, scale, offset and other value, every fact, every link of the provenance chain.
+    """Every code, scale, offset and other value, every fact, every link of the provenance chain.
 
     merge: whether the checkpoint itself is its base plus its adapter.
     """
@@ -64,8 +84,7 @@ def bytes_gate(
         "broken_links": len(broken),
         "wrong_merged_values": sum(merge.wrong.values()),
     }
-    return judge(
-        "G0",
+    return GATE.judge(
         runtime,
         measured,
         detail=f"{compared} values in {len(checkpoint.modules)} quantized and {len(checkpoint.plain_names())} "
@@ -140,44 +159,3 @@ def _plain_difference(want: NDArray[Any], got: NDArray[Any] | None) -> int:
     if got.dtype == np.float32 and want.dtype != np.float32:
         return differing(as_float32(want), got)
     return differing(np.asarray(want), np.asarray(got))
-
-
-def weights_gate(
-    runtime: str, checkpoint: CanonicalCheckpoint, dequantized: Iterable[tuple[str, NDArray[np.float32]]], *, by: str
-) -> Entry:
-    """G1: each matrix as the runtime's own dequantizer gives it, against s·q + m in float32. by: which dequantizer."""
-    worst, where, seen = 0.0, list[str](), set[str]()
-    for module, matrix in dequantized:
-        if module not in checkpoint.modules:
-            continue  # a surplus matrix is gate G0's finding
-        seen.add(module)
-        ulp, count = ulp_distance(checkpoint.group_affine(module).dequantize(), matrix)
-        worst = max(worst, ulp)
-        if count:
-            where.append(f"{module}: {count} weights, up to {ulp:.0f} ulp")
-    missing = sorted(set(checkpoint.modules) - seen)
-    where += [f"{module}: not dequantized" for module in missing]
-    return judge(
-        "G1",
-        runtime,
-        {"ulp_max": worst, "missing_matrices": len(missing)},
-        detail=f"{len(seen)} of {len(checkpoint.modules)} matrices by {by}",
-        where=where[:SHOWN],
-        figures={"matrices": len(seen), "dequantizer": by},
-    )
-
-
-def ulp_distance(want: NDArray[np.float32], got: NDArray[np.float32]) -> tuple[float, int]:
-    """(largest distance in units of the last place, count of values that differ); infinite for NaN or other shapes."""
-    if want.shape != got.shape or got.dtype != np.float32:
-        return float("inf"), max(want.size, got.size)
-    distance = np.abs(_ordered(want) - _ordered(got))
-    nan = np.isnan(want) | np.isnan(got)
-    count = int(np.count_nonzero((distance > 0) | nan))
-    return (float("inf") if nan.any() else float(distance.max(initial=0))), count
-
-
-def _ordered(values: NDArray[np.float32]) -> NDArray[np.int64]:
-    """float32 bit patterns as integers in numeric order; -0 and +0 are the same integer."""
-    bits = np.ascontiguousarray(values).view(np.int32).astype(np.int64)
-    return np.where(bits < 0, -(bits & 0x7FFFFFFF), bits)

@@ -1,21 +1,64 @@
-"""What the gates need from a GGUF file: contents, facts, dequantized weights."""
+"""llama.cpp on a GGUF file: contents and facts of the file, its F32 twin, an export like it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.formats.gguf.file import GgufFile
 from qalora_export.formats.gguf.read import GgufContents, read_back, runtime_dequantized
 from qalora_export.formats.gguf.split import adapter_path
-from qalora_export.verify.runtimes.facts import ABSENT
+from qalora_export.recipe import GgufSettings
+from qalora_export.verify.runtimes.facts import ABSENT, expected_graph_facts, expected_text_facts
+from qalora_export.verify.runtimes.record import Artifact, Facts, Matrices, RuntimeRecord, TextHabits, register
+from qalora_export.verify.runtimes.twin import write_twin
 
-DEQUANTIZER = "gguf.quants.dequantize, llama.cpp's own"
 FREQUENCY_DIVISORS = "rope_freqs.weight"
+
+
+@register
+class LlamaCpp(RuntimeRecord):
+    name = "llama.cpp"
+    format = "gguf"
+    dequantizer = "gguf.quants.dequantize, llama.cpp's own"
+    habits = TextHabits(cuts_bos=True)
+    taps_of = "llama.cpp"
+
+    def read_back(self, artifact: Path) -> GgufContents:
+        """By our reader, which shares no code with the writer, gguf.GGUFWriter."""
+        return read_back(artifact, adapter_of(artifact))
+
+    def dequantized(self, artifact: Path, workdir: Path) -> Matrices:
+        return runtime_dequantized(artifact, adapter_of(artifact))
+
+    def expected(self, checkpoint: CanonicalCheckpoint, frequencies: NDArray[Any]) -> Facts:
+        return expected_graph_facts(checkpoint.config, frequencies) | expected_text_facts(checkpoint.path)
+
+    def found(self, artifact: Path, contents: Any) -> Facts:
+        return facts_of(artifact, contents.metadata)
+
+    def shipped(self, artifact: Path) -> Artifact:
+        return Artifact(artifact, adapter_of(artifact))
+
+    def exact(self, artifact: Path, workdir: Path) -> Artifact:
+        twin = workdir / "twin-f32.gguf"
+        write_twin(artifact, twin)
+        return Artifact(twin, adapter_of(artifact))
+
+    def export_settings(self, artifact: Path) -> GgufSettings:
+        return GgufSettings(layout=self.read_back(artifact).metadata.get("qalora.layout", "q4_1"))
+
+    def export(self, checkpoint: Path, workdir: Path, settings: GgufSettings) -> Artifact:
+        from qalora_export.formats.gguf.export import export_gguf
+
+        out = workdir / "base.gguf"
+        export_gguf(checkpoint, out, settings)
+        return self.shipped(out)
 
 
 def adapter_of(artifact: Path) -> Path | None:
@@ -27,17 +70,8 @@ def adapter_of(artifact: Path) -> Path | None:
     return path if path.is_file() and read_back(artifact).metadata.get("qalora.layout") == "split" else None
 
 
-def contents_of(artifact: Path) -> GgufContents:
-    """Read back by our reader, which shares no code with the writer, gguf.GGUFWriter."""
-    return read_back(artifact, adapter_of(artifact))
-
-
-def dequantized(artifact: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    return runtime_dequantized(artifact, adapter_of(artifact))
-
-
 def facts_of(artifact: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts by GGUF metadata (docs/gguf.md of ggml), in the names of verify.facts."""
+    """Facts by GGUF metadata (docs/gguf.md of ggml), in the names of runtimes.facts."""
     arch = metadata.get("general.architecture")
 
     def of(key: str) -> Any:

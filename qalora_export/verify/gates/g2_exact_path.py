@@ -1,0 +1,39 @@
+"""Gate G2: the artifact through rounding-free kernels computes the reference's logits, at every position."""
+
+from __future__ import annotations
+
+from qalora_export.verify.gates.positions import described, figures_of, worst_places
+from qalora_export.verify.gates.registry import measures
+from qalora_export.verify.rule import Entry, Gate, Limit
+from qalora_export.verify.session import Target
+
+NMSE = Limit(
+    "nmse_scaled_max",
+    1e-9,
+    "largest NMSE",
+    "float32 kernels of different libraries differ by 1e-13 to 1e-11 through 30 layers; one wrong code, offset or "
+    "epsilon in a real model moves a position by more than 1e-8",
+)
+TOP1 = Limit("disagreements", 0, "positions", "beyond a tie (1e-3 nats) rounding cannot change the first choice")
+NO_BAD = Limit("bad_positions", 0, "positions with NaN or Inf", "a NaN compares false with everything: count it")
+
+GATE = Gate(
+    id="G2",
+    title="exact path",
+    what="logits of the artifact through rounding-free kernels against PyTorch float32",
+    row="exact path, largest NMSE",
+    limits=(NMSE, TOP1, NO_BAD),
+)
+
+
+@measures(GATE)
+def exact_path(target: Target) -> Entry:
+    measured = target.prefill("exact")
+    figures = figures_of(measured)
+    return GATE.judge(
+        target.name,
+        figures,
+        detail=described(measured),
+        figures=figures,
+        where=worst_places(target.session.probes, measured),
+    )

@@ -1,0 +1,64 @@
+"""ONNX Runtime GenAI on the same ONNX folder: its own loop and tokenizer, steered by genai_config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.safety import inside, read_json
+from qalora_export.verify.runtimes.facts import ABSENT, expected_graph_facts
+from qalora_export.verify.runtimes.onnxruntime import OnnxRuntime
+from qalora_export.verify.runtimes.record import Facts, TextHabits, register
+
+GENAI_CONFIG = "genai_config.json"
+# Fact -> key of genai_config.json, in `model` or in `model.decoder`.
+GENAI_SIZES = {
+    "vocabulary": "vocab_size",
+    "hidden size": "hidden_size",
+    "layers": "num_hidden_layers",
+    "attention heads": "num_attention_heads",
+    "context length": "context_length",
+    "key/value heads": "num_key_value_heads",
+    "head size": "head_size",
+}
+
+
+@register
+class OnnxRuntimeGenai(OnnxRuntime):
+    name = "onnxruntime-genai"
+    habits = TextHabits(adds_specials=False)
+    own_tokenizer = True
+
+    def expected(self, checkpoint: CanonicalCheckpoint, frequencies: NDArray[Any]) -> Facts:
+        facts = super().expected(checkpoint, frequencies)
+        sizes = expected_graph_facts(checkpoint.config, frequencies)
+        config = {f"genai {name}": sizes[name] for name in GENAI_SIZES}
+        ends = expected_generation_ends(checkpoint.path, checkpoint.config)
+        return facts | config | {"genai BOS id": facts["BOS id"], "genai ends at": ends}
+
+    def found(self, artifact: Path, contents: Any) -> Facts:
+        return super().found(artifact, contents) | genai_facts(artifact)
+
+
+def genai_facts(folder: Path) -> dict[str, Any]:
+    """Facts of genai_config.json, which ONNX Runtime GenAI trusts over the graph."""
+    model = read_json(inside(folder, GENAI_CONFIG)).get("model", {})
+    decoder = model.get("decoder", {})
+    facts = {name: {**decoder, **model}.get(key, ABSENT) for name, key in GENAI_SIZES.items()}
+    facts |= {"BOS id": model.get("bos_token_id"), "ends at": _as_list(model.get("eos_token_id"))}
+    return {f"genai {name}": value for name, value in facts.items()}
+
+
+def expected_generation_ends(checkpoint: Path, config: Mapping[str, Any]) -> list[int]:
+    """End-of-generation ids as Transformers' generate sees them."""
+    path = checkpoint / "generation_config.json"
+    generation = read_json(inside(checkpoint, path.name)) if path.exists() else {}
+    return _as_list(generation.get("eos_token_id", config.get("eos_token_id")))
+
+
+def _as_list(value: Any) -> list[int]:
+    return [value] if isinstance(value, int) else list(value or [])

@@ -1,0 +1,170 @@
+"""One record per runtime: which artifact it runs, how that artifact is read back, what its exact path is.
+
+A runtime is added by adding its file to this package, with a class that registers itself:
+
+    @register
+    class MyRuntime(RuntimeRecord):
+        name = "my-runtime"
+        …
+
+The process that runs it is qalora_runtimes' side (qalora_runtimes.records): the same name, found there the same way.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.errors import InputError
+from qalora_export.grid import GroupAffine
+from qalora_export.verify import runtimes
+
+Facts = dict[str, Any]
+Matrices = Iterator[tuple[str, NDArray[np.float32]]]  # (module, dequantized (out, in))
+Format = Literal["gguf", "onnx"]
+
+
+class Contents(Protocol):
+    """An artifact read back by an independent reader, in the checkpoint's vocabulary (formats.*.readback).
+
+    modules: module -> (bits, group_size). others: names of tensors that are not quantized. offset_is_implied: modules
+    whose offset is not stored but follows from the scale, so that -0 and +0 cannot be told apart.
+    """
+
+    @property
+    def modules(self) -> Mapping[str, tuple[int, int]]: ...
+    @property
+    def others(self) -> list[str]: ...
+    @property
+    def offset_is_implied(self) -> frozenset[str]: ...
+    def group_affine(self, module: str) -> GroupAffine: ...
+    def tensor(self, name: str) -> NDArray[Any]: ...
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a runtime loads: a GGUF file (with an adapter file in the split layout) or an ONNX folder."""
+
+    path: Path
+    lora: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TextHabits:
+    """What a runtime does by design. adds_specials: puts BOS/EOS around plain text as Hugging Face's tokenizer does.
+
+    cuts_bos: renders conversations without the leading BOS text that its tokenizer will add as an id.
+    """
+
+    adds_specials: bool = True
+    cuts_bos: bool = False
+
+
+class RuntimeRecord(ABC):
+    """Everything runtime-specific about verifying.
+
+    format: of the artifact. dequantizer: who dequantizes for gate G1. habits, own_tokenizer: whether the runtime itself
+    answers gate G5, and how. int8_block: activations that share one int8 step in the shipped kernels (llama.cpp: Q8_1
+    and Q8_0 blocks of 32; MatMulNBits: the group of the weights, None). taps_of: the runtime that shows the values
+    inside this one's graph, for the bisect.
+    """
+
+    name: ClassVar[str]
+    format: ClassVar[Format]
+    dequantizer: ClassVar[str]
+    habits: ClassVar[TextHabits] = TextHabits()
+    own_tokenizer: ClassVar[bool] = True
+    int8_block: ClassVar[int | None] = 32
+    taps_of: ClassVar[str]
+
+    @abstractmethod
+    def read_back(self, artifact: Path) -> Contents:
+        """Gate G0: the artifact's contents by an independent reader."""
+
+    @abstractmethod
+    def dequantized(self, artifact: Path, workdir: Path) -> Matrices:
+        """Gate G1: every matrix by the runtime's own dequantizer."""
+
+    @abstractmethod
+    def expected(self, checkpoint: CanonicalCheckpoint, frequencies: NDArray[Any]) -> Facts:
+        """Gate G0: facts by the checkpoint. frequencies: the reference's own RoPE, radians per position."""
+
+    @abstractmethod
+    def found(self, artifact: Path, contents: Any) -> Facts:
+        """Gate G0: the same facts by the artifact; contents: what read_back gave."""
+
+    @abstractmethod
+    def shipped(self, artifact: Path) -> Artifact:
+        """What to run for gate G3: the artifact as users run it."""
+
+    @abstractmethod
+    def exact(self, artifact: Path, workdir: Path) -> Artifact:
+        """What to run for gate G2: the same numbers for rounding-free kernels, written into `workdir`."""
+
+    @abstractmethod
+    def export_settings(self, artifact: Path) -> Any:
+        """The settings that `artifact` was exported with, as far as they change its kernels."""
+
+    @abstractmethod
+    def export(self, checkpoint: Path, workdir: Path, settings: Any) -> Artifact:
+        """Another checkpoint as an artifact with these settings, for the noise floor."""
+
+
+R = TypeVar("R", bound=type[RuntimeRecord])
+_REGISTERED: dict[str, RuntimeRecord] = {}
+
+
+def register(record: R) -> R:
+    """Register a runtime by its name. Raises ValueError when the name is taken."""
+    if record.name in _REGISTERED:
+        raise ValueError(f"two runtimes are called {record.name}")
+    _REGISTERED[record.name] = record()
+    return record
+
+
+def all_runtimes() -> Mapping[str, RuntimeRecord]:
+    """Every runtime by name, in the order of their files' names."""
+    _import_all()
+    return _REGISTERED
+
+
+@cache
+def _import_all() -> None:
+    for module in pkgutil.iter_modules(runtimes.__path__):
+        importlib.import_module(f"{runtimes.__name__}.{module.name}")
+
+
+def requested(names: Iterable[str] | None, given: Mapping[str, Path | None]) -> dict[str, Path]:
+    """Runtime -> the artifact it is verified on. given: by format. names None: every runtime of a given artifact.
+
+    Raises InputError when a runtime is not known, has no artifact, or none is left.
+    """
+    records = all_runtimes()
+    if names is None:
+        names = [name for name, record in records.items() if given.get(record.format) is not None]
+    artifacts: dict[str, Path] = {}
+    for name in dict.fromkeys(names):
+        if name not in records:
+            raise InputError(f"no runtime is called {name!r}", fix=f"name one of {', '.join(records)}")
+        path = given.get(records[name].format)
+        if path is None or not path.exists():
+            kind = records[name].format
+            raise InputError(
+                f"{name} is requested but there is no {kind} artifact to run",
+                where=path or "",
+                fix=f"pass --{kind}, or leave the runtime out",
+            )
+        artifacts[name] = path
+    if not artifacts:
+        raise InputError("no runtime is requested", fix="pass --gguf or --onnx")
+    return artifacts

@@ -1,0 +1,171 @@
+"""What the gates of one run share: the session (checkpoint, probe set, reference) and one target per runtime.
+
+A target measures on demand and once: what several gates look at (the logits of a path, the noise floor) is there from
+the first gate that asks. What the runtime refuses is kept as well, and raised again for every gate that needed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.provenance import Link
+from qalora_export.errors import RuntimeUnavailableError
+from qalora_export.recipe import VerifySettings
+from qalora_export.verify.metrics import PositionMetrics, following_ids, position_metrics
+from qalora_export.verify.probes.probe_set import ProbeSet
+from qalora_export.verify.reference.logits import Reference
+from qalora_export.verify.reference.merge_check import MergeCheck
+from qalora_export.verify.reference.noise_floor import Floor, NoiseFloor
+from qalora_export.verify.runtimes.record import Artifact, RuntimeRecord
+from qalora_export.verify.runtimes.runs import Runs
+
+V = TypeVar("V")
+RunPath = Literal["exact", "shipped"]
+Outcome = PositionMetrics | RuntimeUnavailableError  # what was measured, or what stopped it
+SENSITIVITY_BLOCK = 32  # one yardstick for every runtime
+
+
+@dataclass
+class Session:
+    """One checkpoint under verification.
+
+    expected_text: what its own tokenizer answers to the texts. chain: the checkpoint's ancestry; links: of the
+    artifacts, as found. merge: whether it is its base plus its adapter.
+    """
+
+    checkpoint: CanonicalCheckpoint
+    settings: VerifySettings
+    probes: ProbeSet
+    reference: Reference
+    expected_text: dict[str, list[Any]]
+    chain: list[Link]
+    merge: MergeCheck
+    runs: Runs
+    floor: NoiseFloor
+    workdir: Path
+    links: list[Link] = field(default_factory=list)
+
+
+@dataclass
+class Target:
+    """One runtime and the artifact it is verified on."""
+
+    session: Session
+    runtime: RuntimeRecord
+    artifact: Path
+    _exact: Artifact | RuntimeUnavailableError | None = None
+    _floor: Floor | RuntimeUnavailableError | None = None
+    _measured: dict[RunPath, tuple[Outcome, Outcome]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.runtime.name
+
+    @property
+    def workdir(self) -> Path:
+        folder = self.session.workdir / self.name
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    @property
+    def shipped(self) -> Artifact:
+        """What users run."""
+        return self.runtime.shipped(self.artifact)
+
+    @property
+    def exact(self) -> Artifact:
+        """The same numbers for rounding-free kernels."""
+        if self._exact is None:
+            self._exact = _attempt(lambda: self.runtime.exact(self.artifact, self.workdir))
+        return _value(self._exact)
+
+    @property
+    def floor(self) -> Floor:
+        """What noise the shipped path may have."""
+        if self._floor is None:
+            self._floor = _attempt(lambda: self.session.floor.of(self.runtime, self.shipped))
+        return _value(self._floor)
+
+    def prefill(self, path: RunPath) -> PositionMetrics:
+        """Whole prompts against the reference, every position."""
+        return _value(self._logits(path)[0])
+
+    def decode(self, path: RunPath) -> PositionMetrics:
+        """Token by token with the KV cache, against the prefill or, on the shipped path, against the reference.
+
+        Int8 kernels round differently for one token than for many, so the shipped path's decode is held to the same
+        reference and bound as its prefill; the exact path has no such excuse and must agree with itself. Without a
+        prefill there is nothing that decode could be equal to, so it is not run.
+        """
+        return _value(self._logits(path)[1])
+
+    @property
+    def positions(self) -> dict[str, PositionMetrics]:
+        """Per-position metrics of everything that was measured, by path, for the report."""
+        found: dict[str, Outcome | None] = {}
+        for path, (prefill, decode) in self._measured.items():
+            found |= {path: prefill, f"{path} decode": decode}
+        if floor := self.measured_floor:
+            found |= {"noise floor": floor.metrics, "base": floor.base_metrics}
+        return {name: metrics for name, metrics in found.items() if isinstance(metrics, PositionMetrics)}
+
+    @property
+    def measured_floor(self) -> Floor | None:
+        """The noise floor, if a gate asked for it and it could be measured."""
+        return self._floor if isinstance(self._floor, Floor) else None
+
+    def _logits(self, path: RunPath) -> tuple[Outcome, Outcome]:
+        """(prefill, decode)"""
+        if path not in self._measured:
+            self._measured[path] = self._both_modes(path)
+        return self._measured[path]
+
+    def _both_modes(self, path: RunPath) -> tuple[Outcome, Outcome]:
+        reference, following = self.session.reference.logprobs, self._following
+        try:
+            prefill = self._run(path, "prefill")
+        except RuntimeUnavailableError as error:
+            return error, error
+        measured = position_metrics(reference, prefill, following)
+        against = prefill if path == "exact" and not measured.bad.any() else reference
+        try:
+            decoded = position_metrics(against, self._run(path, "decode"), following)
+        except RuntimeUnavailableError as error:
+            return self._scaled(path, measured), error
+        return self._scaled(path, measured), self._scaled(path, decoded)
+
+    def _run(self, path: RunPath, mode: Literal["prefill", "decode"]) -> NDArray[np.float32]:
+        artifact = self.exact if path == "exact" else self.shipped
+        return self.session.runs.logprobs(self.name, artifact, mode, exact=path == "exact")
+
+    def _scaled(self, path: RunPath, measured: PositionMetrics) -> PositionMetrics:
+        """The exact path's metrics know how much each position amplifies rounding (metrics.PositionMetrics)."""
+        if path == "shipped":
+            return measured
+        session = self.session
+        return measured.scaled_by(session.floor.simulation(session.checkpoint.path, SENSITIVITY_BLOCK).nmse)
+
+    @property
+    def _following(self) -> NDArray[np.int32]:
+        return following_ids(self.session.probes.ids, self.session.probes.lengths)
+
+
+def _attempt(step: Callable[[], V]) -> V | RuntimeUnavailableError:
+    """The step's value, or the runtime's failure; bad and unsafe input still end the run."""
+    try:
+        return step()
+    except RuntimeUnavailableError as error:
+        return error
+
+
+def _value(known: V | RuntimeUnavailableError) -> V:
+    if isinstance(known, RuntimeUnavailableError):
+        raise known
+    return known
