@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from qalora_export.data.records import Record, read_records
-from qalora_export.data.samples import render
+from qalora_export.checkpoint.model_folder import ModelFolder
+from qalora_export.data.records import Record, iter_records
+from qalora_export.data.rendering import render
 from qalora_export.errors import InputError
 from qalora_export.progress import track
 from qalora_export.recipe import EvaluateSettings
-from qalora_export.safety import StrPath, atomic_file, refuse_existing, sha256_file
+from qalora_export.safety import StrPath, atomic_file, inside, read_json, refuse_existing, sha256_file
 
 Prompt = tuple[list[int], Record]  # token ids of everything before the answer
 
@@ -45,77 +47,100 @@ class EvaluateReport:
 def evaluate(
     model: StrPath, settings: EvaluateSettings, out: StrPath | None = None, *, force: bool = False
 ) -> EvaluateReport:
-    """Score a model folder (plain or canonical) on chat JSONL in float32; writes `out` as JSON when given.
+    """Score a model folder (plain or canonical) in float32; writes `out` as JSON when given.
 
-    Prompts of equal length share a batch, so no padding enters the numbers. Raises InputError for unusable data.
+    Every record must end in the expected answer. Prompts of equal length share a batch, so no padding enters the
+    numbers. Raises InputError for unusable data.
     """
     from qalora_export.models.loading import load_model, load_tokenizer
 
     model, out = Path(model), None if out is None else Path(out)
     if out is not None:
         refuse_existing(out, force=force)
-    samples = read_samples(Path(settings.data))[: settings.limit]
-    network, tokenizer = load_model(model), load_tokenizer(model)
-    context = network.config.max_position_embeddings
-    batches = _batches(tokenizer, samples, settings.batch_size, context - settings.max_new_tokens, Path(settings.data))
+    tokenizer = load_tokenizer(model)
+    prompts = read_prompts(tokenizer, settings, context=ModelFolder(model).config.get("max_position_embeddings"))
+    network = load_model(model)
+    ends = end_ids(model, tokenizer)
     exact, misses = 0, list[Miss]()
-    for batch in track(batches, f"evaluate {model.name}"):
-        answers = _answers(network, tokenizer, [ids for ids, _ in batch], settings.max_new_tokens)
+    for batch in track(_batches(prompts, settings.batch_size), f"evaluate {model.name}"):
+        answers = _answers(network, tokenizer, [ids for ids, _ in batch], settings.max_new_tokens, ends)
         for (_, sample), answer in zip(batch, answers, strict=True):
-            expected = sample.messages[-1][1]
+            expected = sample.expected()
             if answer == expected.strip():
                 exact += 1
             elif len(misses) < 5:
-                misses.append(Miss(sample.messages[-2][1], expected, answer))
-    score = EvaluateReport(model.name, sha256_file(Path(settings.data)), len(samples), exact, tuple(misses))
+                misses.append(Miss(sample.messages[-2]["content"], expected, answer))
+    score = EvaluateReport(model.name, sha256_file(Path(settings.data)), len(prompts), exact, tuple(misses))
     if out is not None:
         with atomic_file(out, force=force) as temporary:
             temporary.write_text(json.dumps(asdict(score) | {"accuracy": score.accuracy}, indent=2) + "\n", "utf-8")
     return score
 
 
-def read_samples(path: Path) -> list[Record]:
-    """Chat lines whose last turn is the assistant's. Raises InputError with the line number of the first bad one."""
-    records = read_records(path, "chat")
-    for record in records:
-        if len(record.messages) < 2 or record.messages[-1][0] != "assistant":
+def read_prompts(tokenizer: Any, settings: EvaluateSettings, *, context: int | None) -> list[Prompt]:
+    """What the model is asked, tokenized, and the record each came from: the first settings.limit.
+
+    Raises InputError, with the line, as data.records does, for a record that does not end in an answer, and for a
+    prompt that leaves no room for one in the model's context.
+    """
+    path, prompts = Path(settings.data), list[Prompt]()
+    longest = None if context is None else context - settings.max_new_tokens
+    for record in islice(iter_records(path), settings.limit):
+        record.expected()
+        if not tokenizer.chat_template:
             raise InputError(
-                "the last turn must be the assistant's answer",
-                where=f"{path}, line {record.line}",
-                why="it is the text that the model's answer is compared with",
+                "the tokenizer has no chat template",
+                where=record.where,
+                why="questions are asked through the model's own template",
+                fix="put chat_template.jinja into the model's folder",
             )
-    return records
-
-
-def _batches(tokenizer: Any, samples: list[Record], size: int, longest: int, where: Path) -> list[list[Prompt]]:
-    """Prompts of equal length together, at most `size`. Raises InputError for one that the context cannot hold."""
-    by_length: dict[int, list[Prompt]] = defaultdict(list)
-    for sample in samples:
-        place = f"{where}, line {sample.line}"
-        ids = list(render(sample.messages[:-1], tokenizer, place, add_generation_prompt=True)["input_ids"])
-        if len(ids) > longest:
+        options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+        ids = [] if record.oversize else list(render(record, tokenizer, until=-1, **options)["input_ids"])
+        if record.oversize or (longest is not None and len(ids) > longest):
             raise InputError(
-                f"the prompt and its answer do not fit in the model's context ({len(ids)} tokens)",
-                where=place,
+                f"the prompt and its answer do not fit in the model's context ({len(ids) or 'a million'} tokens)",
+                where=record.where,
                 why=f"room for {longest} is left for the prompt",
                 fix="shorten the line, or lower max_new_tokens",
             )
-        by_length[len(ids)].append((ids, sample))
+        prompts.append((ids, record))
+    return prompts
+
+
+def end_ids(folder: Path, tokenizer: Any) -> list[int]:
+    """Every id that ends an answer: what the tokenizer, generation_config.json and config.json name, in that order.
+
+    Models disagree about where they say it (Llama 3 has several, some only in config.json); runtimes stop at all.
+    """
+    found = [tokenizer.eos_token_id]
+    for name in ("generation_config.json", "config.json"):
+        content = read_json(inside(folder, name)) if (folder / name).exists() else {}
+        value = content.get("eos_token_id") if isinstance(content, dict) else None
+        found += value if isinstance(value, list) else [value]
+    return list(dict.fromkeys(i for i in found if type(i) is int))
+
+
+def _batches(prompts: list[Prompt], size: int) -> list[list[Prompt]]:
+    """Prompts of equal length together, at most `size`."""
+    by_length: dict[int, list[Prompt]] = defaultdict(list)
+    for prompt in prompts:
+        by_length[len(prompt[0])].append(prompt)
     groups = [by_length[length] for length in sorted(by_length)]
     return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
 
 
-def _answers(network: Any, tokenizer: Any, prompts: list[list[int]], limit: int) -> list[str]:
+def _answers(network: Any, tokenizer: Any, prompts: list[list[int]], limit: int, ends: list[int]) -> list[str]:
     import torch
+    from transformers import GenerationConfig
 
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
+    # Greedy whatever the model's own generation config says: the network's would fill in what an argument leaves out.
+    network.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=ends or None, pad_token_id=pad, do_sample=False, num_beams=1
+    )
     ids = torch.tensor(prompts)
     with torch.no_grad():
-        grown = network.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=limit,
-            do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        )
-    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in grown[:, ids.shape[1] :]]
+        grown = network.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=limit)
+    rows = (row.tolist() for row in grown[:, ids.shape[1] :])
+    kept = (row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in rows)
+    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in kept]

@@ -76,6 +76,10 @@ class TrainSettings(Settings):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     optimizer: str = "adamw_torch"
     sequence_length: Positive = 512
+    too_long: Literal["error", "drop", "truncate"] = Field(
+        default="drop",
+        description="conversations above sequence_length: left out and counted, cut at the end, or refused",
+    )
     packing: bool = False
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = Field(default=False, description="torch.compile the decoder layers: slow to start, for long runs")
@@ -84,7 +88,7 @@ class TrainSettings(Settings):
 
 
 class EvaluateSettings(Settings):
-    """Exact match on chat JSONL: greedy answer to everything before the last assistant turn, compared as text."""
+    """Exact match: greedy answer to everything before the last assistant turn, compared as text."""
 
     data: str
     limit: Positive | None = None

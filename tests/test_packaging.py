@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A module may import from its own layer or a lower one.
 LAYERS = (
-    {"errors", "version", "progress"},
+    {"errors", "version", "progress", "memory"},
     {"grid", "safety", "console", "recipe"},
     {"checkpoint"},
     {"models", "data"},

@@ -27,7 +27,13 @@ def command(
     out: Path = typer.Option(..., "--out", help="folder for the adapter"),
     format: str = typer.Option(D.format, "--format", metavar="auto|chat|instruction|text", rich_help_panel=DATA),
     sequence_length: int = typer.Option(
-        D.sequence_length, help="longest sample in tokens; longer ones are refused, never cut", rich_help_panel=DATA
+        D.sequence_length, help="longest sample in tokens; longer text is divided", rich_help_panel=DATA
+    ),
+    too_long: str = typer.Option(
+        D.too_long,
+        metavar="drop|truncate|error",
+        help="longer conversations: left out and counted, cut at the end, or refused",
+        rich_help_panel=DATA,
     ),
     packing: bool = typer.Option(
         D.packing, "--packing/--no-packing", help="several samples per row, none sees another", rich_help_panel=DATA
@@ -86,8 +92,9 @@ def command(
 ) -> None:
     """Fine-tune a canonical base with QA-LoRA, so that merging loses nothing.
 
-    Data is JSONL: chat {"messages": \\[{"role", "content"}, ...]}, instruction {"instruction", "input", "output"} or
-    text {"text"}; or one .txt file. The tokenizer's own chat template is used and only the answers are learned.
+    Data is JSONL: chat {"messages": \\[{"role", "content"}, ...]} or {"conversations": \\[{"from", "value"}, ...]},
+    instruction {"instruction", "input", "output"}, {"prompt", "completion"} or text {"text"}; or one .txt file. The
+    tokenizer's own chat template is used and only the answers are learned.
 
     The adapter with the lowest validation loss is kept. Beside it, OUT.training/ holds metrics.jsonl, report.json,
     loss.png, loss.svg and TensorBoard logs, and the checkpoints of a run that was interrupted: the same command goes on
@@ -145,6 +152,8 @@ def _print_plan(made: TrainPlan) -> None:
         f"{made.samples} samples, {made.tokens} tokens, {len(made.train)} rows; {made.steps.total} steps, "
         f"{made.steps.per_epoch} per epoch, evaluation every {made.steps.evaluate_every}"
     )
+    for name, account in made.accounts.items():
+        console.print(f"{name}: {account.describe()}")
     console.print(f"{memory.trainable_parameters:,} trainable parameters in {memory.adapted_modules} modules")
     table = Table("memory per device", "estimate", title=f"compute in {str(made.dtype).removeprefix('torch.')}")
     table.columns[1].justify = "right"
@@ -159,6 +168,9 @@ def _print_report(report: TrainReport, out: Path) -> None:
     from qalora_export.console import console
     from qalora_export.qalora.training.memory import gib
 
+    for name, account in report.data.items():
+        if account.lines:
+            console.print(f"{name}: {account.describe()}")
     if report.best_loss is not None:
         console.print(
             f"validation loss {report.initial_loss:.4f} → {report.best_loss:.4f}, kept step "

@@ -1,7 +1,8 @@
-"""Calibration text (plain, or JSONL with "text" or chat "messages") → token windows."""
+"""Calibration text, in any format of `records`, → token windows."""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qalora_export.data.records import iter_records
+from qalora_export.data.rendering import conversation_text, plain_ids
 from qalora_export.errors import InputError
-from qalora_export.safety.limits import parse_json
 
 MIN_TOKENS = 32
 
@@ -19,11 +21,13 @@ def calibration_windows(path: Path, tokenizer: Any, *, samples: int, length: int
     """At most `samples` windows of `length` tokens, int64 (n, length), drawn without replacement by `seed`.
 
     Documents are put one behind the other and cut; every window starts with BOS when the tokenizer has one it adds.
-    A text shorter than one window gives one shorter window. Raises InputError for a missing or empty file, a JSONL
-    line that does not parse (with its number), and a text of fewer than 32 tokens.
+    A text shorter than one window gives one shorter window. Raises InputError as records.iter_records does, for
+    conversations without a chat template, and for a text of fewer than 32 tokens.
     """
     prefix = _added_prefix(tokenizer)
-    ids = [token for document in _documents(path, tokenizer) for token in document]
+    ids = array("i")
+    for document in _documents(path, tokenizer):
+        ids.extend(document)
     if len(ids) < MIN_TOKENS:
         raise InputError(
             f"the calibration text has only {len(ids)} tokens",
@@ -46,44 +50,6 @@ def _added_prefix(tokenizer: Any) -> list[int]:
 
 
 def _documents(path: Path, tokenizer: Any) -> Iterator[list[int]]:
-    if not path.is_file():
-        raise InputError("calibration file not found", where=path, fix="give a text or JSONL file, or use method rtn")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError("the calibration file is not UTF-8 text", where=path, why=str(error)) from error
-    if not text.strip():
-        raise InputError("the calibration file is empty", where=path, fix="give text of the kind the model will read")
-    if path.suffix.lower() not in {".jsonl", ".ndjson"}:
-        yield tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        return
-    for number, line in enumerate(text.split("\n"), 1):  # a JSON string may hold other line separators
-        if line.strip():
-            yield _document(line, tokenizer, where=f"{path}:{number}")
-
-
-def _document(line: str, tokenizer: Any, *, where: str) -> list[int]:
-    row = parse_json(line.encode(), where=where)
-    if isinstance(row, dict) and isinstance(row.get("text"), str):
-        return list(tokenizer(row["text"], add_special_tokens=False, verbose=False).input_ids)
-    if isinstance(row, dict) and isinstance(row.get("messages"), list):
-        return _chat(row["messages"], tokenizer, where=where)
-    raise InputError(
-        "a line has neither a text nor messages",
-        where=where,
-        why='expected {"text": "…"} or {"messages": [{"role": …, "content": …}, …]}',
-    )
-
-
-def _chat(messages: list[Any], tokenizer: Any, *, where: str) -> list[int]:
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        raise InputError(
-            "a line holds messages but the tokenizer has no chat template", where=where, fix='use {"text": "…"} lines'
-        )
-    try:
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False)
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise InputError("the chat template does not accept these messages", where=where, why=str(error)) from error
-    return list(tokenizer(rendered, add_special_tokens=False, verbose=False).input_ids)
+    """The token ids of each record, without the special tokens that the tokenizer adds by itself."""
+    for record in iter_records(path):
+        yield plain_ids(tokenizer, conversation_text(record, tokenizer) if record.text is None else record.text)

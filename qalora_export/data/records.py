@@ -1,141 +1,36 @@
-"""Training records from JSONL or plain text: which format a file has, and every way a line can be wrong.
+"""One grammar for records, whoever reads them: training, validation, calibration, probe prompts, evaluation.
 
-    chat         {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}
-    instruction  {"instruction" | "prompt": "...", optional "input": "...", "output" | "response" | "completion": "..."}
-    text         {"text": "..."}, or any .txt file, which is one document
+    chat         {"messages": [{"role", "content"}, …]}, or ShareGPT's {"conversations": [{"from", "value"}, …]}
+    instruction  {"instruction" | "prompt" | "question": …, optional "input" | "context": …,
+                  "output" | "response" | "completion" | "answer": …, optional "history": [[…, …], …]};
+                  prompt and completion may also be lists of messages
+    text         {"text": …}, or any .txt file, which is one document
 
-"auto" takes the format from the keys of the first line and holds every other line to it. Blank lines are skipped.
-Nothing here knows a tokenizer; `samples.py` turns records into token ids.
+Chat and instruction rows may carry "system", "tools" and "chat_template_kwargs". Other keys are not looked at. Of a row
+that fits several formats the first counts (Alpaca's rows have a "text" beside their fields); "format" settles it
+otherwise. Each reader says what it needs: training an answer, evaluation a last answer, the others only text.
+
+Nothing here knows a tokenizer; `samples.py`, `calibration.py` and `prompts.py` turn records into token ids.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qalora_export.data import lines
+from qalora_export.data.messages import Malformed, Message, conversation, text_of, tools_of
 from qalora_export.errors import InputError
-from qalora_export.safety.limits import parse_json
 
-PROMPT_KEYS = ("instruction", "prompt")
-ANSWER_KEYS = ("output", "response", "completion")
-# Templates paste the role between control tokens, so a role may not carry any of its own.
-ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
-
-Messages = tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One example and the line it came from: (role, content) pairs, or a plain document."""
-
-    line: int
-    messages: Messages = ()
-    text: str | None = None
-
-
-def read_records(path: Path, format: str = "auto") -> list[Record]:
-    """Every record of a data file, in file order.
-
-    Raises InputError, with the line number, for a file that is missing, empty or not UTF-8, a line that does not parse
-    or lacks the format's keys, and values of the wrong type.
-    """
-    if not path.is_file():
-        raise InputError("data file not found", where=path, fix="check the path")
-    if path.suffix == ".txt":
-        return _document(path, format)
-    rows = [(number, _parse(path, number, raw)) for number, raw in _lines(path)]
-    if not rows:
-        raise InputError("the data set is empty", where=path, fix="give at least one JSON object per line")
-    chosen = _detect(path, *rows[0]) if format == "auto" else format
-    return [FORMATS[chosen](_Row(path, number, row, chosen)) for number, row in rows]
-
-
-def _lines(path: Path) -> list[tuple[int, bytes]]:
-    """(line number, bytes) of the lines that are not blank; a byte order mark at the start is dropped."""
-    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    return [(number, line) for number, line in enumerate(raw.split(b"\n"), 1) if line.strip()]
-
-
-def _parse(path: Path, number: int, raw: bytes) -> dict[str, Any]:
-    row = parse_json(raw.strip(), where=f"{path}, line {number}")
-    if not isinstance(row, dict):
-        raise InputError("the line is not a JSON object", where=f"{path}, line {number}", why=f"found {raw[:40]!r}")
-    return row
-
-
-def _document(path: Path, format: str) -> list[Record]:
-    if format not in ("auto", "text"):
-        raise InputError(f"a .txt file cannot hold {format} records", where=path, fix="use JSONL, or --format text")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError("not UTF-8 text", where=path, why=str(error)) from error
-    if not text.strip():
-        raise InputError("the data set is empty", where=path, fix="give a file with text in it")
-    return [Record(1, text=text)]
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """A parsed line with its place, for errors that name both."""
-
-    path: Path
-    number: int
-    values: dict[str, Any]
-    format: str
-
-    def error(self, what: str, why: str = "") -> InputError:
-        return InputError(what, where=f"{self.path}, line {self.number}", why=why, fix=HELP[self.format])
-
-    def string(self, *keys: str) -> str:
-        """The value of the one key of `keys` that is there; it must be a string."""
-        found = [key for key in keys if key in self.values]
-        if len(found) != 1:
-            wanted = " or ".join(repr(key) for key in keys)
-            raise self.error(
-                f"the line needs {wanted}" + (", only one of them" if found else ""),
-                f"format {self.format}; its keys are {sorted(self.values)}",
-            )
-        if not isinstance(value := self.values[found[0]], str):
-            raise self.error(f"{found[0]!r} is not a string", f"found {type(value).__name__}")
-        return value
-
-
-def _chat(row: _Row) -> Record:
-    if "messages" not in row.values:
-        raise row.error("the line needs 'messages'", f"format chat; its keys are {sorted(row.values)}")
-    messages = row.values["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise row.error("'messages' is not a list of messages")
-    for index, message in enumerate(messages):
-        fields = message if isinstance(message, dict) else {}
-        role, content = fields.get("role"), fields.get("content")
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise row.error(f"message {index + 1} needs a string 'role' and a string 'content'")
-        if not ROLE.fullmatch(role):
-            raise row.error(f"message {index + 1} has the role {role!r}", "a role is a plain word")
-    if all(message["role"] != "assistant" for message in messages):
-        raise row.error("the conversation has no assistant message", "there is nothing to learn from it")
-    return Record(row.number, messages=tuple((message["role"], message["content"]) for message in messages))
-
-
-def _instruction(row: _Row) -> Record:
-    prompt, answer = row.string(*PROMPT_KEYS), row.string(*ANSWER_KEYS)
-    extra = row.string("input") if row.values.get("input") else ""
-    user = f"{prompt}\n\n{extra}" if extra else prompt
-    return Record(row.number, messages=(("user", user), ("assistant", answer)))
-
-
-def _text(row: _Row) -> Record:
-    if not (text := row.string("text")).strip():
-        raise row.error("'text' is empty")
-    return Record(row.number, text=text)
-
-
-FORMATS: dict[str, Callable[[_Row], Record]] = {"chat": _chat, "instruction": _instruction, "text": _text}
+CHAT_KEYS = ("messages", "conversations")
+PROMPT_KEYS = ("instruction", "prompt", "question")
+EXTRA_KEYS = ("input", "context")
+ANSWER_KEYS = ("output", "response", "completion", "answer")
+SYSTEM_KEYS = ("system", "system_prompt")
+# What one conversation may hold; more cannot be a sample of any model and would take minutes to tokenize.
+MAX_CHARACTERS, MAX_MESSAGES = 2**20, 1024
 HELP = {
     "chat": 'chat lines look like {"messages": [{"role": "user", "content": "..."}, '
     '{"role": "assistant", "content": "..."}]}',
@@ -144,19 +39,211 @@ HELP = {
 }
 
 
-def _detect(path: Path, number: int, row: dict[str, Any]) -> str:
-    signatures = {
-        "chat": "messages" in row,
-        "instruction": any(key in row for key in PROMPT_KEYS) and any(key in row for key in ANSWER_KEYS),
-        "text": "text" in row,
-    }
-    matches = [name for name, fits in signatures.items() if fits]
-    if len(matches) != 1:
-        finding = "fits no known format" if not matches else f"fits {' and '.join(matches)}"
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One example and the line it came from: a conversation (`messages`) or running text (`text`).
+
+    tools: their descriptions, for the chat template; options: more arguments of the template. unlearned: indices of
+    answers that the data set says not to learn. begins, ends: a text file comes in pieces, which are one document.
+    """
+
+    line: int
+    messages: tuple[Message, ...] = ()
+    text: str | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    unlearned: frozenset[int] = frozenset()
+    begins: bool = True
+    ends: bool = True
+    where: str = field(default="", compare=False)
+
+    @property
+    def answers(self) -> list[int]:
+        """Indices of the messages that are learned."""
+        return [i for i, m in enumerate(self.messages) if m["role"] == "assistant" and i not in self.unlearned]
+
+    @property
+    def oversize(self) -> bool:
+        """Whether the conversation is beyond what is worth tokenizing."""
+        characters = sum(len(message["content"]) for message in self.messages)
+        return characters > MAX_CHARACTERS or len(self.messages) > MAX_MESSAGES
+
+    def need_answer(self) -> None:
+        """Raise InputError unless there is something to learn: text, or an assistant's message."""
+        if self.text is None and not self.answers:
+            raise InputError(
+                "the conversation has no assistant message to learn",
+                where=self.where,
+                why="there is nothing to learn from it" + (": every answer has weight 0" if self.unlearned else ""),
+                fix=f"add the answer: {HELP['chat']}, or {HELP['instruction']}",
+            )
+
+    def expected(self) -> str:
+        """The text of the last answer. Raises InputError when the record does not end in one."""
+        last = self.messages[-1] if len(self.messages) > 1 else {}
+        if last.get("role") != "assistant" or last.get("tool_calls"):
+            raise InputError(
+                "the last turn must be the assistant's answer, as text",
+                where=self.where,
+                why="it is the text that the model's answer is compared with",
+                fix=f"{HELP['chat']}, or {HELP['instruction']}",
+            )
+        return str(last["content"])
+
+
+def read_records(path: Path, format: str = "auto") -> list[Record]:
+    """Every record of a data file, in file order; see iter_records."""
+    return list(iter_records(path, format))
+
+
+def iter_records(path: Path, format: str = "auto") -> Iterator[Record]:
+    """The records of a data file, one in memory at a time.
+
+    Raises InputError, with the line number, for a file that is missing, empty or not UTF-8, a line that does not parse
+    or fits no format, and values of the wrong type; UnsafeInputError for a line beyond lines.MAX_LINE_BYTES.
+    """
+    records = _document(path, format) if lines.is_text(path) else _rows(path, format)
+    empty = True
+    for record in records:
+        empty = False
+        yield record
+    if empty:
+        raise InputError("the data set is empty", where=path, fix="give text, or at least one JSON object per line")
+
+
+def _rows(path: Path, format: str) -> Iterator[Record]:
+    for number, where, values in lines.rows(path):
+        row = _Row(number, where, {key: value for key, value in values.items() if value is not None})
+        chosen = row.detect() if format == "auto" else format
+        try:
+            yield FORMATS[chosen](row)
+        except Malformed as error:
+            raise row.error(error.what, error.why, chosen) from error
+
+
+def _document(path: Path, format: str) -> Iterator[Record]:
+    if format not in ("auto", "text"):
+        raise InputError(f"a text file cannot hold {format} records", where=path, fix="use JSONL, or --format text")
+    held: Record | None = None
+    for line, text in lines.pieces(path):
+        if held is not None:
+            yield held
+        elif not text.strip():
+            continue
+        held = Record(line, text=text, begins=held is None, ends=False, where=f"{path}, line {line}")
+    if held is not None:
+        yield Record(held.line, text=held.text, begins=held.begins, where=held.where)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A parsed line with its place, for errors that name both. Keys with null are as if they were not there."""
+
+    number: int
+    where: str
+    values: dict[str, Any]
+
+    def error(self, what: str, why: str, format: str) -> InputError:
+        return InputError(what, where=self.where, why=why, fix=HELP[format])
+
+    def detect(self) -> str:
+        answered = any(key in self.values for key in ANSWER_KEYS)
+        prompted = any(key in self.values for key in PROMPT_KEYS)
+        if any(key in self.values for key in CHAT_KEYS):
+            return "chat"
+        if answered and (prompted or "input" in self.values):
+            return "instruction"
+        if "text" in self.values:
+            return "text"
+        if prompted:
+            return "instruction"
         raise InputError(
-            f"the line {finding}",
-            where=f"{path}, line {number}",
-            why=f"its keys are {sorted(row)}",
-            fix="; ".join(HELP.values()) + "; or choose with --format",
+            "the line fits no known format",
+            where=self.where,
+            why=f"its keys are {sorted(self.values)}"[:300],
+            fix="; ".join(HELP.values()),
         )
-    return matches[0]
+
+    def one(self, keys: tuple[str, ...]) -> str | None:
+        """The one key of `keys` that is there. Raises Malformed when there are several."""
+        found = [key for key in keys if key in self.values]
+        if len(found) > 1:
+            raise Malformed(
+                f"the line needs {_listed(keys)}, only one of them", f"its keys are {sorted(self.values)}"[:300]
+            )
+        return found[0] if found else None
+
+    def string(self, keys: tuple[str, ...]) -> str:
+        """The value of the one key of `keys` that is there, "" without one; it must be a string."""
+        key = self.one(keys)
+        value = "" if key is None else self.values[key]
+        if not isinstance(value, str):
+            raise Malformed(f"{key!r} is not a string", f"found {type(value).__name__}")
+        return value
+
+    def record(self, messages: tuple[Message, ...], unlearned: frozenset[int] = frozenset()) -> Record:
+        """The conversation with the row's system message in front, its tools and template options."""
+        options = self.values.get("chat_template_kwargs", {})
+        if not isinstance(options, dict):
+            raise Malformed("'chat_template_kwargs' is not an object")
+        system = self.string(SYSTEM_KEYS)
+        if system and messages[0]["role"] != "system":
+            messages = ({"role": "system", "content": system}, *messages)
+            unlearned = frozenset(index + 1 for index in unlearned)
+        elif system and messages[0]["content"] != system:
+            raise Malformed("the line has two different system messages")
+        tools = tools_of(self.values.get("tools"))
+        return Record(self.number, messages, None, tools, options, unlearned, where=self.where)
+
+
+def _chat(row: _Row) -> Record:
+    key = row.one(CHAT_KEYS)
+    if key is None:
+        raise Malformed(f"the line needs {_listed(CHAT_KEYS)}", f"its keys are {sorted(row.values)}"[:300])
+    return row.record(*conversation(row.values[key], key))
+
+
+def _instruction(row: _Row) -> Record:
+    prompt, answer = row.one(PROMPT_KEYS), row.one(ANSWER_KEYS)
+    if prompt is None and "input" not in row.values:
+        raise Malformed(f"the line needs {_listed(PROMPT_KEYS)}", f"its keys are {sorted(row.values)}"[:300])
+    unlearned = frozenset[int]()
+    if prompt is not None and isinstance(row.values[prompt], list):
+        messages, _ = conversation(row.values[prompt], prompt)
+        # Of a prompt and its completion only the completion is learned, as TRL has it.
+        unlearned = frozenset(index for index, message in enumerate(messages) if message["role"] == "assistant")
+    else:
+        parts = (row.string(PROMPT_KEYS), row.string(EXTRA_KEYS))
+        asked = {"role": "user", "content": "\n\n".join(part for part in parts if part)}
+        messages = (*_history(row.values.get("history", [])), asked)
+    if answer is not None and isinstance(row.values[answer], list):
+        more, skipped = conversation(row.values[answer], answer)
+        unlearned |= {index + len(messages) for index in skipped}
+        messages = (*messages, *more)
+    elif answer is not None:
+        messages = (*messages, {"role": "assistant", "content": row.string(ANSWER_KEYS)})
+    return row.record(messages, unlearned)
+
+
+def _history(turns: Any) -> Iterator[Message]:
+    """LLaMA-Factory's earlier turns: pairs of what was asked and answered."""
+    for turn in turns if isinstance(turns, list) else [turns]:
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise Malformed("'history' is not a list of pairs")
+        yield {"role": "user", "content": text_of(turn[0])}
+        yield {"role": "assistant", "content": text_of(turn[1])}
+
+
+def _text(row: _Row) -> Record:
+    if "text" not in row.values:
+        raise Malformed("the line needs 'text'", f"its keys are {sorted(row.values)}"[:300])
+    if not (text := row.string(("text",))).strip():
+        raise Malformed("'text' is empty")
+    return Record(row.number, text=text, where=row.where)
+
+
+def _listed(keys: tuple[str, ...]) -> str:
+    return " or ".join(repr(key) for key in keys)
+
+
+FORMATS: dict[str, Callable[[_Row], Record]] = {"chat": _chat, "instruction": _instruction, "text": _text}

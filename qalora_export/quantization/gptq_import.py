@@ -28,11 +28,12 @@ from qalora_export.checkpoint.manifest import parent_of
 from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.errors import InputError
 from qalora_export.grid import BITS, GROUP_SIZES, GroupAffine, narrow, unpack_codes
+from qalora_export.memory import peak_rss_bytes
 from qalora_export.models.families import family_of
 from qalora_export.models.skeleton import Skeleton
 from qalora_export.progress import track
 from qalora_export.quantization.gptq_version import choose_version
-from qalora_export.quantization.report import REPORT, ModuleReport, QuantizeReport, peak_rss_bytes, record
+from qalora_export.quantization.report import REPORT, ModuleReport, QuantizeReport, record
 from qalora_export.recipe import QuantizeSettings
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,9 +85,3 @@ class QuantizeReport:
     @property
     def changed(self) -> int:
         return sum(module.changed for module in self.modules)
-
-
-def peak_rss_bytes() -> int:
-    """The most resident memory this process ever had."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -19,13 +19,14 @@ from qalora_export.checkpoint.manifest import parent_of
 from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.data.calibration import calibration_windows
 from qalora_export.errors import InputError
+from qalora_export.memory import peak_rss_bytes
 from qalora_export.models.families import family_of
 from qalora_export.models.skeleton import Activations, Skeleton
 from qalora_export.progress import track
 from qalora_export.quantization.gptq import gptq
 from qalora_export.quantization.gptq_import import import_gptq
 from qalora_export.quantization.hessian import Hessian, collect
-from qalora_export.quantization.report import REPORT, ModuleReport, QuantizeReport, peak_rss_bytes, record
+from qalora_export.quantization.report import REPORT, ModuleReport, QuantizeReport, record
 from qalora_export.quantization.rtn import round_to_nearest
 from qalora_export.quantization.rules import Plan, resolve
 from qalora_export.quantization.source import gptq_config

@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def load_batches(options: argparse.Namespace) -> list[Batch]:
     """Eight batches of the data, as the train stage makes them."""
-    samples = load_samples(options.data, load_tokenizer(options.model), sequence_length=512)
+    samples = load_samples(options.data, load_tokenizer(options.model), sequence_length=512).samples
     rows = one_per_row(samples[: 8 * options.batch])
     return [collate(rows[begin : begin + options.batch]) for begin in range(0, len(rows), options.batch)]
 

@@ -57,9 +57,9 @@ def test_jsonl_of_texts_and_chats(tmp_path: Path, tokenizer) -> None:
         ("a.txt", " \n\n ", "empty"),
         ("a.jsonl", "\n", "empty"),
         ("a.txt", "too short", "only . tokens"),
-        ("a.jsonl", '{"text": "fine"}\n{"text": \n', r"not valid JSON.*a\.jsonl:2"),
-        ("a.jsonl", '{"text": "fine"}\n\n[1]\n', r"neither a text nor messages.*a\.jsonl:3"),
-        ("a.jsonl", '{"messages": ["hello"]}', r"template does not accept.*a\.jsonl:1"),
+        ("a.jsonl", '{"text": "fine"}\n{"text": \n', r"not valid JSON.*a\.jsonl, line 2"),
+        ("a.jsonl", '{"text": "fine"}\n\n[1]\n', r"not a JSON object.*a\.jsonl, line 3"),
+        ("a.jsonl", '{"messages": ["hello"]}', r"message 1 needs a string 'role'.*a\.jsonl, line 1"),
     ],
 )
 def test_bad_files_are_refused_with_the_line(tmp_path: Path, tokenizer, name: str, content: str, message: str) -> None:
@@ -70,7 +70,7 @@ def test_bad_files_are_refused_with_the_line(tmp_path: Path, tokenizer, name: st
 def test_missing_or_binary_files_are_refused(tmp_path: Path, tokenizer) -> None:
     with pytest.raises(InputError, match="not found"):
         calibration_windows(tmp_path / "none.txt", tokenizer, samples=1, length=64, seed=0)
-    (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "b.txt").write_bytes(b"\xff\x00")
     with pytest.raises(InputError, match="not UTF-8"):
         calibration_windows(tmp_path / "b.txt", tokenizer, samples=1, length=64, seed=0)
 

@@ -458,7 +458,7 @@ CASES = (
     ),
     Case(
         "longer than the context",
-        (*TRAIN, "--sequence-length", "4096"),
+        (*TRAIN, "--sequence-length", "4096", "--too-long", "error"),
         BAD,
         ("line 2", "context"),
         lambda p: p.write("data.jsonl", f"{GOOD_CHAT}\n{LONG_CHAT}\n"),
@@ -474,7 +474,7 @@ CASES = (
         "calibration line",
         ("quantize", "model", "--out", "new", "--calibration", "data.jsonl"),
         BAD,
-        ("data.jsonl:2",),
+        ("data.jsonl, line 2",),
         lambda p: p.write("data.jsonl", f"{GOOD_CHAT}\n{{\n"),
     ),
     Case("empty test data", EVALUATE, BAD, ("empty",), lambda p: p.write("data.jsonl", "")),
@@ -493,7 +493,7 @@ CASES = (
         "verify prompts",
         (*VERIFY, "--gguf", "model.gguf", "--prompts", "data.jsonl"),
         BAD,
-        ("data.jsonl:2",),
+        ("data.jsonl, line 2",),
         lambda p: p.write("data.jsonl", f"{GOOD_CHAT}\n{{\n"),
     ),
 )

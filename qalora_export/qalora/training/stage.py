@@ -7,14 +7,13 @@ Beside the adapter stands `<out>.training/` with the checkpoints of an unfinishe
 
 from __future__ import annotations
 
-import resource
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qalora_export.data.sequence_packing import Row, one_per_row, pack, tokens
 from qalora_export.errors import InputError
+from qalora_export.memory import peak_rss_bytes
 from qalora_export.progress import task
 from qalora_export.qalora.training import folder as training_folder
 from qalora_export.qalora.training.processes import check_engine, is_main, shards, world_size
@@ -24,6 +23,7 @@ from qalora_export.safety import StrPath, refuse_existing, sha256_file
 if TYPE_CHECKING:
     import torch
 
+    from qalora_export.data.samples import Account
     from qalora_export.qalora.training.arguments import Steps
     from qalora_export.qalora.training.callbacks import StepClock
     from qalora_export.qalora.training.memory import MemoryEstimate
@@ -41,6 +41,7 @@ class TrainPlan:
     steps: Steps
     dtype: torch.dtype
     memory: MemoryEstimate
+    accounts: dict[str, Account]  # "data" and, with validation data, "validation"
 
     @property
     def samples(self) -> int:
@@ -56,7 +57,8 @@ class TrainReport:
     """What a run did. Losses are nats per learned token; curves are (optimizer step, loss).
 
     tokens_per_second counts tokens that are not padding, all processes together, in the optimizer steps of this call
-    (None when nothing was left to train). peak_memory_bytes is rank 0's: GPU allocations, or the process's peak RSS.
+    (None when nothing was left to train). data: what became of the records of each file. peak_memory_bytes is rank
+    0's: GPU allocations, or the process's peak RSS.
     """
 
     adapter: str
@@ -70,6 +72,7 @@ class TrainReport:
     validation_curve: Curve
     trainable_parameters: int
     samples: int
+    data: dict[str, Account]
     tokens_per_epoch: int
     resumed_from: int
     tokens_per_second: float | None
@@ -100,11 +103,13 @@ def plan(base: StrPath, settings: TrainSettings) -> TrainPlan:
         "format": settings.format,
         "sequence_length": settings.sequence_length,
         "context": context,
+        "too_long": settings.too_long,
     }
     tokenizer = load_tokenizer(base)
-    samples = load_samples(Path(settings.data), tokenizer, **options)
+    files = {"data": settings.data, "validation": settings.validation}
+    loaded = {name: load_samples(Path(path), tokenizer, **options) for name, path in files.items() if path}
+    samples, held_out = loaded["data"].samples, loaded["validation"].samples if "validation" in loaded else []
     rows = pack(samples, settings.sequence_length) if settings.packing else one_per_row(samples)
-    held_out = load_samples(Path(settings.validation), tokenizer, **options) if settings.validation else []
     longest = max(sum(map(len, row)) for row in rows)
     memory = estimate_memory(
         base,
@@ -113,7 +118,9 @@ def plan(base: StrPath, settings: TrainSettings) -> TrainPlan:
         cuda=torch.cuda.is_available(),
         shards=shards(),
     )
-    return TrainPlan(tuple(rows), tuple(one_per_row(held_out)), Steps.of(len(rows), settings), dtype, memory)
+    accounts = {name: found.account for name, found in loaded.items()}
+    steps = Steps.of(len(rows), settings)
+    return TrainPlan(tuple(rows), tuple(one_per_row(held_out)), steps, dtype, memory, accounts)
 
 
 def train(
@@ -238,6 +245,8 @@ def _step_of(path: Path | None) -> int:
 def _report(
     trainer: AdapterTrainer, clock: StepClock, made: TrainPlan, settings: TrainSettings, out: Path, *, resumed_from: int
 ) -> TrainReport:
+    import torch
+
     history = trainer.state.log_history
     losses, validation = _curve(history, "loss"), _curve(history, "eval_loss")
     seen = made.tokens * clock.steps / made.steps.per_epoch
@@ -253,10 +262,11 @@ def _report(
         validation_curve=validation,
         trainable_parameters=made.memory.trainable_parameters,
         samples=made.samples,
+        data=made.accounts,
         tokens_per_epoch=made.tokens,
         resumed_from=resumed_from,
         tokens_per_second=seen / clock.seconds if clock.steps else None,
-        peak_memory_bytes=_peak_memory(),
+        peak_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss_bytes(),
         device=_device_name(),
         processes=world_size(),
         settings=settings.model_dump(mode="json"),
@@ -265,15 +275,6 @@ def _report(
 
 def _curve(history: list[dict[str, float]], name: str) -> Curve:
     return tuple((int(row["step"]), row[name]) for row in history if name in row)
-
-
-def _peak_memory() -> int:
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _device_name() -> str:

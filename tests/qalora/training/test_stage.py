@@ -293,7 +293,8 @@ def test_a_loss_that_is_no_number_stops_the_run(run: Runner, tmp_path: Path) -> 
         ({"optimizer": "paged_adamw_8bit"}, RuntimeUnavailableError, "needs bitsandbytes"),
         ({"data": None}, InputError, "no training data"),
         ({"targets": ("*.z_proj",)}, InputError, "matches the target"),
-        ({"sequence_length": 30}, InputError, "samples are longer than sequence_length"),
+        ({"sequence_length": 30, "too_long": "error"}, InputError, "samples are longer than sequence_length"),
+        ({"sequence_length": 4}, InputError, "24 of 24 samples are longer than sequence_length"),
         ({"pool": 48}, InputError, "pool length 48"),
     ],
 )

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qalora_export.data.prompts import read_prompts
 from qalora_export.errors import InputError
 from qalora_export.models.loading import load_tokenizer
 from qalora_export.recipe import VerifySettings
@@ -84,41 +83,3 @@ def test_place_names_sequence_and_index() -> None:
 def test_a_context_too_short_is_refused(tokenizer, config: dict) -> None:
     with pytest.raises(InputError, match="too short"):
         make_probes(tokenizer, config, VerifySettings(max_length=4))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "expected"),
-    [
-        ("a.txt", "one\ntwo\n\nthree\n", ["one\ntwo", "three"]),
-        ("a.jsonl", '{"text": "x"}\n\n{"text": "y"}\n', ["x", "y"]),
-        (
-            "b.jsonl",
-            '{"instruction": "do", "input": "it", "output": "done"}\n',
-            [[{"role": "user", "content": "do\nit"}, {"role": "assistant", "content": "done"}]],
-        ),
-        (
-            "c.jsonl",
-            '{"messages": [{"role": "user", "content": "hi"}]}\n',
-            [[{"role": "user", "content": "hi"}]],
-        ),
-    ],
-)
-def test_prompt_formats(tmp_path: Path, name: str, content: str, expected: list) -> None:
-    (tmp_path / name).write_text(content)
-    assert read_prompts(tmp_path / name) == expected
-
-
-@pytest.mark.parametrize(
-    ("content", "place"),
-    [('{"text": "x"}\n{oops\n', ":2"), ('{"text": "x"}\n{"txt": "y"}\n', ":2"), ("[1]\n", ":1"), ("\n", "")],
-)
-def test_bad_prompts_name_the_line(tmp_path: Path, content: str, place: str) -> None:
-    (tmp_path / "p.jsonl").write_text(content)
-    with pytest.raises(InputError) as caught:
-        read_prompts(tmp_path / "p.jsonl")
-    assert caught.value.where.endswith(f"p.jsonl{place}")
-
-
-def test_absent_prompts_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="not found"):
-        read_prompts(tmp_path / "none.jsonl")
