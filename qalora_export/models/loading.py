@@ -49,10 +49,15 @@ def load_model(folder: StrPath, *, dtype: torch.dtype = torch.float32, attention
 
 
 def load_tokenizer(folder: StrPath) -> Any:
-    """The model's fast tokenizer from local files."""
-    from transformers import AutoTokenizer
+    """The model's fast tokenizer from local files: its tokenizer.json as it is, where there is one.
 
+    AutoTokenizer of Transformers 5 builds the tokenizer of some classes anew instead of reading tokenizer.json: with
+    `LlamaTokenizer` the ids of Yi and Llama 2 were others than those the model was trained on.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    kind = PreTrainedTokenizerFast if (Path(folder) / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, use_fast=True)
+        return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, use_fast=True)
     except (ValueError, KeyError, OSError) as error:
         raise InputError(f"Transformers cannot load the tokenizer: {error}", where=folder) from error
