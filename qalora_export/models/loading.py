@@ -29,7 +29,7 @@ def load_model(folder: StrPath, *, dtype: torch.dtype = torch.float32, attention
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder),
             dtype=dtype,
-            attn_implementation=attention,
+            attn_implementation=attention_for(_config(folder), attention),
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
@@ -61,3 +61,17 @@ def load_tokenizer(folder: StrPath) -> Any:
         return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, use_fast=True)
     except (ValueError, KeyError, OSError) as error:
         raise InputError(f"Transformers cannot load the tokenizer: {error}", where=folder) from error
+
+
+def attention_for(config: Any, wanted: str) -> str:
+    """`wanted`, or "eager" for a class without fused attention (Gemma 2 caps its scores)."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    return wanted if wanted != "sdpa" or getattr(model, "_supports_sdpa", True) else "eager"
+
+
+def _config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)

@@ -5,7 +5,7 @@ At any moment memory holds one layer in float32 and the calibration activations,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qalora_export.checkpoint.model_folder import ModelFolder, as_float32
 from qalora_export.errors import InputError
+from qalora_export.models.loading import attention_for
 
 TOKENS_PER_BATCH = 4096
 
@@ -29,7 +30,7 @@ class Skeleton:
         self.model = _build(folder.path, attention)
         self.base = self.model.base_model
         self.prefix = f"{self.model.base_model_prefix}."
-        self.tied = bool(getattr(self.model.config, "tie_word_embeddings", False))
+        self.tied = bool(getattr(self.model.config, "tie_word_embeddings", False))  # defaults of the class included
         self.base.rotary_emb = type(self.base.rotary_emb)(config=self.base.config).to(device)
 
     def check_complete(self) -> None:
@@ -61,6 +62,7 @@ class Skeleton:
         module = self.model.get_submodule(name)
         state = {key: torch.from_numpy(as_float32(self.folder.tensor(f"{name}.{key}"))) for key in module.state_dict()}
         module.to_empty(device=self.device)
+        self._refill(module)
         module.load_state_dict(state)
         del state
         try:
@@ -68,13 +70,19 @@ class Skeleton:
         finally:
             module.to("meta")
 
+    def _refill(self, module: nn.Module) -> None:
+        """Give buffers that no file holds (Gemma's embedding scale) the values the model is built with."""
+        for part in module.modules():
+            if part._non_persistent_buffers_set:
+                self.model._init_weights(part)
+
     def enter(self, ids: Tensor, cache: Any = None) -> tuple[Tensor, list[dict[str, Any]]]:
         """What the model hands to its first layer (n, length, hidden), and what it passes to each layer beside that.
 
         ids (n, length); the embedding must be materialized. cache: a KV cache whose length is where ids begin; it
         counts them, and is not among the arguments.
         """
-        recorders = [_Recorder(cache if index == 0 else None) for index in range(self.layer_count())]
+        recorders = [_Recorder(cache, index) for index in range(self.layer_count())]
         layers, norm = self.base.layers, self.base.norm
         self.base.layers, self.base.norm = nn.ModuleList(recorders), nn.Identity()
         try:
@@ -82,6 +90,22 @@ class Skeleton:
         finally:
             self.base.layers, self.base.norm = layers, norm
         return output.last_hidden_state, [recorder.arguments for recorder in recorders]
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """From final hidden states (1, tokens, hidden) to logits, as the model does it: lm_head, scales, soft caps."""
+        stand_in, head, prefix = _Given(), self.model.lm_head, self.model.base_model_prefix
+        base, weight = getattr(self.model, prefix), head.weight
+        with self.materialized(f"{self.prefix}embed_tokens" if self.tied else "lm_head") as module:
+            if self.tied:
+                head.weight = module.weight
+            setattr(self.model, prefix, stand_in)
+            try:
+                yield lambda hidden: stand_in.through(self.model, hidden)
+            finally:
+                setattr(self.model, prefix, base)
+                if self.tied:
+                    head.weight = weight
 
 
 class Activations:
@@ -124,17 +148,31 @@ class Activations:
 class _Recorder(nn.Module):
     """Stands in for a decoder layer: returns hidden states unchanged, keeps the other arguments, counts in `cache`."""
 
-    def __init__(self, cache: Any) -> None:
+    def __init__(self, cache: Any, index: int) -> None:
         super().__init__()
         self.arguments: dict[str, Any] = {}
-        self._cache = cache
+        self._cache, self._index = cache, index
 
     def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
         self.arguments = {name: value for name, value in arguments.items() if name != "past_key_values"}
-        if self._cache is not None:  # positions and mask of the next token follow from the number of tokens in layer 0
+        if self._cache is not None:  # positions and masks of the next token follow from the number of tokens there
             token = hidden.new_zeros(1, 1, hidden.shape[1], 1)
-            self._cache.update(token, token, 0)
+            self._cache.update(token, token, self._index)
         return hidden
+
+
+class _Given(nn.Module):
+    """Stands in for everything below lm_head: answers the hidden states it was given."""
+
+    def through(self, model: nn.Module, hidden: Tensor) -> Tensor:
+        self.hidden = hidden
+        logits: Tensor = model(inputs_embeds=hidden, use_cache=False).logits
+        return logits
+
+    def forward(self, **_: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
 
 
 def layer_output(output: Any) -> Tensor:
@@ -155,7 +193,9 @@ def _build(path: Path, attention: str) -> Any:
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation=attention_for(config, attention)
+            )
     except (ValueError, KeyError, OSError) as error:
         raise InputError(f"Transformers cannot build the model: {error}", where=path) from error
     return model.eval()

@@ -16,6 +16,7 @@ from qalora_export.formats.gguf.read import GgufContents
 from qalora_export.formats.gguf.tensor_table import DERIVED
 from qalora_export.formats.streaming import prepared, release, row_blocks
 from qalora_export.grid import Differences, differing
+from qalora_export.models.families import family_of
 from qalora_export.progress import track
 
 POSITIVE_ZERO = np.float16(0)  # x + 0 turns −0 into +0 and leaves every other value alone
@@ -70,7 +71,7 @@ def compare(checkpoint: CanonicalCheckpoint, contents: GgufContents, *, quiet: b
 
 def _carried(checkpoint: CanonicalCheckpoint) -> list[str]:
     """Plain tensors that GGUF carries: all but derived buffers and a tied lm_head."""
-    tied = bool(checkpoint.config.get("tie_word_embeddings"))
+    tied = family_of(checkpoint.config).ties_head(checkpoint.config)
     names = [name for name in checkpoint.plain_names() if not name.endswith(DERIVED)]
     return [name for name in names if not (tied and name == "lm_head.weight")]
 
@@ -115,6 +116,6 @@ def _plain_difference(checkpoint: CanonicalCheckpoint, contents: GgufContents, n
     count = 0
     for rows in row_blocks(entry.shape[0], entry.nbytes):
         found = contents.tensor(name, rows)
-        count += plain_differing(checkpoint.tensor(name)[rows], found)
+        count += plain_differing(contents.carried(name, checkpoint.tensor(name)[rows]), found)
         release(found)
     return count

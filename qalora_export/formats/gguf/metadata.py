@@ -54,4 +54,5 @@ def architecture(family: Family, config: Mapping[str, Any]) -> list[Entry]:
     ]
     if rope.kind == "linear":
         fields += [("rope.scaling.type", "string", "linear"), ("rope.scaling.factor", "float32", rope.factor)]
+    fields += [(own.key, own.kind, own.value(config)) for own in family.gguf_fields if own.value(config) is not None]
     return [Entry(f"{family.gguf_arch}.{key}", kind, value) for key, kind, value in fields]

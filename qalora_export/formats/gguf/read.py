@@ -17,7 +17,7 @@ from qalora_export.formats.gguf.file import GgufFile, StoredTensor
 from qalora_export.formats.gguf.names import SUFFIXES, NameMap
 from qalora_export.formats.gguf.permute import hf_order
 from qalora_export.formats.gguf.remainder import group_indicator, with_remainder
-from qalora_export.formats.gguf.tensor_table import ROPE_FREQUENCIES
+from qalora_export.formats.gguf.tensor_table import ROPE_FREQUENCIES, as_stored
 from qalora_export.formats.gguf.types import BLOCK_TYPES, PLAIN_TYPES
 from qalora_export.formats.streaming import release
 from qalora_export.grid import GroupAffine, PackedAffine
@@ -77,6 +77,10 @@ class GgufContents:
         if name not in self.others:
             raise InputError(f"the file has no plain tensor {name!r}", where=self._source.path)
         return self._source.plain(name, rows)
+
+    def carried(self, name: str, tensor: NDArray[Any]) -> NDArray[Any]:
+        """What this file must hold under `name` for a plain tensor of the checkpoint."""
+        return as_stored(self._source.family, name, tensor)
 
     def matrices(self) -> Iterator[tuple[str, GroupAffine]]:
         for module in self.modules:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
@@ -112,9 +113,17 @@ def _plain(checkpoint: CanonicalCheckpoint, family: Family, names: NameMap, name
     def load(wanted: slice) -> NDArray[Any]:
         tensor = checkpoint.tensor(name)
         tensor = tensor[wanted] if heads is None else tensor[row_order(tensor.shape[0], heads)[wanted]]
-        return as_float32(tensor) if kind is F32 else tensor
+        return as_stored(family, name, as_float32(tensor)) if kind is F32 else tensor
 
     return TensorPlan(names.to_gguf(name), kind, entry.shape, load)
+
+
+def as_stored(family: Family, name: str, tensor: NDArray[Any]) -> NDArray[Any]:
+    """What GGUF holds for a plain tensor: norms of a family with a shift as float32(w + shift), the rest as it is."""
+    if family.norm_shift and name.endswith("norm.weight"):
+        shifted: NDArray[np.float32] = as_float32(tensor) + np.float32(family.norm_shift)
+        return shifted
+    return tensor
 
 
 def _frequencies(checkpoint: CanonicalCheckpoint, family: Family) -> TensorPlan:
@@ -126,7 +135,7 @@ def _frequencies(checkpoint: CanonicalCheckpoint, family: Family) -> TensorPlan:
 
 
 def _plain_names(checkpoint: CanonicalCheckpoint) -> Iterator[str]:
-    tied = bool(checkpoint.config.get("tie_word_embeddings"))
+    tied = family_of(checkpoint.config).ties_head(checkpoint.config)
     for name in checkpoint.plain_names():
         if name.endswith(DERIVED):
             continue

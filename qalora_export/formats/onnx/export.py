@@ -46,7 +46,14 @@ def export_onnx(
     checkpoint, out, settings = Path(checkpoint), Path(out), settings or OnnxSettings()
     refuse_existing(out, force=force)
     source = CanonicalCheckpoint(checkpoint)
-    family_of(source.config)
+    family = family_of(source.config)
+    if family.onnx_refused:
+        raise InputError(
+            f"{family.name} has no ONNX export",
+            where=f"{checkpoint}: config.json",
+            why=family.onnx_refused,
+            fix="export gguf holds this family",
+        )
     if source.path.resolve() in (out.resolve(), *out.resolve().parents):
         raise InputError(
             "the output would lie inside the checkpoint folder",

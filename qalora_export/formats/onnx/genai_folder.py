@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.formats.onnx.validate import GENAI_CONFIG
+from qalora_export.models.families import family_of
 from qalora_export.safety import read_json
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def write_genai_folder(folder: Path, package: ModelPackage, checkpoint: ModelFol
         config = read_json(Path(scratch) / GENAI_CONFIG)
     generation = read_json(checkpoint.path / "generation_config.json") if _has_generation(checkpoint) else {}
     _adjust(config, checkpoint.config, generation)
+    config["model"]["type"] = family_of(checkpoint.config).genai_type or config["model"]["type"]
     (folder / GENAI_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for path in checkpoint.companions():
         if path.name in TOKENIZER_FILES:

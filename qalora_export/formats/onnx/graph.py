@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qalora_export.errors import InputError
+from qalora_export.formats.onnx.corrections import correct
 
 if TYPE_CHECKING:
     from mobius import ModelPackage
@@ -43,6 +44,7 @@ def build_graph(config: Mapping[str, Any], *, untied_head: bool = False) -> Mode
     if list(package) != ["model"]:
         raise InputError(f"expected one decoder graph, got {', '.join(package)}", where="config.json")
     model = package["model"]
+    correct(model, source)
     model.ir_version = IR_VERSION
     model.graph.name = GRAPH_NAME  # mobius names it after the folder, which is temporary
     return package

@@ -60,6 +60,10 @@ class OnnxContents:
         levels = {integers_of(node).get("accuracy_level", 0) for node in self.nodes.values()}
         return levels.pop() if len(levels) == 1 else None
 
+    def carried(self, name: str, tensor: NDArray[Any]) -> NDArray[Any]:
+        """What the folder must hold for a plain tensor of the checkpoint: the same."""
+        return tensor
+
     def tensor(self, name: str) -> NDArray[Any]:
         """One initializer by name, in its stored dtype, read from the data file. Raises InputError when absent."""
         import onnx

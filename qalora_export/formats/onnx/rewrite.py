@@ -24,6 +24,7 @@ from qalora_export.checkpoint.model_folder import same_bytes
 from qalora_export.errors import InputError
 from qalora_export.formats.onnx.datafile import DataFile
 from qalora_export.formats.onnx.split_form import SplitForm, choose_form, to_blocks, zero_points
+from qalora_export.models.families import family_of
 
 MICROSOFT = "com.microsoft"
 FLOAT = ir.DataType.FLOAT
@@ -81,7 +82,7 @@ class Rewriter:
         if name.endswith(UNUSED_SUFFIXES):
             return True
         embeddings = "model.embed_tokens.weight"
-        tied = name == "lm_head.weight" and self.checkpoint.config.get("tie_word_embeddings")
+        tied = name == "lm_head.weight" and family_of(self.checkpoint.config).ties_head(self.checkpoint.config)
         return bool(tied) and same_bytes(self.checkpoint.tensor(name), self.checkpoint.tensor(embeddings))
 
     def _place_constant(self, value: ir.Value, array: NDArray[Any]) -> None:

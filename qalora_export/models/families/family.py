@@ -1,10 +1,40 @@
-"""What the exporters must know about an architecture, as data."""
+"""What the exporters and the verifier must know about an architecture, as data."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from qalora_export.errors import InputError
+
+Config = Mapping[str, Any]
+Side = Literal["input", "output"]
+
+
+@dataclass(frozen=True, slots=True)
+class GgufField:
+    """A metadata key of llama.cpp that the shared ones (formats/gguf/metadata.py) lack.
+
+    key: below `<arch>.`; kind: GGUFWriter's add_* name; value: from config.json, None leaves the key out.
+    """
+
+    key: str
+    kind: str
+    value: Callable[[Config], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPoint:
+    """Where the bisect looks inside a decoder layer.
+
+    module, side: the end of a Transformers module, below the layer. name: of the point, below the layer (empty: the
+    layer's own output). what: what a divergence that starts here means. node: llama.cpp's name in its graph builder.
+    """
+
+    module: str
+    side: Side
+    name: str
+    what: str
+    node: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,10 +44,22 @@ class Family:
     architectures: names in config.json's `architectures`.
     gguf_arch: `general.architecture` (the string, also the prefix of metadata keys).
     rope_permuted: module leaf -> config key of its head count. llama.cpp rotates neighbouring pairs of rows where
-        Transformers rotates halves, so the rows of these modules change places in GGUF.
+        Transformers rotates halves, so the rows of these modules change places in GGUF. Empty where llama.cpp rotates
+        halves too.
     rope_types: the rotary scalings that both exporters carry exactly.
-    linears, norms: modules of one decoder layer, below `model.layers.<n>.`.
     only: config key -> the values we handle (the first is the default when the key is absent).
+    linears, norms: modules of one decoder layer, below `model.layers.<n>.`.
+    points: observation points of the bisect in the order of the data flow.
+    gguf_fields: metadata beside the shared keys.
+    norm_shift: added to every norm weight in GGUF, in float32 as the model itself does it: Gemma's norms multiply by
+        1 + w and llama.cpp's by w.
+    tied: whether lm_head is the embedding when config.json does not say.
+    check: raises InputError for variants that `only` cannot express.
+    attention_scale: factor of q·k before the softmax.
+    windowed: layers whose attention looks back `sliding_window` positions only, one bool each; empty: none does.
+    embedding_scale: factor of the embedding, None where there is none.
+    genai_type: `model.type` in genai_config.json where ONNX Runtime GenAI does not know Transformers' name.
+    onnx_refused: why this family has no ONNX export; empty where it has.
     """
 
     name: str
@@ -28,23 +70,38 @@ class Family:
     only: Mapping[str, tuple[Any, ...]]
     linears: tuple[str, ...]
     norms: tuple[str, ...]
+    points: tuple[LayerPoint, ...]
+    gguf_fields: tuple[GgufField, ...] = ()
+    norm_shift: float = 0.0
+    tied: bool = False
+    check: Callable[[Config], None] | None = None
+    attention_scale: Callable[[Config], float] = lambda config: head_dim(config) ** -0.5
+    windowed: Callable[[Config], tuple[bool, ...]] = lambda _: ()
+    embedding_scale: Callable[[Config], float] | None = None
+    genai_type: str = ""
+    onnx_refused: str = ""
 
-    def required_modules(self, config: Mapping[str, Any]) -> list[str]:
+    def required_modules(self, config: Config) -> list[str]:
         """Dotted names of every module that must have a weight, in the order of the forward pass."""
         names = ["model.embed_tokens"]
         for layer in range(config["num_hidden_layers"]):
             names += [f"model.layers.{layer}.{leaf}" for leaf in (*self.linears, *self.norms)]
         names.append("model.norm")
-        return names if config.get("tie_word_embeddings") else [*names, "lm_head"]
+        return names if self.ties_head(config) else [*names, "lm_head"]
 
-    def permuted_heads(self, module: str, config: Mapping[str, Any]) -> int | None:
+    def ties_head(self, config: Config) -> bool:
+        """Whether lm_head is the embedding matrix."""
+        tied = config.get("tie_word_embeddings")
+        return self.tied if tied is None else bool(tied)
+
+    def permuted_heads(self, module: str, config: Config) -> int | None:
         """Head count by which the rows of `module` (a dotted module name) are permuted in GGUF, or None."""
         key = self.rope_permuted.get(module.rpartition(".")[2])
         if key is None:
             return None
         return int(config.get(key) or config["num_attention_heads"])
 
-    def check(self, config: Mapping[str, Any]) -> None:
+    def check_variant(self, config: Config) -> None:
         """Raise InputError for a variant of the architecture that we would export wrongly."""
         for key, allowed in self.only.items():
             value = config.get(key, allowed[0])
@@ -55,8 +112,15 @@ class Family:
                     why=f"both exporters handle {', '.join(map(repr, allowed))} only",
                     fix="use a model of the standard architecture",
                 )
+        if self.check is not None:
+            self.check(config)
 
 
-def head_dim(config: Mapping[str, Any]) -> int:
+def head_dim(config: Config) -> int:
     """Features of one attention head: `head_dim`, or hidden size over heads as in Transformers."""
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def from_config(key: str) -> Callable[[Config], Any]:
+    """The value of a config key, None when it is absent."""
+    return lambda config: config.get(key)

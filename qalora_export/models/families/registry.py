@@ -1,14 +1,28 @@
-"""Which architectures are admitted."""
+"""Which architectures are admitted: every Family that a module of this package defines."""
 
+import importlib
+import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
 from qalora_export.errors import InputError
 from qalora_export.models.families.family import Family, head_dim
-from qalora_export.models.families.llama import LLAMA
 from qalora_export.models.families.rope import rope_of
 
-FAMILIES: tuple[Family, ...] = (LLAMA,)
+
+def _defined() -> tuple[Family, ...]:
+    """Every Family at the top of a module of this package, by name: a new file is enough to add one."""
+    package = importlib.import_module("qalora_export.models.families")
+    modules = [
+        importlib.import_module(f"{package.__name__}.{found.name}")
+        for found in pkgutil.iter_modules(package.__path__)
+        if found.name != "registry"
+    ]
+    found = {value.name: value for module in modules for value in vars(module).values() if isinstance(value, Family)}
+    return tuple(found[name] for name in sorted(found))
+
+
+FAMILIES = _defined()
 SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -43,7 +57,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     for key in SIZES:
         if type(config.get(key)) is not int or config[key] <= 0:
             raise InputError(f"{key} is {config.get(key)!r}, not a positive number", where=f"config.json: {key}")
-    family.check(config)
+    family.check_variant(config)
     rope_of(config, family.rope_types)
     _check_heads(config)
     return family

@@ -56,6 +56,8 @@ def rope_of(config: Mapping[str, Any], allowed: tuple[str, ...] = tuple(NEEDS)) 
     Raises InputError for a scaling type outside `allowed` or with missing or absurd parameters.
     """
     raw = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if isinstance(raw, Mapping) and "full_attention" in raw:  # one table for each kind of layer (Gemma 3)
+        raw = raw["full_attention"]
     if not isinstance(raw, Mapping):
         raise InputError("rotary parameters are not a table", where="config.json: rope_parameters")
     kind = raw.get("rope_type", raw.get("type", "default"))
@@ -81,6 +83,14 @@ def rope_of(config: Mapping[str, Any], allowed: tuple[str, ...] = tuple(NEEDS)) 
     if kind == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:
         raise InputError("high_freq_factor is not above low_freq_factor", where="config.json: rope_parameters")
     return rope
+
+
+def local_theta(config: Mapping[str, Any]) -> float:
+    """The RoPE base of layers with a sliding window (Gemma 3), in Transformers 5 or 4 spelling."""
+    nested = config.get("rope_parameters")
+    local = nested.get("sliding_attention") if isinstance(nested, Mapping) else None
+    value = local.get("rope_theta") if isinstance(local, Mapping) else config.get("rope_local_base_freq")
+    return _positive("rope_theta of sliding layers", 10000.0 if value is None else value)
 
 
 def _positive(name: str, value: object) -> float:

@@ -7,19 +7,21 @@ module that made it, and residual sums are found by their place beside the norms
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qalora_export.models.families.family import LayerPoint, Side
+
 if TYPE_CHECKING:
     import onnx
 
-Side = Literal["input", "output"]
 Activations = dict[str, NDArray[np.float32]]  # point key -> (positions, features)
 NORMS = ("RMSNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
+FIRST_NORM = ".input_layernorm"  # its input is the residual stream between layers
 WITH_RESIDUAL = "SkipSimplifiedLayerNormalization"  # output 3 is the sum that was normalized
 
 
@@ -38,45 +40,28 @@ class Point:
         return f"{self.module} {self.side}"
 
 
-# Module inside a decoder layer, side, what made the value, what a divergence that starts there means, llama.cpp's node.
-LAYER_POINTS: tuple[tuple[str, Side, str, str, str], ...] = (
-    ("input_layernorm", "output", "input_layernorm", "norm before attention: its weight or epsilon", "attn_norm"),
-    ("self_attn.q_proj", "output", "self_attn.q_proj", "query projection", "Qcur"),
-    ("self_attn.k_proj", "output", "self_attn.k_proj", "key projection", "Kcur"),
-    ("self_attn.v_proj", "output", "self_attn.v_proj", "value projection", "Vcur"),
-    ("self_attn.o_proj", "input", "self_attn", "attention over the heads: RoPE, mask, scale or KV cache", "kqv_out"),
-    ("self_attn.o_proj", "output", "self_attn.o_proj", "output projection of attention", "attn_out"),
-    ("post_attention_layernorm", "input", "", "residual sum after attention", "ffn_inp"),
-    (
-        "post_attention_layernorm",
-        "output",
-        "post_attention_layernorm",
-        "norm before the MLP: its weight or epsilon",
-        "ffn_norm",
-    ),
-    ("mlp.gate_proj", "output", "mlp.gate_proj", "gate projection", "ffn_gate"),
-    ("mlp.up_proj", "output", "mlp.up_proj", "up projection", "ffn_up"),
-    ("mlp.down_proj", "input", "mlp", "activation function times up projection", "ffn_swiglu"),
-    ("mlp.down_proj", "output", "mlp.down_proj", "down projection", "ffn_out"),
-    ("", "output", "", "residual sum after the MLP", "l_out"),
-)
-
-
 def model_points(layers: int) -> list[Point]:
-    """Embedding, hidden state after every decoder layer, final norm, logits."""
+    """What enters the first decoder layer, hidden state after every layer, final norm, logits."""
     return [
-        _output("model.embed_tokens", "embedding", "embd"),
+        Point("model.layers.0", "input", "model.embed_tokens", "embedding", "embd"),
         *(_output(f"model.layers.{i}", f"hidden state after layer {i}", f"l_out-{i}") for i in range(layers)),
         _output("model.norm", "final norm: its weight or epsilon", "result_norm"),
-        _output("lm_head", "logits", "result_output"),
+        Point("", "output", "lm_head", "logits, with the scales and caps behind lm_head", "result_output"),
     ]
 
 
-def layer_points(layer: int) -> list[Point]:
+def layer_points(layer: int, points: Iterable[LayerPoint]) -> list[Point]:
+    """The points of a family inside decoder layer `layer`."""
     prefix = f"model.layers.{layer}"
     return [
-        Point(f"{prefix}.{module}".rstrip("."), side, f"{prefix}.{name}".rstrip("."), what, f"{node}-{layer}")
-        for module, side, name, what, node in LAYER_POINTS
+        Point(
+            f"{prefix}.{point.module}".rstrip("."),
+            point.side,
+            f"{prefix}.{point.name}".rstrip("."),
+            point.what,
+            f"{point.node}-{layer}",
+        )
+        for point in points
     ]
 
 
@@ -97,9 +82,11 @@ def onnx_values(model: onnx.ModelProto, points: list[Point]) -> dict[str, str]:
 def _last(made: list[str], point: Point) -> str | None:
     """The last value that the module made: after bias and offset branch."""
     prefix = f"v_{point.module}."
-    if point.side == "input":  # of o_proj and down_proj: the last thing its parent did itself
+    if point.name == "model.embed_tokens":
+        prefix = f"v_{point.name}."
+    elif point.side == "input":  # of o_proj and down_proj: the last thing its parent did itself
         prefix = f"v_{point.module.rpartition('.')[0]}."
-    if point.module == "lm_head":
+    if point.name == "lm_head":
         return "logits"
     own = [name for name in made if name.startswith(prefix) and name[len(prefix) :][:1].isupper()]
     return own[-1] if own else None
@@ -116,11 +103,11 @@ def _residual_sums(model: onnx.ModelProto) -> dict[str, str]:
         norm = sources.get(node.input[2 if with_residual else 1], "").removesuffix(".weight")
         value = node.output[3] if with_residual and len(node.output) > 3 else node.input[0]
         layer = _layer_of(norm)
-        if norm.endswith(".post_attention_layernorm"):
+        if layer is not None and norm.endswith((".post_attention_layernorm", ".pre_feedforward_layernorm")):
             sums[f"{norm} input"] = value
-        elif layer == 0:
-            sums["model.embed_tokens output"] = value
-        elif layer is not None:
+        elif layer == 0 and norm.endswith(FIRST_NORM):
+            sums["model.layers.0 input"] = value
+        elif layer is not None and norm.endswith(FIRST_NORM):
             sums[f"model.layers.{layer - 1} output"] = value
         elif norm == "model.norm":
             last = max((i for name in sources.values() if (i := _layer_of(name)) is not None), default=0)

@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.errors import QaloraError, RuntimeUnavailableError
+from qalora_export.models.families import family_of
+from qalora_export.models.families.family import LayerPoint
 from qalora_export.progress import status
 from qalora_export.verify.bisect.points import Point, layer_points, model_points
 from qalora_export.verify.bisect.values import THROUGH, LaunchTaps, Reader, ReferenceModel, Suspect, reader_of
@@ -129,8 +131,9 @@ def _bisect_target(target: Target, suspect: Suspect, model: ReferenceModel, laun
         threads=session.settings.threads,
         launch=launch,
     )
-    layers = session.checkpoint.config["num_hidden_layers"]
-    found = bisect(target.name, suspect, model, layers, read, through=THROUGH[runtime.format])
+    config = session.checkpoint.config
+    points, layers = family_of(config).points, config["num_hidden_layers"]
+    found = bisect(target.name, suspect, model, layers, read, points=points, through=THROUGH[runtime.format])
     if runtime.taps_of != target.name and found.first is None and not found.note:
         blame = "the fault lies in its own settings or in its generation loop"
         return replace(found, note=f"{runtime.taps_of} computes the same graph right: {blame}")
@@ -161,16 +164,26 @@ def suspect_of(
 
 
 def bisect(
-    runtime: str, suspect: Suspect, model: ReferenceModel, layers: int, read: Reader, *, through: str
+    runtime: str,
+    suspect: Suspect,
+    model: ReferenceModel,
+    layers: int,
+    read: Reader,
+    *,
+    points: Iterable[LayerPoint],
+    through: str,
 ) -> Bisection:
-    """Compare layer by layer, then inside the first wrong layer. Never raises for what the runtime does."""
+    """Compare layer by layer, then inside the first wrong layer. Never raises for what the runtime does.
+
+    points: where the family's decoder layer can be observed.
+    """
     found = _nothing_yet(runtime, suspect, through=through)
     try:
         outer = _steps(suspect, model, model_points(layers), read)
         found = replace(found, layers=outer)
         wrong = next((index for index, step in enumerate(outer) if step.diverges), None)
         if wrong is not None and 1 <= wrong <= layers:
-            found = replace(found, inside=_steps(suspect, model, layer_points(wrong - 1), read))
+            found = replace(found, inside=_steps(suspect, model, layer_points(wrong - 1, points), read))
     except RuntimeUnavailableError as error:
         return replace(found, note=f"the values inside could not be read: {error}")
     unseen = [step.name for step in [*found.layers, *found.inside] if math.isnan(step.nmse)]

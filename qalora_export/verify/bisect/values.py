@@ -75,8 +75,13 @@ class ReferenceModel:
         module = self._model.get_submodule(point.module)
         if point.side == "input":
             return module.register_forward_pre_hook(lambda _, x: _keep(found, point.key, x[0]))
-        after: Callable[..., None] = lambda _, x, y: _keep(found, point.key, y if isinstance(y, torch.Tensor) else y[0])  # noqa: E731, ARG005
-        return module.register_forward_hook(after)
+        return module.register_forward_hook(lambda _, __, y: _keep(found, point.key, _value(y)))
+
+
+def _value(output: Any) -> torch.Tensor:
+    """What a module answers: a tensor, a tuple that begins with it, or the whole model's output with its logits."""
+    value: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
+    return value
 
 
 def _keep(found: Activations, key: str, value: torch.Tensor) -> None:
@@ -122,7 +127,8 @@ def reader_of(
         values = _write_tapped(artifact.path, points, workdir / TAPPED)
         names = list(values.values())
         found = taps(ids, names, "onnxruntime", workdir / TAPPED, data=artifact.path.resolve())
-        return {key: found[name] for key, name in values.items() if name in found}
+        rows = {name: value.reshape(len(value), -1) for name, value in found.items()}  # heads side by side
+        return {key: rows[name] for key, name in values.items() if name in rows}
 
     workdir.mkdir(parents=True, exist_ok=True)
     return {"gguf": from_llama, "onnx": from_onnx}[kind]

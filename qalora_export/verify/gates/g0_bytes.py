@@ -17,6 +17,7 @@ from qalora_export.checkpoint.model_folder import as_float32
 from qalora_export.checkpoint.provenance import Link, artifact_links
 from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.grid import Differences, GroupAffine, difference, differing
+from qalora_export.models.families import family_of
 from qalora_export.verify.gates.registry import measures
 from qalora_export.verify.reference.merge_check import MergeCheck
 from qalora_export.verify.rule import Entry, Gate, Limit
@@ -114,7 +115,7 @@ def tensor_differences(checkpoint: CanonicalCheckpoint, contents: Contents) -> t
         wrong |= {f"{module}.{part}": count for part in PARTS if (count := getattr(counts, part))}
     plain = _expected_plain(checkpoint, contents)
     for name in plain:
-        tensor = checkpoint.tensor(name)
+        tensor = contents.carried(name, checkpoint.tensor(name))
         compared += tensor.size
         if count := _plain_difference(tensor, contents.tensor(name) if name in contents.others else None):
             wrong[name] = count
@@ -127,7 +128,7 @@ def tensor_differences(checkpoint: CanonicalCheckpoint, contents: Contents) -> t
 def _expected_plain(checkpoint: CanonicalCheckpoint, contents: Contents) -> list[str]:
     """Tensors the artifact must hold. A tied lm_head may be left out: the embedding is the same tensor."""
     names = [name for name in checkpoint.plain_names() if not name.endswith(DERIVED)]
-    tied = bool(checkpoint.config.get("tie_word_embeddings")) and "lm_head.weight" not in contents.others
+    tied = family_of(checkpoint.config).ties_head(checkpoint.config) and "lm_head.weight" not in contents.others
     return [name for name in names if not (tied and name == "lm_head.weight")]
 
 

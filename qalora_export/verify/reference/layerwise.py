@@ -11,11 +11,10 @@ first, so the reference is not its own witness.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,7 +94,9 @@ class LayerwiseModel:
     @property
     def frequencies(self) -> NDArray[np.float32]:
         """The rotary embedding the model really uses, radians per position, (head size / 2,)."""
-        frequencies: NDArray[np.float32] = self._skeleton.base.rotary_emb.inv_freq.float().numpy()
+        rotary = self._skeleton.base.rotary_emb  # one table, or one for each kind of layer (Gemma 3)
+        table = rotary.full_attention_inv_freq if hasattr(rotary, "full_attention_inv_freq") else rotary.inv_freq
+        frequencies: NDArray[np.float32] = table.float().numpy()
         return frequencies
 
     def run(self, sequences: Iterable[NDArray[np.int32]], *, decode: bool) -> list[NDArray[np.float32]]:
@@ -120,12 +121,8 @@ class LayerwiseModel:
         return self._logprobs([prompts, walks] if decode else [prompts])
 
     def _logprobs(self, passes: list[list[list[_Step]]]) -> list[NDArray[np.float32]]:
-        skeleton = self._skeleton
-        with skeleton.materialized(f"{skeleton.prefix}embed_tokens" if skeleton.tied else "lm_head") as module:
-            head: Callable[[Tensor], Tensor] = module
-            if skeleton.tied:
-                head = functools.partial(nn.functional.linear, weight=cast(Tensor, module.weight))
-            vocabulary = skeleton.model.config.vocab_size
+        vocabulary = self._skeleton.model.config.vocab_size
+        with self._skeleton.head() as head:
             return [
                 _stacked([step.hidden for steps in sequences for step in steps], head, vocabulary)
                 for sequences in passes

@@ -12,7 +12,7 @@ from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.errors import InputError
 from qalora_export.formats.onnx.exact import exact_variant
 from qalora_export.formats.onnx.read import OnnxContents, read_back
-from qalora_export.models.families.family import head_dim
+from qalora_export.models.families import family_of
 from qalora_export.recipe import OnnxSettings
 from qalora_export.verify.runtimes.facts import ABSENT, expected_graph_facts, expected_text_facts
 from qalora_export.verify.runtimes.onnx_dequantize import runtime_dequantized
@@ -42,7 +42,7 @@ class OnnxRuntime(RuntimeRecord):
         return runtime_dequantized(artifact, workdir)
 
     def expected(self, checkpoint: CanonicalCheckpoint, frequencies: NDArray[Any]) -> Facts:
-        scale = np.float32(head_dim(checkpoint.config) ** -0.5)
+        scale = np.float32(family_of(checkpoint.config).attention_scale(checkpoint.config))
         facts = expected_graph_facts(checkpoint.config, frequencies) | expected_text_facts(checkpoint.path)
         return facts | {"attention scale": scale}
 

@@ -38,7 +38,8 @@ class Contents(Protocol):
     """An artifact read back by an independent reader, in the checkpoint's vocabulary (formats.*.readback).
 
     modules: module -> (bits, group_size). others: names of tensors that are not quantized. offset_is_implied: modules
-    whose offset is not stored but follows from the scale, so that -0 and +0 cannot be told apart.
+    whose offset is not stored but follows from the scale, so that -0 and +0 cannot be told apart. carried: what the
+    format holds for a plain tensor of the checkpoint (Gemma's norms are float32(w + 1) in GGUF).
     """
 
     @property
@@ -49,6 +50,7 @@ class Contents(Protocol):
     def offset_is_implied(self) -> frozenset[str]: ...
     def group_affine(self, module: str) -> GroupAffine: ...
     def tensor(self, name: str) -> NDArray[Any]: ...
+    def carried(self, name: str, tensor: NDArray[Any]) -> NDArray[Any]: ...
 
 
 @dataclass(frozen=True)

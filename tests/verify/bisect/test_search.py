@@ -13,6 +13,7 @@ from qalora_runtimes.taps import TapsResult, run_taps
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.formats.onnx.exact import exact_variant
+from qalora_export.models.families.decoder import POINTS
 from qalora_export.verify.bisect.points import layer_points, model_points
 from qalora_export.verify.bisect.search import Bisection, Step, bisect, explain, position_nmse, suspect_of
 from qalora_export.verify.bisect.values import ReferenceModel, Suspect, reader_of
@@ -66,7 +67,7 @@ def found_in(
         threads=1,
         launch=launch,
     )
-    return bisect(kind, suspect, model, 2, read, through="test")
+    return bisect(kind, suspect, model, 2, read, points=POINTS, through="test")
 
 
 @pytest.mark.parametrize("mode", ["prefill", "decode"])
@@ -229,5 +230,5 @@ def test_the_plot_is_well_formed_and_shows_every_step() -> None:
 
 
 def test_points_have_unique_keys_and_nodes() -> None:
-    points = [*model_points(2), *layer_points(0)[:-1], *layer_points(1)[:-1]]
+    points = [*model_points(2), *layer_points(0, POINTS)[:-1], *layer_points(1, POINTS)[:-1]]
     assert len({p.key for p in points}) == len({p.node for p in points}) == len(points)

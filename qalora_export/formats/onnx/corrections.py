@@ -1,0 +1,85 @@
+"""Where mobius-onnx 0.1.0 builds another function than Transformers: corrected here, each with the smallest case.
+
+tests/formats/onnx/test_corrections.py shows every fault on mobius' own graph, so that a version without it is noticed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from qalora_export.models.families import family_of
+
+PAST = re.compile(r"past_key_values\.(\d+)\.key")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def correct(model: ir.Model, config: Mapping[str, Any]) -> None:
+    """Apply every correction that this config.json needs, in place."""
+    family = family_of(config)
+    if family.ties_head(config):
+        tie_head(model)
+    if windowed := family.windowed(config):
+        limit_windows(model, windowed, int(config["sliding_window"]))
+    scale_attention(model, family.attention_scale(config))
+    if family.embedding_scale is not None:
+        scale_embedding(model, family.embedding_scale(config))
+
+
+def limit_windows(model: ir.Model, windowed: tuple[bool, ...], window: int) -> None:
+    """Sliding windows are lost (Gemma 2 and 3): from position `window` on, every layer sees everything.
+
+    mobius puts the window into an attention bias and then fuses attention into GroupQueryAttention, which takes none.
+    The operator's own attribute is local_window_size (ONNX Runtime, ContribOperators.md): keys within that many
+    positions, the query's own included, as `sliding_window` of Transformers.
+    """
+    for layer, node in _attention(model).items():
+        if windowed[layer]:
+            node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", window)
+
+
+def scale_attention(model: ir.Model, scale: float) -> None:
+    """The factor of q·k is that of the head size for Gemma 3, whatever query_pre_attn_scalar says."""
+    for node in _attention(model).values():
+        node.attributes["scale"] = ir.AttrFloat32("scale", scale)
+
+
+def scale_embedding(model: ir.Model, scale: float) -> None:
+    """The embedding's factor √hidden is rounded to float16 (Gemma 3) or two decimals (Gemma 2): NMSE 1e-8 and 1e-7."""
+    for use in model.graph.initializers[EMBEDDING].uses():
+        if use.node.op_type != "Gather":
+            continue
+        (product,) = [after.node for after in use.node.outputs[0].uses() if after.node.op_type == "Mul"]
+        index = next(i for i, value in enumerate(product.inputs) if value is not use.node.outputs[0])
+        factor = ir.Value(name="model.embed_tokens.scale", const_value=ir.tensor(np.float32(scale)))
+        factor.type, factor.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(())
+        model.graph.register_initializer(factor)
+        product.replace_input_with(index, factor)
+
+
+def _attention(model: ir.Model) -> dict[int, ir.Node]:
+    """Decoder layer -> its GroupQueryAttention, known by the KV cache it reads."""
+    found = {}
+    for node in model.graph:
+        if node.op_type == "GroupQueryAttention":
+            cache = next(value.name for value in node.inputs if value is not None and PAST.fullmatch(value.name or ""))
+            found[int(PAST.fullmatch(cache or "")[1])] = node  # type: ignore[index]
+    return found
+
+
+def tie_head(model: ir.Model) -> None:
+    """Families with a decoder class of their own (SmolLM3, Gemma 3) lose the tie: lm_head asks for a tensor of its own.
+
+    mobius ties lm_head to the embedding of the standard decoder and then replaces that decoder.
+    """
+    table = model.graph.initializers
+    if HEAD not in table or EMBEDDING not in table:
+        return
+    head = table[HEAD]
+    for use in list(head.uses()):
+        use.node.replace_input_with(use.idx, table[EMBEDDING])
+    table.pop(HEAD)

@@ -1,0 +1,57 @@
+"""A small random model of every admitted family, with what sets it apart: head norms, multipliers, NoPE layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.models import TEXT
+
+SIZES: Mapping[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.15,
+}
+# Family name -> Transformers' model type and what its config says beside the sizes.
+CONFIGS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "Llama": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
+    "Mistral": ("mistral", {"head_dim": 48, "sliding_window": None}),
+    "Qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "Qwen3": ("qwen3", {"head_dim": 48, "tie_word_embeddings": True}),
+    "SmolLM3": ("smollm3", {"num_hidden_layers": 4}),
+    "Granite": (
+        "granite",
+        {"embedding_multiplier": 12.0, "attention_multiplier": 0.1, "residual_multiplier": 0.22, "logits_scaling": 0.5},
+    ),
+    "OLMo-2": ("olmo2", {}),
+}
+
+
+def make_small(path: Path, family: str, **overrides: object) -> Path:
+    """Random weights in fp16, norms around 1, biases that matter, a byte-level BPE tokenizer of 512 tokens at most."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from samples.base.make_base import train_tokenizer
+
+    tokenizer = train_tokenizer([TEXT], vocab_size=512)
+    model_type, own = CONFIGS[family]
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **SIZES, **own, **ids, **overrides})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            if name.endswith("bias"):
+                parameter.uniform_(-0.5, 0.5)
+    model.to(torch.float16).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path

@@ -1,0 +1,77 @@
+"""A family is admitted by this: its small model passes every gate on every runtime, and the bisect sees inside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from qalora_export.verify.bisect.readers import reader_of
+from qalora_export.verify.reference.activations import ReferenceModel
+from qalora_runtimes.taps import run_taps
+
+import qalora_export as q
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.formats.onnx.exact import exact_variant
+from qalora_export.models.families import FAMILIES, family_of
+from qalora_export.verify.bisect.points import layer_points
+from qalora_export.verify.bisect.search import Failure, bisect
+from qalora_export.verify.runtimes.runs import Artifact
+from qalora_export.verify.runtimes.twin import write_twin
+from tests.models.families.small import CONFIGS, make_small
+
+FAILURE = Failure("G2", "exact", "prefill", "a sequence", (np.arange(24, dtype=np.int32) * 17) % 300)
+# Transformers gives these model types a tokenizer class of its own, whatever the folder holds.
+OWN_TOKENIZER = {"Qwen2"}
+
+
+@dataclass(frozen=True)
+class Line:
+    family: str
+    base: Path
+    gguf: Path
+    onnx: Path
+
+
+@pytest.fixture(scope="module", params=sorted(CONFIGS))
+def line(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Line:
+    folder = tmp_path_factory.mktemp("family")
+    made = Line(request.param, folder / "base.qalora", folder / "model.gguf", folder / "onnx")
+    q.quantize(make_small(folder / "model", request.param), made.base, q.QuantizeSettings(method="rtn", bits=4))
+    q.export_gguf(made.base, made.gguf, q.GgufSettings())
+    q.export_onnx(made.base, made.onnx, q.OnnxSettings())
+    return made
+
+
+def test_every_family_has_a_small_model() -> None:
+    assert set(CONFIGS) == {family.name for family in FAMILIES}
+
+
+def test_every_gate_passes_on_every_runtime(line: Line, tmp_path: Path) -> None:
+    settings = q.VerifySettings(threads=1)
+    report = q.verify_parity(line.base, tmp_path / "report", settings, gguf=line.gguf, onnx=line.onnx)
+    gates = {(entry.gate, entry.runtime): entry.status for entry in report.entries}
+    assert len(gates) == 18
+    text = {key for key in gates if key[0] in {"G0", "G5"}} if line.family in OWN_TOKENIZER else set()
+    assert {key for key, status in gates.items() if status != "pass"} <= text
+
+
+@pytest.mark.parametrize("kind", ["gguf", "onnx"])
+def test_every_point_of_a_layer_agrees_with_the_reference(line: Line, kind: str, tmp_path: Path) -> None:
+    checkpoint = CanonicalCheckpoint(line.base)
+    if kind == "gguf":
+        write_twin(line.gguf, tmp_path / "twin.gguf")
+    run = Artifact(tmp_path / "twin.gguf") if kind == "gguf" else Artifact(exact_variant(line.onnx, tmp_path / "exact"))
+    read = reader_of(kind, run, checkpoint, FAILURE, tmp_path / "taps", threads=1, launch=run_taps)
+    model = ReferenceModel(line.base, threads=1)
+    family = family_of(checkpoint.config)
+    found = bisect(kind, FAILURE, model, 2, read, points=family.points, through="test")
+    assert found.first is None, found.first
+    points = layer_points(1, family.points)
+    wanted, seen = model.activations(FAILURE.ids, points), read(FAILURE.ids, points)
+    for point in points:
+        if point.key in seen:
+            np.testing.assert_allclose(seen[point.key], wanted[point.key], rtol=2e-3, atol=2e-3, err_msg=point.name)
+    unseen = {replace(point, module="").name for point in points} - {p.name for p in points if p.key in seen}
+    assert len(unseen) <= len(points) // 3, unseen
