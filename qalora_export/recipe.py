@@ -43,6 +43,9 @@ class QuantizeSettings(Settings):
     method: Literal["gptq", "rtn"] = "gptq"
     bits: Bits = 4
     group_size: GroupSize = 32
+    strict_groups: bool = Field(
+        default=False, description="refuse in-features that group_size does not divide, instead of a smaller group"
+    )
     sym: bool = False
     calibration: str | None = Field(default=None, description="text or JSONL file; GPTQ needs one")
     calibration_samples: Positive = 128
@@ -62,7 +65,9 @@ class TrainSettings(Settings):
     format: Literal["auto", "chat", "instruction", "text"] = "auto"
     rank: Positive = 16
     alpha: Annotated[float, Field(gt=0)] = 32.0
-    pool: Positive | None = Field(default=None, description="pool length: the group size (default) or a multiple of it")
+    pool: Positive | None = Field(
+        default=None, description="pool length: each module's own group size (default), or a multiple of it"
+    )
     targets: tuple[str, ...] = ("*",)
     epochs: Annotated[float, Field(gt=0)] = 3.0
     max_steps: int = -1

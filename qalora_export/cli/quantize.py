@@ -33,6 +33,13 @@ def command(
         help=f"In-features that share scale and offset. \\[default: {D.group_size}]",
         rich_help_panel=GRID,
     ),
+    strict_groups: bool | None = typer.Option(
+        None,
+        "--strict-groups/--fit-groups",
+        help="Refuse in-features that the group size does not divide, or (default) take the next smaller size that "
+        "does, else leave the module in 16 bits.",
+        rich_help_panel=GRID,
+    ),
     sym: bool | None = typer.Option(
         None,
         "--sym/--asym",

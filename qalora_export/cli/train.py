@@ -41,7 +41,7 @@ def command(
     rank: int = typer.Option(D.rank, help="rank r of the adapter", rich_help_panel=ADAPTER),
     alpha: float = typer.Option(D.alpha, help="the update is scaled by alpha / rank", rich_help_panel=ADAPTER),
     pool: int | None = typer.Option(
-        D.pool, help="pool length: the group size (default) or a multiple of it", rich_help_panel=ADAPTER
+        D.pool, help="pool length: each module's own group size (default), or a multiple of it", rich_help_panel=ADAPTER
     ),
     targets: list[str] = typer.Option(
         list(D.targets), help="shell pattern on module names; may be repeated", rich_help_panel=ADAPTER

@@ -13,6 +13,7 @@ On a GPU with Triton the parts that are not matrix products run in the kernels o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -194,16 +195,18 @@ class QALoraLinear(nn.Module):
     ) -> None:
         """Add a trainable adapter: A Kaiming uniform (a=√5, as in PEFT), B zero, so offset_eff starts at m exactly.
 
-        Raises InputError when pool is not the group size or a multiple of it that divides in-features.
+        pool: the module's own group size, or a multiple of it; where a multiple does not divide the in-features, its
+        greatest divisor that does, so that one setting serves matrices of different widths. Raises InputError when
+        pool is no multiple of the group size.
         """
         pool = pool or self.group_size
-        if pool % self.group_size or self.in_features % pool:
+        if pool % self.group_size:
             raise InputError(
                 f"pool length {pool} does not fit group size {self.group_size} and {self.in_features} in-features",
                 why="an adapter merges without loss only if its pool is a multiple of the quantization group",
                 fix="set pool to the group size or a multiple",
             )
-        a = torch.empty(rank, self.in_features // pool, dtype=torch.float32)
+        a = torch.empty(rank, self.in_features // math.gcd(pool, self.in_features), dtype=torch.float32)
         nn.init.kaiming_uniform_(a, a=5**0.5, generator=generator)
         self.set_adapter(a, torch.zeros(self.out_features, rank, dtype=torch.float32), alpha / rank)
 

@@ -1,10 +1,15 @@
-"""Which modules are quantized and how: settings, then the first matching rule of the recipe."""
+"""Which modules are quantized and how: settings, then the first matching rule of the recipe, then what g must divide.
+
+In-features that the group size does not divide: the module falls to the next smaller group size that does (128, 64,
+32), and stays as it is, in 16 bits, where none does. `strict_groups` refuses instead.
+"""
 
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import get_args
 
@@ -21,17 +26,35 @@ class Plan:
     sym: bool
 
 
-def resolve(settings: QuantizeSettings, in_features: Mapping[str, int], *, inside: str, tied: bool) -> dict[str, Plan]:
-    """Module name -> plan, in the model's order.
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """plans: module name -> plan, in the model's order. fallen: modules with a smaller group than asked for, and those
+    left in 16 bits (None), each with its in-features and the group size asked for."""
+
+    plans: dict[str, Plan]
+    fallen: dict[str, tuple[int | None, int, int]]
+
+    def notes(self) -> tuple[str, ...]:
+        """One line for all modules of a kind that fell alike: "30 × down_proj: groups of 64, …"."""
+        kinds = Counter((name.rpartition(".")[2], *fall) for name, fall in self.fallen.items())
+        return tuple(
+            f"{count} × {kind}: {'left in 16 bits' if got is None else f'groups of {got}'}, "
+            f"{width} in-features do not divide into groups of {asked}"
+            for (kind, got, width, asked), count in kinds.items()
+        )
+
+
+def resolve(settings: QuantizeSettings, in_features: Mapping[str, int], *, inside: str, tied: bool) -> Resolution:
+    """What to quantize and how.
 
     in_features: every linear layer of the model with its width. inside: prefix of the decoder layers; linear layers
     outside them (lm_head) are quantized only when a rule names them literally, never by a wildcard. Raises InputError
-    for a rule that matches nothing, for a tied lm_head, for in-features that g does not divide, and when nothing is
-    left to quantize.
+    for a rule that matches nothing, for a tied lm_head, when nothing is left to quantize, and with strict_groups for
+    in-features that g does not divide.
     """
     for each in settings.rules:
         _check_matches(each, list(in_features))
-    plans: dict[str, Plan] = {}
+    plans, fallen = dict[str, Plan](), dict[str, tuple[int | None, int, int]]()
     for module, width in in_features.items():
         rule = next((rule for rule in settings.rules if fnmatchcase(module, rule.match)), None)
         outside = not module.startswith(inside)
@@ -44,11 +67,22 @@ def resolve(settings: QuantizeSettings, in_features: Mapping[str, int], *, insid
                 why="the embedding would change with it",
                 fix="remove the rule for it",
             )
-        plans[module] = _planned(settings, rule)
-        _check_width(module, width, plans[module].group_size)
+        plan = _planned(settings, rule)
+        fitting = _fitting(width, plan.group_size)
+        if fitting != plan.group_size:
+            if settings.strict_groups:
+                raise _does_not_divide(module, width, plan.group_size)
+            fallen[module] = (fitting, width, plan.group_size)
+        if fitting is not None:
+            plans[module] = replace(plan, group_size=fitting)
     if not plans:
-        raise InputError("the rules skip every module", where="quantize.rules", fix="leave something to quantize")
-    return plans
+        raise InputError(
+            "nothing is left to quantize",
+            where="quantize",
+            why="no group size divides the in-features of any module" if fallen else "the rules skip every module",
+            fix="leave something to quantize",
+        )
+    return Resolution(plans, fallen)
 
 
 def parse_rule(text: str) -> QuantizeRule:
@@ -99,12 +133,20 @@ def _check_matches(rule: QuantizeRule, modules: list[str]) -> None:
     )
 
 
-def _check_width(module: str, width: int, group_size: int) -> None:
-    if width % group_size == 0:
-        return
+def _fitting(width: int, asked: int) -> int | None:
+    """The largest group size that is at most the asked one and divides the in-features."""
+    return max((g for g in get_args(GroupSize) if g <= asked and width % g == 0), default=None)
+
+
+def _does_not_divide(module: str, width: int, group_size: int) -> InputError:
     fitting = [g for g in get_args(GroupSize) if width % g == 0]
     fix = f"keep this module as it is: --rule '{module}=skip'"
     if fitting:
         sizes = " or ".join(map(str, fitting))
         fix = f"use group size {sizes}; for this module alone: --rule '{module}=group:{fitting[-1]}'"
-    raise InputError(f"{width} in-features do not divide into groups of {group_size}", where=module, fix=fix)
+    return InputError(
+        f"{width} in-features do not divide into groups of {group_size}",
+        where=module,
+        why="strict_groups is set",
+        fix=f"{fix}; without strict_groups this is done by rule",
+    )

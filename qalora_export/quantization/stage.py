@@ -63,12 +63,13 @@ def quantize(
         torch.cuda.reset_peak_memory_stats()
     skeleton = Skeleton(folder, device)
     skeleton.check_complete()
-    plans = resolve(
+    resolved = resolve(
         settings,
         {name: module.in_features for name, module in skeleton.linears().items()},
         inside=skeleton.layer_name(0).removesuffix("0"),
         tied=skeleton.tied,
     )
+    plans, notes = resolved.plans, resolved.notes()
     windows = _windows(folder, settings) if settings.method == "gptq" else None
     with CanonicalWriter(
         out,
@@ -83,7 +84,7 @@ def quantize(
         modules = tuple(track(run.modules(), f"quantize ({settings.method})", total=len(plans)))
         kept = run.write_rest()
         tokens = 0 if windows is None else windows.size
-        writer.add_json(REPORT, record(settings.method, modules, kept=kept, calibration_tokens=tokens))
+        writer.add_json(REPORT, record(settings.method, modules, kept=kept, calibration_tokens=tokens, notes=notes))
     return QuantizeReport(
         out,
         settings.method,
@@ -93,6 +94,7 @@ def quantize(
         time.perf_counter() - began,
         peak_rss_bytes(),
         torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+        notes,
     )
 
 

@@ -219,7 +219,7 @@ def test_group_sum_keeps_float64_and_widens_bfloat16() -> None:
     assert group_sum(x.bfloat16(), 2).dtype == torch.float32
 
 
-@pytest.mark.parametrize("pool", [16, 48, 128])
+@pytest.mark.parametrize("pool", [16, 48])
 def test_pool_that_does_not_fit_is_refused(pool: int) -> None:
     layer = layer_of(random_matrix(32, 64))
     with pytest.raises(InputError, match="pool"):
@@ -242,3 +242,14 @@ def test_both_orders_of_the_adapter_gradients_agree_with_autograd(rows: int) -> 
         (x @ naive_weight(layer, a, b).T).square().sum().backward()
         torch.testing.assert_close(layer.lora_A.grad, a.grad, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(layer.lora_B.grad, b.grad, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("columns", "asked", "pool"), [(576, 128, 64), (640, 128, 128), (192, 128, 64), (576, 192, 192)]
+)
+def test_a_pool_that_does_not_divide_the_width_is_its_greatest_divisor_that_does(
+    columns: int, asked: int, pool: int
+) -> None:
+    layer = layer_of(random_matrix(32, columns, group=64))
+    layer.attach_adapter(4, 8.0, pool=asked)
+    assert layer.pool == pool

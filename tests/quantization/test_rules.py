@@ -15,7 +15,7 @@ WIDTHS = {
 
 def plans(*rules: str, tied: bool = False, widths: dict[str, int] = WIDTHS, **values: object) -> dict[str, Plan]:
     settings = QuantizeSettings(rules=tuple(parse_rule(rule) for rule in rules), **values)
-    return resolve(settings, widths, inside="model.layers.", tied=tied)
+    return resolve(settings, widths, inside="model.layers.", tied=tied).plans
 
 
 def test_without_rules_every_linear_layer_inside_the_decoder() -> None:
@@ -59,9 +59,35 @@ def test_skipping_everything_is_refused() -> None:
         (48, r"48 in-features .*keep this module as it is: --rule 'model\.layers\.0\.down=skip'"),
     ],
 )
-def test_groups_that_do_not_fit_name_the_module_and_the_way_out(width: int, message: str) -> None:
+def test_strict_groups_name_the_module_and_the_way_out(width: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        plans(group_size=128, widths={"model.layers.0.down": width})
+        plans(group_size=128, strict_groups=True, widths={"model.layers.0.down": width})
+
+
+@pytest.mark.parametrize(
+    ("width", "asked", "group"), [(576, 128, 64), (576, 64, 64), (96, 128, 32), (96, 64, 32), (1536, 128, 128)]
+)
+def test_a_module_falls_to_the_next_smaller_group_that_divides(width: int, asked: int, group: int) -> None:
+    assert plans(group_size=asked, widths={"model.layers.0.q": width})["model.layers.0.q"].group_size == group
+
+
+def test_a_module_that_no_group_divides_stays_in_16_bits_and_the_notes_list_it() -> None:
+    names = {
+        f"model.layers.{n}.{kind}": width for n in (0, 1) for kind, width in (("q", 576), ("o", 48), ("down", 1536))
+    }
+    found = resolve(QuantizeSettings(group_size=128), names, inside="model.layers.", tied=False)
+    assert {name.rpartition(".")[2]: plan.group_size for name, plan in found.plans.items()} == {"q": 64, "down": 128}
+    assert found.notes() == (
+        "2 × q: groups of 64, 576 in-features do not divide into groups of 128",
+        "2 × o: left in 16 bits, 48 in-features do not divide into groups of 128",
+    )
+    with pytest.raises(InputError, match="nothing is left to quantize"):
+        plans(widths={"model.layers.0.o": 48})
+
+
+def test_a_rule_for_a_module_falls_too() -> None:
+    found = plans("*.q_proj=group:128,bits:3", widths={"model.layers.0.q_proj": 192})
+    assert found == {"model.layers.0.q_proj": Plan(3, 64, False)}
 
 
 def test_the_command_line_spelling() -> None:
