@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from qalora_export.errors import InputError
 from qalora_export.models.families import family_of
 
 PAST = re.compile(r"past_key_values\.(\d+)\.key")
@@ -25,6 +26,8 @@ def correct(model: ir.Model, config: Mapping[str, Any]) -> None:
         tie_head(model)
     if windowed := family.windowed(config):
         limit_windows(model, windowed, int(config["sliding_window"]))
+    if family.fused_qkv:
+        fuse_qkv(model, config["num_hidden_layers"])
     scale_attention(model, family.attention_scale(config))
     if family.embedding_scale is not None:
         scale_embedding(model, family.embedding_scale(config))
@@ -40,6 +43,39 @@ def limit_windows(model: ir.Model, windowed: tuple[bool, ...], window: int) -> N
     for layer, node in _attention(model).items():
         if windowed[layer]:
             node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", window)
+
+
+def fuse_qkv(model: ir.Model, layers: int) -> None:
+    """One product for q, k and v, split behind it: mobius cuts the weight instead, and its codes would be cut too."""
+    table = model.graph.initializers
+    for layer in range(layers):
+        module = f"model.layers.{layer}.self_attn.qkv_proj"
+        parts = [table.pop(f"model.layers.{layer}.self_attn.{name}_proj.weight") for name in "qkv"]
+        transposes = [next(iter(part.uses())).node for part in parts]
+        products = [next(iter(node.outputs[0].uses())).node for node in transposes]
+        if any(part.shape is None for part in parts) or len({node.inputs[0] for node in products}) != 1:
+            raise InputError("mobius-onnx projects q, k and v otherwise than expected", where=module)
+        rows = [int(part.shape[0]) for part in parts]  # type: ignore[index, arg-type]
+        weight = ir.Value(name=f"{module}.weight", type=ir.TensorType(ir.DataType.FLOAT))
+        weight.shape = ir.Shape((sum(rows), int(parts[0].shape[1])))  # type: ignore[index, arg-type]
+        sizes = ir.Value(name="qkv_sizes", const_value=ir.tensor(np.array(rows, np.int64)))
+        sizes.type, sizes.shape = ir.TensorType(ir.DataType.INT64), ir.Shape((3,))
+        table[f"{module}.weight"] = weight  # its numbers come later
+        sizes = table.get("qkv_sizes") or sizes
+        if "qkv_sizes" not in table:
+            model.graph.register_initializer(sizes)
+        transpose = ir.node("Transpose", [weight], {"perm": [1, 0]}, name=f"{module}/Transpose")
+        product = ir.node("MatMul", [products[0].inputs[0], transpose.outputs[0]], name=f"{module}/MatMul")
+        product.outputs[0].name = f"v_{module}.MatMul"
+        split = ir.node("Split", [product.outputs[0], sizes], {"axis": -1}, num_outputs=3, name=f"{module}/Split")
+        ir.convenience.replace_nodes_and_values(
+            model.graph,
+            products[0],
+            [*products, *transposes],
+            [transpose, product, split],
+            [node.outputs[0] for node in products],
+            list(split.outputs),
+        )
 
 
 def scale_attention(model: ir.Model, scale: float) -> None:

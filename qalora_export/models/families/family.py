@@ -58,6 +58,7 @@ class Family:
     attention_scale: factor of q·k before the softmax.
     windowed: layers whose attention looks back `sliding_window` positions only, one bool each; empty: none does.
     embedding_scale: factor of the embedding, None where there is none.
+    fused_qkv: q, k and v are rows of one matrix, `self_attn.qkv_proj`, in that order.
     genai_type: `model.type` in genai_config.json where ONNX Runtime GenAI does not know Transformers' name.
     onnx_refused: why this family has no ONNX export; empty where it has.
     """
@@ -78,6 +79,7 @@ class Family:
     attention_scale: Callable[[Config], float] = lambda config: head_dim(config) ** -0.5
     windowed: Callable[[Config], tuple[bool, ...]] = lambda _: ()
     embedding_scale: Callable[[Config], float] | None = None
+    fused_qkv: bool = False
     genai_type: str = ""
     onnx_refused: str = ""
 

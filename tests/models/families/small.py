@@ -30,6 +30,7 @@ CONFIGS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         {"embedding_multiplier": 12.0, "attention_multiplier": 0.1, "residual_multiplier": 0.22, "logits_scaling": 0.5},
     ),
     "OLMo-2": ("olmo2", {}),
+    "Phi-3": ("phi3", {"sliding_window": None}),
 }
 
 
