@@ -11,7 +11,7 @@ from qalora_export.console import results, styled
 from qalora_export.errors import InputError
 
 if TYPE_CHECKING:
-    from qalora_export.inspection.compare import Comparison
+    from qalora_export.formats.contents import Comparison
     from qalora_export.inspection.view import View
 
 
@@ -32,12 +32,12 @@ def command(
 
       qalora-export inspect build/demo/merged.qalora build/demo/onnx
     """
-    from qalora_export.inspection.compare import compare
+    from qalora_export.formats.contents import compare
     from qalora_export.inspection.view import open_view
 
     view = open_view(path)
     if other is not None:
-        comparison = compare(view, open_view(other))
+        comparison = compare(view.contents, open_view(other).contents, progress="compare")
         _print_comparison(comparison)
         raise typer.Exit(0 if comparison.equal else 1)
     _print_view(view, facts=facts)
@@ -75,7 +75,8 @@ def _print_comparison(comparison: Comparison) -> None:
         for name in names:
             results.print(f"{label}: {name}")
     for name, found in comparison.matrices.items():
-        results.print(f"{name}: {found.codes} codes, {found.scale} scales, {found.offset} offsets differ")
+        why = f" ({comparison.reasons[name]})" if name in comparison.reasons else ""
+        results.print(f"{name}: {found.codes} codes, {found.scale} scales, {found.offset} offsets differ{why}")
     for name, count in comparison.tensors.items():
         results.print(f"{name}: {count} values differ")
     verdict = "[green]equal[/green]" if comparison.equal else "[bold red]different[/bold red]"

@@ -1,13 +1,10 @@
-"""One vocabulary for every artifact: quantized modules, other tensors, facts, provenance.
-
-A canonical checkpoint, a GGUF file, an ONNX folder, an adapter and a plain model folder all answer the same
-questions, so that any two can be compared value by value.
-"""
+"""Any artifact for `inspect`: what it is, what it holds (formats.contents), what it says, where it came from."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,26 +12,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qalora_export.checkpoint.canonical import QUANT_METHOD, CanonicalCheckpoint
 from qalora_export.checkpoint.manifest import MANIFEST, manifest_at, read_manifest
+from qalora_export.checkpoint.model_folder import ModelFolder
+from qalora_export.checkpoint.safetensors_file import map_tensor, read_header
 from qalora_export.errors import InputError, UnsafeInputError
-from qalora_export.grid import GroupAffine
+from qalora_export.formats.contents import Contents, FolderContents
+from qalora_export.grid import PackedAffine
 from qalora_export.safety import StrPath, read_json
 
 
 @dataclass(frozen=True)
 class View:
-    """kind: what it is. modules: module -> (bits, group_size). others: names of tensors that are not quantized.
-
-    group_affine and tensor load one matrix or tensor by name. facts: what the file says about itself. manifest: the
-    provenance record, or None when there is none.
-    """
+    """kind: what it is. contents: its tensors. facts: what it says about itself. manifest: its provenance, if any."""
 
     kind: str
     path: Path
-    modules: dict[str, tuple[int, int]]
-    others: list[str]
-    group_affine: Callable[[str], GroupAffine]
-    tensor: Callable[[str], NDArray[Any]]
+    contents: Contents
     facts: dict[str, str] = field(default_factory=dict)
     manifest: dict[str, Any] | None = None
 
@@ -71,10 +65,7 @@ def _gguf(path: Path) -> View:
     contents = read_back(path)
     facts = {key: _short(value) for key, value in contents.metadata.items() if not key.startswith("qalora.modules")}
     sidecar = sidecar_path(path)
-    manifest = manifest_at(sidecar) if sidecar.is_file() else None
-    return View(
-        "GGUF", path, contents.modules, contents.others, contents.group_affine, contents.tensor, facts, manifest
-    )
+    return View("GGUF", path, contents, facts, manifest_at(sidecar) if sidecar.is_file() else None)
 
 
 def _onnx(path: Path) -> View:
@@ -83,67 +74,56 @@ def _onnx(path: Path) -> View:
     contents = read_back(path)
     facts = {key: _short(value) for key, value in contents.metadata.items() if key != "qalora.modules"}
     facts["accuracy_level"] = str(contents.accuracy_level)
-    return View(
-        "ONNX folder",
-        path,
-        contents.modules,
-        contents.others,
-        contents.group_affine,
-        contents.tensor,
-        facts,
-        _manifest(path),
-    )
+    return View("ONNX folder", path, contents, facts, _manifest(path))
+
+
+class AdapterContents:
+    """adapter_model.safetensors as Contents: tensors, none of them quantized."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._entries = file, read_header(file)
+        self.modules: Mapping[str, tuple[int, int]] = {}
+        self.others = list(self._entries)
+        self.opaque: Mapping[str, str] = {}
+        self.offset_is_implied = self.optional = frozenset[str]()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entries[name].shape
+
+    def stored(self, name: str) -> tuple[str, int]:
+        return self._entries[name].dtype.name, self._entries[name].nbytes
+
+    def packed(self, module: str, rows: slice = slice(None)) -> PackedAffine:
+        raise InputError("an adapter holds no quantized matrices", where=f"{self._file}: {module}")
+
+    def tensor(self, name: str, rows: slice = slice(None)) -> NDArray[Any]:
+        tensor = map_tensor(self._file, self._entries[name])
+        return np.asarray(tensor[rows] if tensor.ndim else tensor)
+
+    def carried(self, name: str, tensor: NDArray[Any]) -> NDArray[Any]:
+        return tensor
 
 
 def _adapter(path: Path) -> View:
-    from qalora_export.checkpoint.safetensors_file import map_tensor, read_header
-
-    file = path / "adapter_model.safetensors"
-    entries = read_header(file)
     config = read_json(path / "adapter_config.json")
     if not isinstance(config, dict):
         raise UnsafeInputError("adapter_config.json is not a JSON object", where=path)
     facts = {key: _short(value) for key, value in config.items()}
-    return View(
-        "adapter",
-        path,
-        {},
-        list(entries),
-        _no_matrices,
-        lambda name: map_tensor(file, entries[name]),
-        facts,
-        _manifest(path),
-    )
+    return View("adapter", path, AdapterContents(path / "adapter_model.safetensors"), facts, _manifest(path))
 
 
 def _folder(path: Path) -> View:
-    from qalora_export.checkpoint.canonical import QUANT_METHOD, CanonicalCheckpoint
-    from qalora_export.checkpoint.model_folder import ModelFolder
-
-    plain = ModelFolder(path)
-    quantization = plain.config.get("quantization_config")
-    facts = {key: _short(value) for key, value in plain.config.items() if key != "quantization_config"}
+    folder = ModelFolder(path)
+    quantization = folder.config.get("quantization_config")
+    facts = {key: _short(value) for key, value in folder.config.items() if key != "quantization_config"}
     if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
-        canonical = CanonicalCheckpoint(path)
-        return View(
-            "canonical checkpoint",
-            path,
-            canonical.modules,
-            canonical.plain_names(),
-            canonical.group_affine,
-            canonical.tensor,
-            facts,
-            _manifest(path),
-        )
-    return View("model folder", path, {}, plain.names(), _no_matrices, plain.tensor, facts, _manifest(path))
+        canonical = FolderContents(CanonicalCheckpoint(path))
+        return View("canonical checkpoint", path, canonical, facts, _manifest(path))
+    return View("model folder", path, FolderContents(folder), facts, _manifest(path))
 
 
 def _manifest(path: Path) -> dict[str, Any] | None:
     return read_manifest(path) if (path / MANIFEST).is_file() else None
-
-
-def _no_matrices(module: str) -> GroupAffine:
-    raise InputError("this artifact holds no quantized matrices", where=module)
 
 
 def _short(value: object, limit: int = 80) -> str:
@@ -155,29 +135,21 @@ def _short(value: object, limit: int = 80) -> str:
 
 
 def byte_table(view: View) -> dict[str, tuple[int, int, int]]:
-    """kind of tensor -> (count, parameters, bytes): quantized by bits and group size, the others by dtype.
+    """kind of tensor -> (count, parameters, bytes): quantized by bits and group size, the others by type.
 
     Bytes of a quantized matrix are those of its information: packed codes, fp16 scale, fp16 offset.
     """
-    table: dict[str, list[int]] = {}
-    for module, (bits, group) in view.modules.items():
-        matrix = view.group_affine(module)
-        size = matrix.codes.size * bits // 8 + matrix.scale.nbytes + matrix.offset.nbytes
-        _add(table, f"{bits} bit, g {group}", matrix.codes.size, size)
-    for name in view.others:
-        tensor = view.tensor(name)
-        _add(table, str(tensor.dtype), tensor.size, tensor.nbytes)
-    return {kind: (row[0], row[1], row[2]) for kind, row in table.items()}
+    table: dict[str, tuple[int, int, int]] = {}
 
+    def add(kind: str, shape: tuple[int, ...], size: int) -> None:
+        count, parameters, total = table.get(kind, (0, 0, 0))
+        table[kind] = (count + 1, parameters + math.prod(shape), total + size)
 
-def _add(table: dict[str, list[int]], kind: str, parameters: int, size: int) -> None:
-    row = table.setdefault(kind, [0, 0, 0])
-    row[0], row[1], row[2] = row[0] + 1, row[1] + parameters, row[2] + size
-
-
-def same_values(left: NDArray[Any], right: NDArray[Any]) -> int:
-    """Count of values that differ as numbers, for tensors that may be stored in different float widths."""
-    if left.shape != right.shape:
-        return max(left.size, right.size)
-    wide_l, wide_r = np.asarray(left).astype(np.float64), np.asarray(right).astype(np.float64)
-    return int(np.count_nonzero((wide_l != wide_r) & ~(np.isnan(wide_l) & np.isnan(wide_r))))
+    contents = view.contents
+    for module, (bits, group) in contents.modules.items():
+        out, columns = contents.shape(module)
+        add(f"{bits} bit, g {group}", (out, columns), out * columns * bits // 8 + 4 * out * columns // group)
+    for name in (*contents.others, *contents.opaque):
+        kind, size = contents.stored(name)
+        add(kind, contents.shape(name), size)
+    return table

@@ -1,4 +1,4 @@
-"""Merge: write offset_eff. Codes and scales stay, so the merged model is the trained one, bit for bit (design §3).
+"""Merge: write offset_eff (DESIGN.md, "QA-LoRA"). Codes and scales stay, so the merged model is the trained one.
 
 The result is checked before it appears under its name: the written files are read back and compared value by value
 with the base, and the logits of base + adapter are compared with those of the written checkpoint.
@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint, CanonicalWriter
 from qalora_export.checkpoint.manifest import MANIFEST, parent_of, verify_manifest
 from qalora_export.errors import InputError, ParityError
-from qalora_export.grid import Differences, GroupAffine, difference, differing
+from qalora_export.formats.contents import FolderContents, compare
+from qalora_export.grid import GroupAffine, differing
 from qalora_export.models.loading import load_model
 from qalora_export.progress import track
 from qalora_export.qalora.adapter_files import Adapter, ModuleAdapter, ModuleShape, load_adapter, read_adapter
@@ -77,7 +78,7 @@ def merge(
     with atomic_directory(out, force=force) as partial:
         staged = partial / out.name
         _write(checkpoint, read, staged, parents=(base, adapter))
-        counts, others = _count_changes(checkpoint, CanonicalCheckpoint(staged))
+        found = compare(FolderContents(checkpoint), FolderContents(CanonicalCheckpoint(staged)), progress="read back")
         compared = unequal = None
         if compare_logits:
             compared, unequal = _compare_logits(base, adapter, staged, convention)
@@ -85,11 +86,11 @@ def merge(
             len(checkpoint.modules),
             len(read.modules),
             read.convention,
-            counts.codes,
-            counts.scale,
+            found.changes.codes,
+            found.changes.scale,
             _offsets(checkpoint),
-            counts.offset,
-            others,
+            found.changes.offset,
+            len(found.tensors) + len(found.only_left) + len(found.only_right),
             compared,
             unequal,
         )
@@ -146,19 +147,6 @@ def _write(checkpoint: CanonicalCheckpoint, adapter: Adapter, target: Path, *, p
                 offset = merged_offset(matrix, adapter.modules[name], where=name)
                 matrix = GroupAffine(matrix.codes, matrix.scale, offset, matrix.bits)
             writer.add_quantized(name, matrix)
-
-
-def _count_changes(before: CanonicalCheckpoint, after: CanonicalCheckpoint) -> tuple[Differences, int]:
-    """(differing codes, scales and offsets; differing other tensors) between two checkpoints as read from disk."""
-    counts = Differences(0, 0, 0)
-    for name in track(before.modules, "read back", len(before.modules)):
-        counts += difference(before.group_affine(name), after.group_affine(name))
-    others = {*before.plain_names(), *after.plain_names()}
-    changed = sum(
-        name not in before or name not in after or differing(before.tensor(name), after.tensor(name)) > 0
-        for name in others
-    )
-    return counts, changed + len(before.modules.items() ^ after.modules.items())
 
 
 def _require_lossless(report: MergeReport, out: Path) -> None:

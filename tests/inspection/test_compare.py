@@ -7,13 +7,18 @@ from pathlib import Path
 import numpy as np
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint, CanonicalWriter
+from qalora_export.formats.contents import Comparison
+from qalora_export.formats.contents import compare as compare_contents
 from qalora_export.formats.gguf.export import export_gguf
 from qalora_export.formats.onnx.export import export_onnx
-from qalora_export.inspection.compare import compare
-from qalora_export.inspection.view import byte_table, open_view
+from qalora_export.inspection.view import View, byte_table, open_view
 from qalora_export.recipe import GgufSettings, OnnxSettings
 
 MODULE = "model.layers.1.mlp.down_proj"
+
+
+def compare(left: View, right: View) -> Comparison:
+    return compare_contents(left.contents, right.contents)
 
 
 def _with_one_code_changed(source: Path, target: Path) -> None:

@@ -11,8 +11,8 @@ from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.manifest import parent_of
 from qalora_export.checkpoint.sidecar import files_of, sidecar_path, write_sidecar
 from qalora_export.errors import InputError, ParityError
+from qalora_export.formats.contents import Comparison, FolderContents, compare
 from qalora_export.formats.export_report import ExportReport
-from qalora_export.formats.gguf.compare import Comparison, compare
 from qalora_export.formats.gguf.metadata import Entry, architecture, general
 from qalora_export.formats.gguf.read import MODULES_KEY, read_back
 from qalora_export.formats.gguf.split import adapter_entries, adapter_path, plan_remainders
@@ -51,7 +51,9 @@ def export_gguf(
             files[adapter_path(out).name] = adapter
             tensors |= write_gguf(adapter, arch, adapter_entries(model), remainders, description="write adapter")
         with finished(files) as digests:  # hashed and on their way to the disk while they are read back
-            found = _checked(compare(model, read_back(files[out.name], adapter)), out)
+            found = _checked(
+                compare(FolderContents(model), read_back(files[out.name], adapter), progress="read back"), out
+            )
         write_sidecar(
             manifest, files, tensors, [parent_of(checkpoint, "checkpoint")], settings.model_dump(), digests=digests
         )
@@ -76,7 +78,7 @@ def export_f32_twin(checkpoint: Path, out: Path, *, force: bool = False) -> Expo
             plans,
             description="write F32 twin",
         )
-    return _report((out,), plans, Comparison(0))
+    return _report((out,), plans, Comparison())
 
 
 def provenance(model: CanonicalCheckpoint, layout: str) -> list[Entry]:
@@ -129,7 +131,7 @@ def _report(files: tuple[Path, ...], plans: list[TensorPlan], found: Comparison)
         files=files,
         types=dict(Counter(plan.kind.name for plan in plans)),
         bytes=sum(path.stat().st_size for path in files),
-        compared=found.compared,
+        compared=found.values,
         differing=found.total,
         notes=tuple(f"load {files[0].name} together with the LoRA adapter {name}" for name in adapters),
     )

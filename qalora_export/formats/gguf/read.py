@@ -30,10 +30,8 @@ MODULES_KEY = "qalora.modules"  # JSON: module -> [bits, group_size], what the b
 class GgufContents:
     """A GGUF file in the vocabulary of the checkpoint; matrices are decoded when asked for, one at a time.
 
-    modules: module name -> (bits, group_size). others: names of the tensors that are not quantized. types: tensor
-    name -> GGUF type, also of tensors in a type with no canonical form, which are in neither of the first two.
-    offset_is_implied: modules whose offset is not stored as such (it is -z·s, or a remainder in the adapter), so that
-    -0 and +0 cannot be told apart.
+    It is formats.contents.Contents, and: types: tensor name -> GGUF type; metadata. An implied offset is −z·s, or what
+    a remainder in the adapter makes of it.
     """
 
     def __init__(self, path: Path, adapter: Path | None = None) -> None:
@@ -47,6 +45,9 @@ class GgufContents:
         declared = self._source.declared()
         self.modules = {m: declared.get(m, _native(kind)) for m, kind in quantized.items()}
         self.others = [name for name, kind in self.types.items() if kind in PLAIN_TYPES]
+        known = {*PLAIN_TYPES, *BLOCK_TYPES}
+        self.opaque = {name: kind for name, kind in self.types.items() if kind not in known}
+        self.optional = frozenset[str]()
         self.offset_is_implied = frozenset(m for m, k in quantized.items() if BLOCK_TYPES[k].zero is not None)
 
     def group_affine(self, module: str) -> GroupAffine:
@@ -68,6 +69,15 @@ class GgufContents:
         if extra is not None and kind.zero is not None and f"{module}.weight.lora_b" in extra.lora:
             return with_remainder(matrix, extra.remainder(module, group_size)[wanted], kind.zero, where=extra.path)
         return matrix
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """(out, in) of a module, or the shape of another tensor."""
+        return self._source.tensors[f"{name}.weight" if name in self.modules else name].shape
+
+    def stored(self, name: str) -> tuple[str, int]:
+        """dtype (GGUF type where there is none) and bytes of a tensor that is not quantized."""
+        tensor = self._source.tensors[name]
+        return PLAIN_TYPES[tensor.kind].dtype.name if tensor.kind in PLAIN_TYPES else tensor.kind, tensor.rows.nbytes
 
     def tensor(self, name: str, rows: slice = slice(None)) -> NDArray[Any]:
         """One tensor that is not quantized, in its stored dtype (vectors are F32 in GGUF), in Transformers order.

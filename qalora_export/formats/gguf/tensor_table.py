@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
-from qalora_export.checkpoint.model_folder import as_float32, same_bytes
+from qalora_export.checkpoint.model_folder import as_float32
 from qalora_export.errors import InputError
+from qalora_export.formats.contents import exported_names
 from qalora_export.formats.gguf.names import NameMap
 from qalora_export.formats.gguf.permute import row_order
 from qalora_export.formats.gguf.types import (
@@ -29,8 +30,6 @@ from qalora_export.models.families import Family, family_of, rope_of
 from qalora_export.models.families.family import head_dim
 
 ROPE_FREQUENCIES = "rope_freqs.weight"
-# Old Llama files carry this buffer; it follows from config.json and no runtime reads it.
-DERIVED = ".rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +54,7 @@ def plan_model(checkpoint: CanonicalCheckpoint, layout: str) -> list[TensorPlan]
     _check_complete(checkpoint, family)
     names = NameMap(family.gguf_arch, checkpoint.config["num_hidden_layers"])
     plans = [_frequencies(checkpoint, family)] if rope_of(checkpoint.config).kind == "llama3" else []
-    plans += [_plain(checkpoint, family, names, name, layout) for name in _plain_names(checkpoint)]
+    plans += [_plain(checkpoint, family, names, name, layout) for name in exported_names(checkpoint)]
     plans += [_quantized(checkpoint, family, names, module, layout) for module in checkpoint.modules]
     if len({plan.name for plan in plans}) != len(plans):
         raise InputError("two tensors would get the same GGUF name", where=checkpoint.path)
@@ -132,22 +131,6 @@ def _frequencies(checkpoint: CanonicalCheckpoint, family: Family) -> TensorPlan:
     if factors is None:
         raise InputError("rotary scaling has no frequency factors", where=checkpoint.path)
     return TensorPlan(ROPE_FREQUENCIES, F32, factors.shape, factors.__getitem__)
-
-
-def _plain_names(checkpoint: CanonicalCheckpoint) -> Iterator[str]:
-    tied = family_of(checkpoint.config).ties_head(checkpoint.config)
-    for name in checkpoint.plain_names():
-        if name.endswith(DERIVED):
-            continue
-        if tied and name == "lm_head.weight":  # llama.cpp uses the embedding where output.weight is absent
-            if not same_bytes(checkpoint.tensor(name), checkpoint.tensor("model.embed_tokens.weight")):
-                raise InputError(
-                    "config.json ties lm_head to the embedding, the weights differ",
-                    where=checkpoint.path,
-                    fix="set tie_word_embeddings to false",
-                )
-            continue
-        yield name
 
 
 def _check_complete(checkpoint: CanonicalCheckpoint, family: Family) -> None:

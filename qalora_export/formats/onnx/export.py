@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.manifest import MANIFEST, parent_of, write_manifest
 from qalora_export.errors import InputError, ParityError
+from qalora_export.formats.contents import Comparison, FolderContents, compare
 from qalora_export.formats.export_report import ExportReport
 from qalora_export.formats.onnx.datafile import DATA_FILE
 from qalora_export.formats.onnx.genai_config import MODEL_FILE
-from qalora_export.formats.onnx.read import MODULES_KEY, OnnxContents, read_back
+from qalora_export.formats.onnx.read import MODULES_KEY, read_back
 from qalora_export.formats.onnx.split_form import SplitForm
-from qalora_export.formats.streaming import finished, prepared, row_blocks
-from qalora_export.grid import Differences, differing, packed_difference
+from qalora_export.formats.streaming import finished
 from qalora_export.models.families import family_of
 from qalora_export.progress import track
 from qalora_export.recipe import OnnxSettings
@@ -30,8 +26,6 @@ from qalora_export.version import __version__
 
 PRODUCER = "qalora-export"
 HEAD = "lm_head"
-WHOLE_BYTES = 8 * 2**20  # tensors up to here are compared in one piece
-BUG = "this is a defect of the exporter: please report it; nothing was written"
 
 
 def export_onnx(
@@ -65,7 +59,7 @@ def export_onnx(
     with atomic_directory(out, force=force) as folder:
         written = _write(source, folder, settings)
         with finished({DATA_FILE: folder / DATA_FILE}) as digests:  # hashed while it is read back
-            compared = compare(source, folder, written.carried)
+            found = _checked(compare(FolderContents(source), read_back(folder), progress="read back"), out)
         write_manifest(
             folder,
             "onnx",
@@ -76,15 +70,14 @@ def export_onnx(
         )
     files = sorted(out.iterdir(), key=lambda path: (path.name == MANIFEST, path.name))
     size = sum(path.stat().st_size for path in files)
-    return ExportReport(tuple(files), written.types, size, compared, 0, written.notes)
+    return ExportReport(tuple(files), written.types, size, found.values, found.total, written.notes)
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """hashes: manifest entries of the tensors; carried: other tensors, by name; types, notes: for the report."""
+    """hashes: manifest entries of the tensors; types, notes: for the report."""
 
     hashes: dict[str, dict[str, Any]]
-    carried: list[str]
     types: dict[str, int]
     notes: tuple[str, ...]
 
@@ -113,7 +106,7 @@ def _write(source: CanonicalCheckpoint, folder: Path, settings: OnnxSettings) ->
     write_genai_folder(folder, package, source)
     types = Counter(f"MatMulNBits, {form.container} bits" for form in rewriter.forms.values())
     types.update(data.hashes[name]["dtype"] for name in rewriter.carried)
-    return Written(data.hashes, rewriter.carried, dict(types), _notes(rewriter.forms))
+    return Written(data.hashes, dict(types), _notes(rewriter.forms))
 
 
 def _notes(forms: dict[str, SplitForm]) -> tuple[str, ...]:
@@ -125,55 +118,12 @@ def _notes(forms: dict[str, SplitForm]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def compare(source: CanonicalCheckpoint, folder: Path, carried: list[str]) -> int:
-    """Read `folder` with the onnx package and compare every tensor, bit for bit. Returns how many values were equal.
-
-    carried: the checkpoint's other tensors that must be there. Raises ParityError naming the first one that differs.
-    """
-    contents, compared = read_back(folder), 0
-    if odd := sorted(set(source.modules) ^ set(contents.modules)) + sorted(set(carried) ^ set(contents.others)):
-        raise ParityError("checkpoint and ONNX folder hold different tensors", where=odd[0], fix=BUG)
-    blocks = prepared(
-        lambda job: packed_difference(source.packed(*job), contents.packed(*job)),
-        ((module, rows) for module in source.modules for rows in _row_blocks(source, module)),
-    )
-    for module in track(source.modules, "read back"):
-        found = Differences(0, 0, 0)
-        for _ in _row_blocks(source, module):
-            found += next(blocks)
-        if found.total:
-            raise ParityError(
-                f"{found.codes} codes, {found.scale} scales and {found.offset} offsets differ",
-                where=f"{folder.name}: {module}",
-                fix=BUG,
-            )
-        (out, groups), (_, group_size) = source.entry(f"{module}.scale").shape, source.modules[module]
-        compared += out * groups * (group_size + 2)
-    for name in carried:
-        if count := _other_differing(source, contents, name):
-            raise ParityError(f"{count} values differ", where=f"{folder.name}: {name}", fix=BUG)
-        compared += math.prod(source.entry(name).shape)
-    return compared
-
-
-def _row_blocks(source: CanonicalCheckpoint, module: str) -> Iterator[slice]:
-    codes = source.entry(f"{module}.codes")
-    return row_blocks(codes.shape[0], codes.nbytes)
-
-
-def _other_differing(source: CanonicalCheckpoint, contents: OnnxContents, name: str) -> int:
-    """Differing values of one tensor that is not quantized; large ones go by blocks of rows.
-
-    The source is mapped anew for each block: pages of a mapping count as memory until it is closed.
-    """
-    entry, held = source.entry(name), contents.initializers[name]
-    if entry.nbytes <= WHOLE_BYTES or tuple(held.dims) != entry.shape:
-        return differing(np.asarray(source.tensor(name)), contents.tensor(name))
-    step = max(1, WHOLE_BYTES // (entry.nbytes // entry.shape[0]))
-    return sum(
-        differing(
-            np.asarray(source.tensor(name)[start : start + step]),
-            contents.rows(name, start, min(start + step, entry.shape[0])),
+def _checked(found: Comparison, out_dir: Path) -> Comparison:
+    if found.total:
+        raise ParityError(
+            f"{found.total} values differ when the folder is read back",
+            where=out_dir,
+            why=found.describe(),
+            fix="this is a defect of the exporter: please report it; nothing was written",
         )
-        for start in range(0, entry.shape[0], step)
-    )
+    return found

@@ -33,9 +33,8 @@ PARTS = ("codes", "scale", "offset", "zero_points")
 class OnnxContents:
     """A folder in the vocabulary of the checkpoint; tensors are loaded when asked for, one at a time.
 
-    modules: module name -> (bits, group_size). others: names of tensors that are not quantized. offset_is_implied:
-    modules whose offset is not stored (symmetric: −z·s, equal bit for bit). nodes: module name -> its MatMulNBits
-    node. initializers: every tensor by name, data not loaded.
+    It is formats.contents.Contents, and: nodes: module name -> its MatMulNBits node; initializers: every tensor by
+    name, data not loaded; metadata. An implied offset is that of a symmetric matrix, −z·s.
     """
 
     folder: Path
@@ -55,30 +54,59 @@ class OnnxContents:
         return frozenset(module for module in self.modules if f"{module}.offset" not in self.initializers)
 
     @property
-    def accuracy_level(self) -> int | None:
-        """That of the MatMulNBits nodes; None when they disagree or there are none."""
-        levels = {integers_of(node).get("accuracy_level", 0) for node in self.nodes.values()}
-        return levels.pop() if len(levels) == 1 else None
+    def opaque(self) -> dict[str, str]:
+        return {}
+
+    @property
+    def optional(self) -> frozenset[str]:
+        return frozenset()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """(out, in) of a module, by its codes, or the shape of another tensor."""
+        if name not in self.modules:
+            return tuple(self.initializers[name].dims)
+        out, groups = (list(self.initializers[f"{name}.codes"].dims) + [0, 0])[:2]
+        return out, groups * self.modules[name][1]
+
+    def stored(self, name: str) -> tuple[str, int]:
+        """dtype and bytes of a tensor that is not quantized."""
+        import onnx
+
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(self.initializers[name].data_type)
+        return dtype.name, math.prod(self.shape(name)) * dtype.itemsize
 
     def carried(self, name: str, tensor: NDArray[Any]) -> NDArray[Any]:
         """What the folder must hold for a plain tensor of the checkpoint: the same."""
         return tensor
 
-    def tensor(self, name: str) -> NDArray[Any]:
-        """One initializer by name, in its stored dtype, read from the data file. Raises InputError when absent."""
+    @property
+    def accuracy_level(self) -> int | None:
+        """That of the MatMulNBits nodes; None when they disagree or there are none."""
+        levels = {integers_of(node).get("accuracy_level", 0) for node in self.nodes.values()}
+        return levels.pop() if len(levels) == 1 else None
+
+    def tensor(self, name: str, rows: slice = slice(None)) -> NDArray[Any]:
+        """Some rows of one initializer, in its stored dtype, read from the data file. Raises InputError when absent."""
         import onnx
         from onnx.external_data_helper import load_external_data_for_tensor
 
         if name not in self.initializers:
             raise InputError(f"the model has no tensor {name!r}", where=self.folder)
+        tensor = self.initializers[name]
+        outside = tensor.data_location == onnx.TensorProto.EXTERNAL
+        start, stop, _ = rows.indices(tensor.dims[0] if tensor.dims else 0)
+        whole = (start, stop) == (0, tensor.dims[0] if tensor.dims else 0)
+        if outside and not whole:
+            return self._outside_rows(name, start, stop)
         copy = onnx.TensorProto()
-        copy.CopyFrom(self.initializers[name])
-        if copy.data_location == onnx.TensorProto.EXTERNAL:
+        copy.CopyFrom(tensor)
+        if outside:
             load_external_data_for_tensor(copy, str(self.folder))
-        return onnx.numpy_helper.to_array(copy)
+        found: NDArray[Any] = onnx.numpy_helper.to_array(copy)
+        return found if whole else found[rows]
 
-    def rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        """Rows [start, stop) of an external tensor, so that a large embedding need not be in memory as a whole."""
+    def _outside_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Rows of an external tensor, so that a large embedding need not be in memory as a whole."""
         import onnx
 
         tensor = self.initializers[name]
@@ -88,7 +116,7 @@ class OnnxContents:
         with inside(self.folder, entries["location"]).open("rb") as file:
             file.seek(int(entries.get("offset", "0")) + start * row * dtype.itemsize)
             raw = file.read((stop - start) * row * dtype.itemsize)
-        return np.frombuffer(raw, dtype).reshape(-1, *tensor.dims[1:])
+        return np.frombuffer(raw, dtype).reshape(stop - start, *tensor.dims[1:])
 
     def group_affine(self, module: str) -> GroupAffine:
         """The quantized matrix of one module. Raises UnsafeInputError when node and tensors disagree."""
@@ -98,7 +126,7 @@ class OnnxContents:
         except InputError as error:
             raise UnsafeInputError(error.what, where=f"{self.folder}: {module}", why=error.why) from error
 
-    def packed(self, module: str, rows: slice) -> PackedAffine:
+    def packed(self, module: str, rows: slice = slice(None)) -> PackedAffine:
         """Some rows of it with packed codes: a container's bytes are the packed ones. Errors as in group_affine."""
         blocks, scale, offset, bits = self._parts(module, rows)
         container = CONTAINER_BITS[bits]
@@ -119,27 +147,16 @@ class OnnxContents:
         expected = (said.get("N"), said.get("K", 0) // group_size, group_size * container // 8)
         if (said.get("bits", 4), said.get("block_size")) != (container, group_size) or shape != expected:
             raise UnsafeInputError(f"MatMulNBits says {said}, its codes are {shape}", where=where)
-        blocks, scale = self._some(f"{module}.codes", rows), self._some(f"{module}.scale", rows)
+        blocks, scale = self.tensor(f"{module}.codes", rows), self.tensor(f"{module}.scale", rows)
         if blocks.dtype != np.uint8 or scale.shape != blocks.shape[:2] or scale.dtype != np.float16:
             raise UnsafeInputError(f"codes are {blocks.dtype}, scale {scale.dtype}{scale.shape}", where=where)
         stored = module not in self.offset_is_implied
         offset = (
-            self._some(f"{module}.offset", rows) if stored else implied_offset(scale, self._zero(module, container))
+            self.tensor(f"{module}.offset", rows) if stored else implied_offset(scale, self._zero(module, container))
         )
         if offset.shape != scale.shape or offset.dtype != np.float16:
             raise UnsafeInputError(f"offset is {offset.dtype}{offset.shape}, scale {scale.shape}", where=where)
         return blocks, scale, offset, bits
-
-    def _some(self, name: str, rows: slice) -> NDArray[Any]:
-        """Rows of a tensor, from the data file when it lies there."""
-        import onnx
-
-        tensor = self.initializers[name]
-        start, stop, _ = rows.indices(tensor.dims[0] if tensor.dims else 0)
-        whole = (start, stop) == (0, tensor.dims[0] if tensor.dims else 0)
-        if whole or tensor.data_location != onnx.TensorProto.EXTERNAL:
-            return self.tensor(name)[rows]
-        return self.rows(name, start, stop)
 
     def matrices(self) -> Iterator[tuple[str, GroupAffine]]:
         """(module, matrix), one in memory at a time."""

@@ -20,17 +20,15 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
-from qalora_export.checkpoint.model_folder import same_bytes
 from qalora_export.errors import InputError
+from qalora_export.formats.contents import exported_names
 from qalora_export.formats.onnx.datafile import DataFile
 from qalora_export.formats.onnx.split_form import SplitForm, choose_form, to_blocks, zero_points
-from qalora_export.models.families import family_of
 
 MICROSOFT = "com.microsoft"
 FLOAT = ir.DataType.FLOAT
 SOURCE_DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 INLINE_BYTES = 1024  # graph constants (axes, shapes) up to here stay in model.onnx; larger ones go to the data file
-UNUSED_SUFFIXES = (".rotary_emb.inv_freq",)  # a buffer old checkpoints carry; the graph computes it from config.json
 
 
 class Rewriter:
@@ -67,8 +65,7 @@ class Rewriter:
     def finish(self) -> None:
         """Check that every tensor of the checkpoint arrived, and order the graph."""
         lost = [module for module in self.checkpoint.modules if module not in self.forms]
-        lost += [name for name in self.checkpoint.plain_names() if name not in self.carried]
-        lost = [name for name in lost if not self._may_be_left_out(name)]
+        lost += [name for name in exported_names(self.checkpoint) if name not in self.carried]
         if lost:
             raise InputError(
                 f"the ONNX graph has no place for {len(lost)} tensors of the checkpoint",
@@ -77,13 +74,6 @@ class Rewriter:
                 fix="this variant of the architecture needs a family of its own",
             )
         self.graph.sort()
-
-    def _may_be_left_out(self, name: str) -> bool:
-        if name.endswith(UNUSED_SUFFIXES):
-            return True
-        embeddings = "model.embed_tokens.weight"
-        tied = name == "lm_head.weight" and family_of(self.checkpoint.config).ties_head(self.checkpoint.config)
-        return bool(tied) and same_bytes(self.checkpoint.tensor(name), self.checkpoint.tensor(embeddings))
 
     def _place_constant(self, value: ir.Value, array: NDArray[Any]) -> None:
         if array.nbytes > INLINE_BYTES:

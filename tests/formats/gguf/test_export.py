@@ -14,8 +14,8 @@ import pytest
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint, CanonicalWriter
 from qalora_export.errors import InputError, ParityError
+from qalora_export.formats.contents import FolderContents, compare
 from qalora_export.formats.gguf import export as export_module
-from qalora_export.formats.gguf.compare import compare
 from qalora_export.formats.gguf.export import export_f32_twin, export_gguf
 from qalora_export.formats.gguf.read import read_back, runtime_dequantized
 from qalora_export.grid import GroupAffine, PackedAffine, differing
@@ -55,7 +55,7 @@ def test_round_trip_and_the_runtimes_own_dequantizer(
     adapter = tmp_path / "m.lora.gguf" if layout == "split" else None
     checkpoint, contents = CanonicalCheckpoint(model), read_back(tmp_path / "m.gguf", adapter)
     assert contents.modules == checkpoint.modules
-    assert compare(checkpoint, contents, quiet=True).total == 0
+    assert compare(FolderContents(checkpoint), contents).total == 0
     weights = dict(runtime_dequantized(tmp_path / "m.gguf", adapter))
     assert set(weights) == set(checkpoint.modules)
     for module, weight in weights.items():
@@ -235,7 +235,9 @@ def test_the_twin_is_dequantized_by_the_canonical_formula(tiny_canonical: Path, 
 
 def test_comparison_names_what_is_missing_or_stored_otherwise(tiny_canonical: Path, tmp_path: Path) -> None:
     export_f32_twin(tiny_canonical, tmp_path / "t.gguf")
-    found = compare(CanonicalCheckpoint(tiny_canonical), read_back(tmp_path / "t.gguf"), quiet=True)
-    assert set(found.quantized) == set(CanonicalCheckpoint(tiny_canonical).modules)
-    assert set(found.plain) == {"model.embed_tokens.weight", "lm_head.weight"}  # F16 in the checkpoint
-    assert "codes" in found.describe()
+    found = compare(FolderContents(CanonicalCheckpoint(tiny_canonical)), read_back(tmp_path / "t.gguf"))
+    modules = CanonicalCheckpoint(tiny_canonical).modules
+    assert set(found.only_left) == set(modules)
+    assert set(found.only_right) == {f"{module}.weight" for module in modules}
+    assert not found.tensors  # F16 in the checkpoint, F32 in the twin: the same numbers
+    assert "(missing)" in found.describe()
