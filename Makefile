@@ -1,18 +1,24 @@
 # make demo   sets everything up, then quantize → train → merge → export → verify-parity on the sample
 # make test   sets everything up, then runs the test suite
+# make fuzz   lets 100,000 damaged files loose on every reader; an hour or two
 # make lint   ruff and mypy
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= build/demo
+CASES ?= 100000
+SEED ?= 0
 
-.PHONY: demo test lint setup seeds clean
+.PHONY: demo test fuzz lint setup seeds clean
 
 demo: $(VENV)/.installed
 	$(BIN)/qalora-export run samples/devices/recipe.toml --out $(OUT)
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2
+
+fuzz: $(VENV)/.installed-dev
+	nice $(BIN)/python -m tests.survival.fuzz --cases $(CASES) --seed $(SEED)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,6 +1,8 @@
 """One exception class per exit code. Every message says what, where, why and what to do next."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from enum import IntEnum
 
 LONGEST = 2000  # characters of one part of a message; a file may hold a name, or a line, of megabytes
@@ -100,6 +102,24 @@ def from_system(error: BaseException) -> QaloraError | None:
             fix="one of the given files is damaged, or made for another version of the library: fetch it again",
         )
     return None
+
+
+@contextlib.contextmanager
+def refused_by(library: str, *, where: object, fix: str = "fetch the file again") -> Iterator[None]:
+    """Whatever `library` raises on a file that it cannot read, as InputError; for calls of the library alone.
+
+    Libraries raise what the first wrong value happens to lead to (TypeError, AttributeError, a panic); all of it says
+    that the file is not as it should be.
+    """
+    try:
+        yield
+    except (QaloraError, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise  # an interrupt, an exit
+        why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise InputError(f"{library} cannot read this", where=where, why=why, fix=fix) from error
 
 
 def is_panic(error: BaseException) -> bool:

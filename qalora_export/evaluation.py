@@ -12,7 +12,7 @@ from typing import Any
 from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.data.records import Record, iter_records
 from qalora_export.data.rendering import render
-from qalora_export.errors import InputError
+from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.progress import track
 from qalora_export.recipe import EvaluateSettings
 from qalora_export.safety import StrPath, atomic_file, inside, read_json, refuse_existing, sha256_file
@@ -144,3 +144,12 @@ def _answers(network: Any, tokenizer: Any, prompts: list[list[int]], limit: int,
     rows = (row.tolist() for row in grown[:, ids.shape[1] :])
     kept = (row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in rows)
     return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in kept]
+
+
+def read_score(path: Path) -> dict[str, Any]:
+    """A score written by `evaluate`, with exact, total and accuracy. Raises UnsafeInputError for anything else."""
+    score = read_json(path)
+    known = isinstance(score, dict) and all(type(score.get(key)) is int for key in ("exact", "total"))
+    if not known or not isinstance(score.get("accuracy"), float):
+        raise UnsafeInputError("not a score of `evaluate`", where=path, fix="run the stage again")
+    return dict(score)

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from qalora_export.checkpoint.manifest import MANIFEST
+from qalora_export.evaluation import read_score
 from qalora_export.recipe import Recipe
-from qalora_export.safety import atomic_file, read_json, sha256_file
+from qalora_export.safety import atomic_file, sha256_file
+from qalora_export.verify.report.parity_report import read_report
 
 CARD = "README.md"
 
@@ -50,7 +52,7 @@ def _score(out: Path) -> str:
     scores = {label: out / f"score.{label}.json" for label in ("base", "merged")}
     if not all(path.is_file() for path in scores.values()):
         return ""
-    found = {label: read_json(path) for label, path in scores.items()}
+    found = {label: read_score(path) for label, path in scores.items()}
     rows = "\n".join(f"| {label} | {score['exact']}/{score['total']} |" for label, score in found.items())
     return f"## Task score\n\n| model | exact match |\n|---|---|\n{rows}"
 
@@ -59,7 +61,7 @@ def _parity(out: Path) -> str:
     path = out / "report" / "report.json"
     if not path.is_file():
         return ""
-    report = read_json(path)
+    report = read_report(path)
     rows = "\n".join(_gate_row(entry) for entry in report["gates"])
     head = "| gate | runtime | status | measured | bound |\n|---|---|---|---|---|"
     return f"## Parity with PyTorch float32: {report['verdict']}\n\n{head}\n{rows}\n\nAll of it: report/report.html."

@@ -188,10 +188,9 @@ def read_each(path: Path, *, required: set[str], optional: set[str]) -> Iterator
         with np.load(path, allow_pickle=False) as loaded:
             for name in members:
                 yield name, loaded[name]
-    except (OSError, zipfile.BadZipFile, ValueError, EOFError, RuntimeError) as error:
-        # RuntimeError: zipfile's answer to encryption and to features it does not know
-        if isinstance(error, ProtocolError):
-            raise
+    except (ProtocolError, MemoryError):
+        raise
+    except Exception as error:  # zipfile and numpy raise what the damage happens to lead to
         raise ProtocolError(f"{path}: cannot be read as npz: {error}") from error
 
 

@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         leave_closed_pipe()
     except OSError as error:  # not even a message can be written
-        code = 0 if (known := from_system(error)) is None else int(known.code)
+        code = INTERNAL_ERROR if (known := from_system(error)) is None else int(known.code)
     sys.exit(code)
 
 

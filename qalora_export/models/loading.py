@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from qalora_export.errors import InputError
+from qalora_export.errors import InputError, refused_by
+from qalora_export.models.templates import BoundedTemplate
 from qalora_export.safety import StrPath
 
 
@@ -25,7 +26,7 @@ def load_model(folder: StrPath, *, dtype: torch.dtype = torch.float32, attention
     if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
         CanonicalCheckpoint(folder)
     logging.disable_progress_bar()  # stages have their own
-    try:
+    with refused_by("Transformers", where=folder):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder),
             dtype=dtype,
@@ -35,8 +36,6 @@ def load_model(folder: StrPath, *, dtype: torch.dtype = torch.float32, attention
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
-        raise InputError(f"Transformers cannot load the model: {error}", where=folder) from error
     model, info = loaded
     if absent := sorted(info["missing_keys"]):
         raise InputError(
@@ -49,7 +48,8 @@ def load_model(folder: StrPath, *, dtype: torch.dtype = torch.float32, attention
 
 
 def load_tokenizer(folder: StrPath) -> Any:
-    """The model's fast tokenizer from local files: its tokenizer.json as it is, where there is one.
+    """The model's fast tokenizer from local files: its tokenizer.json as it is, where there is one;
+    its chat template is bounded in time and memory.
 
     AutoTokenizer of Transformers 5 builds the tokenizer of some classes anew instead of reading tokenizer.json: with
     `LlamaTokenizer` the ids of Yi and Llama 2 were others than those the model was trained on.
@@ -57,10 +57,14 @@ def load_tokenizer(folder: StrPath) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     kind = PreTrainedTokenizerFast if (Path(folder) / "tokenizer.json").is_file() else AutoTokenizer
-    try:
-        return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, use_fast=True)
-    except (ValueError, KeyError, OSError) as error:
-        raise InputError(f"Transformers cannot load the tokenizer: {error}", where=folder) from error
+    folder = Path(folder)
+    with refused_by("Transformers", where=f"{folder}: tokenizer"):
+        tokenizer: Any = kind.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False, use_fast=True
+        )
+        tokenizer.decode(tokenizer("a").input_ids)  # some damage shows only in use
+    tokenizer.apply_chat_template = BoundedTemplate(tokenizer, folder)
+    return tokenizer
 
 
 def attention_for(config: Any, wanted: str) -> str:

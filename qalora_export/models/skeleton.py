@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qalora_export.checkpoint.model_folder import ModelFolder, as_float32
-from qalora_export.errors import InputError
+from qalora_export.errors import InputError, refused_by
 from qalora_export.models.loading import attention_for
 
 TOKENS_PER_BATCH = 4096
@@ -188,7 +188,7 @@ def _split(windows: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
 def _build(path: Path, attention: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
+    with refused_by("Transformers", where=path / "config.json"):
         config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
@@ -196,6 +196,4 @@ def _build(path: Path, attention: str) -> Any:
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation=attention_for(config, attention)
             )
-    except (ValueError, KeyError, OSError) as error:
-        raise InputError(f"Transformers cannot build the model: {error}", where=path) from error
     return model.eval()

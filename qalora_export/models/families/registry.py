@@ -67,6 +67,8 @@ def _check_heads(config: Mapping[str, Any]) -> None:
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
     if type(kv_heads) is not int or kv_heads <= 0 or heads % kv_heads:
         raise InputError(f"{heads} attention heads do not divide among {kv_heads} key/value heads", where="config.json")
+    if config.get("head_dim") is not None and (type(config["head_dim"]) is not int or config["head_dim"] <= 0):
+        raise InputError(f"head_dim is {config['head_dim']!r}, not a positive number", where="config.json: head_dim")
     if not config.get("head_dim") and config["hidden_size"] % heads:
         raise InputError(f"hidden size {config['hidden_size']} does not divide into {heads} heads", where="config.json")
     if head_dim(config) % 2:

@@ -91,7 +91,9 @@ def is_complete(path: Path) -> bool:
     if not (path / COMPLETE).is_file():
         return False
     files = read_json(path / COMPLETE)
-    return bool(files) and all((path / n).is_file() and sha256_file(path / n) == digest for n, digest in files.items())
+    if not isinstance(files, dict) or not files:
+        return False
+    return all((path / name).is_file() and sha256_file(path / name) == digest for name, digest in files.items())
 
 
 def last_checkpoint(folder: Path) -> Path | None:

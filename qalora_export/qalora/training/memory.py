@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from qalora_export.checkpoint.canonical import PARTS, CanonicalCheckpoint
-from qalora_export.errors import InputError
+from qalora_export.errors import InputError, refused_by
 from qalora_export.qalora.kernels import dispatch
 from qalora_export.qalora.training.processes import LAUNCH
 from qalora_export.recipe import TrainSettings
@@ -132,9 +132,10 @@ def _skeleton(base: Path, checkpoint: CanonicalCheckpoint, settings: TrainSettin
     from qalora_export.qalora.attach import attach
     from qalora_export.qalora.hf_quantizer import replace_linear
 
-    config = AutoConfig.from_pretrained(str(base), local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
+    with refused_by("Transformers", where=base / "config.json"), torch.device("meta"):
+        config = AutoConfig.from_pretrained(str(base), local_files_only=True, trust_remote_code=False)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    with torch.device("meta"):
         for name, (bits, group) in checkpoint.modules.items():
             replace_linear(model, name, bits=bits, group_size=group)
     return model, attach(model, settings)

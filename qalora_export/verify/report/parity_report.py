@@ -34,7 +34,8 @@ from typing import Any
 import numpy as np
 
 from qalora_export.checkpoint.provenance import Link
-from qalora_export.errors import ExitCode
+from qalora_export.errors import ExitCode, UnsafeInputError
+from qalora_export.safety import read_json
 from qalora_export.verify.bisect.search import Bisection
 from qalora_export.verify.gates.registry import all_gates
 from qalora_export.verify.metrics import PositionMetrics
@@ -42,6 +43,7 @@ from qalora_export.verify.report.bisect_plot import error_plot
 from qalora_export.verify.rule import Entry, exit_code
 
 FORMAT = "qalora-parity/1"
+STATUSES = ("pass", "fail", "not run")
 REPORT, POSITIONS = "report.json", "positions.npz"
 VERDICTS = {ExitCode.OK: "pass", ExitCode.PARITY_FAILED: "fail", ExitCode.RUNTIME_UNAVAILABLE: "not run"}
 
@@ -117,6 +119,26 @@ def write_report(report: ParityReport, folder: Path) -> None:
     np.savez_compressed(folder / POSITIONS, **arrays)
     for runtime, found in report.bisections.items():
         (folder / f"bisect-{runtime}.svg").write_text(error_plot(found), encoding="utf-8")
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A report.json, as far as others print it: verdict, and per gate its names, status and figures.
+
+    Raises UnsafeInputError when it is none.
+    """
+    report = read_json(path)
+    gates = report.get("gates") if isinstance(report, dict) else None
+    if not isinstance(gates, list) or not isinstance(report.get("verdict"), str) or not all(map(_is_gate, gates)):
+        raise UnsafeInputError("not a report of verify-parity", where=path, fix="run verify-parity again")
+    return dict(report)
+
+
+def _is_gate(entry: object) -> bool:
+    if not isinstance(entry, dict) or entry.get("status") not in STATUSES:
+        return False
+    texts = all(isinstance(entry.get(key), str) for key in ("gate", "title", "runtime"))
+    figures = (entry.get("measured"), entry.get("bound"))
+    return texts and all(value is None or type(value) in (int, float, str) for value in figures)
 
 
 def _plain(value: Any) -> Any:

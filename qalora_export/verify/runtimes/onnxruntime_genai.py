@@ -9,6 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.errors import InputError
 from qalora_export.safety import inside, read_json
 from qalora_export.verify.runtimes.facts import ABSENT, expected_graph_facts
 from qalora_export.verify.runtimes.onnxruntime import OnnxRuntime
@@ -46,8 +47,11 @@ class OnnxRuntimeGenai(OnnxRuntime):
 
 def genai_facts(folder: Path) -> dict[str, Any]:
     """Facts of genai_config.json, which ONNX Runtime GenAI trusts over the graph."""
-    model = read_json(inside(folder, GENAI_CONFIG)).get("model", {})
-    decoder = model.get("decoder", {})
+    config = read_json(inside(folder, GENAI_CONFIG))
+    model = config.get("model") if isinstance(config, dict) else None
+    decoder = model.get("decoder") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(decoder, dict):
+        raise InputError("no table model.decoder", where=folder / GENAI_CONFIG, why="GenAI reads the decoder from it")
     facts = {name: {**decoder, **model}.get(key, ABSENT) for name, key in GENAI_SIZES.items()}
     facts |= {"BOS id": model.get("bos_token_id"), "ends at": _as_list(model.get("eos_token_id"))}
     return {f"genai {name}": value for name, value in facts.items()}

@@ -1,0 +1,156 @@
+"""Calls whose input may make them loop or grow without end, in a process that the system stops.
+
+Chat templates and regular expressions are code that comes with a model. No check of ours tells beforehand how long
+they run (nested loops, 'a' * 10**9, backtracking), and inside one C call no alarm of Python's is heard. So they run in
+a forked process with a limit on memory and on CPU time, which a busy or sleeping machine does not use up.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import warnings
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+SECONDS = 4.0  # of CPU time for one call
+MEMORY = 512 * 2**20  # bytes above what the process has when it starts
+LARGEST = 64 * 2**20  # bytes of an answer
+
+
+class OutOfBoundsError(Exception):
+    """The call took too long or too much, or crashed its process; says which."""
+
+
+class FailedError(Exception):
+    """The call raised: the name of the exception and its text."""
+
+
+class Confined:
+    """`function` in a process of its own: JSON in, JSON out, one call after the other.
+
+    The process starts with the first call, sees memory as it was then, serves until a call breaks a limit and ends
+    with this object or with the process that made it. Raises OutOfBoundsError and FailedError.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, seconds: float | None = None, memory: int = MEMORY) -> None:
+        self._function, self._seconds, self._memory = function, seconds or SECONDS, memory
+        self._child: _Child | None = None
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        if self._child is None:
+            self._child = _Child(self._function, self._seconds, self._memory)
+        try:
+            answer = self._child.ask([arguments, options])
+        except BaseException:  # an interrupt leaves half an answer in the pipe
+            self.close()
+            raise
+        if answer is None:
+            status, self._child = int(self._child.end() or 0), None
+            raise OutOfBoundsError(_explained(status, self._seconds))
+        if "limit" in answer:
+            raise OutOfBoundsError(answer["limit"])
+        if "error" in answer:
+            raise FailedError(answer["error"])
+        return answer["result"]
+
+    def close(self) -> None:
+        """End the process; the next call starts a new one."""
+        if self._child is not None:
+            self._child.end()
+            self._child = None
+
+
+class _Child:
+    """The forked process and the two pipes to it; a line is one message."""
+
+    def __init__(self, function: Callable[..., Any], seconds: float, memory: int) -> None:
+        asked, ask = os.pipe()
+        answer, answered = os.pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # threads: the child uses none and only runs Python
+            self.pid = os.fork()
+        if self.pid == 0:
+            os.close(ask)
+            os.close(answer)
+            _serve(function, seconds, memory, asked, answered)
+        os.close(asked)
+        os.close(answered)
+        self.ask_pipe, self.answer_pipe = os.fdopen(ask, "wb", 0), os.fdopen(answer, "rb")
+        self.end = weakref.finalize(self, _end, self.pid, self.ask_pipe, self.answer_pipe)
+
+    def ask(self, message: Any) -> dict[str, Any] | None:
+        """None when the process has ended instead."""
+        try:
+            _write_all(self.ask_pipe.fileno(), json.dumps(message).encode() + b"\n")
+        except BrokenPipeError:
+            return None
+        line = self.answer_pipe.readline()
+        return json.loads(line) if line.endswith(b"\n") else None
+
+
+def _end(pid: int, ask: IO[bytes], answer: IO[bytes]) -> int:
+    ask.close()
+    answer.close()
+    finished, status = os.waitpid(pid, os.WNOHANG)
+    if not finished:
+        os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def _serve(function: Callable[..., Any], seconds: float, memory: int, asked: int, answered: int) -> NoReturn:
+    """In the child: answer until the parent is gone."""
+    try:
+        _limit(memory)
+        with os.fdopen(asked, "rb") as questions:
+            for line in questions:
+                signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends the process, whatever it is doing
+                answer = _answer(function, line)
+                signal.setitimer(signal.ITIMER_PROF, 0)
+                _write_all(answered, answer)
+    finally:
+        os._exit(0)
+
+
+def _limit(memory: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPROF):
+        signal.signal(number, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    statm = Path("/proc/self/statm")
+    if statm.exists():  # elsewhere nothing tells the size of the address space; time still ends what grows
+        pages = int(statm.read_text().split()[0])
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        wanted = pages * resource.getpagesize() + memory
+        resource.setrlimit(resource.RLIMIT_AS, (wanted if hard < 0 else min(wanted, hard), hard))
+
+
+def _answer(function: Callable[..., Any], line: bytes) -> bytes:
+    try:
+        arguments, options = json.loads(line)
+        raw = json.dumps({"result": function(*arguments, **options)}).encode()
+        answer = raw if len(raw) <= LARGEST else json.dumps({"limit": f"its answer has {len(raw):,} bytes"}).encode()
+    except MemoryError:
+        answer = b'{"limit": "it asked for more memory than a call may take"}'
+    except BaseException as error:
+        said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        answer = json.dumps({"error": said[:4000]}).encode()
+    return answer + b"\n"
+
+
+def _write_all(descriptor: int, raw: bytes) -> None:
+    view = memoryview(raw)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _explained(status: int, seconds: float) -> str:
+    if status == -signal.SIGPROF:
+        return f"it took more than {seconds:g} s"
+    if status < 0:
+        return f"its process was ended by {signal.Signals(-status).name}"
+    return f"its process ended by itself, with {status}"

@@ -1,0 +1,86 @@
+"""A call in a confined process: the same answer, and an end to what does not end by itself."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qalora_export.safety.confined import LARGEST, Confined, FailedError, OutOfBoundsError
+
+
+def echo(*arguments: Any, **options: Any) -> Any:
+    return [*arguments, options]
+
+
+def test_arguments_and_answer_cross_as_they_are() -> None:
+    call = Confined(echo)
+    assert call("é\n\ud800", 1.5, [None, {"a": True}], key="x" * 200_000) == [
+        "é\n\ud800",
+        1.5,
+        [None, {"a": True}],
+        {"key": "x" * 200_000},
+    ]
+    assert call() == [{}]
+
+
+def test_an_exception_comes_back_by_name_and_text_and_the_process_goes_on() -> None:
+    def divide(by: int) -> float:
+        return 1 / by
+
+    call = Confined(divide)
+    with pytest.raises(FailedError, match="ZeroDivisionError: division by zero"):
+        call(0)
+    assert call(2) == 0.5
+
+
+def evaluate(expression: str) -> Any:
+    value = eval(expression)
+    return value if isinstance(value, str) else repr(value)[:9]
+
+
+@pytest.mark.parametrize(
+    ("expression", "reason"),
+    [
+        ("[None for _ in iter(int, 1)]", "it took more than|more memory"),
+        ("[10 ** (10 ** 9)]", "it took more than"),  # one call in C, deaf to any alarm of Python's
+        ("'a' * 10 ** 10", "more memory"),
+        ("'a' * (70 * 2 ** 20)", "its answer has"),
+        ("__import__('re').match('(a+)+$', 'a' * 60 + 'b')", "it took more than"),
+        ("__import__('os').kill(__import__('os').getpid(), 9)", "SIGKILL"),
+    ],
+)
+def test_every_way_not_to_end_is_ended(expression: str, reason: str) -> None:
+    call = Confined(evaluate, seconds=0.3, memory=4 * LARGEST)
+    with pytest.raises(OutOfBoundsError, match=reason):
+        call(expression)
+    assert call("str(1 + 1)") == "2"  # in a new process where the old one is gone
+
+
+def test_the_process_ends_with_its_object() -> None:
+    call = Confined(os.getpid)
+    pid = call()
+    assert Path(f"/proc/{pid}").exists()
+    del call
+    gc.collect()
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_the_process_ends_with_the_one_that_made_it() -> None:
+    reading, writing = os.pipe()
+    middle = os.fork()
+    if middle == 0:
+        os.write(writing, str(Confined(os.getpid)()).encode())
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(middle, 0)
+    pid = int(os.read(reading, 20))
+    for _ in range(200):
+        if not Path(f"/proc/{pid}").exists() or ") Z" in Path(f"/proc/{pid}/stat").read_text():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it lives on")
