@@ -1,7 +1,9 @@
 # make demo   sets everything up, then quantize → train → merge → export → verify-parity on the sample
 # make test   sets everything up, then runs the test suite
 # make fuzz   lets 100,000 damaged files loose on every reader; an hour or two
+# make test-fast   the inner loop: no real runtime, no training of minutes
 # make lint   ruff and mypy
+# make wheels   qalora-export and, for devices without torch, qalora-runtimes, into dist/
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +11,7 @@ OUT ?= build/demo
 CASES ?= 100000
 SEED ?= 0
 
-.PHONY: demo test fuzz lint setup seeds clean
+.PHONY: demo test test-fast fuzz lint wheels setup seeds clean
 
 demo: $(VENV)/.installed
 	$(BIN)/qalora-export run samples/devices/recipe.toml --out $(OUT)
@@ -20,10 +22,21 @@ test: $(VENV)/.installed-dev
 fuzz: $(VENV)/.installed-dev
 	nice $(BIN)/python -m tests.survival.fuzz --cases $(CASES) --seed $(SEED)
 
+# What starts runtimes, kills processes, plants faults or runs benchmarks is left to `make test`.
+NOT_FAST := benchmarks_smoke faults runtimes survival
+
+test-fast: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 -m "not slow and not medium" \
+	  $(NOT_FAST:%=--ignore=tests/%)
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+wheels: $(VENV)/.installed-dev
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist . ./runtimes
+	@rm -rf runtimes/build runtimes/*.egg-info
 
 # The sample's score on three seeds, as the README quotes it.
 seeds: $(VENV)/.installed

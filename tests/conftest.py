@@ -18,7 +18,7 @@ from tests.verify.exports import Exported, export_both
 
 ROOT = Path(__file__).parent.parent
 # Triton exists for Linux only.
-collect_ignore_glob = [] if sys.platform == "linux" else ["qalora/test_kernels*.py", "benchmarks/test_train_*.py"]
+collect_ignore_glob = [] if sys.platform == "linux" else ["qalora/test_kernels*.py", "benchmarks_smoke/test_training.py"]
 
 
 @pytest.fixture(scope="session")
