@@ -20,7 +20,7 @@ def main(words: list[str]) -> int:
         "--fingerprint fingerprint.json",
     )
     parser.add_argument("--version", action="version", version=f"qalora-runtimes {qalora_runtimes.__version__}")
-    parser.add_argument("runtime", nargs="?", choices=sorted(RUNNERS), help="its own options follow; see RUNTIME --help")
+    parser.add_argument("runtime", nargs="?", choices=sorted(RUNNERS), help="see RUNTIME --help for its options")
     parser.add_argument("options", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     given = parser.parse_args(words)
     if given.runtime is None:

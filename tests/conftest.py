@@ -18,7 +18,8 @@ from tests.verify.exports import Exported, export_both
 
 ROOT = Path(__file__).parent.parent
 # Triton exists for Linux only.
-collect_ignore_glob = [] if sys.platform == "linux" else ["qalora/test_kernels*.py", "benchmarks_smoke/test_training.py"]
+LINUX_ONLY = ["qalora/test_kernels*.py", "benchmarks_smoke/test_training.py"]
+collect_ignore_glob = [] if sys.platform == "linux" else LINUX_ONLY
 
 
 @pytest.fixture(scope="session")

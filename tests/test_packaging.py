@@ -13,21 +13,34 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# A module may import from its own layer or a lower one.
-LAYERS = (
-    {"errors", "version", "progress", "memory"},
-    {"grid", "safety", "console", "recipe"},
-    {"checkpoint"},
-    {"models", "data"},
-    {"formats"},
-    {"quantization", "qalora"},
-    {"verify", "inspection", "evaluation", "model_card"},
-    {"pipeline"},
-    {"cli"},
-)
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-# Found by name at import time or when called, not a dependency of the layer.
-ALLOWED = {("grid", "safety")}
+NAME = "qalora_export"
+# Subpackage or module of the first level -> what it may import beside itself: words from bytes, bytes from numbers.
+NUMBERS = {"errors", "grid"}
+BYTES = {*NUMBERS, "checkpoint", "memory", "progress", "recipe", "safety", "version"}
+ALLOWED = {
+    "errors": set[str](),
+    "memory": set[str](),
+    "progress": set[str](),
+    "version": set[str](),
+    "grid": {"errors"},
+    "safety": {"errors"},
+    "recipe": {"errors"},
+    "console": {"errors", "progress"},
+    "checkpoint": {*NUMBERS, "safety", "version"},
+    "data": {"errors", "progress", "safety"},
+    "models": {"errors", "checkpoint", "safety"},
+    "formats": {*BYTES, "models"},
+    "quantization": {*BYTES, "data", "models"},
+    "qalora": {*BYTES, "data", "formats", "models"},
+    "inspection": {*BYTES, "formats"},
+    "evaluation": {*BYTES, "data", "models"},
+    "verify": {*BYTES, "data", "formats", "models", "qalora"},
+    "model_card": BYTES,
+    "pipeline": {*BYTES, "evaluation", "formats", "model_card", "qalora", "quantization", "verify"},
+    "cli": {*BYTES, "console", "evaluation", "formats", "inspection", "pipeline", "qalora", "quantization", "verify"},
+}
+# Inside verify/, as its docstring draws it: a module may import from its own part or an earlier one.
+VERIFY = ("metrics", "rule", "probes", "runtimes", "reference", "session", "gates", "bisect", "report", "stage")
 TORCH_FREE = (
     "qalora_export",
     "qalora_export.grid",
@@ -53,91 +66,72 @@ def test_every_package_is_listed() -> None:
     assert set(listed) == found
 
 
-def _imports(path: Path) -> set[str]:
-    """First component below qalora_export of everything a module imports, at any depth."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        found |= {name.split(".")[1] for name in names if name.startswith("qalora_export.")}
-    return found
-
-
-def test_imports_go_one_way() -> None:
-    wrong = []
-    for path in (ROOT / "qalora_export").rglob("*.py"):
-        parts = path.relative_to(ROOT / "qalora_export").with_suffix("").parts
-        if parts[0] == "__init__":
-            continue
-        for target in _imports(path):
-            if RANK[target] > RANK[parts[0]] and (parts[0], target) not in ALLOWED:
-                wrong.append(f"{path.relative_to(ROOT)} imports {target}")
-    assert not wrong
-
-
 def _modules() -> dict[str, Path]:
     """Dotted name -> file of every module of ours, packages by their own name."""
     found = {}
-    for path in (ROOT / "qalora_export").rglob("*.py"):
+    for path in (ROOT / NAME).rglob("*.py"):
         parts = path.relative_to(ROOT).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
 
-def _edges(name: str, path: Path, modules: dict[str, Path]) -> set[str]:
-    """Modules that a module imports at its top level, also for its types alone (under TYPE_CHECKING)."""
-    waiting, found = list(ast.parse(path.read_text(encoding="utf-8")).body), set()
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, ast.Import):
+def _imports(path: Path, known: set[str]) -> set[str]:
+    """Our own modules that a file imports: at its top, inside functions, for types alone, or by name in a string."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            named = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {inner if inner in known else str(node.module) for inner in named.values()}
+        elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-            base = ".".join(package.split(".")[: 1 - node.level or None]) if node.level else ""
-            source = ".".join(part for part in (base, node.module) if part)
-            found |= {inner if (inner := f"{source}.{alias.name}") in modules else source for alias in node.names}
-        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            waiting += ast.iter_child_nodes(node)
-    return {target for target in found if target in modules and target != name}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value != NAME:  # NAME: its logger
+            found.add(node.value)
+    return found & known
 
 
-def test_no_modules_import_each_other() -> None:
-    """Nowhere, however long the way round; imports for types alone count, imports inside functions do not."""
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    """Every module and what it imports."""
     modules = _modules()
-    lazy_face = {"qalora_export"}  # its TYPE_CHECKING imports name what it fetches on first use
-    edges = {
-        name: set() if name in lazy_face else _edges(name, path, modules) - lazy_face for name, path in modules.items()
-    }
-    TopologicalSorter(edges).prepare()  # raises CycleError, which names the modules
+    return {name: _imports(path, set(modules)) - {name} for name, path in modules.items()}
 
 
-# Inside verify/, as its docstring draws it. A module may import from its own part or an earlier one.
-VERIFY = (
-    {"metrics", "rule"},
-    {"probes"},
-    {"runtimes"},
-    {"reference"},
-    {"session"},
-    {"gates"},
-    {"bisect"},
-    {"report"},
-    {"stage"},
-)
-VERIFY_RANK = {name: rank for rank, names in enumerate(VERIFY) for name in names}
+def _part(module: str, level: int = 1) -> str:
+    """The name of a module at a level below the package; "" for what lies above."""
+    return ".".join(module.split(".")[level : level + 1])
 
 
-def test_the_parts_of_verify_import_one_way() -> None:
-    folder, wrong = ROOT / "qalora_export" / "verify", []
-    for path in folder.rglob("*.py"):
-        part = path.relative_to(folder).with_suffix("").parts[0]
-        if part == "__init__":
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            module = node.module if isinstance(node, ast.ImportFrom) and node.module else ""
-            targets = [module] if module != "qalora_export.verify" else [f"{module}.{a.name}" for a in node.names]
-            for target in targets:
-                if target.startswith("qalora_export.verify.") and VERIFY_RANK[target.split(".")[2]] > VERIFY_RANK[part]:
-                    wrong.append(f"{path.relative_to(ROOT)} imports {target}")
+def test_no_modules_import_each_other(graph: dict[str, set[str]]) -> None:
+    """Nowhere, however long the way round, and whenever it happens."""
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
+
+
+def test_subpackages_import_what_the_table_allows(graph: dict[str, set[str]]) -> None:
+    wrong = [
+        f"{module} imports {target}"
+        for module, targets in graph.items()
+        for target in sorted(targets)
+        if _part(module) and _part(target) not in {*ALLOWED[_part(module)], _part(module)}
+    ]
+    assert not wrong
+
+
+def test_the_table_goes_one_way_and_names_everything(graph: dict[str, set[str]]) -> None:
+    TopologicalSorter({part: others - {part} for part, others in ALLOWED.items()}).prepare()
+    assert set(ALLOWED) == {_part(module) for module in graph} - {""}
+
+
+def test_the_parts_of_verify_import_one_way(graph: dict[str, set[str]]) -> None:
+    rank = {name: number for number, name in enumerate(VERIFY)}
+    inside = {name: targets for name, targets in graph.items() if _part(name) == "verify" and _part(name, 2)}
+    wrong = [
+        f"{module} imports {target}"
+        for module, targets in inside.items()
+        for target in targets
+        if target in inside and rank[_part(target, 2)] > rank[_part(module, 2)]
+    ]
+    assert {_part(name, 2) for name in inside} == set(VERIFY)
     assert not wrong
 
 

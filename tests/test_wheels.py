@@ -66,7 +66,9 @@ def test_the_runners_depend_on_numpy_and_at_most_one_runtime() -> None:
 
 def test_extras_of_both_distributions_ask_for_the_same_runtimes() -> None:
     alone = project("runtimes")["project"]["optional-dependencies"]
-    assert sorted(sum(alone.values(), [])) == sorted(project(".")["project"]["optional-dependencies"]["runtimes"])
+    assert sorted(asked for extra in alone.values() for asked in extra) == sorted(
+        project(".")["project"]["optional-dependencies"]["runtimes"]
+    )
 
 
 @pytest.mark.parametrize("folder", [".", "runtimes"])
@@ -79,7 +81,8 @@ def test_metadata_for_an_index(folder: str) -> None:
 
 def test_documents_are_installed_with_the_package() -> None:
     assert "*.md" in project(".")["tool"]["setuptools"]["package-data"]["qalora_export"]
-    assert {"DESIGN.md", "EXTENDING.md", "CHANGELOG.md"} <= {path.name for path in (ROOT / "qalora_export").glob("*.md")}
+    found = {path.name for path in (ROOT / "qalora_export").glob("*.md")}
+    assert found >= {"DESIGN.md", "EXTENDING.md", "CHANGELOG.md"}
 
 
 @pytest.fixture(scope="module")
