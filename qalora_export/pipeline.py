@@ -121,18 +121,25 @@ def plan(recipe: Recipe) -> list[Stage]:
     """The stages of a recipe in order, with paths under recipe.out."""
     from qalora_export.formats.gguf.export import export_gguf
     from qalora_export.formats.onnx.export import export_onnx
+    from qalora_export.models.sources import locate
     from qalora_export.qalora.merge import merge
     from qalora_export.qalora.training.stage import train
     from qalora_export.quantization.stage import quantize
     from qalora_export.verify.stage import verify_parity
 
-    out, source = Path(recipe.out), Path(recipe.model)
+    out, source = Path(recipe.out), locate(recipe.model, recipe.revision)
     base, adapter, merged = out / "base.qalora", out / "adapter", out / "merged.qalora"
     gguf = out / "model.gguf" if recipe.export.gguf else None
     onnx = out / "onnx" if recipe.export.onnx else None
     q, t, v = recipe.quantize, recipe.train, recipe.verify
     stages = [
-        Stage("quantize", _files(source, q.calibration), q, base, lambda f: quantize(source, base, q, force=f)),
+        Stage(
+            "quantize",
+            _files(source.path, q.calibration),
+            q,
+            base,
+            lambda f: quantize(recipe.model, base, q, force=f, revision=source.commit),
+        ),
         Stage("train", _files(base, t.data, t.validation), t, adapter, lambda f: train(base, adapter, t, force=f)),
         Stage("merge", (base, adapter), None, merged, lambda f: merge(base, adapter, merged, force=f)),
     ]

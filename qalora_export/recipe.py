@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +18,8 @@ Bits = Literal[2, 3, 4, 8]
 GroupSize = Literal[32, 64, 128]
 Positive = Annotated[int, Field(gt=0)]
 
+
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}(?<!\.gguf)")  # owner/name
 
 SettingsT = TypeVar("SettingsT", bound=BaseModel)
 
@@ -55,6 +58,7 @@ class QuantizeSettings(Settings):
     seed: int = 0
     rules: tuple[QuantizeRule, ...] = ()
     checkpoint_format: Literal["gptq", "gptq_v2"] | None = Field(default=None, description="when importing GPTQ")
+    dequantize: bool = Field(default=False, description="GGUF: take types without a canonical form as float, anew")
 
 
 class TrainSettings(Settings):
@@ -145,9 +149,12 @@ class VerifySettings(Settings):
 
 
 class Recipe(Settings):
-    """The whole line. model is a local Transformers folder; out is where every artifact goes."""
+    """The whole line. model: a Transformers folder, a .gguf file, or the id of a model on the Hugging Face hub, taken
+    there at `revision`. out is where every artifact goes.
+    """
 
     model: str
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
     out: str
     quantize: QuantizeSettings = QuantizeSettings()
     train: TrainSettings = TrainSettings()
@@ -223,7 +230,9 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
         target = raw.get(table, {}) if table else raw
         for key in keys:
             if isinstance(target, dict) and isinstance(target.get(key), str):
-                target[key] = str(folder / expanded(target[key]))
+                path = folder / expanded(target[key])
+                if key != "model" or path.exists() or not HUB_ID.fullmatch(target[key]):
+                    target[key] = str(path)
 
 
 def expanded(path: str | Path) -> Path:

@@ -31,7 +31,11 @@ class Parent:
 
 
 def parent_of(folder: Path, role: str) -> Parent:
-    """Reference to a stage output (by its manifest) or, for a plain folder, by its config, weights and tokenizer."""
+    """Reference to a stage output (by its manifest), to a plain folder (by its config, weights and tokenizer) or to a
+    file (by its bytes).
+    """
+    if folder.is_file():
+        return Parent(role, folder.name, sha256_file(folder))
     if (folder / MANIFEST).is_file():
         return Parent(role, folder.name, sha256_file(folder / MANIFEST))
     files = sorted(p for p in folder.glob("*") if p.suffix in {".json", ".safetensors"} or p.name in COMPANIONS)

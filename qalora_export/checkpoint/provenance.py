@@ -129,7 +129,7 @@ def _find(folder: Path, parent: dict[str, str], given: Path | None) -> Path | No
     if name != Path(name).name or name in ("", ".", ".."):
         return None
     beside = folder.resolve().parent / name
-    return beside if beside.is_dir() else None
+    return beside if beside.exists() else None
 
 
 def _link(folder: Path, parent: dict[str, str], found: Path | None) -> Link:

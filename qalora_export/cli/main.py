@@ -7,8 +7,10 @@ import os
 import sys
 import traceback
 
-# Models are local folders: nothing here may reach for a hub.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Nothing here reaches for a hub by itself. Only models/sources.py may, for a hub id that the user named, and it must
+# tell this default from a user who wants to stay offline.
+if "HF_HUB_OFFLINE" not in os.environ:
+    os.environ |= {"HF_HUB_OFFLINE": "1", "QALORA_MAY_DOWNLOAD": "1"}
 
 import typer
 

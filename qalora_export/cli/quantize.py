@@ -19,7 +19,9 @@ GRID, GPTQ = "Grid", "GPTQ"
 
 
 def command(
-    model: Path = typer.Argument(..., help="Transformers folder (fp16, bf16 or fp32), or a checkpoint in GPTQ format."),
+    model: str = typer.Argument(
+        ..., help="Transformers folder (fp16, bf16 or fp32, or in GPTQ format), .gguf file, or hub id (owner/name)."
+    ),
     out: Path = typer.Option(..., "--out", help="Folder for the canonical checkpoint."),
     method: str | None = typer.Option(
         None, metavar="gptq|rtn", help=f"gptq needs calibration text, rtn needs no data. \\[default: {D.method}]"
@@ -74,13 +76,18 @@ def command(
     checkpoint_format: str | None = typer.Option(
         None, metavar="gptq|gptq_v2", help="How a GPTQ checkpoint stores zero points, when it does not say rightly."
     ),
+    dequantize: bool | None = typer.Option(
+        None, "--dequantize", help="GGUF: take K-quants and other types without a canonical form as float, anew."
+    ),
+    revision: str | None = typer.Option(None, help="Branch, tag or commit of a hub model."),
     recipe: Path | None = typer.Option(None, help="Take settings from the quantize table of a recipe; flags beat it."),
     force: bool = typer.Option(False, "--force", help="Replace the output if it exists."),
 ) -> None:
     """Quantize a model into a canonical checkpoint: codes, fp16 scale, fp16 offset.
 
     One decoder layer is in memory at a time, on the GPU when there is one. Embeddings, norms, biases and lm_head stay
-    as they are, bit for bit. A checkpoint in GPTQ format is imported with its own codes; nothing is quantized again.
+    as they are, bit for bit. A checkpoint in GPTQ format and a GGUF file in Q4_1, Q4_0, Q5_0, Q5_1 or Q8_0 are
+    imported with their own codes; nothing is quantized again.
 
     [bold]Examples[/bold]
 
@@ -99,6 +106,12 @@ def command(
     A GPTQ checkpoint whose config does not say how zero points are stored:
 
       qalora-export quantize my-model-gptq --out base.qalora --checkpoint-format gptq
+
+    A GGUF file, to fine-tune it; a model of the hub:
+
+      qalora-export quantize model.Q4_1.gguf --out base.qalora
+
+      qalora-export quantize HuggingFaceTB/SmolLM2-135M-Instruct --out base.qalora --method rtn
     """
     given = {name: value for name, value in locals().items() if name in QuantizeSettings.model_fields}
     from qalora_export.console import next_command
@@ -110,7 +123,8 @@ def command(
     values |= {name: value for name, value in given.items() if value is not None}
     if rule:
         values["rules"] = [parse_rule(text).model_dump(mode="json", exclude_none=True) for text in rule]
-    report = quantize(model, out, validated(QuantizeSettings, values, where="quantize options"), force=force)
+    settings = validated(QuantizeSettings, values, where="quantize options")
+    report = quantize(model, out, settings, force=force, revision=revision)
     print_report(report)
     next_command(shlex.join(["qalora-export", "train", str(out), "--data", "train.jsonl", "--out", "adapter"]))
 

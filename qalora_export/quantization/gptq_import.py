@@ -24,7 +24,6 @@ import torch
 from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalWriter
-from qalora_export.checkpoint.manifest import parent_of
 from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.errors import InputError
 from qalora_export.grid import BITS, GROUP_SIZES, GroupAffine, narrow, unpack_codes
@@ -34,6 +33,7 @@ from qalora_export.models.skeleton import Skeleton
 from qalora_export.progress import track
 from qalora_export.quantization.gptq_version import choose_version
 from qalora_export.quantization.report import REPORT, ModuleReport, QuantizeReport, record
+from qalora_export.quantization.source import Source
 from qalora_export.recipe import QuantizeSettings
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -50,14 +50,15 @@ class Stored:
 
 
 def import_gptq(
-    folder: ModelFolder, gptq: Mapping[str, Any], out: Path, settings: QuantizeSettings, *, force: bool
+    source: Source, gptq: Mapping[str, Any], out: Path, settings: QuantizeSettings, *, force: bool
 ) -> QuantizeReport:
-    """Write `folder`, a checkpoint in GPTQ format with quantization config `gptq`, as canonical checkpoint `out`.
+    """Write `source`, a checkpoint in GPTQ format with quantization config `gptq`, as canonical checkpoint `out`.
 
     Raises InputError when a layer cannot be carried over exactly as it is: columns in another order (desc_act), an
     unknown or contradictory format version, an unknown packing, non-zero biases the model has no place for.
     """
     began = time.perf_counter()
+    folder = source.folder
     family_of(folder.config)
     if settings.rules:
         raise InputError(
@@ -72,7 +73,7 @@ def import_gptq(
     if not modules:
         raise InputError("no quantized layers found", where=folder.path, why="the config says GPTQ, no tensor does")
     version, notes = choose_version(folder, gptq, {name: widths[name] for name in modules}, settings.checkpoint_format)
-    recorded = {"method": "import-gptq", "checkpoint_format": version}
+    recorded = {"method": "import-gptq", "checkpoint_format": version} | source.recorded
     with CanonicalWriter(
         out,
         folder.config,
@@ -80,7 +81,7 @@ def import_gptq(
         kind="base",
         settings=recorded,
         force=force,
-        parents=[parent_of(folder.path, "source")],
+        parents=[source.parent],
     ) as writer:
         reports = []
         for name in track(modules, "import (gptq)"):
@@ -88,7 +89,7 @@ def import_gptq(
             writer.add_quantized(name, matrix)
             reports.append(report)
         kept, dropped = _copy_rest(folder, writer, modules, biasless)
-        notes += _notes(reports, dropped)
+        notes = [*source.notes, *notes, *_notes(reports, dropped)]
         writer.add_json(REPORT, record("import-gptq", reports, kept=kept, calibration_tokens=0, notes=notes))
     return QuantizeReport(
         out, "import-gptq", tuple(reports), kept, 0, time.perf_counter() - began, peak_rss_bytes(), None, tuple(notes)

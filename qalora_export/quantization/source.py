@@ -1,13 +1,23 @@
-"""Is a model folder quantized already, and by what?"""
+"""What a model is made from: a folder, a hub id or a GGUF file, opened as one model folder; is it quantized already?"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from qalora_export.checkpoint.canonical import QUANT_METHOD
+from qalora_export.checkpoint.manifest import Parent, parent_of
 from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.errors import InputError
-from qalora_export.safety import inside, read_json
+from qalora_export.models.sources import locate
+from qalora_export.quantization.gguf_source import gguf_model
+from qalora_export.safety import StrPath, inside, read_json
+
+logger = logging.getLogger(__name__)
 
 AUTOGPTQ_CONFIG = "quantize_config.json"  # AutoGPTQ before 0.5 wrote it here only
 UNQUANTIZED = "start from the unquantized model"
@@ -16,6 +26,40 @@ ADVICE = {
     "awq": f"AWQ checkpoints cannot be imported; {UNQUANTIZED}",
     "bitsandbytes": f"bitsandbytes codes are not affine groups; {UNQUANTIZED}",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """folder: the model. parent: it, as the manifest names it. recorded: for the manifest's settings. notes: for the
+    report.
+    """
+
+    folder: ModelFolder
+    parent: Parent
+    recorded: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@contextlib.contextmanager
+def open_source(model: StrPath, out: Path, *, revision: str | None, dequantize: bool) -> Iterator[Source]:
+    """Find a model by path or hub id and open it for the time of the block; what needs scratch space lies beside `out`.
+
+    Raises InputError when there is none, UnsafeInputError when its files lie.
+    """
+    located = locate(model, revision)
+    for note in located.notes:
+        logger.info(note)
+    if located.path.is_file():
+        scratch = out.with_name(f".{out.name}.gguf.partial")
+        with gguf_model(located.path, scratch, dequantize=dequantize) as folder:
+            yield Source(folder, parent_of(located.path, "source"), notes=folder.notes())
+        return
+    parent = parent_of(located.path, "source")
+    recorded = {}
+    if located.commit is not None:
+        parent = Parent(parent.role, f"{located.hub_id}@{located.commit}", parent.sha256)
+        recorded = {"source": {"hub_id": located.hub_id, "revision": located.commit}}
+    yield Source(ModelFolder(located.path), parent, recorded)
 
 
 def gptq_config(folder: ModelFolder) -> dict[str, Any] | None:

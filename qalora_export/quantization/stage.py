@@ -1,11 +1,14 @@
-"""The quantize stage: a Transformers folder in, a canonical checkpoint out, one decoder layer in memory at a time."""
+"""The quantize stage: a model of any source in, a canonical checkpoint out, one decoder layer in memory at a time.
+
+What a source holds in canonical form already (a GGUF file, a GPTQ checkpoint) is taken as it is, never quantized again.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qalora_export.checkpoint.canonical import CanonicalWriter
-from qalora_export.checkpoint.manifest import parent_of
 from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.data.calibration import calibration_windows
 from qalora_export.errors import InputError
@@ -23,13 +25,14 @@ from qalora_export.memory import peak_rss_bytes
 from qalora_export.models.families import family_of
 from qalora_export.models.skeleton import Activations, Skeleton
 from qalora_export.progress import track
+from qalora_export.quantization.gguf_source import GgufModel
 from qalora_export.quantization.gptq import gptq
 from qalora_export.quantization.gptq_import import import_gptq
 from qalora_export.quantization.hessian import Hessian, collect
 from qalora_export.quantization.report import REPORT, ModuleReport, QuantizeReport, record
 from qalora_export.quantization.rtn import round_to_nearest
 from qalora_export.quantization.rules import Plan, resolve
-from qalora_export.quantization.source import gptq_config
+from qalora_export.quantization.source import Source, gptq_config, open_source
 from qalora_export.recipe import QuantizeSettings
 from qalora_export.safety import StrPath, refuse_existing, sha256_file
 
@@ -37,57 +40,69 @@ logger = logging.getLogger(__name__)
 
 
 def quantize(
-    model: StrPath, out: StrPath, settings: QuantizeSettings | None = None, *, force: bool = False
+    model: StrPath,
+    out: StrPath,
+    settings: QuantizeSettings | None = None,
+    *,
+    force: bool = False,
+    revision: str | None = None,
 ) -> QuantizeReport:
-    """Quantize a model folder (fp16, bf16 or fp32, sharded or not) into the canonical checkpoint `out`.
+    """Quantize a model (fp16, bf16 or fp32, sharded or not) into the canonical checkpoint `out`.
 
+    model: a local folder, a GGUF file, or the id of a model on the Hugging Face hub, there at `revision`. A folder in
+    GPTQ format and a GGUF file are imported with their own codes, scales and offsets; only what has none is quantized.
     Without settings: 4 bits in groups of 32 by rounding to nearest, which needs no data. GPTQ loses less and takes
     QuantizeSettings(calibration="text.txt").
 
-    A folder in GPTQ format is imported with its own codes and scales, nothing is quantized again. CUDA is used when
-    present. The same inputs and settings give the same bytes on the same machine. Raises InputError for everything
-    the user can put right; nothing is left at `out` then.
+    CUDA is used when present. The same inputs and settings give the same bytes on the same machine. Raises InputError
+    for everything the user can put right; nothing is left at `out` then.
     """
-    began = time.perf_counter()
-    model, out = Path(model), Path(out)
+    out = Path(out)
     refuse_existing(out, force=force)
-    folder = ModelFolder(model)
     if settings is None:
         settings = QuantizeSettings(method="rtn")
         logger.info("no settings: rounding to nearest; GPTQ, which loses less, takes calibration text")
-    if (packed := gptq_config(folder)) is not None:
-        return import_gptq(folder, packed, out, settings, force=force)
+    with open_source(model, out, revision=revision, dequantize=settings.dequantize) as source:
+        packed = gptq_config(source.folder)
+        return (
+            _quantize(source, out, settings, force=force)
+            if packed is None
+            else import_gptq(source, packed, out, settings, force=force)
+        )
+
+
+def _quantize(source: Source, out: Path, settings: QuantizeSettings, *, force: bool) -> QuantizeReport:
+    began = time.perf_counter()
+    folder = source.folder
     family_of(folder.config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     skeleton = Skeleton(folder, device)
     skeleton.check_complete()
-    resolved = resolve(
-        settings,
-        {name: module.in_features for name, module in skeleton.linears().items()},
-        inside=skeleton.layer_name(0).removesuffix("0"),
-        tied=skeleton.tied,
-    )
-    plans, notes = resolved.plans, resolved.notes()
-    windows = _windows(folder, settings) if settings.method == "gptq" else None
+    stored, plans, notes = _plans(skeleton, settings)
+    notes = (*source.notes, *notes)
+    anew = set(plans) - stored
+    method = " + ".join(["import-gguf"] * bool(stored) + [settings.method] * bool(anew))
+    windows = _windows(folder, settings) if settings.method == "gptq" and anew else None
     with CanonicalWriter(
         out,
         folder.config,
         folder.companions(),
         kind="base",
-        parents=[parent_of(model, "source")],
-        settings=_recorded(settings),
+        parents=[source.parent],
+        settings=(_recorded(settings) if anew else {}) | {"method": method} | source.recorded,
         force=force,
     ) as writer:
-        run = _Run(skeleton, plans, settings, writer, None if windows is None else Activations(skeleton, windows))
-        modules = tuple(track(run.modules(), f"quantize ({settings.method})", total=len(plans)))
+        activations = None if windows is None else Activations(skeleton, windows)
+        run = _Run(skeleton, plans, stored, settings, writer, activations)
+        modules = tuple(track(run.modules(), f"quantize ({method})", total=len(plans)))
         kept = run.write_rest()
         tokens = 0 if windows is None else windows.size
-        writer.add_json(REPORT, record(settings.method, modules, kept=kept, calibration_tokens=tokens, notes=notes))
+        writer.add_json(REPORT, record(method, modules, kept=kept, calibration_tokens=tokens, notes=notes))
     return QuantizeReport(
         out,
-        settings.method,
+        method,
         modules,
         kept,
         tokens,
@@ -98,10 +113,34 @@ def quantize(
     )
 
 
+def _plans(skeleton: Skeleton, settings: QuantizeSettings) -> tuple[set[str], dict[str, Plan], tuple[str, ...]]:
+    """The modules that the source holds in canonical form; how every module is quantized, those included; notes.
+
+    Raises InputError as `resolve` does, and for rules when nothing is left for them.
+    """
+    folder, linears = skeleton.folder, skeleton.linears()
+    kept = folder.stored_modules() if isinstance(folder, GgufModel) else {}
+    plans = {name: Plan(*kept[name], sym=False) for name in linears if name in kept}
+    rest = {name: linear.in_features for name, linear in linears.items() if name not in plans}
+    inside = skeleton.layer_name(0).removesuffix("0")
+    if plans and not any(name.startswith(inside) for name in rest):
+        if settings.rules:
+            raise InputError(
+                "rules cannot be applied to a model that is quantized already",
+                where=folder.path,
+                fix="remove the rules, or start from the unquantized model",
+            )
+        return set(plans), plans, ()
+    resolved = resolve(settings, rest, inside=inside, tied=skeleton.tied)
+    all_plans = plans | resolved.plans
+    return set(plans), {name: all_plans[name] for name in linears if name in all_plans}, resolved.notes()
+
+
 @dataclass
 class _Run:
     skeleton: Skeleton
     plans: dict[str, Plan]
+    stored: set[str]
     settings: QuantizeSettings
     writer: CanonicalWriter
     activations: Activations | None
@@ -134,11 +173,12 @@ class _Run:
                 for m, linear in self.skeleton.linears().items()
                 if m in self.plans and m.startswith(f"{name}.")
             }
+            wanted = {m: linear for m, linear in linears.items() if m not in self.stored}
             hessians: dict[str, Hessian] = {}
-            if activations is not None and linears:
-                hessians = collect(linears, lambda: activations.run(layer, index, keep=False))
+            if activations is not None and wanted:
+                hessians = collect(wanted, lambda: activations.run(layer, index, keep=False))
             for module, linear in linears.items():
-                yield self._quantize(module, linear, hessians[module].value() if hessians else None)
+                yield self._quantize(module, linear, hessians[module].value() if module in hessians else None)
             if activations is not None and propagate:
                 activations.run(layer, index, keep=True)
 
@@ -154,9 +194,12 @@ class _Run:
 
     def _quantize(self, name: str, linear: nn.Linear, hessian: Tensor | None) -> ModuleReport:
         """Quantize, write, put the dequantized weight in place of the source's, report."""
-        plan, weight = self.plans[name], linear.weight.data
-        where = f"{self.skeleton.folder.path}: {name}.weight"
-        if hessian is None:
+        plan, weight, folder = self.plans[name], linear.weight.data, self.skeleton.folder
+        where = f"{folder.path}: {name}.weight"
+        if name in self.stored and isinstance(folder, GgufModel):
+            matrix = folder.stored(name)
+            plan = replace(plan, sym=matrix.is_symmetric)
+        elif hessian is None:
             matrix = round_to_nearest(weight, plan, where=where)
         else:
             damp, block_size = self.settings.damp, self.settings.block_size

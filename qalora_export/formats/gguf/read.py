@@ -35,6 +35,7 @@ class GgufContents:
     """
 
     def __init__(self, path: Path, adapter: Path | None = None) -> None:
+        self.path = path
         self._source = _Source(path)
         self._adapter = _Source(adapter) if adapter else None
         if self._adapter is not None:
@@ -92,6 +93,30 @@ class GgufContents:
         """What this file must hold under `name` for a plain tensor of the checkpoint."""
         return as_stored(self._source.family, name, tensor)
 
+    @property
+    def rope_factors(self) -> NDArray[np.float32] | None:
+        """float32 (head_dim/2,): the divisors of the rotary frequencies, or None."""
+        return self._source.rope_factors
+
+    def dequantized(self, name: str, rows: slice = slice(None)) -> NDArray[np.float32]:
+        """Rows of a tensor in any block type, float32, by gguf.quants.dequantize, in Transformers order.
+
+        Raises InputError for a type that the gguf package cannot dequantize.
+        """
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        tensor = self._source.tensors[name]
+        heads = self._source.heads(name.rpartition(".")[0])
+        wanted = rows if heads is None else hf_order(tensor.shape[0], heads)[rows]
+        stored = np.ascontiguousarray(tensor.rows[wanted])
+        try:
+            values: NDArray[np.float32] = dequantize(stored, GGMLQuantizationType(tensor.info.type))
+        except NotImplementedError as error:
+            raise InputError(f"no reader for type {tensor.kind}", where=f"{self.path}: {name}") from error
+        release(tensor.rows)
+        return values
+
     def matrices(self) -> Iterator[tuple[str, GroupAffine]]:
         for module in self.modules:
             yield module, self.group_affine(module)
@@ -135,12 +160,15 @@ class _Source:
         self.names = _hf_names(self.family, self._number("block_count"))
         self.tensors: dict[str, StoredTensor] = {}
         self.lora: dict[str, StoredTensor] = {}
+        self.rope_factors: NDArray[np.float32] | None = None
         self._indicators: set[str] = set()  # modules whose lora_a has been checked
         for name, tensor in file.tensors.items():
             base, _, part = name.rpartition(".")
             if part in ("lora_a", "lora_b"):
                 self.lora[f"{self._hf_name(base)}.{part}"] = tensor
-            elif name != ROPE_FREQUENCIES:
+            elif name == ROPE_FREQUENCIES:
+                self.rope_factors = np.asarray(tensor.values, np.float32).reshape(-1)
+            else:
                 self.tensors[self._hf_name(name)] = tensor
 
     def plain(self, name: str, rows: slice = slice(None)) -> NDArray[Any]:

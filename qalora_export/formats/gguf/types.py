@@ -83,8 +83,9 @@ class BlockType(GgufType):
     """Blocks of a scale d, perhaps a min m, and codes:  w = d·q + m, or w = d·(q − zero).
 
     layout: one block as a record with the fp16 bit patterns `d` and, where zero is None, `m`. code_bits: of a code in
-    the block. bits: canonical bits of codes it may hold, the last of which is assumed for files of other tools. zero:
-    the implied zero, or None where each block carries its own min.
+    the block. bits: canonical bits of codes it may hold, the last of which is assumed for files of other tools. first:
+    the canonical code of the block's code 0. zero: the implied zero, a canonical code, or None where each block carries
+    its own min.
     """
 
     block_size = QK
@@ -92,6 +93,7 @@ class BlockType(GgufType):
     code_bits: ClassVar[int]
     carrier: ClassVar[int]  # canonical bits at which codes come and go: 4 or 8, the least that holds code_bits
     bits: ClassVar[tuple[int, ...]]
+    first: ClassVar[int] = 0
     zero: ClassVar[int | None] = None
 
     def __init_subclass__(cls, *, abstract: bool = False) -> None:
@@ -125,6 +127,17 @@ class BlockType(GgufType):
         return cls.zero is None and bits in cls.bits and bits <= cls.code_bits
 
     @classmethod
+    def _beyond(cls, codes: NDArray[np.uint8], bits: int) -> int | None:
+        """The worst of codes (out, in·bits/8), packed at `bits`, that is not among first … first + 2^code_bits − 1."""
+        if bits <= cls.code_bits and not cls.first:
+            return None
+        unpacked = unpack_codes(codes, bits)
+        low, high = int(unpacked.min()), int(unpacked.max())
+        if low < cls.first:
+            return low
+        return high if high >= cls.first + 2**cls.code_bits else None
+
+    @classmethod
     def holds(cls, matrix: PackedAffine) -> bool:
         """Whether this very matrix is exactly in this type: its codes fit, and so does its offset (−0 equals 0)."""
         if cls.holds_all(matrix.bits):
@@ -133,7 +146,7 @@ class BlockType(GgufType):
             return False
         if cls.zero is not None and not np.array_equal(matrix.offset, implied_offset(matrix.scale, cls.zero)):
             return False
-        return matrix.bits <= cls.code_bits or not int(unpack_codes(matrix.codes, matrix.bits).max()) >> cls.code_bits
+        return cls._beyond(matrix.codes, matrix.bits) is None
 
     @classmethod
     def pack(cls, matrix: PackedAffine) -> NDArray[np.uint8]:
@@ -150,10 +163,9 @@ class BlockType(GgufType):
         if cls.zero is None:
             blocks["m"] = _per_block(matrix.offset, matrix.group_size)
         codes = _repacked(matrix.codes, matrix.bits, cls.carrier)
-        if min(matrix.bits, cls.carrier) > cls.code_bits and int(codes.max()) >> cls.code_bits:
-            raise InputError(
-                f"code {int(codes.max())} does not fit in {cls.name}", why=f"it holds {cls.code_bits} bits"
-            )
+        if (code := cls._beyond(codes, cls.carrier if matrix.bits > cls.code_bits else matrix.bits)) is not None:
+            last = cls.first + 2**cls.code_bits - 1
+            raise InputError(f"code {code} does not fit in {cls.name}", why=f"it holds {cls.first} to {last}")
         cls.put_codes(blocks, codes)
         return blocks.view(np.uint8)
 
@@ -326,6 +338,66 @@ class Q8_0(BlockType):
     def slow_unpack(cls, block: bytes) -> tuple[list[int], float, float]:
         d, *q = struct.unpack("<e32b", block)
         return [value + 128 for value in q], d, -cls.zero * d
+
+
+class _FiveBits(BlockType, abstract=True):
+    """Codes of 5 bits: their low nibbles in `qs` as in _Nibbles, bit j of the 32-bit word `qh` = bit 4 of element j.
+
+    They come and go as codes of 8 bits, the least canonical width that holds them.
+    """
+
+    code_bits, bits = 5, (8,)
+
+    @classmethod
+    def put_codes(cls, blocks: NDArray[Any], codes: NDArray[np.uint8]) -> None:
+        q = (codes - np.uint8(cls.first)).reshape(*blocks.shape, 2, QK // 2)  # (out, in/32, low | high, 16)
+        qs = (q[..., 0, :] & 15) | (q[..., 1, :] & 15) << np.uint8(4)
+        blocks["qs"] = np.ascontiguousarray(qs).view(f"V{QK // 2}").reshape(blocks.shape)
+        blocks["qh"] = np.packbits(q.reshape(-1, QK) >> 4, axis=-1, bitorder="little").view("<u4").reshape(blocks.shape)
+
+    @classmethod
+    def take_codes(cls, blocks: NDArray[Any]) -> NDArray[np.uint8]:
+        qs = np.ascontiguousarray(blocks["qs"]).view(np.uint8).reshape(-1, QK // 2)
+        qh = np.ascontiguousarray(blocks["qh"]).view(np.uint8).reshape(-1, QK // 8)
+        q = np.concatenate([qs & 15, qs >> 4], axis=-1) | np.unpackbits(qh, axis=-1, bitorder="little") << np.uint8(4)
+        codes: NDArray[np.uint8] = (q + np.uint8(cls.first)).reshape(len(blocks), -1)
+        return codes
+
+    @classmethod
+    def _slow_codes(cls, qh: int, qs: bytes) -> list[int]:
+        return [low | (qh >> j & 1) << 4 for j, low in enumerate(_slow_nibbles(qs))]
+
+
+class Q5_0(_FiveBits):
+    """Symmetric about 16, w = d·(q − 16). As 8-bit codes q + 112 it is symmetric about 128, hence also a Q8_0:
+
+    0        2        6                                   22 bytes
+    │ d fp16 │ qh: u4 │ qs: 16 bytes, see _FiveBits        │
+    """
+
+    id, file_type, zero, first = 6, 8, 128, 112
+    layout = np.dtype([("d", "<u2"), ("qh", "<u4"), ("qs", f"V{QK // 2}")])  # FP16 + QK // 8 + QK // 2
+
+    @classmethod
+    def slow_unpack(cls, block: bytes) -> tuple[list[int], float, float]:
+        d, qh = struct.unpack_from("<eI", block)
+        return [q + cls.first for q in cls._slow_codes(qh, block[FP16 + QK // 8 :])], d, -cls.zero * d
+
+
+class Q5_1(_FiveBits):
+    """w = d·q + m with q in 0..31:
+
+    0        2        4        8                                   24 bytes
+    │ d fp16 │ m fp16 │ qh: u4 │ qs: 16 bytes, see _FiveBits        │
+    """
+
+    id, file_type = 7, 9
+    layout = np.dtype([("d", "<u2"), ("m", "<u2"), ("qh", "<u4"), ("qs", f"V{QK // 2}")])  # Q5_0 + FP16
+
+    @classmethod
+    def slow_unpack(cls, block: bytes) -> tuple[list[int], float, float]:
+        d, m, qh = struct.unpack_from("<eeI", block)
+        return cls._slow_codes(qh, block[2 * FP16 + QK // 8 :]), d, m
 
 
 def _slow_nibbles(qs: bytes) -> list[int]:

@@ -57,7 +57,7 @@ def fitting(kind: type[BlockType]) -> st.SearchStrategy[GroupAffine]:
     """Matrices that the type holds exactly: codes of its bits, the offset of its zero."""
 
     def made(matrix: GroupAffine) -> GroupAffine:
-        codes = matrix.codes & np.uint8(2**kind.code_bits - 1)
+        codes = (matrix.codes & np.uint8(2**kind.code_bits - 1)) + np.uint8(kind.first)
         if kind.zero is None:
             return GroupAffine(codes, matrix.scale, matrix.offset, matrix.bits)
         limit = np.float16(65504 / kind.zero)
@@ -112,9 +112,10 @@ def test_q4_1_dequantizes_to_the_very_bits(matrix: GroupAffine) -> None:
 def test_every_code_goes_to_its_place(kind: type[BlockType]) -> None:
     """One code set at a time."""
     for element in range(2 * QK):
-        codes = np.zeros((1, 2 * QK), np.uint8)
-        codes[0, element] = 2**kind.code_bits - 1
-        matrix = GroupAffine(codes, *np.ones((2, 1, 2), np.float16), kind.bits[-1])
+        codes = np.full((1, 2 * QK), kind.first, np.uint8)
+        codes[0, element] += 2**kind.code_bits - 1
+        scale, offset = np.ones((1, 2), np.float16), np.full((1, 2), -(kind.zero or 0), np.float16)
+        matrix = GroupAffine(codes, scale, offset, kind.bits[-1])
         assert np.array_equal(oracle(kind, kind.pack(PackedAffine.pack(matrix)))[0], codes)
 
 
@@ -151,11 +152,17 @@ def test_the_type_that_holds_a_matrix_by_itself() -> None:
         assert exact_type(bits, lambda: pytest.fail("its values do not matter"), where="w") is Q4_1
     symmetric = GroupAffine(np.zeros((1, 32), np.uint8), np.ones((1, 1), np.float16), np.float16([[-128]]), 8)
     assert exact_type(8, lambda: PackedAffine.pack(symmetric), where="w") is Q8_0
+    assert exact_type(8, lambda: matrix(8, 32), where="w") is BLOCK_TYPES["Q5_1"]  # its codes end before 32
+    assert not BLOCK_TYPES["Q5_0"].holds(PackedAffine.pack(symmetric))  # its code 0 is below 112
+    with pytest.raises(InputError, match="code 0 does not fit in Q5_0"):
+        BLOCK_TYPES["Q5_0"].pack(PackedAffine.pack(symmetric))
 
 
 def test_what_gguf_cannot_hold_is_refused_with_the_formats_that_can() -> None:
+    wide = matrix(8, 32)
+    wide.codes[0, 0] = 32
     with pytest.raises(InputError, match="ONNX"):
-        exact_type(8, lambda: matrix(8, 32), where="lm_head")
+        exact_type(8, lambda: wide, where="lm_head")
     with pytest.raises(InputError, match=r"group size 16.*ONNX"):
         Q4_1.pack(matrix(4, 16))
     with pytest.raises(InputError, match="8-bit codes do not go into Q4_1"):

@@ -1,0 +1,69 @@
+"""Fetch one model from the Hugging Face hub into its cache: python -m qalora_export.models.hub_download ID [REVISION].
+
+Only safetensors weights and the files that go along with a model (config, tokenizer, chat template) are fetched: never
+pickles, never code. The last line on stdout is JSON: {"folder": …}, or {"error": …, "fix": …}.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from qalora_export.checkpoint.model_folder import COMPANIONS, INDEX, SINGLE
+
+SMALL = ("config.json", INDEX, "quantize_config.json", *COMPANIONS)
+SHARD = re.compile(r"[A-Za-z0-9_.-]+\.safetensors")  # also a pattern of the hub that matches nothing but itself
+
+
+def fetch(hub_id: str, revision: str | None) -> Path:
+    """The snapshot folder, weights included. Raises ValueError for other weights than safetensors, else hub errors."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(SMALL)))
+    snapshot_download(hub_id, revision=folder.name, allow_patterns=weights(folder))  # the same commit
+    if not (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
+        raise ValueError(f"it has neither {SINGLE} nor {INDEX}")
+    return folder
+
+
+def weights(folder: Path) -> list[str]:
+    """Names of the weight files: those of the index, or the one file of a small model."""
+    if not (folder / INDEX).is_file():
+        return [SINGLE]
+    index: Any = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    names = sorted(set(index["weight_map"].values()))
+    if strange := [name for name in names if not SHARD.fullmatch(str(name))]:
+        raise ValueError(f"its index names a file that is not a safetensors file of this folder: {strange[0]!r}")
+    return names
+
+
+def explained(error: Exception) -> dict[str, str]:
+    """An error of the hub in our words."""
+    from huggingface_hub import errors
+
+    text = str(error).strip().partition("\n")[0]
+    if isinstance(error, errors.GatedRepoError):
+        return {"error": "its owner asks for consent", "fix": "accept its terms on the hub, then set HF_TOKEN"}
+    if isinstance(error, errors.RevisionNotFoundError):
+        return {"error": "it has no such revision", "fix": "check the branch, tag or commit"}
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return {"error": "there is no such model", "fix": "check the spelling; a private model needs HF_TOKEN"}
+    if isinstance(error, (ValueError, KeyError, TypeError, AttributeError)):
+        return {"error": text, "fix": "use a revision or a conversion with safetensors weights"}
+    return {"error": text, "fix": "check the network, or fetch it on another machine and give its folder"}
+
+
+def main(hub_id: str, revision: str) -> int:
+    try:
+        answer = {"folder": str(fetch(hub_id, revision or None))}
+    except Exception as error:  # whatever it is, the caller must learn of it
+        answer = explained(error)
+    sys.stdout.write(json.dumps(answer) + "\n")
+    return 0 if "folder" in answer else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:3]))
