@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -9,14 +10,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from qalora_export.checkpoint.canonical import is_canonical
+from qalora_export.checkpoint.manifest import MANIFEST, is_ours, require_intact
 from qalora_export.checkpoint.model_folder import ModelFolder
+from qalora_export.checkpoint.output import claim_output
 from qalora_export.data.records import Record, iter_records
 from qalora_export.data.rendering import render
 from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.progress import track
 from qalora_export.recipe import EvaluateSettings
-from qalora_export.safety import StrPath, atomic_file, inside, read_json, refuse_existing, sha256_file
+from qalora_export.safety import StrPath, atomic_file, inside, local_path, read_json, sha256_file
 
+FORMAT = "qalora-score/1"
 Prompt = tuple[list[int], Record]  # token ids of everything before the answer
 
 
@@ -52,11 +57,18 @@ def evaluate(
     Every record must end in the expected answer. Prompts of equal length share a batch, so no padding enters the
     numbers. Raises InputError for unusable data.
     """
+    model, out = local_path(model), None if out is None else local_path(out)
+    with contextlib.ExitStack() as stack:
+        if out is not None:
+            stack.enter_context(claim_output(out, force=force, inputs=(model, settings.data)))
+        if is_canonical(model) or is_ours(model / MANIFEST):  # a plain model's manifest.json is its own affair
+            require_intact(model, "the model")
+        return _evaluate(model, settings, out, force=force)
+
+
+def _evaluate(model: Path, settings: EvaluateSettings, out: Path | None, *, force: bool) -> EvaluateReport:
     from qalora_export.models.loading import load_model, load_tokenizer
 
-    model, out = Path(model), None if out is None else Path(out)
-    if out is not None:
-        refuse_existing(out, force=force)
     tokenizer = load_tokenizer(model)
     prompts = read_prompts(tokenizer, settings, context=ModelFolder(model).config.get("max_position_embeddings"))
     network = load_model(model)
@@ -73,7 +85,8 @@ def evaluate(
     score = EvaluateReport(model.name, sha256_file(Path(settings.data)), len(prompts), exact, tuple(misses))
     if out is not None:
         with atomic_file(out, force=force) as temporary:
-            temporary.write_text(json.dumps(asdict(score) | {"accuracy": score.accuracy}, indent=2) + "\n", "utf-8")
+            content = {"format": FORMAT} | asdict(score) | {"accuracy": score.accuracy}
+            temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     return score
 
 

@@ -6,20 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from qalora_export.checkpoint.manifest import MANIFEST
+from qalora_export.checkpoint.output import write_signed
 from qalora_export.evaluation import read_score
 from qalora_export.recipe import Recipe
-from qalora_export.safety import atomic_file, sha256_file
+from qalora_export.safety import sha256_file
 from qalora_export.verify.report.parity_report import read_report
 
 CARD = "README.md"
 
 
-def write_card(recipe: Recipe) -> Path:
-    """Write the card of a finished run and return its path. It holds no times and no absolute paths."""
-    path = Path(recipe.out) / CARD
-    with atomic_file(path, force=True) as temporary:
-        temporary.write_text(card(recipe), encoding="utf-8")
-    return path
+def write_card(recipe: Recipe) -> Path | None:
+    """Write the card of a finished run; it holds no times and no absolute paths.
+
+    A README.md that is not ours stays, and the card gets another name (see write_signed). Returns its path.
+    """
+    return write_signed(Path(recipe.out) / CARD, card(recipe), comment=("<!-- ", " -->"))
 
 
 def card(recipe: Recipe) -> str:

@@ -1,43 +1,33 @@
 """`run recipe.toml`: every stage from one file, each skipped when nothing it depends on has changed.
 
-A stage's key is the sha256 of its inputs' hashes, its settings and the code version. run.json records, per stage, the
-key and the hash of the output. A stage is skipped when its key is recorded as done and its output is still intact;
-otherwise it runs again. The key is recorded as started before the stage writes anything, so a killed run knows which
-outputs are its own to replace.
+run.json records, per stage, its key (see stage_keys) and the hash of its output. A stage is skipped when its key is
+recorded as done and its output is still intact; otherwise it runs again. The key is recorded as started before the
+stage writes anything, so a killed run knows which outputs are its own to replace.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qalora_export.checkpoint.manifest import MANIFEST, parent_of, verify_files, verify_manifest
-from qalora_export.checkpoint.sidecar import sidecar_path
+from qalora_export.checkpoint.output import write_signed
 from qalora_export.errors import ExitCode, InputError, ParityError, RuntimeUnavailableError
 from qalora_export.model_card import write_card
-from qalora_export.recipe import EvaluateSettings, Recipe, Settings, dump_toml, load_recipe
-from qalora_export.safety import (
-    StrPath,
-    atomic_file,
-    could_not_write,
-    read_json,
-    sha256_bytes,
-    sha256_file,
-    single_writer,
-    sweep,
-)
+from qalora_export.recipe import PATH_KEYS, EvaluateSettings, Recipe, Settings, dump_toml, load_recipe, validated
+from qalora_export.safety import StrPath, atomic_file, exclusive, local_path, read_json
+from qalora_export.stage_keys import intact, output_hash, stage_key
 
 if TYPE_CHECKING:
     from qalora_export.verify.report.parity_report import ParityReport
 
 STATE = "run.json"
 RESOLVED = "recipe.resolved.toml"
+FORMAT = "qalora-run/1"
 VERIFY = "verify-parity"
 logger = logging.getLogger(__name__)
 OnStage = Callable[[str, Any], None]  # name of a stage and the report that it returned
@@ -76,24 +66,22 @@ def run(recipe: Recipe | StrPath, *, force: bool = False, on_stage: OnStage | No
     verify-parity fails, and whatever a stage raises.
     """
     if not isinstance(recipe, Recipe):
-        recipe = load_recipe(Path(recipe))
+        recipe = load_recipe(local_path(recipe))
     out = Path(recipe.out)
-    with could_not_write(out):
-        out.mkdir(parents=True, exist_ok=True)
-    with single_writer(out):
-        report = _run(recipe, out, force=force, on_stage=on_stage or (lambda *_: None))
-        sweep(out)
-    return report
+    if Path(recipe.model).resolve() in (out.resolve(), *out.resolve().parents):
+        raise InputError("the output folder lies inside the model", where=out, fix="choose another `out`")
+    with exclusive(out / STATE):
+        return _run(recipe, out, force=force, on_stage=on_stage or (lambda *_: None))
 
 
 def _run(recipe: Recipe, out: Path, *, force: bool, on_stage: OnStage) -> RunReport:
-    with atomic_file(out / RESOLVED, force=True) as temporary:
-        temporary.write_text(dump_toml(recipe), encoding="utf-8")
+    if write_signed(out / RESOLVED, dump_toml(_relative_to(recipe, out)), comment=("# ", "")) is None:
+        logger.warning("the resolved recipe was not saved: files of its name are there that are not ours")
     state = _State(out / STATE)
     reports, skipped = dict[str, Any](), list[str]()
     stages = plan(recipe)
     for number, stage in enumerate(stages, 1):
-        key = _key(stage)
+        key = stage_key(stage.name, stage.inputs, stage.settings)
         place = f"[{number}/{len(stages)}]"
         if not force and state.done(stage, key):
             logger.info("%s %s: up to date, %s", place, stage.name, stage.output)
@@ -107,14 +95,26 @@ def _run(recipe: Recipe, out: Path, *, force: bool, on_stage: OnStage) -> RunRep
                 fix="choose another `out`, delete it, or pass --force",
             )
         logger.info("%s %s → %s", place, stage.name, stage.output)
-        state.record(stage, key, output_hash=None)
+        state.record(stage, key, output=None)
         reports[stage.name] = stage.action(ours)
         on_stage(stage.name, reports[stage.name])
         if stage.name == VERIFY:
             _require_pass(reports[stage.name])
-        state.record(stage, key, output_hash=_output_hash(stage.output))
-    write_card(recipe)
+        state.record(stage, key, output=output_hash(stage.output))
+    if write_card(recipe) is None:
+        logger.warning("the model card was not written: README.md and README.qalora.md are there and not ours")
     return RunReport(out, tuple(reports), tuple(skipped), reports)
+
+
+def _relative_to(recipe: Recipe, out: Path) -> Recipe:
+    """The recipe as it reads from a file in `out`; absolute paths stay."""
+    raw = recipe.model_dump(mode="json")
+    for table, keys in PATH_KEYS.items():
+        target = raw[table] if table else raw
+        for key in keys:
+            if target and target[key] is not None and not Path(target[key]).is_absolute():
+                target[key] = os.path.relpath(Path(target[key]).resolve(), out.resolve())
+    return validated(Recipe, raw, where=out / RESOLVED)
 
 
 def plan(recipe: Recipe) -> list[Stage]:
@@ -196,66 +196,6 @@ def _files(*paths: Path | str | None) -> tuple[Path, ...]:
     return tuple(Path(path) for path in paths if path is not None)
 
 
-def _key(stage: Stage) -> str:
-    settings = stage.settings.model_dump(mode="json") if stage.settings else {}
-    for name, value in settings.items():  # a path is what it holds, not where it lies
-        if isinstance(value, str) and Path(value) in stage.inputs:
-            settings[name] = "input"
-    content = {
-        "stage": stage.name,
-        "settings": settings,
-        "code": code_version(),
-        "inputs": [_input_hash(path) for path in stage.inputs],
-    }
-    return sha256_bytes(json.dumps(content, sort_keys=True).encode())
-
-
-@cache
-def code_version() -> str:
-    """sha256 over every source file of this package: any change of code runs the stages again."""
-    root = Path(__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
-def _input_hash(path: Path) -> str:
-    if path.is_dir():
-        return parent_of(path, "input").sha256
-    if not path.is_file():
-        raise InputError("input not found", where=path, fix="check the path in the recipe")
-    return _output_hash(path)
-
-
-def _output_hash(path: Path) -> str:
-    """Identity of an output: its manifest where it has one, else its bytes."""
-    if path.is_file():
-        sidecar = sidecar_path(path)
-        return sha256_file(sidecar if sidecar.is_file() else path)
-    if (path / MANIFEST).is_file():
-        return sha256_file(path / MANIFEST)
-    return sha256_bytes("".join(f"{p.relative_to(path)} {sha256_file(p)}\n" for p in _tree(path)).encode())
-
-
-def _tree(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _intact(path: Path, expected: str) -> bool:
-    if not path.exists() or _output_hash(path) != expected:
-        return False
-    if path.is_file():
-        return not verify_files(path.parent, _sidecar_files(path))
-    return not (path / MANIFEST).is_file() or not verify_manifest(path)
-
-
-def _sidecar_files(path: Path) -> dict[str, dict[str, Any]]:
-    """The files that the manifest beside a GGUF names; none for other files."""
-    sidecar = sidecar_path(path)
-    return read_json(sidecar)["files"] if sidecar.is_file() else {}
-
-
 class _State:
     """run.json: {stage: {"key", "output"}}; output is null between start and end of a stage."""
 
@@ -266,23 +206,26 @@ class _State:
     def done(self, stage: Stage, key: str) -> bool:
         entry = self._stages.get(stage.name, {})
         output = entry.get("output")
-        return entry.get("key") == key and output is not None and _intact(stage.output, output)
+        return entry.get("key") == key and output is not None and intact(stage.output, output)
 
     def owns(self, stage: Stage) -> bool:
         return stage.name in self._stages
 
-    def record(self, stage: Stage, key: str, output_hash: str | None) -> None:
-        self._stages[stage.name] = {"key": key, "output": output_hash}
+    def record(self, stage: Stage, key: str, output: str | None) -> None:
+        self._stages[stage.name] = {"key": key, "output": output}
         with atomic_file(self._path, force=True) as temporary:
-            temporary.write_text(json.dumps({"stages": self._stages}, indent=1) + "\n", encoding="utf-8")
+            content = {"format": FORMAT, "stages": self._stages}
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _read_state(path: Path) -> dict[str, dict[str, str | None]]:
     """The stages of run.json. Raises InputError when it is not what `record` writes."""
     content = read_json(path)
-    stages = content.get("stages") if isinstance(content, dict) else None
+    stages = content.get("stages") if isinstance(content, dict) and content.get("format") == FORMAT else None
     if not isinstance(stages, dict) or not all(isinstance(entry, dict) for entry in stages.values()):
         raise InputError(
-            "run.json is not the record of a run", where=path, fix="delete it and pass --force to run every stage again"
+            "run.json is not the record of a run",
+            where=path,
+            fix="choose another `out`; if the outputs here are yours, delete it and pass --force to make them again",
         )
     return stages

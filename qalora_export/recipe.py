@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from qalora_export.errors import InputError
+from qalora_export.safety.paths import local_path
 
 Bits = Literal[2, 3, 4, 8]
 GroupSize = Literal[32, 64, 128]
@@ -21,6 +22,12 @@ Positive = Annotated[int, Field(gt=0)]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}(?<!\.gguf)")  # owner/name
 
+
+def _at_home(path: str) -> str:
+    return str(local_path(path)) if path.startswith("~") else path
+
+
+LocalPath = Annotated[str, AfterValidator(_at_home)]  # ~ means the home folder wherever settings come from
 SettingsT = TypeVar("SettingsT", bound=BaseModel)
 
 
@@ -50,7 +57,7 @@ class QuantizeSettings(Settings):
         default=False, description="refuse in-features that group_size does not divide, instead of a smaller group"
     )
     sym: bool = False
-    calibration: str | None = Field(default=None, description="text or JSONL file; GPTQ needs one")
+    calibration: LocalPath | None = Field(default=None, description="text or JSONL file; GPTQ needs one")
     calibration_samples: Positive = 128
     sequence_length: Positive = 512
     damp: Annotated[float, Field(gt=0, lt=1)] = 0.01
@@ -64,8 +71,8 @@ class QuantizeSettings(Settings):
 class TrainSettings(Settings):
     """QA-LoRA on Transformers' Trainer. Batch size is per device; targets are shell patterns on module names."""
 
-    data: str | None = None
-    validation: str | None = None
+    data: LocalPath | None = None
+    validation: LocalPath | None = None
     format: Literal["auto", "chat", "instruction", "text"] = "auto"
     rank: Positive = 16
     alpha: Annotated[float, Field(gt=0)] = 32.0
@@ -99,7 +106,7 @@ class TrainSettings(Settings):
 class EvaluateSettings(Settings):
     """Exact match: greedy answer to everything before the last assistant turn, compared as text."""
 
-    data: str
+    data: LocalPath
     limit: Positive | None = None
     max_new_tokens: Positive = 64
     batch_size: Positive = 32
@@ -128,7 +135,7 @@ class VerifySettings(Settings):
     """Which runtimes must agree, on what. prompts: JSONL (chat or text) or plain text, beside the fixed edge cases."""
 
     runtimes: tuple[str, ...] | None = Field(default=None, description="default: all that run what was exported")
-    prompts: str | None = None
+    prompts: LocalPath | None = None
     sequences: Annotated[int, Field(ge=16)] = 24
     positions: Annotated[int, Field(ge=1000)] = 1000
     max_length: Positive = 128
@@ -153,9 +160,9 @@ class Recipe(Settings):
     there at `revision`. out is where every artifact goes.
     """
 
-    model: str
+    model: LocalPath
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
-    out: str
+    out: LocalPath
     quantize: QuantizeSettings = QuantizeSettings()
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings | None = None
@@ -169,7 +176,7 @@ def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
     Relative paths in the recipe are relative to the recipe's own folder. Raises InputError with "did you mean".
     """
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise InputError("recipe not found", where=path, fix="check the path") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -182,8 +189,7 @@ def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
             target = target.setdefault(table, {}) if isinstance(target, dict) else target
         if not isinstance(target, dict):
             raise InputError("a setting lies below a value that is not a table", where=dotted, fix="check the key")
-        is_path = leaf in PATH_KEYS.get(".".join(tables), ())
-        target[leaf] = str(expanded(value)) if is_path and isinstance(value, str) else value
+        target[leaf] = value
     return validated(Recipe, raw, where=path)
 
 
@@ -230,17 +236,9 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
         target = raw.get(table, {}) if table else raw
         for key in keys:
             if isinstance(target, dict) and isinstance(target.get(key), str):
-                path = folder / expanded(target[key])
+                path = folder / local_path(target[key])
                 if key != "model" or path.exists() or not HUB_ID.fullmatch(target[key]):
                     target[key] = str(path)
-
-
-def expanded(path: str | Path) -> Path:
-    """The path with ~ and ~name replaced by a home folder. Raises InputError for a user unknown here."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:  # ~name of a user that this machine does not have
-        raise InputError("a path begins with an unknown user", where=path, why=str(error)) from error
 
 
 def _explain(model: type[BaseModel], item: Any) -> str:

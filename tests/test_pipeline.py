@@ -67,7 +67,7 @@ def test_all_stages_then_nothing_then_what_changed(recipe: Recipe, no_parity: No
     assert run(recipe).skipped == STAGES
     out = Path(recipe.out)
     assert load_recipe(out / "recipe.resolved.toml") == recipe
-    assert (out / "recipe.resolved.toml").read_text() == dump_toml(recipe)
+    assert (out / "recipe.resolved.toml").read_text().startswith(dump_toml(recipe))
     card = (out / "README.md").read_text()
     assert all(
         word in card for word in ("RTN to 4 bits", "llama-cli -m model.gguf", "/2 |", "merged.qalora/manifest.json")

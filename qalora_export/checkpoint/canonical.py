@@ -37,6 +37,12 @@ VERSION = 1
 PARTS = ("codes", "scale", "offset")
 
 
+def is_canonical(folder: Path) -> bool:
+    """Whether a model folder's config.json says that it is a canonical checkpoint. Errors as of ModelFolder."""
+    raw = ModelFolder(folder).config.get("quantization_config")
+    return isinstance(raw, dict) and raw.get("quant_method") == QUANT_METHOD
+
+
 class CanonicalCheckpoint(ModelFolder):
     """A canonical checkpoint, opened for streaming. `modules` maps module name to (bits, group_size)."""
 

@@ -13,12 +13,17 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from qalora_export.checkpoint.model_folder import COMPANIONS
-from qalora_export.errors import InputError, UnsafeInputError
+from qalora_export.console import track
+from qalora_export.errors import InputError, QaloraError, UnsafeInputError
 from qalora_export.safety import inside, read_json, sha256_bytes, sha256_file
 
 MANIFEST = "manifest.json"
 FORMAT = "qalora-manifest/1"
-FileKind = Literal["base", "adapter", "merged", "gguf", "onnx"]
+FileKind = Literal["base", "adapter", "merged", "gguf", "onnx", "report"]
+# What a stage or a runtime reads from a model folder, by the names that readers look for; notes and pictures are not.
+STEERING_SUFFIXES = {".json", ".safetensors", ".jinja", ".model", ".tiktoken", ".onnx", ".data"}
+STEERING_NAMES = {*COMPANIONS, "vocab.txt"}
+SHOW_PROGRESS = 2**30  # bytes; hashing less takes a moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +38,22 @@ class Parent:
 def parent_of(folder: Path, role: str) -> Parent:
     """Reference to a stage output (by its manifest), to a plain folder (by its config, weights and tokenizer) or to a
     file (by its bytes).
+
+    A "source" is never a stage output: whatever manifest lies in it says nothing about the files that are read.
     """
     if folder.is_file():
         return Parent(role, folder.name, sha256_file(folder))
-    if (folder / MANIFEST).is_file():
+    if role != "source" and is_ours(folder / MANIFEST):
         return Parent(role, folder.name, sha256_file(folder / MANIFEST))
-    files = sorted(p for p in folder.glob("*") if p.suffix in {".json", ".safetensors"} or p.name in COMPANIONS)
-    listing = "".join(f"{p.name} {sha256_file(p)}\n" for p in files)
+    listing = "".join(f"{name} {sha256_file(folder / name)}\n" for name in steering_files(folder))
     return Parent(role, folder.name, sha256_bytes(listing.encode()))
+
+
+def steering_files(folder: Path) -> list[str]:
+    """Names, relative to the folder and sorted, of everything in it that can change what a model computes or says."""
+    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    shown = (path for path in files if not any(part.startswith(".") for part in path.parts))
+    return sorted(p.as_posix() for p in shown if p.suffix in STEERING_SUFFIXES or p.name in STEERING_NAMES)
 
 
 def write_manifest(
@@ -97,24 +110,55 @@ def manifest_at(path: Path) -> dict[str, Any]:
     return content
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a manifest of ours lies at `path`."""
+    try:
+        manifest_at(path)
+    except QaloraError:
+        return False
+    return True
+
+
 def _tables(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(entry, dict) for entry in value.values())
 
 
+def require_intact(folder: Path, what: str) -> None:
+    """Refuse an input that its own manifest refutes; a folder without one has nothing to be held against.
+
+    Every stage calls this before it reads. Nothing is remembered between calls: size and times can be set to anything
+    (`cp -p`), and hashing costs about what reading the file costs. Raises InputError naming the files, UnsafeInputError
+    when the manifest is not one of ours.
+    """
+    if (folder / MANIFEST).is_file() and (wrong := verify_manifest(folder)):
+        raise InputError(
+            f"{what} differs from its manifest",
+            where=f"{folder}: {', '.join(wrong)}",
+            why="damaged, edited or incomplete since it was written",
+            fix="fetch it or make it again",
+        )
+
+
 def verify_manifest(folder: Path) -> list[str]:
-    """Names of files whose size or sha256 differs from the manifest, or which are missing. Empty means intact."""
-    return verify_files(folder, read_manifest(folder)["files"])
+    """Names of files that differ from the manifest: other size or sha256, missing, or steering and not listed.
+
+    Empty means intact.
+    """
+    files = read_manifest(folder)["files"]
+    unlisted = [name for name in steering_files(folder) if name not in files and name != MANIFEST]
+    return verify_files(folder, files) + unlisted
 
 
 def verify_files(folder: Path, files: dict[str, dict[str, Any]]) -> list[str]:
-    """The same for a table of files: name -> {"bytes", "sha256"}."""
-    wrong = []
-    for name, expected in files.items():
-        try:
-            path = inside(folder, name)
-        except InputError:
-            wrong.append(name)
-            continue
-        if path.stat().st_size != expected.get("bytes") or sha256_file(path) != expected.get("sha256"):
-            wrong.append(name)
-    return wrong
+    """Those of a table of files (name -> {"bytes", "sha256"}) whose size or sha256 differs, or which are missing."""
+    large = sum(size for entry in files.values() if isinstance(size := entry.get("bytes"), int)) > SHOW_PROGRESS
+    names = track(files, f"check {folder.name}") if large else files
+    return [name for name in names if not _matches(folder, name, files[name])]
+
+
+def _matches(folder: Path, name: str, expected: dict[str, Any]) -> bool:
+    try:
+        path = inside(folder, name)
+    except InputError:
+        return False
+    return path.stat().st_size == expected.get("bytes") and sha256_file(path) == expected.get("sha256")

@@ -59,7 +59,10 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
                 why="truncated, or not a safetensors file",
                 fix="fetch the file again",
             )
-        header = parse_json(file.read(length), where=path)
+        raw = file.read(length)
+    if not raw.startswith(b"{"):
+        raise UnsafeInputError("header is not a JSON object", where=path, why="it must begin with {")
+    header = parse_json(raw, where=path)
     if not isinstance(header, dict):
         raise UnsafeInputError("header is not a JSON object", where=path)
     header.pop("__metadata__", None)

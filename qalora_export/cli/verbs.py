@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from qalora_export.recipe import expanded
+from qalora_export.safety.paths import local_path
 
 VERBS = {
     "quantize": "qalora_export.cli.quantize",
@@ -38,6 +38,6 @@ def with_home(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def call(**values: object) -> None:
-        command(**{name: expanded(value) if isinstance(value, Path) else value for name, value in values.items()})
+        command(**{name: local_path(value) if isinstance(value, Path) else value for name, value in values.items()})
 
     return call

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
-from qalora_export.checkpoint.manifest import parent_of
+from qalora_export.checkpoint.manifest import parent_of, require_intact
+from qalora_export.checkpoint.output import claim_output
 from qalora_export.formats.gguf.lora import AdapterReport, LowRank, write_adapter
 from qalora_export.qalora.adapter_files import ModuleShape, read_adapter
 
@@ -17,6 +18,12 @@ def export_gguf_adapter(
 
     Raises InputError as qalora.adapter_files.read_adapter does: another base, a plain LoRA, an undeclared convention.
     """
+    with claim_output(out, force=force, inputs=(base, adapter)):
+        require_intact(base, "the base")
+        return _export(base, adapter, out, convention=convention, force=force)
+
+
+def _export(base: Path, adapter: Path, out: Path, *, convention: str, force: bool) -> AdapterReport:
     model = CanonicalCheckpoint(base)
     shapes = {}
     for module, (_, group_size) in model.modules.items():

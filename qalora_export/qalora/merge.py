@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint, CanonicalWriter
-from qalora_export.checkpoint.manifest import MANIFEST, parent_of, verify_manifest
+from qalora_export.checkpoint.manifest import parent_of, require_intact
+from qalora_export.checkpoint.output import claim_output
 from qalora_export.errors import InputError, ParityError
 from qalora_export.formats.contents import FolderContents, compare
 from qalora_export.grid import GroupAffine, differing
@@ -22,7 +23,7 @@ from qalora_export.models.loading import load_model
 from qalora_export.progress import track
 from qalora_export.qalora.adapter_files import Adapter, ModuleAdapter, ModuleShape, load_adapter, read_adapter
 from qalora_export.qalora.layer import effective_offset
-from qalora_export.safety import StrPath, atomic_directory, refuse_existing
+from qalora_export.safety import StrPath, atomic_directory, local_path
 
 PROBE_SEQUENCES, PROBE_LENGTH = 4, 32
 
@@ -65,15 +66,14 @@ def merge(
     differ from its manifest, or an offset_eff that float16 cannot hold (tensor and group named); ParityError when the
     written checkpoint is not base + adapter bit for bit. Nothing appears under `out` unless every check passed.
     """
-    base, adapter, out = Path(base), Path(adapter), Path(out)
-    refuse_existing(out, force=force)
+    base, adapter, out = local_path(base), local_path(adapter), local_path(out)
+    with claim_output(out, force=force, inputs=(base, adapter)):
+        return _merge(base, adapter, out, convention=convention, force=force, compare_logits=compare_logits)
+
+
+def _merge(base: Path, adapter: Path, out: Path, *, convention: str, force: bool, compare_logits: bool) -> MergeReport:
     checkpoint = CanonicalCheckpoint(base)
-    if (base / MANIFEST).exists() and (damaged := verify_manifest(base)):
-        raise InputError(
-            "the base differs from its manifest",
-            where=f"{base}: {', '.join(damaged)}",
-            fix="fetch or quantize it again",
-        )
+    require_intact(base, "the base")
     read = read_adapter(adapter, _shapes(checkpoint), convention=convention, base=base)
     with atomic_directory(out, force=force) as partial:
         staged = partial / out.name

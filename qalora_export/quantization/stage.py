@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qalora_export.checkpoint.canonical import CanonicalWriter
 from qalora_export.checkpoint.model_folder import ModelFolder
+from qalora_export.checkpoint.output import claim_output
 from qalora_export.data.calibration import calibration_windows
 from qalora_export.errors import InputError
 from qalora_export.memory import peak_rss_bytes
@@ -34,7 +35,7 @@ from qalora_export.quantization.rtn import round_to_nearest
 from qalora_export.quantization.rules import Plan, resolve
 from qalora_export.quantization.source import Source, gptq_config, open_source
 from qalora_export.recipe import QuantizeSettings
-from qalora_export.safety import StrPath, refuse_existing, sha256_file
+from qalora_export.safety import StrPath, local_path, sha256_file
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +58,14 @@ def quantize(
     CUDA is used when present. The same inputs and settings give the same bytes on the same machine. Raises InputError
     for everything the user can put right; nothing is left at `out` then.
     """
-    out = Path(out)
-    refuse_existing(out, force=force)
+    out = local_path(out)
     if settings is None:
         settings = QuantizeSettings(method="rtn")
         logger.info("no settings: rounding to nearest; GPTQ, which loses less, takes calibration text")
-    with open_source(model, out, revision=revision, dequantize=settings.dequantize) as source:
+    with (
+        claim_output(out, force=force, inputs=(str(model), settings.calibration)),
+        open_source(model, out, revision=revision, dequantize=settings.dequantize) as source,
+    ):
         packed = gptq_config(source.folder)
         return (
             _quantize(source, out, settings, force=force)

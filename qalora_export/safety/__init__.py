@@ -1,10 +1,16 @@
 """Model files are untrusted input: bounded sizes, paths that cannot escape, writes that are whole or absent."""
 
-from qalora_export.safety.atomic import atomic_directory, atomic_file, could_not_write, refuse_existing, sweep
+from qalora_export.safety.atomic import (
+    atomic_directory,
+    atomic_file,
+    could_not_write,
+    exclusive,
+    refuse_existing,
+    sweep,
+)
 from qalora_export.safety.hashing import sha256_bytes, sha256_file
 from qalora_export.safety.limits import MAX_HEADER_BYTES, MAX_JSON_BYTES, read_json
-from qalora_export.safety.lock import single_writer
-from qalora_export.safety.paths import StrPath, inside
+from qalora_export.safety.paths import StrPath, inside, local_path
 
 __all__ = [
     "MAX_HEADER_BYTES",
@@ -13,11 +19,12 @@ __all__ = [
     "atomic_directory",
     "atomic_file",
     "could_not_write",
+    "exclusive",
     "inside",
+    "local_path",
     "read_json",
     "refuse_existing",
     "sha256_bytes",
     "sha256_file",
-    "single_writer",
     "sweep",
 ]

@@ -1,8 +1,14 @@
-"""Atomic output: written beside its final place, synced, then renamed. What exists is whole.
+"""Atomic output: written beside its final place, synced, then renamed. What exists is whole, and one writer's work.
+
+Temporary names belong to one process, `.out.qalora-PID-RANDOM.partial`, and the lock of `out` (safety.lock) is held
+from before the first byte to after the last rename. So whoever holds that lock may delete every temporary name of
+`out`: its writer was killed.
 
 Every file leaves with the permissions of an ordinary new file: some libraries (safetensors) make theirs readable for
 the owner alone, and another user, who deploys the model, could not read it.
 """
+
+from __future__ import annotations
 
 import contextlib
 import os
@@ -15,9 +21,12 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from qalora_export.errors import InputError
+from qalora_export.safety.lock import LOCK, OWNER, is_held, place_of, single_writer, try_lock
 
 # How safetensors' and torch's own writers, which raise no OSError, report what the system refused.
 _FOREIGN = re.compile(r"I/O error|os error \d+|PytorchStreamWriter|inline_container")
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.qalora-\d+-[0-9a-f]{8}(?P<replaced>\.replaced)?\.partial", re.DOTALL)
+_LOCK_FILE = re.compile(rf"\.(?P<name>.+)({re.escape(LOCK)}|{re.escape(OWNER)})", re.DOTALL)
 
 
 def refuse_existing(target: Path, *, force: bool) -> None:
@@ -27,19 +36,35 @@ def refuse_existing(target: Path, *, force: bool) -> None:
 
 
 @contextlib.contextmanager
+def exclusive(target: Path) -> Iterator[None]:
+    """Be the one writer of `target` while the block runs; may be nested.
+
+    Missing parent folders are made, and go again when nothing was put into them. What killed writers left under
+    temporary names in its folder is removed, and an output that one had moved aside is put back.
+    """
+    with contextlib.ExitStack() as stack:
+        with could_not_write(target):
+            stack.callback(_remove_empty, _make_folders(target.parent))
+            if stack.enter_context(single_writer(target)):
+                _clean(place_of(target))
+                sweep(target.parent)
+        yield
+
+
+@contextlib.contextmanager
 def atomic_file(target: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success sync it and rename it to `target`, else delete it.
 
-    The file's mode becomes 0666 without the umask.
+    The file's mode becomes 0666 without the umask. Raises InputError when `target` exists (unless `force`) or has
+    another writer.
     """
-    refuse_existing(target, force=force)
-    with could_not_write(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.partial")
-        _remove(temporary)
+    with exclusive(target), could_not_write(target):
+        refuse_existing(target, force=force)
+        temporary = _temporary(target)
         try:
             yield temporary
-            _sync(temporary, mode=_ordinary_mode(target.with_name(f".{target.name}.mode.partial")))
+            _sync(temporary, mode=_ordinary_mode(_temporary(target)))
+            refuse_existing(target, force=force)
             temporary.replace(target)
             _sync(target.parent)
         finally:
@@ -51,39 +76,86 @@ def atomic_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `target`; on success sync every file and rename the folder into place.
 
     With `force` an existing target is moved aside first and deleted after the rename, so at no moment does a half
-    written folder stand under the final name. One that a kill left aside, between the two renames, is put back.
-    The mode of every file becomes 0666 without the umask; folders keep theirs.
+    written folder stand under the final name. One that a kill left aside, between the two renames, is put back by the
+    next writer. The mode of every file becomes 0666 without the umask; folders keep theirs. Errors as in atomic_file.
     """
-    temporary = target.with_name(f".{target.name}.partial")
-    replaced = target.with_name(f".{target.name}.replaced.partial")
-    with could_not_write(target):
-        if replaced.exists() and not target.exists():
-            replaced.rename(target)
-    refuse_existing(target, force=force)
-    with could_not_write(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove(temporary)
-        _remove(replaced)
-        temporary.mkdir()
+    with exclusive(target), could_not_write(target):
+        refuse_existing(target, force=force)
+        temporary = _temporary(target)
+        replaced = temporary.with_suffix(".replaced.partial")
         try:
+            temporary.mkdir()
             yield temporary
             mode = _ordinary_mode(temporary / ".mode.partial")
             for path in sorted(temporary.rglob("*")):
                 _sync(path, mode=mode)
             _sync(temporary)
+            refuse_existing(target, force=force)
             if target.exists() or target.is_symlink():
                 target.rename(replaced)
             temporary.rename(target)
             _sync(target.parent)
         finally:
             _remove(temporary)
-            _remove(replaced)
+            _put_back_or_remove(replaced, target)
 
 
 def sweep(folder: Path) -> None:
-    """Delete what killed runs left under temporary names in `folder`."""
-    for path in folder.glob(".*.partial"):
-        _remove(path)
+    """Delete what killed writers left under temporary names in `folder`; what a living one has there is its own."""
+    names = {found["name"] for path in folder.iterdir() if (found := _ours(path.name))}
+    for place in (place_of(folder / name) for name in names):
+        if is_held(place):
+            continue
+        with contextlib.suppress(OSError):  # of another user, who may still clean up
+            if (release := try_lock(place)) is not None:
+                try:
+                    _clean(place)
+                finally:
+                    release()
+
+
+def _ours(name: str) -> re.Match[str] | None:
+    return _TEMPORARY.fullmatch(name) or _LOCK_FILE.fullmatch(name)
+
+
+def _clean(place: Path) -> None:
+    """Remove the temporary names of `place`, whose lock is held."""
+    for path in place.parent.iterdir():
+        found = _TEMPORARY.fullmatch(path.name)
+        if found is None or found["name"] != place.name:
+            continue
+        if found["replaced"]:
+            _put_back_or_remove(path, place)
+        else:
+            _remove(path)
+
+
+def _put_back_or_remove(replaced: Path, target: Path) -> None:
+    if replaced.exists() and not target.exists() and not target.is_symlink():
+        replaced.rename(target)
+    else:
+        _remove(replaced)
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".{target.name}.qalora-{os.getpid()}-{os.urandom(4).hex()}.partial")
+
+
+def _make_folders(folder: Path) -> list[Path]:
+    """Make `folder` and its parents; those that were missing, the innermost first."""
+    missing = []
+    for path in (folder, *folder.parents):
+        if path.exists():
+            break
+        missing.append(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -24,9 +24,9 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(raw: bytes, *, where: object) -> Any:
-    """Parse JSON bytes; errors as in read_json."""
+    """Parse JSON bytes, with or without a byte order mark; errors as in read_json."""
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(pairs, where))
+        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=lambda pairs: _unique(pairs, where))
     except ValueError as error:  # not UTF-8, not JSON, or an integer of more digits than Python converts
         raise InputError("not valid JSON", where=where, why=str(error), fix="fetch the file again") from error
     except RecursionError as error:

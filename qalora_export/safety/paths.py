@@ -8,6 +8,20 @@ from qalora_export.errors import InputError, UnsafeInputError
 StrPath = str | os.PathLike[str]  # what every public function takes for a file or folder
 
 
+def local_path(given: StrPath) -> Path:
+    """A file or folder that a user named; `~` and `~name` are home folders.
+
+    Raises InputError for a home folder that this machine does not have and for characters no file name can hold.
+    """
+    path = Path(given)
+    if "\0" in str(path):
+        raise InputError("a path holds a NUL character", where=repr(str(path)), fix="check the path")
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise InputError("a path begins with an unknown user", where=path, why=str(error)) from error
+
+
 def inside(folder: Path, name: str) -> Path:
     """The file `name` inside `folder`, checked.
 

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.manifest import parent_of, require_intact, write_manifest
+from qalora_export.checkpoint.output import claim_output
 from qalora_export.checkpoint.provenance import checkpoint_links
 from qalora_export.errors import RuntimeUnavailableError
 from qalora_export.models.loading import load_tokenizer
 from qalora_export.progress import status
 from qalora_export.recipe import VerifySettings
-from qalora_export.safety import StrPath, atomic_directory, refuse_existing
+from qalora_export.safety import StrPath, atomic_directory, local_path
 from qalora_export.verify.bisect.search import bisect_failures, explain
 from qalora_export.verify.gates.registry import Measured, registered
 from qalora_export.verify.probes.probe_set import make_probes
@@ -59,14 +61,18 @@ def verify_parity(
     Nothing is printed: the report's exit_code is 0, 1 or 3, and cli.parity_table.print_report shows it. Raises
     InputError (2) and UnsafeInputError (4) for bad input.
     """
-    out, settings = Path(out), settings or VerifySettings()
-    refuse_existing(out, force=force)
-    artifacts = requested(settings.runtimes, {"gguf": _path(gguf), "onnx": _path(onnx)})
-    model = CanonicalCheckpoint(Path(checkpoint))
-    with atomic_directory(out, force=force) as folder:
+    checkpoint, out, settings = local_path(checkpoint), local_path(out), settings or VerifySettings()
+    gguf, onnx, base = (None if path is None else local_path(path) for path in (gguf, onnx, base))
+    artifacts = requested(settings.runtimes, {"gguf": gguf, "onnx": onnx})
+    model = CanonicalCheckpoint(checkpoint)
+    inputs = (checkpoint, gguf, onnx, base, settings.prompts)
+    with claim_output(out, force=force, inputs=inputs), atomic_directory(out, force=force) as folder:
+        require_intact(checkpoint, "the checkpoint")
+        if base is not None:
+            require_intact(base, "the base")
         workdir = folder / "work"
         workdir.mkdir()
-        session = _prepare(model, settings, _path(base), workdir, launch)
+        session = _prepare(model, settings, base, workdir, launch)
         targets = [Target(session, all_runtimes()[name], artifact) for name, artifact in artifacts.items()]
         report = ParityReport(out, [_measure(gate, target) for target in targets for gate in registered()], [], {})
         for target in targets:
@@ -82,6 +88,7 @@ def verify_parity(
         shutil.rmtree(workdir)
         for write in (write_report, write_html, write_junit):
             write(report, folder)
+        write_manifest(folder, "report", tensors={}, parents=[parent_of(checkpoint, "checkpoint")], settings={})
     return report
 
 

@@ -132,7 +132,6 @@ def test_offset_that_float16_cannot_hold_is_named(tiny_canonical: Path, tmp_path
 def test_existing_output_is_refused_and_force_replaces(tiny_canonical: Path, tmp_path: Path) -> None:
     own_adapter(tiny_canonical, tmp_path / "adapter")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").touch()
     with pytest.raises(InputError, match="exists already"):
         merge(tiny_canonical, tmp_path / "adapter", tmp_path / "out")
     merge(tiny_canonical, tmp_path / "adapter", tmp_path / "out", force=True, compare_logits=False)

@@ -74,13 +74,62 @@ def test_force_replaces_a_file_by_a_folder(tmp_path: Path) -> None:
 
 
 def test_left_overs_of_a_killed_run_are_swept(tmp_path: Path) -> None:
-    fill_target = tmp_path / ".out.partial"
-    fill_target.mkdir()
-    (fill_target / "half").write_text("half")
+    for name in (".out.qalora-1-0123abcd.partial", ".other.qalora-2-0123abcd.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("half")
+    (tmp_path / ".other.qalora-lock").touch()
     with atomic_directory(tmp_path / "out") as partial:
         fill(partial)
     assert listing(tmp_path / "out") == ["sub"]
     assert listing(tmp_path) == ["out"]
+
+
+def test_names_that_only_look_like_ours_stay(tmp_path: Path) -> None:
+    names = [".out.partial", ".git.lock", "out.qalora-1-0123abcd.partial", ".out.qalora-x-0123abcd.partial"]
+    for name in names:
+        (tmp_path / name).touch()
+    with atomic_file(tmp_path / "out") as partial:
+        partial.write_text("whole")
+    assert listing(tmp_path) == sorted([*names, "out"])
+
+
+def test_an_old_folder_moved_aside_by_a_kill_is_put_back(tmp_path: Path) -> None:
+    fill(tmp_path, "old")
+    (tmp_path / "sub").rename(tmp_path / ".out.qalora-1-0123abcd.replaced.partial")
+    with pytest.raises(InputError, match="exists already"), atomic_directory(tmp_path / "out"):
+        pytest.fail("the block must not run")
+    assert (tmp_path / "out" / "file").read_text() == "old"
+    assert listing(tmp_path) == ["out"]
+
+
+def test_a_failure_between_the_two_renames_keeps_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    rename = Path.rename
+
+    def refuse(self: Path, to: Path) -> Path:
+        if to == tmp_path / "out" and not self.name.endswith(".replaced.partial"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(InputError, match="could not write"), atomic_directory(tmp_path / "out", force=True) as partial:
+        fill(partial)
+    assert listing(tmp_path) == ["out"] and listing(tmp_path / "out") == ["old"]
+
+
+def test_what_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    """Programs that know nothing of our locks write, too."""
+    with pytest.raises(InputError, match="exists already"), atomic_file(tmp_path / "out") as partial:
+        partial.write_text("ours")
+        (tmp_path / "out").write_text("theirs")
+    assert (tmp_path / "out").read_text() == "theirs"
+
+
+def test_folders_made_for_an_output_that_never_came_go_again(tmp_path: Path) -> None:
+    with pytest.raises(Stop), atomic_file(tmp_path / "a" / "b" / "out"):
+        raise Stop
+    assert listing(tmp_path) == []
 
 
 def test_dangling_symlink_counts_as_existing(tmp_path: Path) -> None:
@@ -182,10 +231,9 @@ def test_what_a_link_points_to_keeps_its_mode(tmp_path: Path) -> None:
     assert mode_of(tmp_path / "private") == 0o600
 
 
-def test_a_probe_that_a_kill_left_or_someone_planted_does_no_harm(tmp_path: Path) -> None:
+def test_a_link_planted_in_place_of_the_lock_is_refused(tmp_path: Path) -> None:
     (tmp_path / "victim").write_text("untouched")
-    (tmp_path / ".file.mode.partial").symlink_to(tmp_path / "victim")
-    with atomic_file(tmp_path / "file") as partial:
-        partial.write_text("whole")
+    (tmp_path / ".file.qalora-lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(InputError, match="could not write"), atomic_file(tmp_path / "file"):
+        pytest.fail("the block must not run")
     assert (tmp_path / "victim").read_text() == "untouched"
-    assert listing(tmp_path) == ["file", "victim"]

@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 RECIPE = """
 model = "model"
@@ -139,16 +140,30 @@ class Driver:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait(TIMEOUT)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
 
     def start(self, *arguments: object, die_at: int | None = None) -> Attempt:
+        return self.start_together([self._request(arguments, die_at=die_at)])[0]
+
+    def rivals(self, *commands: tuple[object, ...], apart: float = 0.0) -> list[tuple[int, str]]:
+        """Commands started together, each `apart` seconds after the one before: exit code and what it said."""
+        requests = [self._request(command, delay=apart * number) for number, command in enumerate(commands)]
+        attempts = self.start_together(requests)
+        codes = [self.ended() for _ in attempts]
+        return [(code, attempt.said()) for code, attempt in zip(codes, attempts, strict=True)]
+
+    def start_together(self, requests: list[dict[str, Any]]) -> list[Attempt]:
         assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(requests) + "\n")
+        self.process.stdin.flush()
+        return [Attempt(int(self._line()), Path(request["log"])) for request in requests]
+
+    def _request(self, arguments: tuple[object, ...], **options: object) -> dict[str, Any]:
         self.count += 1
         log = self.folder / f"log{self.count}"
         log.touch()
-        request = {"arguments": [str(argument) for argument in arguments], "log": str(log), "die_at": die_at}
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return Attempt(int(self._line()), log)
+        return {"arguments": [str(argument) for argument in arguments], "log": str(log), **options}
 
     def ended(self) -> int:
         """Exit code of the attempt, −9 when it was killed."""

@@ -1,8 +1,9 @@
 """Starts `qalora-export` many times without paying for its imports each time: import once, fork per attempt.
 
-One JSON line per attempt on stdin: {"arguments": [...], "log": path, "die_at": n or null}. Answers on stdout, a line
-each: the process id when it has started, and the status (exit code, or −n after signal n) when it has ended. The
-attempt leads a process group of its own, so that the caller can kill it with everything it started.
+One JSON line on stdin per list of attempts that run together: [{"arguments": [...], "log": path, "die_at": n or null,
+"delay": seconds}, ...]. Answers on stdout, a line each: the process ids as they start, then the statuses (exit code, or
+−n after signal n) in the same order. The attempt leads a process group of its own, so that the caller can kill it with
+everything it started.
 
 die_at: the attempt kills itself before its n-th change of the file system (rename, remove, mkdir, rmdir, open for
 writing), which reaches the narrow places between two changes that a clock hardly ever hits. The number of changes an
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 # Imported here so that attempts need not; none of them starts a thread, which would not survive the fork.
@@ -49,6 +51,7 @@ def attempt(request: dict) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     for target, source in ((0, null), (1, log), (2, log)):
         os.dup2(source, target)
+    time.sleep(request.get("delay", 0.0))
     count_changes(Path(request["log"] + ".changes"), request.get("die_at"))
     code = 1
     try:
@@ -69,15 +72,18 @@ def main() -> None:
     say.write("ready\n")
     say.flush()
     for line in sys.stdin:
-        request = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            attempt(request)
-        say.write(f"{child}\n")
-        say.flush()
-        _, status = os.waitpid(child, 0)
-        say.write(f"{os.waitstatus_to_exitcode(status)}\n")
-        say.flush()
+        children = []
+        for request in json.loads(line):
+            child = os.fork()
+            if child == 0:
+                attempt(request)
+            children.append(child)
+            say.write(f"{child}\n")
+            say.flush()
+        for child in children:
+            _, status = os.waitpid(child, 0)
+            say.write(f"{os.waitstatus_to_exitcode(status)}\n")
+            say.flush()
 
 
 if __name__ == "__main__":

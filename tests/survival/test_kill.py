@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,12 +30,6 @@ class Undisturbed:
     @property
     def out(self) -> Path:
         return self.recipe.with_name("out")
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
-    with Driver(tmp_path_factory.mktemp("logs")) as process:
-        yield process
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 
 from qalora_export.errors import InputError
 from qalora_export.qalora.training import folder as training_folder
-from qalora_export.safety import atomic_directory, atomic_file, single_writer, sweep
+from qalora_export.safety import atomic_directory, atomic_file, sweep
 from tests.survival.changes import count_changes
 
 RUN = {"settings": {"rank": 4}, "base": "abc"}
@@ -82,6 +82,15 @@ def test_a_replaced_file_is_old_or_new_at_every_moment(tmp_path: Path) -> None:
     assert every_place(tmp_path, prepare, action, check) >= 2
 
 
+def test_a_replaced_folder_is_found_again_by_the_next_writer_of_its_neighbour(tmp_path: Path) -> None:
+    def check(folder: Path) -> None:
+        with atomic_file(folder / "neighbour") as partial:
+            partial.write_text("x")
+        assert sorted(path.name for path in folder.iterdir()) == ["neighbour", "out"]
+
+    assert every_place(tmp_path, lambda f: write(f, "old"), lambda f: write(f, "new"), check) >= 6
+
+
 def checkpoints(folder: Path) -> None:
     training_folder.prepare(folder / "t", RUN, resume=True, force=False)
     for step in (3, 6):
@@ -114,15 +123,7 @@ def test_the_last_checkpoint_is_deleted_before_the_best(tmp_path: Path) -> None:
 
 
 def test_one_writer_at_a_time_and_a_kill_frees_the_folder(tmp_path: Path) -> None:
-    def hold() -> None:
-        with single_writer(tmp_path):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    with single_writer(tmp_path), pytest.raises(InputError, match="another run"), single_writer(tmp_path):
-        pytest.fail("two writers")
-    child = os.fork()
-    if child == 0:
-        hold()
-    os.waitpid(child, 0)
-    with single_writer(tmp_path):
-        pass
+    assert killed_at(3, tmp_path / "work", lambda: write(tmp_path, "half"))
+    assert [path.suffix for path in tmp_path.iterdir() if path.name != "changes"] == [".qalora-lock"]
+    write(tmp_path, "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["changes", "out"]

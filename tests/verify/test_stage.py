@@ -58,6 +58,7 @@ def test_right_runtimes_pass_every_gate_and_the_report_is_complete(exported: Exp
     assert arrays["llama.cpp/exact/nmse"].shape == (written["probe"]["positions"],)
     assert sorted(p.name for p in (tmp_path / "report").iterdir()) == [
         "junit.xml",
+        "manifest.json",
         "positions.npz",
         "report.html",
         "report.json",

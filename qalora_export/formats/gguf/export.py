@@ -8,9 +8,10 @@ from collections import Counter
 from pathlib import Path
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
-from qalora_export.checkpoint.manifest import parent_of
+from qalora_export.checkpoint.manifest import parent_of, require_intact
+from qalora_export.checkpoint.output import claim_output
 from qalora_export.checkpoint.sidecar import files_of, sidecar_path, write_sidecar
-from qalora_export.errors import InputError, ParityError
+from qalora_export.errors import ParityError
 from qalora_export.formats.contents import Comparison, FolderContents, compare
 from qalora_export.formats.export_report import ExportReport
 from qalora_export.formats.gguf.metadata import Entry, architecture, general
@@ -22,7 +23,7 @@ from qalora_export.formats.gguf.writer import write_gguf
 from qalora_export.formats.streaming import finished
 from qalora_export.models.families import family_of
 from qalora_export.recipe import GgufSettings
-from qalora_export.safety import StrPath, atomic_file
+from qalora_export.safety import StrPath, atomic_file, exclusive, local_path
 from qalora_export.version import __version__
 
 
@@ -35,8 +36,20 @@ def export_gguf(
     Raises InputError for what GGUF cannot hold exactly, ParityError when the file read back differs; in both cases
     nothing is left behind.
     """
-    checkpoint, out, settings = Path(checkpoint), Path(out), settings or GgufSettings()
-    model = _open(checkpoint, out)
+    checkpoint, out, settings = local_path(checkpoint), local_path(out), settings or GgufSettings()
+    with contextlib.ExitStack() as stack:
+        for path in (out, sidecar_path(out)):
+            stack.enter_context(claim_output(path, force=force, inputs=[checkpoint]))
+        if settings.layout == "split":
+            stack.enter_context(claim_output(adapter_path(out), force=force, inputs=[checkpoint]))
+        else:  # one that an earlier model left may have to go
+            stack.enter_context(exclusive(adapter_path(out)))
+        require_intact(checkpoint, "the checkpoint")
+        return _export(checkpoint, out, settings, force=force)
+
+
+def _export(checkpoint: Path, out: Path, settings: GgufSettings, *, force: bool) -> ExportReport:
+    model = _open(checkpoint)
     plans = plan_model(model, settings.layout)
     remainders = plan_remainders(model) if settings.layout == "split" else []
     entries = _entries(model, plans, settings.layout)
@@ -68,7 +81,7 @@ def export_f32_twin(checkpoint: Path, out: Path, *, force: bool = False) -> Expo
 
     It is a tool of verify-parity, not an artifact, so it has no manifest.
     """
-    model = _open(checkpoint, out)
+    model = _open(checkpoint)
     plans = plan_model(model, "f32")
     with atomic_file(out, force=force) as temporary:
         write_gguf(
@@ -101,16 +114,9 @@ def _entries(model: CanonicalCheckpoint, plans: list[TensorPlan], layout: str) -
     ]
 
 
-def _open(checkpoint: Path, out: Path) -> CanonicalCheckpoint:
+def _open(checkpoint: Path) -> CanonicalCheckpoint:
     model = CanonicalCheckpoint(checkpoint)
     family_of(model.config)
-    if out.resolve().parent == model.path.resolve():
-        raise InputError(
-            "the output would lie inside the checkpoint folder",
-            where=out,
-            why="its manifest names every file of the folder",
-            fix="choose another path",
-        )
     return model
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.manifest import Parent, parent_of
+from qalora_export.checkpoint.output import claim_output
 from qalora_export.checkpoint.sidecar import sidecar_path, write_sidecar
 from qalora_export.errors import InputError, ParityError
 from qalora_export.formats.gguf.file import GgufFile
@@ -62,6 +63,13 @@ def write_adapter(
 
     Raises InputError when an adapter does not fit a module of the base.
     """
+    with claim_output(out, force=force, inputs=[base]), claim_output(sidecar_path(out), force=force):
+        return _write_adapter(base, modules, out, parent=parent, force=force)
+
+
+def _write_adapter(
+    base: Path, modules: Mapping[str, LowRank], out: Path, *, parent: Parent, force: bool
+) -> AdapterReport:
     model = CanonicalCheckpoint(base)
     arrays = _arrays(model, modules)
     plans = [TensorPlan(name, F32, array.shape, array.__getitem__) for name, array in arrays.items()]

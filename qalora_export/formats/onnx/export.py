@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
-from qalora_export.checkpoint.manifest import MANIFEST, parent_of, write_manifest
+from qalora_export.checkpoint.manifest import MANIFEST, parent_of, require_intact, write_manifest
+from qalora_export.checkpoint.output import claim_output
 from qalora_export.errors import InputError, ParityError
 from qalora_export.formats.contents import Comparison, FolderContents, compare
 from qalora_export.formats.export_report import ExportReport
@@ -21,7 +22,7 @@ from qalora_export.formats.streaming import finished
 from qalora_export.models.families import family_of
 from qalora_export.progress import track
 from qalora_export.recipe import OnnxSettings
-from qalora_export.safety import StrPath, atomic_directory, refuse_existing
+from qalora_export.safety import StrPath, atomic_directory, local_path
 from qalora_export.version import __version__
 
 PRODUCER = "qalora-export"
@@ -37,8 +38,13 @@ def export_onnx(
     unsupported architectures and existing output, ParityError when a single value of the written file differs; in
     every case nothing is left behind.
     """
-    checkpoint, out, settings = Path(checkpoint), Path(out), settings or OnnxSettings()
-    refuse_existing(out, force=force)
+    checkpoint, out, settings = local_path(checkpoint), local_path(out), settings or OnnxSettings()
+    with claim_output(out, force=force, inputs=[checkpoint]):
+        require_intact(checkpoint, "the checkpoint")
+        return _export(checkpoint, out, settings, force=force)
+
+
+def _export(checkpoint: Path, out: Path, settings: OnnxSettings, *, force: bool) -> ExportReport:
     source = CanonicalCheckpoint(checkpoint)
     family = family_of(source.config)
     if family.onnx_refused:
@@ -47,13 +53,6 @@ def export_onnx(
             where=f"{checkpoint}: config.json",
             why=family.onnx_refused,
             fix="export gguf holds this family",
-        )
-    if source.path.resolve() in (out.resolve(), *out.resolve().parents):
-        raise InputError(
-            "the output would lie inside the checkpoint folder",
-            where=out,
-            why="its manifest names every file of the folder",
-            fix="choose another path",
         )
     parents = [parent_of(checkpoint, "checkpoint")]
     with atomic_directory(out, force=force) as folder:

@@ -21,6 +21,7 @@ from qalora_export.errors import InputError
 from qalora_export.safety import atomic_directory, atomic_file, read_json, sha256_file
 
 RUN, COMPLETE, ADAPTER = "run.json", "complete.json", "adapter.safetensors"
+RECORD = {RUN, "metrics.jsonl", "report.json", "loss.png", "loss.svg", "tensorboard"}
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -31,7 +32,8 @@ def folder_for(out: Path) -> Path:
 def prepare(folder: Path, fingerprint: dict[str, Any], *, resume: bool, force: bool) -> None:
     """Make the folder ready: kept when the same run can go on from a checkpoint in it, emptied otherwise.
 
-    Raises InputError when it holds checkpoints of a different run (unless `force`), or is not one of ours.
+    Raises InputError when it holds checkpoints of a different run (unless `force`), is not one of ours, or would have
+    to be emptied and holds something that no run writes.
     """
     if folder.exists() and not (folder / RUN).is_file():
         if any(folder.iterdir()):
@@ -51,8 +53,20 @@ def prepare(folder: Path, fingerprint: dict[str, Any], *, resume: bool, force: b
                 why="changed since then: " + ", ".join(changed),
                 fix="restore what changed, or pass --no-resume to start again from step 0",
             )
+    if folder.exists() and (foreign := sorted(path.name for path in folder.iterdir() if not _is_record(path.name))):
+        raise InputError(
+            "the training record holds files that no run wrote",
+            where=folder,
+            why=f"not ours: {', '.join(foreign[:4])}",
+            fix="move them, or choose another --out",
+        )
     with atomic_directory(folder, force=True) as fresh:  # a kill must not leave a folder without its run.json
         write_json(fresh / RUN, fingerprint)
+
+
+def _is_record(name: str) -> bool:
+    """Whether a run writes something of this name, or leaves it when it is killed."""
+    return name in RECORD or CHECKPOINT.fullmatch(name) is not None or name.startswith(".")
 
 
 def _differences(before: Any, now: dict[str, Any]) -> list[str]:

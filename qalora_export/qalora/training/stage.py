@@ -7,10 +7,13 @@ Beside the adapter stands `<out>.training/` with the checkpoints of an unfinishe
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qalora_export.checkpoint.manifest import require_intact
+from qalora_export.checkpoint.output import claim_output, refuse_place
 from qalora_export.data.sequence_packing import Row, one_per_row, pack, tokens
 from qalora_export.errors import InputError
 from qalora_export.memory import peak_rss_bytes
@@ -18,7 +21,7 @@ from qalora_export.progress import task
 from qalora_export.qalora.training import folder as training_folder
 from qalora_export.qalora.training.processes import check_engine, is_main, shards, world_size
 from qalora_export.recipe import TrainSettings
-from qalora_export.safety import StrPath, refuse_existing, sha256_file
+from qalora_export.safety import StrPath, exclusive, local_path, sha256_file
 
 if TYPE_CHECKING:
     import torch
@@ -133,14 +136,23 @@ def train(
     torchrun or accelerate every process calls this; rank 0 writes. Raises InputError for bad data or settings, an
     existing output, a run that changed since it was interrupted, and a loss that is not finite.
     """
+    base, out = local_path(base), local_path(out)
+    folder, inputs = training_folder.folder_for(out), (base, settings.data, settings.validation)
+    with contextlib.ExitStack() as stack:
+        if is_main():
+            stack.enter_context(claim_output(out, force=force, inputs=inputs))
+            refuse_place(folder, inputs)
+            stack.enter_context(exclusive(folder))
+            require_intact(base, "the base")
+        return _train(base, out, folder, settings, force=force, resume=resume)
+
+
+def _train(base: Path, out: Path, folder: Path, settings: TrainSettings, *, force: bool, resume: bool) -> TrainReport:
     from qalora_export.qalora.training.arguments import arguments
     from qalora_export.qalora.training.memory import check_fits
     from qalora_export.qalora.training.sharding import gather_adapter, prepare
 
-    base, out = Path(base), Path(out)
-    refuse_existing(out, force=force)
     made = plan(base, settings)
-    folder = training_folder.folder_for(out)
     args = arguments(folder, settings, made.steps, evaluate=bool(made.validation), fresh=True)
     check_fits(made.memory)  # of the GPU that belongs to this process
     with args.main_process_first(local=False):

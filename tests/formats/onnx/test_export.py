@@ -165,6 +165,7 @@ def test_a_byte_written_wrong_leaves_nothing(
 
 def test_unsupported_architecture_lists_the_supported_ones(tiny_canonical: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_canonical, tmp_path / "base")
+    (tmp_path / "base/manifest.json").unlink()  # which would refute the config before it is read
     config = json.loads((tmp_path / "base/config.json").read_text())
     (tmp_path / "base/config.json").write_text(json.dumps(config | {"architectures": ["GPT2LMHeadModel"]}))
     with pytest.raises(InputError, match="LlamaForCausalLM"):
