@@ -8,24 +8,30 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
-import os
 import pkgutil
 import signal
-import subprocess
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import qalora_runtimes
-from qalora_runtimes.protocol import Job, Logprobs, ProtocolError, read_answers, read_job, write_job
+from qalora_runtimes.process import Ended, Watch, patience_for, run_module
+from qalora_runtimes.protocol import (
+    MAX_TEXT_BYTES,
+    Job,
+    Logprobs,
+    ProtocolError,
+    read_answers,
+    read_job,
+    write_job,
+)
 from qalora_runtimes.records import Runner
 from qalora_runtimes.runner import EXIT_MISSING, EXIT_OK
 
 Status = Literal["ok", "missing", "crashed"]
-STDERR_TAIL = 4000  # characters
-DEFAULT_TIMEOUT = 3600.0  # seconds
+MAX_VOCABULARY = 1 << 20  # tokens, where the caller does not know better
+MAX_FINGERPRINT = 1 << 20  # bytes
 
 
 def _found() -> dict[str, Runner]:
@@ -83,13 +89,15 @@ def run_runner(
     exact: bool = False,
     threads: int = 2,
     lora: Path | None = None,
-    timeout: float = DEFAULT_TIMEOUT,
+    vocabulary: int = MAX_VOCABULARY,
     options: Sequence[str] = (),
+    watch: Watch | None = None,
 ) -> RunnerResult:
     """Run one job in one runtime. Never raises for what the runtime does; see RunnerResult.status.
 
-    workdir: made if missing; holds logits.npz, fingerprint.json and stderr.txt afterwards. timeout: seconds.
-    lora and options go to the runner's command line. Raises KeyError for an unknown name (see RUNNERS) and
+    workdir: made if missing; holds logits.npz, fingerprint.json and stderr.txt afterwards. vocabulary: bounds the
+    answer. lora and options go to the runner's command line. watch: how long it may be silent, by default what the
+    model and the longest sequence need. Raises KeyError for an unknown name (see RUNNERS) and
     ProtocolError for a bad job.
     """
     runner = RUNNERS[name]
@@ -97,7 +105,7 @@ def run_runner(
     if isinstance(job, Job):
         write_job(workdir / "job.npz", job)
         job = workdir / "job.npz"
-    positions = read_job(job).total
+    asked = read_job(job)
     out, fingerprint = workdir / "logits.npz", workdir / "fingerprint.json"
     out.unlink(missing_ok=True)
     fingerprint.unlink(missing_ok=True)
@@ -116,46 +124,37 @@ def run_runner(
         *(["--lora", lora] if lora else []),
         *options,
     ]
-    code, log = run_module(runner.module, words, workdir / "stderr.txt", timeout)
-    if code != EXIT_OK:
-        return failure(name, code, timeout, log)
-    return _answer(name, out, fingerprint, positions, log)
+    watch = watch or Watch(patience_for(model, asked.longest))
+    # A model may pad its vocabulary; what is larger than that is no answer.
+    limits = {out: 8 * asked.total * vocabulary + 2 * MAX_TEXT_BYTES, fingerprint: MAX_FINGERPRINT}
+    ended = run_module(runner.module, words, workdir, replace(watch, limits={**watch.limits, **limits}))
+    if ended.code != EXIT_OK:
+        return failure(name, ended)
+    return _answer(name, limits, asked.total, ended.log)
 
 
-def run_module(module: str, words: Sequence[object], log: Path, timeout: float) -> tuple[int | None, str]:
-    """Exit code (None after a timeout, −n after signal n) and the end of what was written to stdout and stderr.
-
-    The module is told its caller (runner.add_parent), so that it does not outlive one that is killed.
-    """
-    command = [sys.executable, "-P", "-m", module, *map(str, words), "--parent", str(os.getpid())]
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
-        try:
-            code: int | None = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-    return code, log.read_text(encoding="utf-8", errors="replace")[-STDERR_TAIL:]
-
-
-def _answer(name: str, out: Path, fingerprint: Path, positions: int, log: str) -> RunnerResult:
+def _answer(name: str, limits: dict[Path, int], positions: int, log: str) -> RunnerResult:
+    out, fingerprint = limits
     try:
+        for path, limit in limits.items():
+            if path.stat().st_size > limit:
+                raise ProtocolError(f"{path.name} has {path.stat().st_size} bytes, more than the {limit} it may have")
         logprobs, text_answers = read_answers(out, positions=positions)
         report = json.loads(fingerprint.read_text(encoding="utf-8"))
     except (ProtocolError, OSError, ValueError) as error:
         return RunnerResult("crashed", f"{name} ended without a usable answer: {error}", log=log)
+    if not isinstance(report, dict):
+        return RunnerResult("crashed", f"{name} ended without a usable answer: no fingerprint", log=log)
     return RunnerResult("ok", "", logprobs, text_answers, report, log=log)
 
 
-def failure(name: str, code: int | None, timeout: float, log: str) -> RunnerResult:
-    """What run_module's answer other than EXIT_OK says about the runtime `name` of RUNNERS."""
+def failure(name: str, ended: Ended) -> RunnerResult:
+    """What an end other than EXIT_OK says about the runtime `name` of RUNNERS."""
+    code, log = ended.code, ended.log
+    if code is None:
+        return RunnerResult("crashed", f"{name} {ended.why} and was ended", log=log)
     if code == EXIT_MISSING:
         return RunnerResult("missing", f"{name}: {_last_line(log)}", log=log)
-    if code is None:
-        return RunnerResult("crashed", f"{name} gave no answer within {timeout:g} s and was stopped", log=log)
     if code > 0:
         return RunnerResult("crashed", f"{name} failed (exit code {code}): {_last_line(log)}", log=log)
     signal_name = _signal_name(-code)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from qalora_runtimes import heartbeat
 from qalora_runtimes.fingerprint import machine, peak_rss_bytes
 from qalora_runtimes.protocol import Ids, Job, Logprobs, ProtocolError, TextRequest, read_job, write_answers
 from qalora_runtimes.scoring import MissingRuntimeError, Rows, RunnerError, log_softmax
@@ -50,13 +51,14 @@ def parser(module: str, description: str, *, model_help: str, model_required: bo
     out.add_argument("--fingerprint", type=Path, required=True, help="fingerprint.json to write")
     out.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     out.add_argument("--exact", action="store_true", help="rounding-free settings of this runtime")
-    add_parent(out)
+    add_caller(out)
     return out
 
 
-def add_parent(out: argparse.ArgumentParser) -> None:
-    """The option that launch.run_module gives to everything it starts; see run_guarded."""
+def add_caller(out: argparse.ArgumentParser) -> None:
+    """The options that process.run_module gives to everything it starts; see run_guarded."""
     out.add_argument("--parent", type=int, help="process that reads the answer; die with it (Linux)")
+    out.add_argument("--heartbeat", type=Path, help="file for signs of life (qalora_runtimes.heartbeat)")
 
 
 def main(arguments: argparse.Namespace, open_runtime: Callable[[argparse.Namespace, Job], Runtime]) -> int:
@@ -68,8 +70,10 @@ def run_guarded(arguments: argparse.Namespace, work: Callable[[], None]) -> int:
     """Do a runner's work, ended early by the death of the caller; returns the exit code."""
     if arguments.parent is not None:
         _die_with(arguments.parent)
+    heartbeat.beat_to(arguments.heartbeat)
     try:
         work()
+        heartbeat.at(heartbeat.ANSWERED)
     except MissingRuntimeError as error:
         return _fail(EXIT_MISSING, error)
     except (ProtocolError, RunnerError, OSError) as error:
@@ -83,9 +87,11 @@ def _run(arguments: argparse.Namespace, open_runtime: Callable[[argparse.Namespa
         raise RunnerError(f"--threads is {arguments.threads}, it must be at least 1")
     if arguments.model is not None and not arguments.model.exists():
         raise RunnerError(f"model not found: {arguments.model}")
+    heartbeat.at("loading the model")
     started = time.perf_counter()
     runtime = open_runtime(arguments, job)
     load_seconds = time.perf_counter() - started
+    heartbeat.at("texts")
     text_answers = runtime.text_answers(job.text) if job.text else None
     logprobs, seconds = run_job(runtime, job)
     write_answers(arguments.out, logprobs, text_answers)
@@ -104,10 +110,12 @@ def _die_with(parent: int) -> None:
 def run_job(runtime: Runtime, job: Job) -> tuple[Logprobs, float]:
     """Log-probabilities (total, vocab) in the order of the job's ids, and the seconds spent in the runtime."""
     step = {"prefill": runtime.prefill, "decode": runtime.decode}[job.mode]
+    heartbeat.at("first token")
     runtime.prefill(job.sequences[0][:1])  # first touch of the weights is not throughput
     out: Logprobs | None = None
     seconds, row = 0.0, 0
     for ids in job.sequences:
+        heartbeat.at(f"{job.mode}, tokens", row, job.total)
         started = time.perf_counter()
         rows = step(ids)
         seconds += time.perf_counter() - started

@@ -16,9 +16,11 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from qalora_runtimes.launch import DEFAULT_TIMEOUT, RUNNERS, Status, failure, run_module
+from qalora_runtimes import heartbeat
+from qalora_runtimes.launch import RUNNERS, Status, failure
+from qalora_runtimes.process import Watch, patience_for, run_module
 from qalora_runtimes.protocol import Ids, Job, ProtocolError, read_arrays, read_job, write_arrays, write_job
-from qalora_runtimes.runner import EXIT_OK, add_parent, run_guarded
+from qalora_runtimes.runner import EXIT_OK, add_caller, run_guarded
 
 Taps = dict[str, NDArray[np.float32]]
 
@@ -50,11 +52,12 @@ def run_taps(
     threads: int = 2,
     lora: Path | None = None,
     data: Path | None = None,
-    timeout: float = DEFAULT_TIMEOUT,
+    watch: Watch | None = None,
 ) -> TapsResult:
     """Run one job in a process of its own and read `names` on the way; never raises for what the runtime does.
 
-    data: folder of an ONNX graph's external data where it is not the graph's own. timeout: seconds.
+    data: folder of an ONNX graph's external data where it is not the graph's own. watch: as in
+    launch.run_runner.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     out = workdir / "taps.npz"
@@ -79,9 +82,10 @@ def run_taps(
     module = RUNNERS[runtime].taps
     if module is None:
         raise KeyError(f"{runtime} does not show what is inside its graph")
-    code, log = run_module(module, words, workdir / "stderr.txt", timeout)
-    if code != EXIT_OK:
-        failed = failure(runtime, code, timeout, log)
+    watch = watch or Watch(patience_for(data or model, job.longest))
+    ended = run_module(module, words, workdir, watch)
+    if ended.code != EXIT_OK:
+        failed = failure(runtime, ended)
         return TapsResult(failed.status, failed.message)
     try:
         found = read_arrays(out, required=set(), optional={str(i) for i in range(len(names))})
@@ -98,7 +102,7 @@ def parser(module: str, description: str) -> ArgumentParser:
     out.add_argument("--out", type=Path, required=True, help="taps.npz to write")
     out.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     out.add_argument("--exact", action="store_true", help="rounding-free settings of this runtime")
-    add_parent(out)
+    add_caller(out)
     return out
 
 
@@ -109,8 +113,12 @@ def main(arguments: Namespace, open_runtime: Callable[[Namespace, Job, list[str]
 
 def _run(arguments: Namespace, open_runtime: Callable[[Namespace, Job, list[str]], Tapped]) -> None:
     job, names = read_job(arguments.job), _read_names(arguments.names)
+    heartbeat.at("loading the model")
     runtime = open_runtime(arguments, job, names)
-    found = [runtime.taps(ids, decode=job.mode == "decode") for ids in job.sequences]
+    found = []
+    for number, ids in enumerate(job.sequences):
+        heartbeat.at(f"{job.mode}, tokens", sum(map(len, job.sequences[:number])), job.total)
+        found.append(runtime.taps(ids, decode=job.mode == "decode"))
     arrays = {
         str(i): np.concatenate([part[name] for part in found])
         for i, name in enumerate(names)

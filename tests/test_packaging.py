@@ -40,7 +40,19 @@ ALLOWED = {
     "cli": {*BYTES, "console", "evaluation", "formats", "inspection", "pipeline", "qalora", "quantization", "verify"},
 }
 # Inside verify/, as its docstring draws it: a module may import from its own part or an earlier one.
-VERIFY = ("metrics", "rule", "probes", "runtimes", "reference", "session", "gates", "bisect", "report", "stage")
+VERIFY = (
+    "metrics",
+    "rule",
+    "identity",
+    "probes",
+    "runtimes",
+    "reference",
+    "session",
+    "gates",
+    "bisect",
+    "report",
+    "stage",
+)
 TORCH_FREE = (
     "qalora_export",
     "qalora_export.grid",

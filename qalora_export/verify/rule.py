@@ -70,7 +70,7 @@ class Entry:
 
     def with_check(self, check: Check, where: Iterable[str] = ()) -> Entry:
         """The same entry with one more check, which may turn a pass into a fail; `where` goes in front."""
-        status: Status = self.status if check.passed else "fail"
+        status: Status = self.status if check.passed else "fail"  # what was not run stays so, or fails
         return replace(self, status=status, checks=(*self.checks, check), where=(*where, *self.where))
 
 

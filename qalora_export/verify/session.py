@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
-from qalora_export.checkpoint.provenance import Link
+from qalora_export.checkpoint.provenance import Link, artifact_manifest
 from qalora_export.errors import RuntimeUnavailableError
 from qalora_export.recipe import VerifySettings
+from qalora_export.verify.identity import Identities
 from qalora_export.verify.metrics import PositionMetrics, following_ids, position_metrics
 from qalora_export.verify.probes.probe_set import ProbeSet
 from qalora_export.verify.reference.logits import Reference
@@ -37,7 +38,8 @@ class Session:
     """One checkpoint under verification.
 
     expected_text: what its own tokenizer answers to the texts. chain: the checkpoint's ancestry; links: of the
-    artifacts, as found. merge: whether it is its base plus its adapter.
+    artifacts, as found. merge: whether it is its base plus its adapter. files: of checkpoint and artifacts, as they
+    were before the first gate.
     """
 
     checkpoint: CanonicalCheckpoint
@@ -51,6 +53,7 @@ class Session:
     floor: NoiseFloor
     workdir: Path
     links: list[Link] = field(default_factory=list)
+    files: Identities = field(default_factory=dict)
 
 
 @dataclass
@@ -73,6 +76,12 @@ class Target:
         folder = self.session.workdir / self.name
         folder.mkdir(exist_ok=True)
         return folder
+
+    @property
+    def roots(self) -> list[Path]:
+        """The files and folders that are verified here."""
+        beside = [artifact_manifest(self.artifact), self.shipped.lora]
+        return [self.session.checkpoint.path, self.artifact, *(path for path in beside if path is not None)]
 
     @property
     def shipped(self) -> Artifact:

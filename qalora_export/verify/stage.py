@@ -8,17 +8,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from qalora_runtimes.process import patience_for
+
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.manifest import parent_of, require_intact, write_manifest
 from qalora_export.checkpoint.output import claim_output
 from qalora_export.checkpoint.provenance import checkpoint_links
-from qalora_export.errors import RuntimeUnavailableError
+from qalora_export.errors import InputError, RuntimeUnavailableError
 from qalora_export.models.loading import load_tokenizer
 from qalora_export.progress import status
 from qalora_export.recipe import VerifySettings
 from qalora_export.safety import StrPath, atomic_directory, local_path
 from qalora_export.verify.bisect.search import bisect_failures, explain
+from qalora_export.verify.gates.g0_bytes import GATE as BYTES
+from qalora_export.verify.gates.g0_bytes import still_the_same
 from qalora_export.verify.gates.registry import Measured, registered
+from qalora_export.verify.identity import identities
 from qalora_export.verify.probes.probe_set import make_probes
 from qalora_export.verify.reference.logits import reference_logprobs
 from qalora_export.verify.reference.merge_check import merge_check
@@ -27,7 +32,7 @@ from qalora_export.verify.reference.text import folder_answers
 from qalora_export.verify.report.environment import describe_inputs
 from qalora_export.verify.report.html import write_html
 from qalora_export.verify.report.junit import write_junit
-from qalora_export.verify.report.parity_report import ParityReport, write_report
+from qalora_export.verify.report.parity_report import ParityReport, withdraw, write_report
 from qalora_export.verify.rule import Entry
 from qalora_export.verify.runtimes.record import all_runtimes, requested
 from qalora_export.verify.runtimes.runs import Runs
@@ -58,15 +63,17 @@ def verify_parity(
     when a logits gate fails. launch, taps: stand in for qalora_runtimes.launch.run_runner and
     qalora_runtimes.taps.run_taps; a stand-in runtime without taps has nothing inside to look at.
 
+    With `force` an old report's verdict is withdrawn first: a run that fails leaves none.
     Nothing is printed: the report's exit_code is 0, 1 or 3, and cli.parity_table.print_report shows it. Raises
     InputError (2) and UnsafeInputError (4) for bad input.
     """
     checkpoint, out, settings = local_path(checkpoint), local_path(out), settings or VerifySettings()
     gguf, onnx, base = (None if path is None else local_path(path) for path in (gguf, onnx, base))
-    artifacts = requested(settings.runtimes, {"gguf": gguf, "onnx": onnx})
-    model = CanonicalCheckpoint(checkpoint)
     inputs = (checkpoint, gguf, onnx, base, settings.prompts)
     with claim_output(out, force=force, inputs=inputs), atomic_directory(out, force=force) as folder:
+        withdraw(out)
+        artifacts = requested(settings.runtimes, {"gguf": gguf, "onnx": onnx})
+        model = CanonicalCheckpoint(checkpoint)
         require_intact(checkpoint, "the checkpoint")
         if base is not None:
             require_intact(base, "the base")
@@ -74,6 +81,8 @@ def verify_parity(
         workdir.mkdir()
         session = _prepare(model, settings, base, workdir, launch)
         targets = [Target(session, all_runtimes()[name], artifact) for name, artifact in artifacts.items()]
+        with status("hashing the files"):
+            session.files = identities(*_roots(targets))
         report = ParityReport(out, [_measure(gate, target) for target in targets for gate in registered()], [], {})
         for target in targets:
             report.positions |= {(target.name, path): metrics for path, metrics in target.positions.items()}
@@ -83,6 +92,7 @@ def verify_parity(
             report.bisections = bisect_failures(session, targets, report.entries, report.positions, taps or run_taps)
             for found in report.bisections.values():
                 report.entries = explain(report.entries, found)
+        report.entries = _still_the_same(report.entries, targets)
         report.links = [*session.links, *session.chain]
         report.facts = describe_inputs(session, targets, _path(base))
         shutil.rmtree(workdir)
@@ -92,6 +102,20 @@ def verify_parity(
     return report
 
 
+def _roots(targets: list[Target]) -> list[Path]:
+    return list(dict.fromkeys(root for target in targets for root in target.roots))
+
+
+def _still_the_same(entries: list[Entry], targets: list[Target]) -> list[Entry]:
+    """The same entries; G0 of a runtime whose files changed during the run has failed."""
+    with status("hashing the files again"):
+        now = identities(*_roots(targets))
+    by_name = {target.name: target for target in targets}
+    return [
+        still_the_same(entry, by_name[entry.runtime], now) if entry.gate == BYTES.id else entry for entry in entries
+    ]
+
+
 def _path(path: StrPath | None) -> Path | None:
     return None if path is None else Path(path)
 
@@ -99,6 +123,7 @@ def _path(path: StrPath | None) -> Path | None:
 def _prepare(
     model: CanonicalCheckpoint, settings: VerifySettings, base: Path | None, workdir: Path, launch: Launch | None
 ) -> Session:
+    _check_patience()
     tokenizer = load_tokenizer(model.path)
     probes = make_probes(tokenizer, model.config, settings)
     logger.info("probe set: %d sequences, %d positions", len(probes.lengths), probes.ids.size)
@@ -121,6 +146,13 @@ def _prepare(
         floor=NoiseFloor(model.path, base, probes, reference.logprobs, runs, settings.threads, workdir),
         workdir=workdir,
     )
+
+
+def _check_patience() -> None:
+    try:
+        patience_for(Path(), 0)
+    except ValueError as error:
+        raise InputError(str(error), where="environment") from error
 
 
 def _measure(measured: Measured, target: Target) -> Entry:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from qalora_runtimes import heartbeat
 from qalora_runtimes.protocol import Ids, Job, TextRequest
 from qalora_runtimes.runner import check_vocabulary
 from qalora_runtimes.scoring import MissingRuntimeError, Rows, RunnerError, every_position
@@ -52,6 +53,7 @@ class GenaiRuntime:
         for at in range(len(ids)):
             generator.append_tokens(ids[at : at + 1])
             rows.append(_rows(generator.get_logits()))
+            heartbeat.advance()
             if generator.token_count() != at + 1 or len(rows[-1]) != 1:
                 raise RunnerError(f"GenAI holds {generator.token_count()} tokens after {at + 1} were appended")
         return np.concatenate(rows)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from qalora_runtimes import heartbeat
 from qalora_runtimes.llama_cpp.layouts import CONTEXT_LAYOUTS, MODEL_LAYOUTS, Batch, recognise
 from qalora_runtimes.protocol import Ids
 from qalora_runtimes.scoring import Rows, RunnerError
@@ -147,6 +148,7 @@ class Context:
             if not pointer:
                 raise RunnerError(f"llama.cpp gave no logits for position {start + i}")
             rows[i] = np.ctypeslib.as_array(pointer, (self.vocabulary,))
+        heartbeat.advance(count)
         return rows
 
 

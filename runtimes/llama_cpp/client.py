@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from qalora_runtimes import heartbeat
 from qalora_runtimes.protocol import Ids, TextRequest
 from qalora_runtimes.scoring import Rows, RunnerError
 
@@ -20,17 +21,32 @@ HARMLESS_BIAS = 1e6
 PROBABILITY_SUM_TOLERANCE = 1e-3  # float32 softmax over up to 256k tokens
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """llama-server sends none, and one would carry the key to another host."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
 class Client:
     """/completion, /tokenize, /apply-template, /v1/models and /props of llama-server."""
 
-    def __init__(self, address: str, owner: object = None) -> None:
-        """owner: kept alive as long as this client, for a server that ends with its Python object."""
+    def __init__(self, address: str, owner: object = None, *, key: str | None = None) -> None:
+        """owner: kept alive as long as this client, for a server that ends with its Python object.
+
+        key: what the server was started with as --api-key.
+        """
         if not address.startswith(("http://", "https://")):
             raise RunnerError(f"--server must be an http:// or https:// address, not {address!r}")
         self.address, self._owner = address.rstrip("/"), owner
+        self._headers = {"Content-Type": "application/json"}
+        if key is not None:
+            if not key.isascii() or not key.isprintable():
+                raise RunnerError("an API key may hold printable ASCII characters only")
+            self._headers["Authorization"] = f"Bearer {key}"
         self._harmless: list[list[float]] = []
         proxies = urllib.request.ProxyHandler({})  # a device or loopback is never behind the user's web proxy
-        self._opener = urllib.request.build_opener(proxies)
+        self._opener = urllib.request.build_opener(proxies, _NoRedirects())
 
     def vocabulary(self) -> int:
         """Number of tokens of the loaded model."""
@@ -106,10 +122,11 @@ class Client:
 
     def _call(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})  # noqa: S310
+        request = urllib.request.Request(self.address + path, data, self._headers)  # noqa: S310
         try:
             with self._opener.open(request, timeout=TIMEOUT) as response:
                 answer = json.loads(response.read(MAX_ANSWER))
+            heartbeat.advance()
         except urllib.error.HTTPError as error:
             raise RunnerError(f"llama-server refused {path}: {_reason(error)}") from error
         except (OSError, ValueError) as error:

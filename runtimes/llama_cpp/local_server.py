@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ class LocalServer:
     def __init__(self, module: Any, model: Path, lora: Path | None, settings: LlamaSettings) -> None:
         self._module, self._model, self._lora, self._settings = module, model, lora, settings
         self._server: Any = None
+        self._key = secrets.token_urlsafe(32)  # other users of this machine reach loopback too
 
     def client(self) -> Client:
         """Raises RunnerError where llama.cpp cannot load the model or the adapter."""
@@ -24,12 +26,13 @@ class LocalServer:
                 self._server = self._module.Server(self._parameters())
             except RuntimeError as error:
                 raise RunnerError(f"llama.cpp's server cannot load {self._model}: {error}") from error
-        return Client(self._server.listening_address, owner=self._server)
+        return Client(self._server.listening_address, owner=self._server, key=self._key)
 
     def _parameters(self) -> Any:
         xllamacpp, settings = self._module, self._settings
         parameters = xllamacpp.CommonParams()
         parameters.model.path = str(self._model)
+        parameters.api_keys = [self._key]
         parameters.n_ctx = settings.context
         parameters.n_parallel = 1
         parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = settings.threads

@@ -8,6 +8,7 @@ import inspect
 from typing import Any
 
 import numpy as np
+from qalora_runtimes import heartbeat
 from qalora_runtimes.llama_cpp.layouts import KV_F32
 from qalora_runtimes.llama_cpp.settings import LlamaSettings
 from qalora_runtimes.protocol import Ids, Job, TextRequest
@@ -59,6 +60,7 @@ class BindingRuntime:
         self._model.reset()
         for token in ids.tolist():
             self._model.eval([token])
+            heartbeat.advance()
         return self._rows(len(ids))
 
     def _rows(self, count: int) -> Rows:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from qalora_runtimes import heartbeat
 from qalora_runtimes.protocol import Ids, Job, TextRequest
 from qalora_runtimes.runner import check_vocabulary
 from qalora_runtimes.scoring import MissingRuntimeError, Rows, RunnerError, every_position
@@ -105,6 +106,7 @@ class Decoder:
         for at in range(len(ids)):
             row, cache = self._run(ids[at : at + 1], at, cache)
             rows.append(row)
+            heartbeat.advance()
         return np.concatenate(rows)
 
     def _empty(self) -> dict[str, Any]:

@@ -21,10 +21,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from qalora_runtimes.launch import DEFAULT_TIMEOUT, Status, failure, run_module
+from qalora_runtimes import heartbeat
+from qalora_runtimes.launch import Status, failure
 from qalora_runtimes.onnxruntime_.decoder import ERRORS_ONLY, PROVIDER, import_package
+from qalora_runtimes.process import Watch, patience_for, run_module
 from qalora_runtimes.protocol import ProtocolError, read_each, write_each
-from qalora_runtimes.runner import EXIT_OK, add_parent, run_guarded
+from qalora_runtimes.runner import EXIT_OK, add_caller, run_guarded
 from qalora_runtimes.scoring import Rows, RunnerError
 
 MODULE = "qalora_runtimes.onnxruntime_.linears"
@@ -45,23 +47,23 @@ class LinearsResult:
     last: int | None = None
 
 
-def run_linears(graphs: Iterable[bytes], workdir: Path, *, timeout: float = DEFAULT_TIMEOUT) -> LinearsResult:
+def run_linears(graphs: Iterable[bytes], workdir: Path, *, watch: Watch | None = None) -> LinearsResult:
     """Run serialized graphs on the identity in a process of its own; never raises for what ONNX Runtime does.
 
-    workdir: made if missing; holds the graphs during the run and the answers until they have been read. timeout:
-    seconds.
+    workdir: made if missing; holds the graphs during the run and the answers until they have been read. watch: how
+    long a single graph may take.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     asked, out = workdir / "graphs.npz", workdir / "values.npz"
     out.unlink(missing_ok=True)
     count = write_each(asked, ((str(i), np.frombuffer(graph, np.uint8)) for i, graph in enumerate(graphs)))
     words = ["--graphs", asked, "--count", count, "--out", out]
-    code, log = run_module(MODULE, words, workdir / "stderr.txt", timeout)
+    ended = run_module(MODULE, words, workdir, watch or Watch(patience_for(asked, 1)))
     asked.unlink()
-    if code == EXIT_OK:
+    if ended.code == EXIT_OK:
         return LinearsResult("ok", values=_read(out, count))
-    failed = failure(RUNTIME, code, timeout, log)
-    started = STARTED.findall(log)
+    failed = failure(RUNTIME, ended)
+    started = STARTED.findall(ended.log)
     return LinearsResult(failed.status, failed.message, last=int(started[-1]) if started else None)
 
 
@@ -95,7 +97,7 @@ def arguments() -> argparse.Namespace:
     out.add_argument("--graphs", type=Path, required=True, help="graphs.npz to run")
     out.add_argument("--count", type=int, required=True, help="how many graphs it holds")
     out.add_argument("--out", type=Path, required=True, help="values.npz to write")
-    add_parent(out)
+    add_caller(out)
     return out.parse_args()
 
 
@@ -109,6 +111,7 @@ def _answers(onnxruntime: Any, graphs: Iterable[tuple[str, NDArray[Any]]]) -> It
     for name, graph in graphs:
         sys.stderr.write(f"graph {name}\n")
         sys.stderr.flush()
+        heartbeat.at("linear layers", int(name))
         yield name, on_identity(onnxruntime, graph.tobytes())
 
 

@@ -37,12 +37,12 @@ class Workers:
         exact: bool = False,
         threads: int = 2,
         lora: Path | None = None,
-        timeout: float = 0,
+        **watched: Any,
     ) -> RunnerResult:
         request = read_job(job)
         if request.text is not None:
             return run_runner(
-                name, model=model, job=job, workdir=workdir, exact=exact, threads=threads, lora=lora, timeout=timeout
+                name, model=model, job=job, workdir=workdir, exact=exact, threads=threads, lora=lora, **watched
             )
         out = workdir / "logits.npz"
         asked = {

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from qalora_runtimes import launch
 from qalora_runtimes.launch import RUNNERS, available, run_runner
+from qalora_runtimes.process import Watch
 from qalora_runtimes.protocol import ProtocolError, make_job
 from qalora_runtimes.records import Runner
 
@@ -66,7 +67,7 @@ def test_a_known_crash_of_one_runtime_has_a_remedy_of_its_own(run):
 
 def test_a_runner_that_hangs_is_stopped(run):
     started = time.monotonic()
-    result = run("hang", timeout=1)
+    result = run("hang", watch=Watch(timeout=1))
     assert result.status == "crashed"
     assert "within 1 s" in result.message
     assert time.monotonic() - started < 30

@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from qalora_runtimes.launch import RunnerResult
 from qalora_runtimes.onnxruntime_ import linears
 from qalora_runtimes.onnxruntime_.linears import run_linears
+from qalora_runtimes.process import Ended, Watch
 from qalora_runtimes.protocol import ProtocolError, write_each
 
 # The third graph kills the process, as a kernel that reads outside its memory does.
@@ -90,7 +91,7 @@ def test_an_absent_package_is_named_with_the_pip_command(tmp_path: Path, monkeyp
 
 def test_a_hanging_graph_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant("import time; time.sleep(600)", tmp_path, monkeypatch)
-    result = run_linears([b""], tmp_path / "work", timeout=1)
+    result = run_linears([b""], tmp_path / "work", watch=Watch(timeout=1))
     assert result.status == "crashed"
     assert "within 1 s" in result.message
 
@@ -99,11 +100,11 @@ def test_a_hanging_graph_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_answers_that_are_not_one_per_graph_in_order_are_refused(
     names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def lie(_module: str, words: list[object], *_: object) -> tuple[int, str]:
+    def lie(_module: str, words: list[object], *_: object) -> Ended:
         out = words[words.index("--out") + 1]
         assert isinstance(out, Path)
         write_each(out, ((name, np.zeros((1, 1), np.float32)) for name in names))
-        return 0, ""
+        return Ended(0, "")
 
     monkeypatch.setattr(linears, "run_module", lie)
     with pytest.raises(ProtocolError):

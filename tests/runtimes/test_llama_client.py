@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
+from qalora_runtimes.llama_cpp.__main__ import api_key
 from qalora_runtimes.llama_cpp.client import Client, whole_vocabulary
 from qalora_runtimes.protocol import make_job, read_answers, write_job
 from qalora_runtimes.scoring import RunnerError
@@ -143,3 +144,74 @@ def test_a_running_server_is_used_as_it_is(tiny_gguf, job, expected, tmp_path):
     logprobs, _ = read_answers(tmp_path / "out.npz", positions=20)
     assert worst_nmse(logprobs, expected[:20]) < 1e-9
     assert json.loads((tmp_path / "fp.json").read_text())["package"] == "llama-server"
+
+
+@pytest.fixture
+def locked():
+    """A server that answers only who knows its key, and sends others away; yields (address, keys it was shown)."""
+    shown: list[str | None] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            shown.append(self.headers.get("Authorization"))
+            right = shown[-1] == "Bearer s3cret"
+            self.send_response(302 if self.path == "/moved" else 200 if right else 401)
+            self.send_header("Location", "http://127.0.0.1:9/elsewhere")
+            self.end_headers()
+            self.wfile.write(b'{"build_info": "b1"}' if right else b'{"error": {"message": "Invalid API Key"}}')
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", shown
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_key_goes_with_every_request_and_to_no_other_host(locked):
+    address, shown = locked
+    assert Client(address, key="s3cret").build() == "b1"
+    with pytest.raises(RunnerError, match="Invalid API Key"):
+        Client(address).build()
+    with pytest.raises(RunnerError, match="refused /moved"):
+        Client(address, key="s3cret")._call("/moved")
+    assert shown == ["Bearer s3cret", None, "Bearer s3cret"]
+    with pytest.raises(RunnerError, match="printable"):
+        Client(address, key="a\r\nX: y")
+
+
+def test_the_key_of_a_server_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
+    monkeypatch.delenv("LLAMA_API_KEY", raising=False)
+    assert api_key(None) is None
+    monkeypatch.setenv("LLAMA_API_KEY", "from the environment")
+    assert api_key(None) == "from the environment"
+    (tmp_path / "key").write_text("s3cret\n")
+    assert api_key(tmp_path / "key") == "s3cret"
+    (tmp_path / "key").write_text("\n")
+    with pytest.raises(RunnerError, match="holds no key"):
+        api_key(tmp_path / "key")
+
+
+OTHERS = """
+import sys, urllib.error, urllib.request
+from pathlib import Path
+from qalora_runtimes.llama_cpp.local_server import LocalServer
+from qalora_runtimes.llama_cpp.settings import LlamaSettings
+from qalora_runtimes.llama_cpp.wheel import import_wheel
+server = LocalServer(import_wheel(), Path(sys.argv[1]), None, LlamaSettings.of(exact=False, threads=1, longest=8))
+client = server.client()
+assert client._tokenize("a", special=False)
+try:
+    urllib.request.urlopen(urllib.request.Request(f"{client.address}/tokenize", b'{"content": "a"}'))
+except urllib.error.HTTPError as error:
+    print(error.code)
+"""
+
+
+def test_our_own_server_answers_nobody_else(tiny_gguf):
+    done = subprocess.run([sys.executable, "-c", OTHERS, tiny_gguf], capture_output=True, text=True)
+    assert done.stdout.split() == ["401"], done.stderr

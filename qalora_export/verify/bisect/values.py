@@ -20,9 +20,11 @@ from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.errors import RuntimeUnavailableError
 from qalora_export.formats.gguf.permute import hf_order
 from qalora_export.models.families import family_of
+from qalora_export.progress import task
 from qalora_export.verify.bisect.points import Activations, Point, onnx_values
 from qalora_export.verify.reference.logits import fixed_threads, float32_model, round_to_int8
 from qalora_export.verify.runtimes.record import Artifact
+from qalora_export.verify.runtimes.runs import watch_of
 from qalora_export.verify.session import RunPath
 
 LaunchTaps = Callable[..., Any]
@@ -105,16 +107,18 @@ def reader_of(
     """
 
     def taps(ids: NDArray[np.int32], names: list[str], runtime: str, model: Path, **options: Any) -> Activations:
-        result = launch(
-            runtime,
-            model=model,
-            job=Job((ids,), suspect.mode),
-            names=names,
-            workdir=workdir,
-            exact=suspect.path == "exact",
-            threads=threads,
-            **options,
-        )
+        with task(f"{runtime}: values inside", len(ids)) as shown:
+            result = launch(
+                runtime,
+                model=model,
+                job=Job((ids,), suspect.mode),
+                names=names,
+                workdir=workdir,
+                exact=suspect.path == "exact",
+                threads=threads,
+                watch=watch_of(runtime, artifact.path, len(ids), shown),
+                **options,
+            )
         if result.status != "ok":
             raise RuntimeUnavailableError(result.message, where=artifact.path)
         return dict(result.taps)

@@ -7,6 +7,7 @@ merge that the checkpoint claims to be; and that the files are the same ones whe
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.grid import Differences, GroupAffine, difference, differing
 from qalora_export.models.families import family_of
 from qalora_export.verify.gates.registry import measures
+from qalora_export.verify.identity import Identities, changes
 from qalora_export.verify.reference.merge_check import MergeCheck
-from qalora_export.verify.rule import Entry, Gate, Limit
+from qalora_export.verify.rule import Entry, Gate, Limit, checked
 from qalora_export.verify.runtimes.facts import differing_facts
 from qalora_export.verify.runtimes.record import Contents
 from qalora_export.verify.session import Target
@@ -39,8 +41,10 @@ GATE = Gate(
         Limit("differing_facts", 0, "facts", "a right tensor under a wrong epsilon or RoPE base is a wrong model"),
         Limit("broken_links", 0, "links", "a hash that does not match is another file than the one that was made"),
         Limit("wrong_merged_values", 0, "values", "a right export of a wrong merge is not the trained model"),
+        Limit("changed_files", 0, "files", "gates that saw different files prove nothing about either"),
     ),
 )
+AT_THE_END = GATE.limit("changed_files")
 
 
 @measures(GATE)
@@ -88,11 +92,23 @@ def bytes_entry(
     return GATE.judge(
         runtime,
         measured,
+        limits=[limit for limit in GATE.limits if limit is not AT_THE_END],
         detail=f"{compared} values in {len(checkpoint.modules)} quantized and {len(checkpoint.plain_names())} "
         f"other tensors, {len(expected)} facts compared; {merge.describe()}",
         where=_first_of((f"{name}: {count}" for name, count in tensors.items()), facts, broken, unmerged),
         figures=measured | {"compared_values": compared, "tensors": tensors},
     )
+
+
+def still_the_same(entry: Entry, target: Target, now: Identities) -> Entry:
+    """The entry when the last gate has run: every file is the one that the first gate saw. now: of Target.roots."""
+    before = {path: identity for path, identity in target.session.files.items() if _below(path, target.roots)}
+    found = changes(before, {path: identity for path, identity in now.items() if _below(path, target.roots)})
+    return entry.with_check(checked(AT_THE_END, {AT_THE_END.figure: len(found)}), found[:SHOWN])
+
+
+def _below(path: Path, roots: list[Path]) -> bool:
+    return any(path == root or root in path.parents for root in roots)
 
 
 def _first_of(*kinds: Iterable[str]) -> list[str]:

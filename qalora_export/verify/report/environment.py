@@ -11,8 +11,9 @@ from typing import Any
 from qalora_export.checkpoint.canonical import PARTS, CanonicalCheckpoint
 from qalora_export.checkpoint.manifest import MANIFEST
 from qalora_export.checkpoint.provenance import kind_of
+from qalora_export.formats.gguf.split import adapter_path
 from qalora_export.safety import sha256_bytes, sha256_file
-from qalora_export.verify.runtimes.llama_cpp import adapter_of
+from qalora_export.verify.identity import Identities, combined
 from qalora_export.verify.session import Session, Target
 from qalora_export.version import __version__
 
@@ -43,7 +44,10 @@ def describe_inputs(session: Session, targets: list[Target], base: Path | None) 
             "manifest_sha256": _hash_if_file(checkpoint.path / MANIFEST),
             **counts,
         },
-        "artifacts": [describe_artifact(p, artifacts, counts["parameters"]) for p in dict.fromkeys(artifacts.values())],
+        "artifacts": [
+            describe_artifact(p, artifacts, counts["parameters"], session.files)
+            for p in dict.fromkeys(artifacts.values())
+        ],
         "probe": {
             "sequences": len(probes.lengths),
             "positions": int(probes.ids.size),
@@ -77,20 +81,23 @@ def parameter_counts(checkpoint: CanonicalCheckpoint) -> dict[str, int]:
     return {"parameters": quantized + plain, "quantized_parameters": quantized}
 
 
-def describe_artifact(path: Path, artifacts: dict[str, Path], parameters: int) -> dict[str, Any]:
-    """Name, bytes of weights and graph (not the tokenizer), sha256, bits per weight over all parameters."""
-    files = [path] if path.is_file() else sorted(p for p in path.glob("model.onnx*") if p.is_file())
-    if path.is_file() and (adapter := adapter_of(path)):
-        files.append(adapter)
-    nbytes = sum(file.stat().st_size for file in files)
-    listing = "".join(f"{file.name} {sha256_file(file)}\n" for file in files)
+def describe_artifact(path: Path, artifacts: dict[str, Path], parameters: int, known: Identities) -> dict[str, Any]:
+    """Name, bytes of weights and graph (not the tokenizer), sha256, bits per weight over all parameters.
+
+    known: the files as they were before the first gate. What was verified is named, not what lies there by now.
+    """
+    inside = [file for file in known if file.parent == path and file.name.startswith("model.onnx")]
+    beside = [file for file in (path, adapter_path(path)) if file in known]
+    files = {file.name: known[file] for file in inside or beside}
+    nbytes = sum(file.size for file in files.values())
+    whole = known[path].sha256 if path in known else sha256_bytes(combined(files.items()).encode())
     return {
         "name": path.name,
         "runtimes": [runtime for runtime, artifact in artifacts.items() if artifact == path],
         "bytes": nbytes,
         "bits_per_weight": round(8 * nbytes / parameters, 3),
-        "sha256": sha256_file(path) if path.is_file() else sha256_bytes(listing.encode()),
-        "files": {file.name: sha256_file(file) for file in files},
+        "sha256": whole,
+        "files": {name: file.sha256 for name, file in files.items()},
     }
 
 

@@ -9,9 +9,8 @@ from typing import Any
 from qalora_export.verify.gates.registry import all_gates
 from qalora_export.verify.report import plots
 from qalora_export.verify.report.bisect_plot import data_uri, error_plot
-from qalora_export.verify.report.parity_report import ParityReport, number
+from qalora_export.verify.report.parity_report import HTML, ParityReport, number
 
-HTML = "report.html"
 TEMPLATE = "report.html.j2"
 HEADLINES = {
     "pass": "PASS: every gate of every runtime",

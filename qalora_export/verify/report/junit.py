@@ -6,10 +6,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from qalora_export.verify.gates.registry import all_gates
-from qalora_export.verify.report.parity_report import ParityReport, explain
+from qalora_export.verify.report.parity_report import JUNIT, ParityReport, explain
 from qalora_export.verify.rule import Entry
 
-JUNIT = "junit.xml"
 # How each status is written; None: nothing is added, which is what JUnit calls passed.
 ELEMENTS = {"pass": None, "fail": "failure", "not run": "error"}
 

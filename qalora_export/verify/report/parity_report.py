@@ -44,7 +44,7 @@ from qalora_export.verify.rule import Entry, exit_code
 
 FORMAT = "qalora-parity/1"
 STATUSES = ("pass", "fail", "not run")
-REPORT, POSITIONS = "report.json", "positions.npz"
+REPORT, POSITIONS, HTML, JUNIT = "report.json", "positions.npz", "report.html", "junit.xml"
 VERDICTS = {ExitCode.OK: "pass", ExitCode.PARITY_FAILED: "fail", ExitCode.RUNTIME_UNAVAILABLE: "not run"}
 
 
@@ -139,6 +139,12 @@ def _is_gate(entry: object) -> bool:
     texts = all(isinstance(entry.get(key), str) for key in ("gate", "title", "runtime"))
     figures = (entry.get("measured"), entry.get("bound"))
     return texts and all(value is None or type(value) in (int, float, str) for value in figures)
+
+
+def withdraw(folder: Path) -> None:
+    """Delete a report's verdict, the one that programs read first; other files of the folder stay."""
+    for name in (REPORT, JUNIT, HTML, POSITIONS):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

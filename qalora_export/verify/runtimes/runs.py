@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,15 +10,17 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from qalora_runtimes.heartbeat import Beat
+from qalora_runtimes.process import Watch, patience_for
 from qalora_runtimes.protocol import Job, TextRequest, write_job
 
 from qalora_export.errors import RuntimeUnavailableError
+from qalora_export.progress import Task, task
 from qalora_export.verify.probes.probe_set import ProbeSet
 from qalora_export.verify.runtimes.record import Artifact
 
 Mode = Literal["prefill", "decode"]
-# A generous ceiling per process: a hung runtime is a finding, not an endless wait.
-TIMEOUT_SECONDS = 3600
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -76,16 +79,18 @@ class Runs:
         job = workdir / "job.npz"
         request = TextRequest(probes.texts, probes.chats) if text else None
         write_job(job, Job(tuple(probes.sequences()), mode, request))
-        result = self.launch(
-            runtime,
-            model=artifact.path,
-            job=job,
-            workdir=workdir,
-            exact=exact,
-            threads=self.threads,
-            lora=artifact.lora,
-            timeout=TIMEOUT_SECONDS,
-        )
+        with task(f"{runtime}: {label} {'texts' if text else mode}", int(probes.ids.size)) as shown:
+            result = self.launch(
+                runtime,
+                model=artifact.path,
+                job=job,
+                workdir=workdir,
+                exact=exact,
+                threads=self.threads,
+                lora=artifact.lora,
+                vocabulary=self.vocabulary,
+                watch=watch_of(runtime, artifact.path, int(probes.lengths.max()), shown),
+            )
         if result.status != "ok":
             raise RuntimeUnavailableError(
                 f"{runtime} {result.status}: {result.message}",
@@ -94,3 +99,16 @@ class Runs:
             )
         self.fingerprints[f"{runtime}/{label}/{mode}"] = dict(result.fingerprint or {})
         return result
+
+
+def watch_of(runtime: str, model: Path, longest: int, shown: Task) -> Watch:
+    """How long a run may be silent; what it tells goes to `shown`, and its silence to the log."""
+
+    def on_beat(beat: Beat) -> None:
+        shown.update(beat.done if beat.total else 0, "" if beat.total else beat.what)
+
+    return Watch(
+        patience_for(model, longest),
+        on_beat=on_beat,
+        on_silence=lambda line: logger.warning("%s: %s", runtime, line),
+    )

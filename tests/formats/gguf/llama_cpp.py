@@ -24,7 +24,7 @@ def ask(model: Path, workdir: Path, *, ids: Any, lora: Path | None = None, texts
     """Every position of every sequence, rounding-free kernels; AssertionError with the runtime's own words."""
     request = TextRequest(tuple(texts), tuple(map(tuple, chats))) if texts or chats else None
     job = make_job(ids, text=request)
-    result = run_runner("llama.cpp", model=model, job=job, workdir=workdir / "run", exact=True, lora=lora, timeout=300)
+    result = run_runner("llama.cpp", model=model, job=job, workdir=workdir / "run", exact=True, lora=lora)
     assert result.status == "ok", result.message + result.log
     assert result.logprobs is not None
     rows = np.split(result.logprobs.astype(np.float64), np.cumsum([len(row) for row in ids])[:-1])
