@@ -13,8 +13,8 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from qalora_export.checkpoint.model_folder import COMPANIONS
-from qalora_export.console import track
 from qalora_export.errors import InputError, QaloraError, UnsafeInputError
+from qalora_export.progress import track
 from qalora_export.safety import inside, read_json, sha256_bytes, sha256_file
 
 MANIFEST = "manifest.json"

@@ -148,7 +148,8 @@ def _make_folders(folder: Path) -> list[Path]:
         if path.exists():
             break
         missing.append(path)
-    folder.mkdir(parents=True, exist_ok=True)
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
     return missing
 
 

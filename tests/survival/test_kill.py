@@ -116,7 +116,7 @@ def test_killed_between_any_two_changes_on_disk(driver: Driver, undisturbed: Und
     places = random.Random(8)
     kills = in_last_stage = 0
     while in_last_stage < 3:
-        run = driver.start("run", undisturbed.recipe, die_at=places.randint(START, 90))
+        run = driver.start("run", undisturbed.recipe, die_at=places.randint(START, undisturbed.changes // 3))
         assert driver.ended() == KILLED, run.said()
         kills += 1
         assert kills < 100, "the chain does not get on"

@@ -12,7 +12,7 @@ from qalora_export.models.families.rope import rope_of
 
 def _defined() -> tuple[Family, ...]:
     """Every Family at the top of a module of this package, by name: a new file is enough to add one."""
-    package = importlib.import_module("qalora_export.models.families")
+    package = importlib.import_module(__name__.rpartition(".")[0])
     modules = [
         importlib.import_module(f"{package.__name__}.{found.name}")
         for found in pkgutil.iter_modules(package.__path__)
