@@ -1,4 +1,4 @@
-"""The QA-LoRA layer (design §3; arXiv 2309.14717, Algorithm 1).
+"""The QA-LoRA layer (DESIGN.md, "QA-LoRA"; arXiv 2309.14717, Algorithm 1).
 
     offset_eff = fp16( m + α/r · B A )                     (out, in/g), straight-through rounding in training
     y          = x · dequant(codes, scale, offset_eff)ᵀ
