@@ -49,7 +49,7 @@ def trained_layer(
 
 
 def naive_weight(layer: QALoraLinear, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
-    """The float64 matrix of the layer, one element at a time from the formulas of design §2 and §3.
+    """The float64 matrix of the layer, one element at a time by DESIGN.md, "Canonical form" and "QA-LoRA".
 
     With a and b it is differentiable in them: roundings are passed straight through.
     """

@@ -349,7 +349,18 @@ CASES = (
     # what cannot be quantized
     Case(
         "group size does not divide",
-        ("quantize", "model", "--out", "new", *RTN, "--group-size", "128", "--rule", "*.up_proj=group:128"),
+        (
+            "quantize",
+            "model",
+            "--out",
+            "new",
+            *RTN,
+            "--group-size",
+            "128",
+            "--rule",
+            "*.up_proj=group:128",
+            "--strict-groups",
+        ),
         BAD,
         ("96 in-features", "q_proj"),
         lambda p: narrow_model(p),

@@ -1,6 +1,6 @@
 """The noise floor of the shipped path: what int8 activations cost this model in this runtime.
 
-Design §6 took the unadapted base through the same runtime as the floor. Measured, that fails right models: on the
+The noise of the unadapted base in the same runtime is no floor; measured, it fails right models: on the
 sample (7.5 M parameters, g = 32) a merged fine-tune whose exact path agrees to 4e-10 has 2.9 times the base's NMSE in
 llama.cpp and 2.7 times in ONNX Runtime, because tuning made the model more sensitive to the same rounding. Rounding the
 input of every quantized layer to int8 in PyTorch predicts both models: measured over simulated NMSE was 1.00 and 1.04
