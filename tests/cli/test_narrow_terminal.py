@@ -17,7 +17,6 @@ from qalora_export.cli import (
     merge,
     parity_table,
     quantize,
-    run_summary,
     train,
 )
 from qalora_export.console import console, results
@@ -77,7 +76,9 @@ def test_train_merge_and_export(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [("activations kept for backward", 10**11)]
     memory = SimpleNamespace(trainable_parameters=10**9, adapted_modules=560, rows=lambda: rows, total=10**11)
     steps = SimpleNamespace(total=10**6, per_epoch=10**5, evaluate_every=10**4)
-    plan = SimpleNamespace(memory=memory, samples=10**6, tokens=10**9, train=[0], steps=steps, dtype="torch.bfloat16")
+    plan = SimpleNamespace(
+        memory=memory, samples=10**6, tokens=10**9, train=[0], steps=steps, dtype="torch.bfloat16", accounts={}
+    )
     train._print_plan(plan)  # type: ignore[arg-type]
     table_lines(capsys)
     console.print(merge._table(MergeReport(560, 560, "peft", 0, 0, 10**10, 10**10, 0, 10**10, 0)))
@@ -94,13 +95,13 @@ def test_parity_with_three_runtimes_and_long_findings(capsys: pytest.CaptureFixt
 
 
 def test_summary_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
-    runtimes = ("llama.cpp", "onnxruntime", "onnxruntime-genai")
+    figures = {"headline": 1.23456e-10, "measured": 2.0, "bound": 1.0, "figure": "x", "unit": "y"}
     gates = [
-        {"gate": f"G{n}", "runtime": runtime, "measured": 1.23456e-10, "status": "fail", "title": "a gate"}
+        {"gate": f"G{n}", "runtime": runtime, "status": "fail", "row": "a gate", "title": "t", **figures}
         for n in range(6)
-        for runtime in runtimes
+        for runtime in ("llama.cpp", "onnxruntime", "onnxruntime-genai")
     ]
-    results.print(run_summary._parity_table({"gates": gates}))
+    results.print(parity_table.summary_table({"gates": gates}))
     table_lines(capsys)
 
 

@@ -303,7 +303,7 @@ def test_a_run_that_fails_leaves_no_old_verdict(how: str, exported: Exported, tm
     elif how == "no artifact":
         gguf = tmp_path / "none.gguf"
     elif how == "no checkpoint":
-        checkpoint = tmp_path
+        checkpoint = tmp_path / "nothing"
     else:
 
         def launch(*_: object, **__: object) -> RunnerResult:
