@@ -24,7 +24,7 @@ def render(record: Record, tokenizer: Any, *, until: int | None = None, **option
     Jinja's immutable sandbox. Raises InputError for what the template refuses or cannot digest.
     """
     own = {"tools": list(record.tools) or None, **record.options}
-    if reserved := sorted(set(record.options) & set(inspect.signature(tokenizer.apply_chat_template).parameters)):
+    if reserved := sorted(set(record.options) & set(inspect.signature(type(tokenizer).apply_chat_template).parameters)):
         raise InputError(
             f"chat_template_kwargs sets {reserved[0]!r}", where=record.where, why="it is not a variable of the template"
         )
@@ -37,7 +37,7 @@ def _applied(messages: list[Message], tokenizer: Any, where: str, options: dict[
     try:
         try:
             return tokenizer.apply_chat_template(messages, **options)
-        except TypeError:
+        except (TypeError, TemplateError):  # the second where templates render in a process of their own
             if not any("tool_calls" in message for message in messages):
                 raise
             # Some templates (DeepSeek's) paste a call's arguments as text, most take an object.
