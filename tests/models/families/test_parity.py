@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from qalora_export.verify.bisect.readers import reader_of
-from qalora_export.verify.reference.activations import ReferenceModel
 from qalora_runtimes.taps import run_taps
 
 import qalora_export as q
@@ -16,12 +14,13 @@ from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.formats.onnx.exact import exact_variant
 from qalora_export.models.families import FAMILIES, family_of
 from qalora_export.verify.bisect.points import layer_points
-from qalora_export.verify.bisect.search import Failure, bisect
-from qalora_export.verify.runtimes.runs import Artifact
+from qalora_export.verify.bisect.search import bisect
+from qalora_export.verify.bisect.values import ReferenceModel, Suspect, reader_of
+from qalora_export.verify.runtimes.record import Artifact
 from qalora_export.verify.runtimes.twin import write_twin
 from tests.models.families.small import CONFIGS, make_small
 
-FAILURE = Failure("G2", "exact", "prefill", "a sequence", (np.arange(24, dtype=np.int32) * 17) % 300)
+SUSPECT = Suspect("G2", "exact", "prefill", "a sequence", (np.arange(24, dtype=np.int32) * 17) % 300)
 # Transformers gives these model types a tokenizer class of its own, whatever the folder holds.
 OWN_TOKENIZER = {"Qwen2"}
 
@@ -63,13 +62,13 @@ def test_every_point_of_a_layer_agrees_with_the_reference(line: Line, kind: str,
     if kind == "gguf":
         write_twin(line.gguf, tmp_path / "twin.gguf")
     run = Artifact(tmp_path / "twin.gguf") if kind == "gguf" else Artifact(exact_variant(line.onnx, tmp_path / "exact"))
-    read = reader_of(kind, run, checkpoint, FAILURE, tmp_path / "taps", threads=1, launch=run_taps)
+    read = reader_of(kind, run, checkpoint, SUSPECT, tmp_path / "taps", threads=1, launch=run_taps)
     model = ReferenceModel(line.base, threads=1)
     family = family_of(checkpoint.config)
-    found = bisect(kind, FAILURE, model, 2, read, points=family.points, through="test")
+    found = bisect(kind, SUSPECT, model, 2, read, points=family.points, through="test")
     assert found.first is None, found.first
     points = layer_points(1, family.points)
-    wanted, seen = model.activations(FAILURE.ids, points), read(FAILURE.ids, points)
+    wanted, seen = model.activations(SUSPECT.ids, points), read(SUSPECT.ids, points)
     for point in points:
         if point.key in seen:
             np.testing.assert_allclose(seen[point.key], wanted[point.key], rtol=2e-3, atol=2e-3, err_msg=point.name)
