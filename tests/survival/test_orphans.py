@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from qalora_runtimes.launch import RUNNERS
 from qalora_runtimes.onnxruntime_ import linears
-from qalora_runtimes.taps import TAP_RUNNERS
 
 RUNNER = "import os, time; from qalora_runtimes.runner import _die_with; _die_with(int(os.environ['CALLER']));"
 CALLER = f"""
@@ -83,7 +82,9 @@ def wait_for(happened: Callable[[], bool], otherwise: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems tell no process that its parent died")
-@pytest.mark.parametrize("module", [*(r.module for r in RUNNERS.values()), *TAP_RUNNERS.values(), linears.MODULE])
+@pytest.mark.parametrize(
+    "module", [*(r.module for r in RUNNERS.values()), *(r.taps for r in RUNNERS.values() if r.taps), linears.MODULE]
+)
 def test_every_runner_refuses_to_work_for_nobody(module: str, tmp_path: Path) -> None:
     words = {
         "--model": tmp_path,

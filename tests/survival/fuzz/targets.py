@@ -129,15 +129,16 @@ def gguf(folder: Path) -> None:
 
 
 def gguf_split(folder: Path) -> None:
-    from qalora_export.verify.runtimes.gguf_side import contents_of
+    from qalora_export.formats.gguf.read import read_back
 
-    _first_matrices(contents_of(folder / "split.gguf"))
+    _first_matrices(read_back(folder / "split.gguf", folder / "split.lora.gguf"))
 
 
 def gguf_facts(folder: Path) -> None:
-    from qalora_export.verify.runtimes.gguf_side import contents_of, facts_of
+    from qalora_export.formats.gguf.read import read_back
+    from qalora_export.verify.runtimes.llama_cpp import facts_of
 
-    facts_of(folder / "model.gguf", contents_of(folder / "model.gguf").metadata)
+    facts_of(folder / "model.gguf", read_back(folder / "model.gguf").metadata)
 
 
 def onnx(folder: Path) -> None:
@@ -147,9 +148,11 @@ def onnx(folder: Path) -> None:
 
 
 def onnx_facts(folder: Path) -> None:
-    from qalora_export.verify.runtimes.onnx_side import contents_of, genai_facts, graph_facts
+    from qalora_export.formats.onnx.read import read_back
+    from qalora_export.verify.runtimes.onnxruntime import graph_facts
+    from qalora_export.verify.runtimes.onnxruntime_genai import genai_facts
 
-    contents = contents_of(folder / "onnx")
+    contents = read_back(folder / "onnx")
     graph_facts(contents)
     genai_facts(folder / "onnx")
 
