@@ -105,8 +105,12 @@ def from_system(error: BaseException) -> QaloraError | None:
 
 
 @contextlib.contextmanager
-def refused_by(library: str, *, where: object, fix: str = "fetch the file again") -> Iterator[None]:
+def refused_by(
+    library: str, *, where: object, doing: str = "read this", fix: str = "fetch the file again"
+) -> Iterator[None]:
     """Whatever `library` raises on a file that it cannot read, as InputError; for calls of the library alone.
+
+    doing: what it was asked to do, for the message.
 
     Libraries raise what the first wrong value happens to lead to (TypeError, AttributeError, a panic); all of it says
     that the file is not as it should be.
@@ -119,7 +123,7 @@ def refused_by(library: str, *, where: object, fix: str = "fetch the file again"
         if not isinstance(error, Exception) and not is_panic(error):
             raise  # an interrupt, an exit
         why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        raise InputError(f"{library} cannot read this", where=where, why=why, fix=fix) from error
+        raise InputError(f"{library} cannot {doing}", where=where, why=why, fix=fix) from error
 
 
 def is_panic(error: BaseException) -> bool:

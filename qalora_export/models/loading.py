@@ -26,7 +26,7 @@ def load_model(folder: StrPath, *, dtype: torch.dtype = torch.float32, attention
     if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
         CanonicalCheckpoint(folder)
     logging.disable_progress_bar()  # stages have their own
-    with refused_by("Transformers", where=folder):
+    with refused_by("Transformers", where=folder, doing="load the model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder),
             dtype=dtype,
@@ -58,7 +58,7 @@ def load_tokenizer(folder: StrPath) -> Any:
 
     kind = PreTrainedTokenizerFast if (Path(folder) / "tokenizer.json").is_file() else AutoTokenizer
     folder = Path(folder)
-    with refused_by("Transformers", where=f"{folder}: tokenizer"):
+    with refused_by("Transformers", where=f"{folder}: tokenizer", doing="load the tokenizer"):
         tokenizer: Any = kind.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False, use_fast=True
         )

@@ -188,7 +188,7 @@ def _split(windows: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
 def _build(path: Path, attention: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with refused_by("Transformers", where=path / "config.json"):
+    with refused_by("Transformers", where=path / "config.json", doing="build the model"):
         config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config

@@ -68,6 +68,7 @@ INTERRUPT = """
 import os, signal, threading, time
 import qalora_export.inspection.view as view
 from qalora_export.cli.main import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
 view.open_view = lambda path: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))
 main(["inspect", "x"])
 """

@@ -44,11 +44,12 @@ def family_of(config: Mapping[str, Any]) -> Family:
     Raises InputError, with the list of supported architectures, when there is none, and for variants (rotary
     scaling, activation, …) that the family's exporters do not carry exactly.
     """
-    names = config.get("architectures") or []
-    found = [family for family in FAMILIES if isinstance(names, list) and set(names) & set(family.architectures)]
+    named = config.get("architectures") or []
+    names = [str(name) for name in named] if isinstance(named, list) else []
+    found = [family for family in FAMILIES if set(names) & set(family.architectures)]
     if len(found) != 1:
         raise InputError(
-            f"unsupported architecture {', '.join(map(str, names)) if names else '(none named)'}",
+            f"unsupported architecture {', '.join(names) if names else '(none named)'}",
             where="config.json: architectures",
             why=f"supported: {', '.join(supported_architectures())}",
             fix="every other architecture needs a family table and a parity test first",

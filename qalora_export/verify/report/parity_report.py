@@ -136,9 +136,12 @@ def read_report(path: Path) -> dict[str, Any]:
 def _is_gate(entry: object) -> bool:
     if not isinstance(entry, dict) or entry.get("status") not in STATUSES:
         return False
-    texts = all(isinstance(entry.get(key), str) for key in ("gate", "title", "runtime"))
-    figures = (entry.get("measured"), entry.get("bound"))
-    return texts and all(value is None or type(value) in (int, float, str) for value in figures)
+    texts = all(isinstance(entry.get(key), str) for key in ("gate", "title", "row", "runtime"))
+    if not {"measured", "bound", "headline", "figure"} <= entry.keys():
+        return False
+    figures = (entry["measured"], entry["bound"], entry["headline"])
+    named = entry["figure"] is None or isinstance(entry["figure"], str)
+    return texts and named and all(value is None or type(value) in (int, float, str) for value in figures)
 
 
 def withdraw(folder: Path) -> None:

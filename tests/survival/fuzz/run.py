@@ -77,6 +77,7 @@ def damaged(
 def run_case(target: Target, folder: Path, raw: bytes) -> Outcome:
     """Put `raw` in place of the target's file, read, put the good file back."""
     path = folder / target.file
+    beside = {other: other.read_bytes() for other in path.parent.iterdir() if other.is_file()} if target.fragile else {}
     before, began = path.read_bytes() if path.exists() else b"", time.process_time()
     path.write_bytes(raw)
     try:
@@ -87,6 +88,10 @@ def run_case(target: Target, folder: Path, raw: bytes) -> Outcome:
         if outcome.good and used[0] > BASE_MEMORY + TIMES * len(raw):
             outcome = Outcome("memory", target.name, f"{used[0] >> 20} MiB for {len(raw)} bytes")
     finally:
+        if beside and not path.parent.exists():
+            path.parent.mkdir(parents=True)
+            for other, content in beside.items():
+                other.write_bytes(content)
         path.write_bytes(before)
         _remove(folder / "new")
     return outcome

@@ -54,6 +54,9 @@ REPORT = {
         {
             "gate": gate,
             "title": "t",
+            "row": "r",
+            "headline": 0.0,
+            "figure": "f",
             "runtime": "llama.cpp",
             "status": "pass",
             "measured": 0.0,
@@ -105,7 +108,7 @@ def _run_folder(folder: Path) -> None:
     """What `run` leaves, as far as something reads it."""
     out = folder / "out"
     (out / "report").mkdir(parents=True)
-    (out / "run.json").write_text('{"stages": {"train": {"key": "a", "output": null}}}')
+    (out / "run.json").write_text('{"format": "qalora-run/1", "stages": {"train": {"key": "a", "output": null}}}')
     (out / "report" / "report.json").write_text(json.dumps(REPORT))
     for name in ("base", "merged"):
         (out / f"score.{name}.json").write_text(json.dumps(SCORE))

@@ -34,7 +34,8 @@ JINJA: tuple[Mutator, ...] = (mutate.jinja, mutate.any_bytes)
 class Target:
     """file: the one that is damaged. share: cases relative to the others; what takes longer gets fewer.
 
-    sealed: a manifest records the file, so whatever accepts it changed has accepted damage.
+    sealed: a manifest records the file, so whatever accepts it changed has accepted damage. fragile: the reader may
+    remove the folder of the file, as a resumed training does with a checkpoint that is not whole.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Target:
     read: Read
     share: float = 1.0
     sealed: bool = False
+    fragile: bool = False
 
 
 # ------------------------------------------------------------------------------------------------------------ readers
@@ -416,7 +418,7 @@ TARGETS = (
     Target("report.json", "out/report/report.json", JSON, run_summary, 1),
     Target("score", "out/score.merged.json", JSON, run_summary, 1),
     Target("training record", "adapter.training/run.json", JSON, training_record, 1),
-    Target("commit mark", "adapter.training/checkpoint-2/complete.json", JSON, training_record, 1),
+    Target("commit mark", "adapter.training/checkpoint-2/complete.json", JSON, training_record, 1, fragile=True),
     Target("inspect a GGUF", "model.gguf", GGUF, stage(*INSPECT, "{}/model.gguf"), 0.3),
     Target("inspect ONNX", "onnx/model.onnx", GRAPH, stage(*INSPECT, "{}/onnx"), 0.3),
     Target("inspect a checkpoint", "base.qalora/config.json", JSON, stage(*INSPECT, "{}/base.qalora"), 0.3),
