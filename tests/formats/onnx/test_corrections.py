@@ -1,0 +1,93 @@
+"""Where mobius-onnx builds another function than Transformers: each fault shown on its own graph, then corrected.
+
+A test that finds the fault gone tells that the pinned version has changed and the correction can go.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from qalora_export.formats.onnx import corrections
+from qalora_export.formats.onnx.graph import PROVIDER, _register_provider
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 96,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+
+
+def graph_of(folder: Path, model_type: str, **own: object) -> ir.Model:
+    """mobius' graph without weights, uncorrected."""
+    import mobius
+    from transformers import AutoConfig
+
+    _register_provider()
+    AutoConfig.for_model(model_type, **{**SIZES, **own}).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    names = {"gemma2": "Gemma2ForCausalLM", "smollm3": "SmolLM3ForCausalLM", "phi3": "Phi3ForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": [names[model_type]]}))
+    package = mobius.build(str(folder), execution_provider=PROVIDER, dtype="f32", load_weights=False)
+    return package["model"]
+
+
+def attention(model: ir.Model) -> list[ir.Node]:
+    return [node for node in model.graph if node.op_type == "GroupQueryAttention"]
+
+
+def test_a_tied_head_asks_for_a_tensor_of_its_own(tmp_path: Path) -> None:
+    model = graph_of(tmp_path, "smollm3", num_hidden_layers=2, tie_word_embeddings=True)
+    assert corrections.HEAD in model.graph.initializers
+    corrections.tie_head(model)
+    assert corrections.HEAD not in model.graph.initializers
+    assert len(list(model.graph.initializers[corrections.EMBEDDING].uses())) == 2
+
+
+def test_sliding_windows_are_lost(tmp_path: Path) -> None:
+    model = graph_of(tmp_path, "gemma2", num_hidden_layers=2, head_dim=32, sliding_window=16)
+    assert [node.attributes.get_int("local_window_size", -1) for node in attention(model)] == [-1, -1]
+    corrections.limit_windows(model, (True, False), 16)
+    assert [node.attributes.get_int("local_window_size", -1) for node in attention(model)] == [16, -1]
+
+
+def test_the_factor_of_the_embedding_is_rounded(tmp_path: Path) -> None:
+    model = graph_of(tmp_path, "gemma2", num_hidden_layers=1, head_dim=32)
+    exact = np.float32(96**0.5)
+    assert factor(model) != exact
+    corrections.scale_embedding(model, 96**0.5)
+    assert factor(model) == exact
+
+
+def factor(model: ir.Model) -> np.float32:
+    """What the embedding is multiplied by."""
+    (gather,) = [u.node for u in model.graph.initializers[corrections.EMBEDDING].uses() if u.node.op_type == "Gather"]
+    (product,) = [use.node for use in gather.outputs[0].uses() if use.node.op_type == "Mul"]
+    value = next(value for value in product.inputs if value is not gather.outputs[0])
+    constant = value.const_value or ir.convenience.get_const_tensor(value)
+    return np.float32(constant.numpy().item())
+
+
+@pytest.mark.parametrize("scale", [0.1, 32**-0.5])
+def test_the_factor_of_attention_is_what_is_asked_for(tmp_path: Path, scale: float) -> None:
+    model = graph_of(tmp_path, "gemma2", num_hidden_layers=2, head_dim=32)
+    corrections.scale_attention(model, scale)
+    found = [np.float32(node.attributes.get_float("scale")) for node in attention(model)]
+    assert found == [np.float32(scale)] * 2
+
+
+def test_fused_queries_keys_and_values_are_cut_apart(tmp_path: Path) -> None:
+    model = graph_of(tmp_path, "phi3", num_hidden_layers=1, sliding_window=None, pad_token_id=0)
+    module = "model.layers.0.self_attn"
+    assert f"{module}.qkv_proj.weight" not in model.graph.initializers
+    corrections.fuse_qkv(model, 1)
+    assert model.graph.initializers[f"{module}.qkv_proj.weight"].shape == (192, 96)
+    assert not [name for name in model.graph.initializers if name.startswith(f"{module}.q_proj")]
