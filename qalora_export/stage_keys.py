@@ -21,8 +21,15 @@ from pydantic import BaseModel
 from qalora_runtimes.fingerprint import machine
 from qalora_runtimes.launch import RUNNERS
 
-from qalora_export.checkpoint.manifest import MANIFEST, is_ours, manifest_at, parent_of, verify_files, verify_manifest
-from qalora_export.checkpoint.sidecar import sidecar_path
+from qalora_export.checkpoint.manifest import (
+    MANIFEST,
+    is_ours,
+    manifest_at,
+    parent_of,
+    sidecar_path,
+    verify_files,
+    verify_manifest,
+)
 from qalora_export.errors import InputError
 from qalora_export.safety import sha256_bytes, sha256_file
 

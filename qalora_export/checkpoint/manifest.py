@@ -2,7 +2,7 @@
 
 It is the last file written. It names every file of its folder with size and sha256, every tensor with dtype, shape
 and sha256, the settings that made them, and the sha256 of each parent's manifest. It holds no time and no absolute
-path, so equal inputs and settings give equal bytes.
+path, so equal inputs and settings give equal bytes. That of a single file lies beside it: `<out>.manifest.json`.
 """
 
 import json
@@ -16,6 +16,7 @@ from qalora_export.checkpoint.model_folder import COMPANIONS
 from qalora_export.errors import InputError, QaloraError, UnsafeInputError
 from qalora_export.progress import track
 from qalora_export.safety import inside, read_json, sha256_bytes, sha256_file
+from qalora_export.version import __version__
 
 MANIFEST = "manifest.json"
 FORMAT = "qalora-manifest/1"
@@ -63,27 +64,63 @@ def write_manifest(
     tensors: dict[str, dict[str, Any]],
     parents: list[Parent],
     settings: dict[str, Any],
-    name: str = MANIFEST,
     digests: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Hash every file in `folder` and write the manifest last. digests: sha256 of files hashed already, by name."""
-    from qalora_export.version import __version__
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
+    files = {path.relative_to(folder).as_posix(): path for path in paths}
+    _write(folder / MANIFEST, kind, files, digests, tensors=tensors, parents=parents, settings=settings)
 
-    files = {
-        key: {"bytes": path.stat().st_size, "sha256": digests.get(key) or sha256_file(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != name and (key := path.relative_to(folder).as_posix())
-    }
+
+def sidecar_path(out: Path) -> Path:
+    """Where the manifest of a single file lies: model.gguf -> model.gguf.manifest.json"""
+    return out.with_name(f"{out.name}.{MANIFEST}")
+
+
+def write_sidecar(
+    path: Path,
+    files: dict[str, Path],
+    tensors: dict[str, dict[str, Any]],
+    parents: list[Parent],
+    settings: dict[str, Any],
+    *,
+    digests: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """The manifest of a GGUF file and what belongs to it, at `path`; files: final name -> where they lie now."""
+    _write(path, "gguf", files, digests, tensors=tensors, parents=parents, settings=settings)
+
+
+def _write(
+    path: Path,
+    kind: FileKind,
+    files: Mapping[str, Path],
+    digests: Mapping[str, str],
+    *,
+    tensors: dict[str, dict[str, Any]],
+    parents: list[Parent],
+    settings: dict[str, Any],
+) -> None:
     content = {
         "format": FORMAT,
         "kind": kind,
         "created_by": f"qalora-export {__version__}",
         "settings": settings,
         "parents": [asdict(parent) for parent in parents],
-        "files": files,
+        "files": {
+            name: {"bytes": file.stat().st_size, "sha256": digests.get(name) or sha256_file(file)}
+            for name, file in files.items()
+        },
         "tensors": tensors,
     }
-    (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def files_of(path: Path) -> set[str]:
+    """Names of the files that the manifest at `path` lists; empty when there is none, or it is not one of ours."""
+    try:
+        return set(manifest_at(path)["files"])
+    except QaloraError:
+        return set()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -13,8 +13,7 @@ from qalora_export.safety import inside, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# What makes the model usable and goes along unchanged through every stage.
-COMPANIONS = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -23,8 +22,9 @@ COMPANIONS = (
     "merges.txt",
     "tokenizer.model",
     "chat_template.jinja",
-    "generation_config.json",
 )
+# What makes the model usable and goes along unchanged through every stage.
+COMPANIONS = (*TOKENIZER_FILES, "generation_config.json")
 
 
 class ModelFolder:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from qalora_export.checkpoint.manifest import MANIFEST, manifest_at
+from qalora_export.checkpoint.manifest import MANIFEST, files_of, sidecar_path
 from qalora_export.errors import InputError, QaloraError
 from qalora_export.safety import atomic_file, exclusive, read_json, refuse_existing, sha256_bytes
 
@@ -100,7 +100,7 @@ def foreign_files(target: Path) -> list[str]:
         return [] if is_own_file(target) else [target.name]
     if not target.exists():
         return []
-    known = _named_by(target / MANIFEST)
+    known = files_of(target / MANIFEST)
     known |= {MANIFEST} if known else set()
     return sorted(name for name in _files(target) if name not in known)
 
@@ -109,7 +109,7 @@ def is_own_file(path: Path) -> bool:
     """Whether a regular file is ours: named by the manifest beside it, or of one of our formats."""
     if path.is_symlink() or not path.is_file():
         return False
-    if path.name in _named_by(path.with_name(f"{path.name}.{MANIFEST}")):
+    if path.name in files_of(sidecar_path(path)):
         return True
     with path.open("rb") as file:
         head = file.read(len(GGUF_MAGIC))
@@ -155,14 +155,6 @@ def _own_json(path: Path) -> bool:
     except QaloraError:
         return False
     return isinstance(content, dict) and str(content.get("format", "")).startswith(OWN_FORMAT)
-
-
-def _named_by(manifest: Path) -> set[str]:
-    """File names in a manifest of ours; empty when there is none."""
-    try:
-        return set(manifest_at(manifest)["files"])
-    except QaloraError:
-        return set()
 
 
 def _files(folder: Path) -> Iterator[str]:

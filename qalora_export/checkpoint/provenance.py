@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qalora_export.checkpoint.manifest import MANIFEST, parent_of, read_manifest, verify_manifest
+from qalora_export.checkpoint.manifest import MANIFEST, parent_of, read_manifest, sidecar_path, verify_manifest
 from qalora_export.errors import InputError
 from qalora_export.safety import inside, read_json, sha256_file
 
@@ -37,7 +37,7 @@ class Link:
 
 def artifact_manifest(artifact: Path) -> Path:
     """Where an exporter leaves the manifest: beside a file, inside a folder."""
-    return artifact / MANIFEST if artifact.is_dir() else artifact.with_name(f"{artifact.name}.{MANIFEST}")
+    return artifact / MANIFEST if artifact.is_dir() else sidecar_path(artifact)
 
 
 def artifact_links(artifact: Path, checkpoint: Path) -> list[Link]:

@@ -59,7 +59,7 @@ def open_view(path: StrPath) -> View:
 
 
 def _gguf(path: Path) -> View:
-    from qalora_export.checkpoint.sidecar import sidecar_path
+    from qalora_export.checkpoint.manifest import sidecar_path
     from qalora_export.formats.gguf.read import read_back
 
     contents = read_back(path)

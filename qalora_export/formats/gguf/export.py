@@ -8,9 +8,8 @@ from collections import Counter
 from pathlib import Path
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
-from qalora_export.checkpoint.manifest import parent_of, require_intact
+from qalora_export.checkpoint.manifest import files_of, parent_of, require_intact, sidecar_path, write_sidecar
 from qalora_export.checkpoint.output import claim_output
-from qalora_export.checkpoint.sidecar import files_of, sidecar_path, write_sidecar
 from qalora_export.errors import ParityError
 from qalora_export.formats.contents import Comparison, FolderContents, compare
 from qalora_export.formats.export_report import ExportReport

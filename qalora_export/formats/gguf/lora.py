@@ -17,9 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
-from qalora_export.checkpoint.manifest import Parent, parent_of
+from qalora_export.checkpoint.manifest import Parent, parent_of, sidecar_path, write_sidecar
 from qalora_export.checkpoint.output import claim_output
-from qalora_export.checkpoint.sidecar import sidecar_path, write_sidecar
 from qalora_export.errors import InputError, ParityError
 from qalora_export.formats.gguf.file import GgufFile
 from qalora_export.formats.gguf.names import NameMap

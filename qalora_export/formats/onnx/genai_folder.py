@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qalora_export.checkpoint.model_folder import ModelFolder
+from qalora_export.checkpoint.model_folder import TOKENIZER_FILES, ModelFolder
 from qalora_export.formats.onnx.validate import GENAI_CONFIG
 from qalora_export.models.families import family_of
 from qalora_export.safety import read_json
@@ -17,16 +17,6 @@ from qalora_export.safety import read_json
 if TYPE_CHECKING:
     from mobius import ModelPackage
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
