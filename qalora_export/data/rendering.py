@@ -81,16 +81,21 @@ def around(tokenizer: Any) -> tuple[list[int], list[int]]:
     return [], []
 
 
-def conversation_text(record: Record, tokenizer: Any) -> str:
-    """The whole conversation as text. Raises InputError for a tokenizer without a chat template."""
+def require_template(record: Record, tokenizer: Any, *, text_lines: str = "") -> None:
+    """Raise InputError for a tokenizer without a chat template. text_lines: what to add to the way out."""
     if not tokenizer.chat_template:
         raise InputError(
             "the tokenizer has no chat template",
             where=record.where,
             why="chat and instruction data are rendered with the model's own template",
             fix="put chat_template.jinja into the model's folder, or render the conversations yourself into "
-            '{"text": "…"} lines',
+            f'{{"text": "..."}} lines{text_lines}',
         )
+
+
+def conversation_text(record: Record, tokenizer: Any) -> str:
+    """The whole conversation as text. Raises InputError for a tokenizer without a chat template."""
+    require_template(record, tokenizer)
     return str(render(record, tokenizer, tokenize=False))
 
 

@@ -94,7 +94,7 @@ def verify_parity(
                 report.entries = explain(report.entries, found)
         report.entries = _still_the_same(report.entries, targets)
         report.links = [*session.links, *session.chain]
-        report.facts = describe_inputs(session, targets, _path(base))
+        report.facts = describe_inputs(session, targets, base)
         shutil.rmtree(workdir)
         for write in (write_report, write_html, write_junit):
             write(report, folder)
@@ -114,10 +114,6 @@ def _still_the_same(entries: list[Entry], targets: list[Target]) -> list[Entry]:
     return [
         still_the_same(entry, by_name[entry.runtime], now) if entry.gate == BYTES.id else entry for entry in entries
     ]
-
-
-def _path(path: StrPath | None) -> Path | None:
-    return None if path is None else Path(path)
 
 
 def _prepare(

@@ -85,14 +85,6 @@ def rope_of(config: Mapping[str, Any], allowed: tuple[str, ...] = tuple(NEEDS)) 
     return rope
 
 
-def local_theta(config: Mapping[str, Any]) -> float:
-    """The RoPE base of layers with a sliding window (Gemma 3), in Transformers 5 or 4 spelling."""
-    nested = config.get("rope_parameters")
-    local = nested.get("sliding_attention") if isinstance(nested, Mapping) else None
-    value = local.get("rope_theta") if isinstance(local, Mapping) else config.get("rope_local_base_freq")
-    return _positive("rope_theta of sliding layers", 10000.0 if value is None else value)
-
-
 def _positive(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise InputError(f"{name} is {value!r}, not a positive number", where="config.json: rope_parameters")

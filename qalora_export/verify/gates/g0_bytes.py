@@ -17,6 +17,7 @@ from qalora_export.checkpoint.canonical import PARTS, CanonicalCheckpoint
 from qalora_export.checkpoint.model_folder import as_float32
 from qalora_export.checkpoint.provenance import Link, artifact_links
 from qalora_export.errors import InputError, UnsafeInputError
+from qalora_export.formats.contents import DERIVED
 from qalora_export.grid import Differences, GroupAffine, difference, differing
 from qalora_export.models.families import family_of
 from qalora_export.verify.gates.registry import measures
@@ -28,8 +29,6 @@ from qalora_export.verify.runtimes.record import Contents
 from qalora_export.verify.session import Target
 
 SHOWN = 12
-# A buffer of old checkpoints that follows from config.json; the RoPE facts check what it stood for.
-DERIVED = ".rotary_emb.inv_freq"
 
 GATE = Gate(
     id="G0",
