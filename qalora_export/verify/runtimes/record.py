@@ -19,38 +19,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.errors import InputError
-from qalora_export.grid import GroupAffine
+from qalora_export.formats.contents import Contents
 from qalora_export.verify import runtimes
 
 Facts = dict[str, Any]
 Matrices = Iterator[tuple[str, NDArray[np.float32]]]  # (module, dequantized (out, in))
 Format = Literal["gguf", "onnx"]
-
-
-class Contents(Protocol):
-    """An artifact read back by an independent reader, in the checkpoint's vocabulary (formats.*.readback).
-
-    modules: module -> (bits, group_size). others: names of tensors that are not quantized. offset_is_implied: modules
-    whose offset is not stored but follows from the scale, so that -0 and +0 cannot be told apart. carried: what the
-    format holds for a plain tensor of the checkpoint (Gemma's norms are float32(w + 1) in GGUF).
-    """
-
-    @property
-    def modules(self) -> Mapping[str, tuple[int, int]]: ...
-    @property
-    def others(self) -> list[str]: ...
-    @property
-    def offset_is_implied(self) -> frozenset[str]: ...
-    def group_affine(self, module: str) -> GroupAffine: ...
-    def tensor(self, name: str) -> NDArray[Any]: ...
-    def carried(self, name: str, tensor: NDArray[Any]) -> NDArray[Any]: ...
 
 
 @dataclass(frozen=True)
