@@ -17,7 +17,7 @@ from qalora_export.formats.gguf.metadata import Entry, architecture, general
 from qalora_export.formats.gguf.read import MODULES_KEY, read_back
 from qalora_export.formats.gguf.split import adapter_entries, adapter_path, plan_remainders
 from qalora_export.formats.gguf.tensor_table import TensorPlan, plan_model, prevailing_type
-from qalora_export.formats.gguf.tokenizer.fields import tokenizer_entries
+from qalora_export.formats.gguf.tokenizer.fields import name_for_llama_cpp, tokenizer_entries
 from qalora_export.formats.gguf.writer import write_gguf
 from qalora_export.formats.streaming import finished
 from qalora_export.models.families import family_of
@@ -106,7 +106,9 @@ def provenance(model: CanonicalCheckpoint, layout: str) -> list[Entry]:
 
 def _entries(model: CanonicalCheckpoint, plans: list[TensorPlan], layout: str) -> list[Entry]:
     return [
-        *general(name=model.path.resolve().name, file_type=prevailing_type(plans).file_type),
+        *general(
+            name=name_for_llama_cpp(model.path.resolve().name, model.path), file_type=prevailing_type(plans).file_type
+        ),
         *architecture(family_of(model.config), model.config),
         *tokenizer_entries(model.path, model.config),
         *provenance(model, layout),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qalora_export.formats.gguf.tokenizer.reading import as_llama_cpp_reads, shows_the_difference
 from qalora_export.models.loading import load_tokenizer
 from qalora_export.verify.probes.probe_set import ProbeSet
 
@@ -13,7 +16,8 @@ def folder_answers(folder: Path, probes: ProbeSet) -> dict[str, Any]:
     """Answers by the tokenizer files in `folder`.
 
     texts: ids of each text, special tokens added as for a prompt; plain_texts: nothing added; rendered: each
-    conversation as a string that ends with the generation prompt; rendered_ids: its ids, nothing added; bos: BOS text.
+    conversation as a string that ends with the generation prompt; rendered_ids: its ids, nothing added; bos: BOS text;
+    by_design: kind → {index: (ids, reason)} where llama.cpp answers otherwise because GGUF cannot say it.
     """
     tokenizer = load_tokenizer(folder)
     rendered = [
@@ -30,4 +34,23 @@ def folder_answers(folder: Path, probes: ProbeSet) -> dict[str, Any]:
         "rendered": rendered,
         "rendered_ids": [ids(text, special=False) for text in rendered],
         "bos": tokenizer.bos_token or "",
+        "by_design": _by_design(tokenizer, {"texts": probes.texts, "rendered_ids": rendered}),
+    }
+
+
+def _by_design(tokenizer: Any, asked: Mapping[str, Sequence[str]]) -> dict[str, dict[int, tuple[list[int], str]]]:
+    from tokenizers import Tokenizer
+
+    raw = json.loads(tokenizer.backend_tokenizer.to_str())
+    reasons = {kind: [shows_the_difference(raw, text) for text in texts] for kind, texts in asked.items()}
+    if not any(reason for found in reasons.values() for reason in found):
+        return {kind: {} for kind in asked}
+    reader = Tokenizer.from_str(json.dumps(as_llama_cpp_reads(raw)))
+    return {
+        kind: {
+            index: (reader.encode(asked[kind][index], add_special_tokens=kind == "texts").ids, reason)
+            for index, reason in enumerate(found)
+            if reason
+        }
+        for kind, found in reasons.items()
     }

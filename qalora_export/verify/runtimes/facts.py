@@ -45,12 +45,12 @@ def expected_graph_facts(config: Mapping[str, Any], frequencies: NDArray[Any]) -
 
 
 def expected_text_facts(checkpoint: Path) -> dict[str, Any]:
-    """Tokens by id, merges by rank, special ids, what is put around a text, chat template, by Transformers."""
+    """Tokens by id, their order, special ids, what is put around a text, chat template, by Transformers."""
     tokenizer = load_tokenizer(checkpoint)
     raw = read_json(inside(checkpoint, "tokenizer.json"))
     return {
         "tokens": tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))),
-        "merges": merge_rules(raw),
+        **token_order(raw),
         "BOS id": tokenizer.bos_token_id,
         "EOS id": tokenizer.eos_token_id,
         "ids around an empty text": [int(i) for i in tokenizer("")["input_ids"]],
@@ -58,9 +58,19 @@ def expected_text_facts(checkpoint: Path) -> dict[str, Any]:
     }
 
 
-def merge_rules(raw: Mapping[str, Any]) -> list[str]:
-    """Merges of a parsed tokenizer.json as "left right", whichever way they are spelled."""
-    return [rule if isinstance(rule, str) else " ".join(rule) for rule in raw["model"]["merges"]]
+def token_order(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides between tokens in a parsed tokenizer.json, in the form that its kind has in every format.
+
+    Byte-level BPE: merges as "left right", by rank. BPE with byte fallback: the tokens that merges make, by the rank of
+    their first rule. Unigram: each token's score, as float32.
+    """
+    model = raw["model"]
+    if model["type"] == "Unigram":
+        return {"scores": [float(np.float32(score)) for _, score in model["vocab"]]}
+    rules = [rule.split(" ") if isinstance(rule, str) else rule for rule in model["merges"]]
+    if model.get("byte_fallback"):
+        return {"tokens by rank": list(dict.fromkeys("".join(rule) for rule in rules))}
+    return {"merges": [" ".join(rule) for rule in rules]}
 
 
 def differing_facts(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:

@@ -13,6 +13,8 @@ from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.formats.gguf.file import GgufFile
 from qalora_export.formats.gguf.read import GgufContents, read_back, runtime_dequantized
 from qalora_export.formats.gguf.split import adapter_path
+from qalora_export.formats.gguf.tokenizer.sentencepiece import NEVER_JOINED
+from qalora_export.formats.gguf.tokenizer.unigram import UNUSED_SCORE
 from qalora_export.recipe import GgufSettings
 from qalora_export.verify.runtimes.facts import ABSENT, expected_graph_facts, expected_text_facts
 from qalora_export.verify.runtimes.record import Artifact, Facts, Matrices, RuntimeRecord, TextHabits, register
@@ -26,7 +28,7 @@ class LlamaCpp(RuntimeRecord):
     name = "llama.cpp"
     format = "gguf"
     dequantizer = "gguf.quants.dequantize, llama.cpp's own"
-    habits = TextHabits(cuts_bos=True)
+    habits = TextHabits(cuts_bos=True, reads_gguf=True)
     taps_of = "llama.cpp"
 
     def read_back(self, artifact: Path) -> GgufContents:
@@ -93,12 +95,26 @@ def facts_of(artifact: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
         "norm epsilon": of("attention.layer_norm_rms_epsilon"),
         "RoPE frequencies": _frequencies(artifact, of),
         "tokens": token("tokens"),
-        "merges": token("merges"),
+        **_token_order(metadata),
         "BOS id": token("bos_token_id"),
         "EOS id": token("eos_token_id"),
         "ids around an empty text": before + after,
         "chat template": metadata.get("tokenizer.chat_template"),
     }
+
+
+def _token_order(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What llama.cpp decides between tokens by, in the form of facts.token_order; nothing makes the tokens below."""
+    kind, tokens, scores = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "tokens", "scores"))
+    if kind == "gpt2":
+        return {"merges": metadata.get("tokenizer.ggml.merges", ABSENT)}
+    if not isinstance(tokens, list) or not isinstance(scores, list) or len(scores) != len(tokens):
+        return {}
+    if kind == "t5":
+        count = max((index + 1 for index, score in enumerate(scores) if score != UNUSED_SCORE), default=0)
+        return {"scores": [float(np.float32(score)) for score in scores[:count]]}
+    made = [(-score, text) for text, score in zip(tokens, scores, strict=True) if score > NEVER_JOINED]
+    return {"tokens by rank": [text for _, text in sorted(made)]}
 
 
 def _frequencies(artifact: Path, of: Any) -> NDArray[np.float64] | str:

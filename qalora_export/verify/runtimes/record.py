@@ -47,10 +47,12 @@ class TextHabits:
     """What a runtime does by design. adds_specials: puts BOS/EOS around plain text as Hugging Face's tokenizer does.
 
     cuts_bos: renders conversations without the leading BOS text that its tokenizer will add as an id.
+    reads_gguf: has the tokenizer from a GGUF file, which cannot say everything (formats/gguf/tokenizer/reading.py).
     """
 
     adds_specials: bool = True
     cuts_bos: bool = False
+    reads_gguf: bool = False
 
 
 class RuntimeRecord(ABC):

@@ -11,12 +11,9 @@ output" begins. tests/formats/gguf/tokenizer/test_pretokenizer.py asks llama.cpp
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from qalora_export.errors import InputError
 
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -164,21 +161,12 @@ NAMED = _table(
 )
 
 
-def identify(tokenizer: Mapping[str, Any]) -> str:
-    """llama.cpp's name for the pre-tokenizer of a parsed tokenizer.json. Raises InputError, with what was found."""
-    raw = tokenizer.get("pre_tokenizer")
+def identify(tokenizer: Mapping[str, Any]) -> str | None:
+    """llama.cpp's name for the pre-tokenizer of a parsed tokenizer.json, None where it has none."""
+    splits = canonical_splits(tokenizer.get("pre_tokenizer"))
     ignore_merges = bool(tokenizer["model"].get("ignore_merges", False))
-    splits = canonical_splits(raw)
-    for name, known in NAMED.items():
-        if known.splits == splits and known.ignore_merges == ignore_merges:
-            return name
-    raise InputError(
-        "llama.cpp has no pre-tokenizer that we know to equal this one",
-        where="tokenizer.json: pre_tokenizer",
-        why=f"found {json.dumps(raw, ensure_ascii=False)[:400]} with ignore_merges = {ignore_merges}; "
-        f"known: {', '.join(sorted(NAMED))}",
-        fix="add the expression to formats/gguf/tokenizer/pretokenizer.py together with a test against llama.cpp",
-    )
+    same = (name for name, known in NAMED.items() if (known.splits, known.ignore_merges) == (splits, ignore_merges))
+    return next(same, None)
 
 
 def byte_level_json(splits: tuple[str, ...]) -> dict[str, Any]:

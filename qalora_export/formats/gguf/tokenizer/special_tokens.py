@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qalora_export.errors import InputError
+from qalora_export.formats.gguf.tokenizer.token_types import ENDS
 from qalora_export.safety import inside, read_json
 
 
@@ -18,6 +19,7 @@ class SpecialTokens:
     bos: int | None
     eos: int | None
     eot: int | None
+    eom: int | None
     pad: int | None
     unk: int | None
     add_bos: bool
@@ -29,7 +31,9 @@ def special_tokens(
 ) -> SpecialTokens:
     """raw: tokenizer.json; settings: tokenizer_config.json; ids: token text -> id. Raises InputError on contradictions.
 
-    eot is the first end-of-generation id of generation_config.json beside eos: chat models end a turn with it.
+    eot and eom are the first end-of-generation ids of generation_config.json beside eos: chat models end a turn with
+    them. Whether BOS and EOS are added is what the post-processor does; `add_bos_token` in tokenizer_config.json is not
+    asked, for Transformers does not ask it either where there is a tokenizer.json.
     """
     mapped = (
         read_json(inside(folder, "special_tokens_map.json")) if (folder / "special_tokens_map.json").exists() else {}
@@ -46,19 +50,21 @@ def special_tokens(
                 where="tokenizer.json: post_processor",
                 why=f"llama.cpp can add exactly one {role} there",
             )
-    for key, added in (("add_bos_token", bool(before)), ("add_eos_token", bool(after))):
-        if settings.get(key) is not None and bool(settings[key]) != added:
-            raise InputError(
-                f"{key} = {settings[key]} contradicts the post-processor",
-                where="tokenizer_config.json and tokenizer.json",
-                fix="load the tokenizer with Transformers and save it again",
-            )
-    ends = _generation_ends(folder)
-    eot = next((index for index in ends if index != named["eos_token"]), None)
+    more = [index for index in dict.fromkeys(_generation_ends(folder)) if index != named["eos_token"]]
+    texts = {index: text for text, index in ids.items()}
+    unwritten = [texts.get(index) for index in more[2:] if texts.get(index) not in ENDS]
+    if unwritten:
+        raise InputError(
+            f"generation ends at {len(more) + 1} tokens",
+            where=f"{folder}/generation_config.json: eos_token_id",
+            why=f"GGUF has a place for three, and llama.cpp does not know {unwritten[0]!r} as an end by its text",
+        )
+    eot, eom = (*more, None, None)[:2]
     return SpecialTokens(
         bos=named["bos_token"],
         eos=named["eos_token"],
         eot=eot,
+        eom=eom,
         pad=named["pad_token"],
         unk=named["unk_token"],
         add_bos=bool(before),

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from qalora_export.errors import InputError
-from qalora_export.formats.gguf.tokenizer.fields import byte_alphabet, tokenizer_entries
+from qalora_export.formats.gguf.tokenizer.alphabet import byte_alphabet
+from qalora_export.formats.gguf.tokenizer.fields import name_for_llama_cpp, tokenizer_entries
 from qalora_export.formats.gguf.tokenizer.pretokenizer import identify
 
 
@@ -77,11 +78,13 @@ def test_merges_spelled_as_strings_mean_the_same(folder: Path) -> None:
 
 
 TOKENIZER_FAULTS: dict[str, tuple[Callable[[dict], None], str]] = {
-    "unigram": (lambda raw: raw["model"].update(type="Unigram"), "Unigram"),
-    "byte fallback": (lambda raw: raw["model"].update(byte_fallback=True), "byte_fallback"),
+    "word level": (lambda raw: raw["model"].update(type="WordLevel"), "WordLevel"),
+    "byte fallback without its spaces": (
+        lambda raw: raw["model"].update(byte_fallback=True, ignore_merges=False),
+        "spaces in this way",
+    ),
     "suffix": (lambda raw: raw["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix"),
-    "normalizer": (lambda raw: raw.update(normalizer={"type": "NFC"}), "NFC"),
-    "byte without token": (lambda raw: raw["model"]["vocab"].pop("!"), "1 of 256"),
+    "normalizer": (lambda raw: raw.update(normalizer={"type": "Lowercase"}), "Lowercase"),
     "merge lost its result": (lambda raw: raw["model"]["merges"].insert(0, ["!", "~"]), "merge rule 0"),
     "merge twice": (lambda raw: raw["model"]["merges"].append(raw["model"]["merges"][0]), "repeated"),
     "id beyond the embedding": (lambda raw: raw["model"]["vocab"].update(zzz=99999), "99999"),
@@ -107,7 +110,6 @@ def test_tokenizer_faults(folder: Path, fault: str) -> None:
 CONFIG_FAULTS: dict[str, tuple[Callable[[dict], None], str]] = {
     "bos is another token": (lambda raw: raw.update(bos_token="<|user|>"), "start"),
     "bos is unknown": (lambda raw: raw.update(bos_token="<s>"), "not in the vocabulary"),
-    "add_bos contradicts": (lambda raw: raw.update(add_bos_token=False), "contradicts"),
 }
 
 
@@ -119,14 +121,51 @@ def test_tokenizer_config_faults(folder: Path, fault: str) -> None:
         entries(folder)
 
 
+def test_bos_is_added_as_the_post_processor_does_whatever_the_config_says(folder: Path) -> None:
+    edit(folder / "tokenizer_config.json", lambda config: config.update(add_bos_token=False))
+    assert entries(folder)["add_bos_token"] is True
+
+
+def test_three_ends_have_a_key_and_more_need_a_text_that_llama_cpp_knows(folder: Path) -> None:
+    first = entries(folder)["eos_token_id"]
+    edit(folder / "generation_config.json", lambda config: config.update(eos_token_id=[first, 5, 6]))
+    assert (entries(folder)["eot_token_id"], entries(folder)["eom_token_id"]) == (5, 6)
+    edit(folder / "generation_config.json", lambda config: config.update(eos_token_id=[first, 5, 6, 7]))
+    with pytest.raises(InputError, match="ends at 4 tokens"):
+        entries(folder)
+
+
+def test_tokens_that_only_the_config_declares_become_added_tokens(folder: Path) -> None:
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    token = {"content": "<|tool|>", "special": True}
+    edit(folder / "config.json", lambda config: config.update(vocab_size=size + 1))
+    edit(folder / "tokenizer_config.json", lambda config: config.update(added_tokens_decoder={str(size): token}))
+    found = entries(folder)
+    assert (found["tokens"][size], found["token_type"][size]) == ("<|tool|>", 3)
+
+
+def test_a_name_with_phi_3_is_changed_unless_the_tokenizer_strips_spaces(folder: Path) -> None:
+    assert name_for_llama_cpp("my-Phi-3-tune", folder) == "my-Phi_3-tune"
+    assert name_for_llama_cpp("lamp", folder) == "lamp"
+
+    def strip(raw: dict) -> None:
+        keeps = ("<unk>", "<s>", "<|endoftext|>")
+        for text in (*keeps, "</s>"):
+            raw["added_tokens"].append({"id": len(raw["model"]["vocab"]), "content": text, "special": True})
+        for token in raw["added_tokens"]:
+            token["rstrip"] = token["content"] not in keeps
+
+    edit(folder / "tokenizer.json", strip)
+    assert name_for_llama_cpp("lamp", folder) == "lamp (Phi-3)"
+
+
 def test_ignore_merges_is_part_of_the_identity(tiny_model: Path) -> None:
     raw = json.loads((tiny_model / "tokenizer.json").read_text())
     other = copy.deepcopy(raw)
     other["model"]["ignore_merges"] = False
     assert (identify(raw), identify(other)) == ("llama-bpe", "smaug-bpe")
     other["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] += "|x"
-    with pytest.raises(InputError, match=r"\|x.*ignore_merges = False"):
-        identify(other)
+    assert identify(other) is None
 
 
 def test_byte_alphabet_is_that_of_tokenizers() -> None:
