@@ -72,7 +72,7 @@ def test_stages_take_paths_as_text_and_return_a_report(name: str) -> None:
 PLAIN = {"settings", "force", "resume", "convention", "compare_logits", "bisect", "launch", "taps", "on_stage"}
 
 
-@pytest.mark.parametrize("name", sorted(set(REPORTS) - {"ParityReport"}))
+@pytest.mark.parametrize("name", REPORTS)
 def test_reports_cannot_be_changed(name: str) -> None:
     report = getattr(q, name)
     assert dataclasses.is_dataclass(report)

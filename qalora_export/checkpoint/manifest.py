@@ -15,7 +15,7 @@ from typing import Any, Literal
 from qalora_export.checkpoint.model_folder import COMPANIONS
 from qalora_export.errors import InputError, QaloraError, UnsafeInputError
 from qalora_export.progress import track
-from qalora_export.safety import inside, read_json, sha256_bytes, sha256_file
+from qalora_export.safety import HashFile, inside, read_json, sha256_bytes, sha256_file
 from qalora_export.version import __version__
 
 MANIFEST = "manifest.json"
@@ -36,17 +36,17 @@ class Parent:
     sha256: str
 
 
-def parent_of(folder: Path, role: str) -> Parent:
+def parent_of(folder: Path, role: str, *, hash_of: HashFile = sha256_file) -> Parent:
     """Reference to a stage output (by its manifest), to a plain folder (by its config, weights and tokenizer) or to a
     file (by its bytes).
 
     A "source" is never a stage output: whatever manifest lies in it says nothing about the files that are read.
     """
     if folder.is_file():
-        return Parent(role, folder.name, sha256_file(folder))
+        return Parent(role, folder.name, hash_of(folder))
     if role != "source" and is_ours(folder / MANIFEST):
-        return Parent(role, folder.name, sha256_file(folder / MANIFEST))
-    listing = "".join(f"{name} {sha256_file(folder / name)}\n" for name in steering_files(folder))
+        return Parent(role, folder.name, hash_of(folder / MANIFEST))
+    listing = "".join(f"{name} {hash_of(folder / name)}\n" for name in steering_files(folder))
     return Parent(role, folder.name, sha256_bytes(listing.encode()))
 
 
@@ -160,14 +160,15 @@ def _tables(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(entry, dict) for entry in value.values())
 
 
-def require_intact(folder: Path, what: str) -> None:
+def require_intact(folder: Path, what: str, *, hash_of: HashFile = sha256_file) -> None:
     """Refuse an input that its own manifest refutes; a folder without one has nothing to be held against.
 
-    Every stage calls this before it reads. Nothing is remembered between calls: size and times can be set to anything
-    (`cp -p`), and hashing costs about what reading the file costs. Raises InputError naming the files, UnsafeInputError
-    when the manifest is not one of ours.
+    Every stage calls this before it reads. Nothing is remembered between runs: size and times can be set to anything
+    (`cp -p`). On a core with SHA instructions hashing takes 0.5 s per GB, twice what reading the file from a fast disk
+    takes (tests/benchmarks/hash_inputs.py); within one run, `hash_of` may remember. Raises InputError naming the
+    files, UnsafeInputError when the manifest is not one of ours.
     """
-    if (folder / MANIFEST).is_file() and (wrong := verify_manifest(folder)):
+    if (folder / MANIFEST).is_file() and (wrong := verify_manifest(folder, hash_of=hash_of)):
         raise InputError(
             f"{what} differs from its manifest",
             where=f"{folder}: {', '.join(wrong)}",
@@ -176,26 +177,26 @@ def require_intact(folder: Path, what: str) -> None:
         )
 
 
-def verify_manifest(folder: Path) -> list[str]:
+def verify_manifest(folder: Path, *, hash_of: HashFile = sha256_file) -> list[str]:
     """Names of files that differ from the manifest: other size or sha256, missing, or steering and not listed.
 
     Empty means intact.
     """
     files = read_manifest(folder)["files"]
     unlisted = [name for name in steering_files(folder) if name not in files and name != MANIFEST]
-    return verify_files(folder, files) + unlisted
+    return verify_files(folder, files, hash_of=hash_of) + unlisted
 
 
-def verify_files(folder: Path, files: dict[str, dict[str, Any]]) -> list[str]:
+def verify_files(folder: Path, files: dict[str, dict[str, Any]], *, hash_of: HashFile = sha256_file) -> list[str]:
     """Those of a table of files (name -> {"bytes", "sha256"}) whose size or sha256 differs, or which are missing."""
     large = sum(size for entry in files.values() if isinstance(size := entry.get("bytes"), int)) > SHOW_PROGRESS
     names = track(files, f"check {folder.name}") if large else files
-    return [name for name in names if not _matches(folder, name, files[name])]
+    return [name for name in names if not _matches(folder, name, files[name], hash_of)]
 
 
-def _matches(folder: Path, name: str, expected: dict[str, Any]) -> bool:
+def _matches(folder: Path, name: str, expected: dict[str, Any], hash_of: HashFile) -> bool:
     try:
         path = inside(folder, name)
     except InputError:
         return False
-    return path.stat().st_size == expected.get("bytes") and sha256_file(path) == expected.get("sha256")
+    return path.stat().st_size == expected.get("bytes") and hash_of(path) == expected.get("sha256")

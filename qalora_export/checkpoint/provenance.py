@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from qalora_export.checkpoint.manifest import MANIFEST, parent_of, read_manifest, sidecar_path, verify_manifest
 from qalora_export.errors import InputError
-from qalora_export.safety import inside, read_json, sha256_file
+from qalora_export.safety import HashFile, inside, read_json, sha256_file
 
 State = Literal["verified", "not found", "broken"]
 MAX_DEPTH = 8  # source, base, adapter, merged, artifact; deeper than that is a loop
@@ -40,27 +40,27 @@ def artifact_manifest(artifact: Path) -> Path:
     return artifact / MANIFEST if artifact.is_dir() else sidecar_path(artifact)
 
 
-def artifact_links(artifact: Path, checkpoint: Path) -> list[Link]:
+def artifact_links(artifact: Path, checkpoint: Path, *, hash_of: HashFile = sha256_file) -> list[Link]:
     """Links of an exported artifact: its own files, then the checkpoint it says it was made from."""
     manifest = artifact_manifest(artifact)
     if not manifest.is_file():
         return [Link(artifact.name, "manifest", manifest.name, "", "not found", "no manifest beside the artifact")]
     content = read_json(manifest)
-    return [*_file_links(artifact, content), *_checkpoint_links(artifact, content, checkpoint)]
+    return [*_file_links(artifact, content, hash_of), *_checkpoint_links(artifact, content, checkpoint)]
 
 
-def _file_links(artifact: Path, content: Any) -> Iterator[Link]:
+def _file_links(artifact: Path, content: Any, hash_of: HashFile) -> Iterator[Link]:
     folder = artifact if artifact.is_dir() else artifact.parent
     for name, recorded in sorted(_table(content, "files").items()):
         digest = recorded.get("sha256", "") if isinstance(recorded, dict) else ""
-        intact = _sha256_inside(folder, name) == digest
+        intact = _hash_inside(folder, name, hash_of) == digest
         note = "" if intact else "the file is not the one that was exported"
         yield Link(artifact.name, "file", name, digest, "verified" if intact else "broken", note)
 
 
-def _sha256_inside(folder: Path, name: str) -> str | None:
+def _hash_inside(folder: Path, name: str, hash_of: HashFile) -> str | None:
     try:
-        return sha256_file(inside(folder, name))
+        return hash_of(inside(folder, name))
     except InputError:
         return None
 
@@ -80,7 +80,7 @@ def _checkpoint_links(artifact: Path, content: Any, checkpoint: Path) -> Iterato
             )
 
 
-def checkpoint_links(checkpoint: Path, *, base: Path | None = None) -> list[Link]:
+def checkpoint_links(checkpoint: Path, *, base: Path | None = None, hash_of: HashFile = sha256_file) -> list[Link]:
     """Links of a checkpoint and of every ancestor found beside it (or given as `base`), nearest first."""
     links: list[Link] = []
     queue = [(checkpoint, 0)]
@@ -89,12 +89,12 @@ def checkpoint_links(checkpoint: Path, *, base: Path | None = None) -> list[Link
             continue
         links += [
             Link(folder.name, "file", name, "", "broken", "changed since its manifest was written")
-            for name in verify_manifest(folder)
+            for name in verify_manifest(folder, hash_of=hash_of)
         ]
         parents = _parents(read_manifest(folder))
         for parent in parents:
             found = _find(folder, parent, base if depth == 0 else None)
-            links.append(_link(folder, parent, found))
+            links.append(_link(folder, parent, found, hash_of))
             if found is not None and links[-1].state == "verified":
                 queue.append((found, depth + 1))
                 links += _adapter_base(found, parent, parents)
@@ -132,11 +132,11 @@ def _find(folder: Path, parent: dict[str, str], given: Path | None) -> Path | No
     return beside if beside.exists() else None
 
 
-def _link(folder: Path, parent: dict[str, str], found: Path | None) -> Link:
+def _link(folder: Path, parent: dict[str, str], found: Path | None, hash_of: HashFile) -> Link:
     values = (folder.name, parent["role"], parent["name"], parent["sha256"])
     if found is None:
         return Link(*values, "not found", "not beside the checkpoint")
-    same = parent_of(found, parent["role"]).sha256 == parent["sha256"]
+    same = parent_of(found, parent["role"], hash_of=hash_of).sha256 == parent["sha256"]
     return Link(
         *values, "verified" if same else "broken", "" if same else f"{found.name} is not the one it was made from"
     )

@@ -8,13 +8,16 @@ from qalora_export.safety.atomic import (
     refuse_existing,
     sweep,
 )
-from qalora_export.safety.hashing import sha256_bytes, sha256_file
+from qalora_export.safety.hashing import FileIdentity, HashedOnce, HashFile, sha256_bytes, sha256_file
 from qalora_export.safety.limits import MAX_HEADER_BYTES, MAX_JSON_BYTES, read_json
 from qalora_export.safety.paths import StrPath, inside, local_path
 
 __all__ = [
     "MAX_HEADER_BYTES",
     "MAX_JSON_BYTES",
+    "FileIdentity",
+    "HashFile",
+    "HashedOnce",
     "StrPath",
     "atomic_directory",
     "atomic_file",

@@ -1,6 +1,9 @@
 """sha256 of files and buffers, in constant memory."""
 
 import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,46 @@ def sha256_file(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+HashFile = Callable[[Path], str]  # path -> hex digest of its bytes
+
+
+@dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """The bytes of a file, and its place on the disk.
+
+    A file that was replaced by another and put back differs here: in its inode or modification time, and where both
+    were set back by hand in changed_ns, which no program can set.
+    """
+
+    sha256: str
+    size: int
+    modified_ns: int
+    changed_ns: int
+    inode: int
+
+
+class HashedOnce:
+    """sha256 of files, each read once for as long as its size, inode and times stay what they were.
+
+    For many looks at one file within one run. It is no proof that a file stayed the same: hash it anew for that.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, FileIdentity] = {}
+
+    def __call__(self, path: Path) -> str:
+        return self.identity(path).sha256
+
+    def identity(self, path: Path) -> FileIdentity:
+        """Digest and place of a file as they are now. A file that changes while it is read is read again next time."""
+        name, now = os.path.realpath(path), path.stat()
+        place = (now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino)
+        known = self._known.get(name)
+        if known is None or (known.size, known.modified_ns, known.changed_ns, known.inode) != place:
+            known = self._known[name] = FileIdentity(sha256_file(path), *place)
+        return known
 
 
 def sha256_bytes(*buffers: bytes | NDArray[Any]) -> str:

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-from qalora_export.safety import sha256_file
-
-
-@dataclass(frozen=True, slots=True)
-class FileIdentity:
-    """The bytes of a file, and its place on the disk: a file that was replaced by another and put back differs here."""
-
-    sha256: str
-    size: int
-    modified_ns: int
-    inode: int
-
+from qalora_export.safety import FileIdentity, HashedOnce
 
 Identities = dict[Path, FileIdentity]
 
 
-def identities(*roots: Path) -> Identities:
-    """Every file of the given files and folders, by its path."""
+def identities(*roots: Path, hashed: HashedOnce) -> Identities:
+    """Every file of the given files and folders, by its path. hashed: what is known already; after the last gate,
+    nothing may be.
+    """
     found: Identities = {}
     for root in roots:
         for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
             if path.is_file():
-                found[path] = _identity(path)
+                found[path] = hashed.identity(path)
     return found
 
 
@@ -43,6 +33,8 @@ def changes(before: Mapping[Path, FileIdentity], after: Mapping[Path, FileIdenti
             what = "appeared" if old is None else "is gone"
         elif old.sha256 != new.sha256:
             what = f"has other bytes (sha256 {old.sha256[:12]} before, {new.sha256[:12]} after)"
+        elif (old.modified_ns, old.inode) == (new.modified_ns, new.inode):
+            what = "was touched (permissions, links, or other bytes for a while)"
         else:
             what = "was written again"
         lines.append(f"{path.name} {what} while it was verified")
@@ -52,8 +44,3 @@ def changes(before: Mapping[Path, FileIdentity], after: Mapping[Path, FileIdenti
 def combined(files: Iterable[tuple[str, FileIdentity]]) -> str:
     """The listing of names and hashes that a sha256 over several files is taken of."""
     return "".join(f"{name} {identity.sha256}\n" for name, identity in files)
-
-
-def _identity(path: Path) -> FileIdentity:
-    before = path.stat()
-    return FileIdentity(sha256_file(path), before.st_size, before.st_mtime_ns, before.st_ino)

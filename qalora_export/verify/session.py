@@ -18,6 +18,7 @@ from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.provenance import Link, artifact_manifest
 from qalora_export.errors import RuntimeUnavailableError
 from qalora_export.recipe import VerifySettings
+from qalora_export.safety import HashedOnce
 from qalora_export.verify.identity import Identities
 from qalora_export.verify.metrics import PositionMetrics, following_ids, position_metrics
 from qalora_export.verify.probes.probe_set import ProbeSet
@@ -39,7 +40,7 @@ class Session:
 
     expected_text: what its own tokenizer answers to the texts. chain: the checkpoint's ancestry; links: of the
     artifacts, as found. merge: whether it is its base plus its adapter. files: of checkpoint and artifacts, as they
-    were before the first gate.
+    were before the first gate; hashed: what they and their ancestors were hashed to.
     """
 
     checkpoint: CanonicalCheckpoint
@@ -52,6 +53,7 @@ class Session:
     runs: Runs
     floor: NoiseFloor
     workdir: Path
+    hashed: HashedOnce = field(default_factory=HashedOnce)
     links: list[Link] = field(default_factory=list)
     files: Identities = field(default_factory=dict)
 

@@ -18,8 +18,8 @@ from qalora_export.errors import InputError, RuntimeUnavailableError
 from qalora_export.models.loading import load_tokenizer
 from qalora_export.progress import status
 from qalora_export.recipe import VerifySettings
-from qalora_export.safety import StrPath, atomic_directory, local_path
-from qalora_export.verify.bisect.search import bisect_failures, explain
+from qalora_export.safety import HashedOnce, StrPath, atomic_directory, local_path
+from qalora_export.verify.bisect.search import Bisection, bisect_failures, explain
 from qalora_export.verify.gates.g0_bytes import GATE as BYTES
 from qalora_export.verify.gates.g0_bytes import still_the_same
 from qalora_export.verify.gates.registry import Measured, registered
@@ -74,27 +74,28 @@ def verify_parity(
         withdraw(out)
         artifacts = requested(settings.runtimes, {"gguf": gguf, "onnx": onnx})
         model = CanonicalCheckpoint(checkpoint)
-        require_intact(checkpoint, "the checkpoint")
+        hashed = HashedOnce()
+        require_intact(checkpoint, "the checkpoint", hash_of=hashed)
         if base is not None:
-            require_intact(base, "the base")
+            require_intact(base, "the base", hash_of=hashed)
         workdir = folder / "work"
         workdir.mkdir()
-        session = _prepare(model, settings, base, workdir, launch)
+        session = _prepare(model, settings, base, workdir, launch, hashed)
         targets = [Target(session, all_runtimes()[name], artifact) for name, artifact in artifacts.items()]
         with status("hashing the files"):
-            session.files = identities(*_roots(targets))
-        report = ParityReport(out, [_measure(gate, target) for target in targets for gate in registered()], [], {})
-        for target in targets:
-            report.positions |= {(target.name, path): metrics for path, metrics in target.positions.items()}
+            session.files = identities(*_roots(targets), hashed=hashed)
+        entries = [_measure(gate, target) for target in targets for gate in registered()]
+        positions = {(target.name, path): found for target in targets for path, found in target.positions.items()}
+        bisections = dict[str, Bisection]()
         if bisect and (taps or launch is None):
             from qalora_runtimes.taps import run_taps
 
-            report.bisections = bisect_failures(session, targets, report.entries, report.positions, taps or run_taps)
-            for found in report.bisections.values():
-                report.entries = explain(report.entries, found)
-        report.entries = _still_the_same(report.entries, targets)
-        report.links = [*session.links, *session.chain]
-        report.facts = describe_inputs(session, targets, base)
+            bisections = bisect_failures(session, targets, entries, positions, taps or run_taps)
+            for bisection in bisections.values():
+                entries = explain(entries, bisection)
+        entries = _still_the_same(entries, targets)
+        links, facts = [*session.links, *session.chain], describe_inputs(session, targets, base)
+        report = ParityReport(out, entries, links, facts, positions, bisections)
         shutil.rmtree(workdir)
         for write in (write_report, write_html, write_junit):
             write(report, folder)
@@ -109,7 +110,7 @@ def _roots(targets: list[Target]) -> list[Path]:
 def _still_the_same(entries: list[Entry], targets: list[Target]) -> list[Entry]:
     """The same entries; G0 of a runtime whose files changed during the run has failed."""
     with status("hashing the files again"):
-        now = identities(*_roots(targets))
+        now = identities(*_roots(targets), hashed=HashedOnce())
     by_name = {target.name: target for target in targets}
     return [
         still_the_same(entry, by_name[entry.runtime], now) if entry.gate == BYTES.id else entry for entry in entries
@@ -117,7 +118,12 @@ def _still_the_same(entries: list[Entry], targets: list[Target]) -> list[Entry]:
 
 
 def _prepare(
-    model: CanonicalCheckpoint, settings: VerifySettings, base: Path | None, workdir: Path, launch: Launch | None
+    model: CanonicalCheckpoint,
+    settings: VerifySettings,
+    base: Path | None,
+    workdir: Path,
+    launch: Launch | None,
+    hashed: HashedOnce,
 ) -> Session:
     _check_patience()
     tokenizer = load_tokenizer(model.path)
@@ -136,11 +142,12 @@ def _prepare(
         probes=probes,
         reference=reference,
         expected_text=folder_answers(model.path, probes),
-        chain=checkpoint_links(model.path, base=base),
+        chain=checkpoint_links(model.path, base=base, hash_of=hashed),
         merge=merge_check(model, base=base),
         runs=runs,
         floor=NoiseFloor(model.path, base, probes, reference.logprobs, runs, settings.threads, workdir),
         workdir=workdir,
+        hashed=hashed,
     )
 
 

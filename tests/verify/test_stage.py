@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +20,7 @@ from qalora_runtimes.protocol import read_job
 
 from qalora_export.errors import ExitCode, InputError, UnsafeInputError
 from qalora_export.recipe import VerifySettings
-from qalora_export.safety import sha256_file
+from qalora_export.safety import hashing, sha256_file
 from qalora_export.verify.report.parity_report import ParityReport
 from qalora_export.verify.runtimes.record import requested
 from qalora_export.verify.stage import verify_parity
@@ -250,11 +253,27 @@ def put_back(path: Path) -> None:
     path.with_name("other").rename(path)
 
 
+def put_back_with_its_times(path: Path) -> None:
+    """Other bytes in the same file for a moment; size, inode, modification time and bytes are then as they were."""
+    content, before = path.read_bytes(), path.stat()
+    path.write_bytes(bytes(len(content)))
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def swapped_with_its_times(path: Path) -> None:
+    before = path.stat()
+    swapped(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda e: swapped(e.gguf), "model.gguf has other bytes"),
+        (lambda e: swapped_with_its_times(e.gguf), "model.gguf has other bytes"),
         (lambda e: put_back(e.gguf), "model.gguf was written again"),
+        (lambda e: put_back_with_its_times(e.gguf), "model.gguf was touched"),
         (lambda e: e.gguf.with_name("model.gguf.manifest.json").unlink(), "model.gguf.manifest.json is gone"),
         (lambda e: swapped(e.checkpoint / "config.json"), "config.json has other bytes"),
         (lambda e: (e.checkpoint / "new.safetensors").write_bytes(b"x"), "new.safetensors appeared"),
@@ -288,6 +307,22 @@ def test_every_run_checks_that_its_files_stayed_the_same(exported: Exported, tmp
         if entry.gate == "G0":
             assert entry.checks[-1].figure == "changed_files"
             assert entry.checks[-1].passed
+
+
+def test_every_file_is_hashed_before_the_gates_and_after_them_and_no_more(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest, the chain, G0 of each runtime and the report all ask for the same files."""
+    digest, times = hashlib.file_digest, Counter[str]()
+
+    def counted(file: Any, name: str) -> Any:
+        times[file.name] += 1
+        return digest(file, name)
+
+    monkeypatch.setattr(hashing.hashlib, "file_digest", counted)
+    verify(exported, tmp_path / "report", FakeRuntimes(exported.checkpoint), ALL)
+    weights = [exported.checkpoint / "model.safetensors", exported.gguf, exported.onnx / "model.onnx.data"]
+    assert [times[str(path)] for path in weights] == [2, 2, 2]
 
 
 @pytest.mark.parametrize(

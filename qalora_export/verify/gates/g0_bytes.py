@@ -41,7 +41,7 @@ AT_THE_END = GATE.limit("changed_files")
 @measures(GATE)
 def file_bytes(target: Target) -> Entry:
     session, runtime = target.session, target.runtime
-    links = artifact_links(target.artifact, session.checkpoint.path)
+    links = artifact_links(target.artifact, session.checkpoint.path, hash_of=session.hashed)
     session.links += [link for link in links if link not in session.links]
     contents = runtime.read_back(target.artifact)
     return bytes_entry(

@@ -48,7 +48,7 @@ REPORT, POSITIONS, HTML, JUNIT = "report.json", "positions.npz", "report.html", 
 VERDICTS = {ExitCode.OK: "pass", ExitCode.PARITY_FAILED: "fail", ExitCode.RUNTIME_UNAVAILABLE: "not run"}
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class ParityReport:
     """Every finding of one run. out: the report folder. positions: per-position metrics by (runtime, path)."""
 
