@@ -91,10 +91,10 @@ def test_flags_beat_the_recipe(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_import_of_a_gptq_checkpoint(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_gptq_folder(tmp_path / "gptq", tiny_model, config={"checkpoint_format": None})
+    make_gptq_folder(tmp_path / "gptq", tiny_model, stored="gptq_v2", config={"checkpoint_format": None})
     assert run(tmp_path / "gptq", "--out", tmp_path / "q") == 2
-    assert "--checkpoint-format gptq" in capsys.readouterr().err
-    assert run(tmp_path / "gptq", "--out", tmp_path / "q", "--checkpoint-format", "gptq") == 0
+    assert "--checkpoint-format gptq_v2" in capsys.readouterr().err
+    assert run(tmp_path / "gptq", "--out", tmp_path / "q", "--checkpoint-format", "gptq_v2") == 0
     shown = " ".join(capsys.readouterr().err.split())
     assert "import-gptq" in shown
     assert "0 weights changed" in shown

@@ -118,31 +118,74 @@ def test_autogptqs_own_config_file_is_read(source: Path, tmp_path: Path) -> None
     assert quantize(tmp_path / "gptq", tmp_path / "out", SETTINGS).changed == 0
 
 
+@pytest.mark.parametrize("sym", [True, False])
+def test_a_config_without_the_format_means_v1(source: Path, tmp_path: Path, sym: bool) -> None:
+    layers = make_gptq_folder(tmp_path / "gptq", source, sym=sym, config={"checkpoint_format": None})
+    report = quantize(tmp_path / "gptq", tmp_path / "out", SETTINGS)
+    written = CanonicalCheckpoint(tmp_path / "out")
+    for name, layer in layers.items():
+        expected = np.float16(-layer["zeros"] * layer["scales"].astype(np.float64) + 0.0)
+        assert np.array_equal(written.group_affine(name).offset, expected.T)
+    settings = json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]
+    assert settings["checkpoint_format"] == "gptq"
+    reason = settings["checkpoint_format_reason"]
+    assert reason.startswith("gptq (v1), the meaning of a config without checkpoint_format")
+    assert ("confirm" if sym else "do not contradict") in reason
+    assert f"format: {reason}" in report.notes
+
+
 @pytest.mark.parametrize(
-    ("stored", "config", "message"),
+    ("stored", "sym", "config", "message"),
     [
-        ("gptq", {"checkpoint_format": None}, "does not say .*look like gptq .*pass --checkpoint-format gptq$"),
-        ("gptq_v2", {"checkpoint_format": None}, "does not say .*look like gptq_v2.*pass --checkpoint-format gptq_v2$"),
-        ("gptq_v2", {"checkpoint_format": "gptq"}, "says gptq but .*look like gptq_v2.*--checkpoint-format gptq_v2$"),
-        ("gptq", {"checkpoint_format": "gptq_v2"}, "says gptq_v2 but .*look like gptq .*--checkpoint-format gptq$"),
-        ("gptq", {"checkpoint_format": "marlin"}, "GPTQ variant 'marlin'"),
-        ("gptq", {"pack_dtype": "int64"}, "packed in int64"),
-        ("gptq", {"bits": 3}, "has 4 bits, the config says 3"),
+        (
+            "gptq_v2",
+            True,
+            {"checkpoint_format": None},
+            "not say.*means gptq.*look like gptq_v2.*--checkpoint-format gptq_v2$",
+        ),
+        (
+            "gptq_v2",
+            False,
+            {"checkpoint_format": None},
+            r"not say.*read as gptq, codes lie -\d.*--checkpoint-format gptq_v2$",
+        ),
+        (
+            "gptq_v2",
+            True,
+            {"checkpoint_format": "gptq"},
+            "says gptq but .*look like gptq_v2.*--checkpoint-format gptq_v2$",
+        ),
+        ("gptq_v2", False, {"checkpoint_format": "gptq"}, r"says gptq but .*codes lie -.*--checkpoint-format gptq_v2$"),
+        (
+            "gptq",
+            True,
+            {"checkpoint_format": "gptq_v2"},
+            "says gptq_v2 but .*look like gptq .*--checkpoint-format gptq$",
+        ),
+        (
+            "gptq",
+            False,
+            {"checkpoint_format": "gptq_v2"},
+            r"says gptq_v2 but .*codes lie \+.*--checkpoint-format gptq$",
+        ),
+        ("gptq", True, {"checkpoint_format": "marlin"}, "GPTQ variant 'marlin'"),
+        ("gptq", True, {"pack_dtype": "int64"}, "packed in int64"),
+        ("gptq", True, {"bits": 3}, "has 4 bits, the config says 3"),
     ],
 )
-def test_the_format_version_is_never_guessed(
-    source: Path, tmp_path: Path, stored: str, config: dict, message: str
+def test_values_that_contradict_the_config_are_refused(
+    source: Path, tmp_path: Path, stored: str, sym: bool, config: dict, message: str
 ) -> None:
-    layers = make_gptq_folder(tmp_path / "gptq", source, stored=stored, config=config)
+    layers = make_gptq_folder(tmp_path / "gptq", source, stored=stored, sym=sym, config=config)
     with pytest.raises(InputError, match=message):
         quantize(tmp_path / "gptq", tmp_path / "out", SETTINGS)
     assert not (tmp_path / "out").exists()
-    if "--checkpoint-format" in message:
-        report = quantize(tmp_path / "gptq", tmp_path / "out", QuantizeSettings(checkpoint_format=stored))
+    if "-format gptq" in message:
+        quantize(tmp_path / "gptq", tmp_path / "out", QuantizeSettings(checkpoint_format=stored))
         name, layer = next(iter(layers.items()))
         written = CanonicalCheckpoint(tmp_path / "out").group_affine(name)
-        assert report.changed == 0
-        assert np.array_equal(written.dequantize().astype(np.float64), values(layer))
+        expected = np.float16(-layer["zeros"] * layer["scales"].astype(np.float64) + 0.0)
+        assert np.array_equal(written.offset, expected.T)
 
 
 def test_the_option_against_the_values_is_followed_and_said(source: Path, tmp_path: Path) -> None:
@@ -157,24 +200,57 @@ def test_symmetric_by_config_but_not_by_values(source: Path, tmp_path: Path) -> 
         quantize(tmp_path / "gptq", tmp_path / "out", SETTINGS)
 
 
-def test_a_v1_zero_that_wrapped_around_is_refused(source: Path, tmp_path: Path) -> None:
-    make_gptq_folder(tmp_path / "gptq", source, sym=False, stored="gptq_v2", config={"checkpoint_format": "gptq"})
-    with pytest.raises(InputError, match=r"stored zero of 15 has no certain meaning.*--checkpoint-format gptq_v2"):
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_zero_points_that_autogptq_lost_are_refused(source: Path, tmp_path: Path, bits: int) -> None:
+    make_gptq_folder(tmp_path / "gptq", source, bits=bits, sym=False, stored="autogptq")
+    with pytest.raises(InputError, match=r"up to \d+ zero points .* are lost.*AutoGPTQ.*quantize the source"):
         quantize(tmp_path / "gptq", tmp_path / "out", SETTINGS)
+
+
+def set_order(folder: Path, order: np.ndarray, module: str = "model.layers.0.mlp.down_proj") -> None:
+    edit(folder, lambda tensors: tensors.update({f"{module}.g_idx": order.astype(np.int32)}))
 
 
 def test_activation_order_is_refused_with_the_reason(source: Path, tmp_path: Path) -> None:
     make_gptq_folder(tmp_path / "gptq", source, config={"desc_act": True})
     quantize(tmp_path / "gptq", tmp_path / "in-order", SETTINGS)  # desc_act, but the order is trivial
-
-    def shuffle(tensors: dict[str, np.ndarray]) -> None:
-        tensors["model.layers.0.mlp.down_proj.g_idx"] = tensors["model.layers.0.mlp.down_proj.g_idx"][::-1].copy()
-
-    edit(tmp_path / "gptq", shuffle)
-    with pytest.raises(InputError, match=r"do not lie together \(desc_act.*down_proj\.g_idx.*desc_act off"):
+    set_order(tmp_path / "gptq", np.random.default_rng(0).permutation(np.arange(256) // 32))
+    with pytest.raises(InputError, match=r"do not lie together \(desc_act.*down_proj\.g_idx.*desc_act=False"):
         quantize(tmp_path / "gptq", tmp_path / "out", SETTINGS)
     edit(tmp_path / "gptq", lambda tensors: tensors.pop("model.layers.0.mlp.down_proj.g_idx"))
     with pytest.raises(InputError, match="desc_act without g_idx"):
+        quantize(tmp_path / "gptq", tmp_path / "out", SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("order", "size"),
+    [
+        (np.arange(256)[::-1] // 32, 32),  # groups in another order
+        (np.repeat([3, 3, 0, 7, 7, 7, 7, 1], 32), 32),  # a group used twice, another never
+        (np.repeat([0, 1, 2, 3, 4], [64, 64, 64, 32, 32]), 32),
+        (np.repeat(np.arange(4), 64), 64),
+    ],
+)
+def test_groups_in_any_order_whose_columns_lie_together_are_exact(
+    source: Path, tmp_path: Path, order: np.ndarray, size: int
+) -> None:
+    module = "model.layers.0.mlp.down_proj"
+    layers = make_gptq_folder(tmp_path / "gptq", source)
+    set_order(tmp_path / "gptq", order)
+    layers[module]["g_idx"] = order
+    quantize(tmp_path / "gptq", tmp_path / "out", SETTINGS)
+    matrix = CanonicalCheckpoint(tmp_path / "out").group_affine(module)
+    assert matrix.group_size == size
+    assert np.array_equal(matrix.dequantize().astype(np.float64), values(layers[module]))
+
+
+@pytest.mark.parametrize(
+    "order", [np.arange(255) // 32, np.arange(256) // 16, np.arange(256) // 32 - 1, np.zeros((2, 128))]
+)
+def test_an_order_that_points_nowhere_is_refused(source: Path, tmp_path: Path, order: np.ndarray) -> None:
+    make_gptq_folder(tmp_path / "gptq", source)
+    set_order(tmp_path / "gptq", order)
+    with pytest.raises(InputError, match="g_idx does not give 256 columns one of 8 groups each"):
         quantize(tmp_path / "gptq", tmp_path / "out", SETTINGS)
 
 
