@@ -44,7 +44,8 @@ def _usage(out: Path) -> str:
         adapter = " --lora model.lora.gguf" if (out / "model.lora.gguf").is_file() else ""
         lines.append(f"* llama.cpp: `llama-cli -m model.gguf{adapter}`")
     if (out / "onnx").is_dir():
-        lines.append("* ONNX Runtime GenAI: `onnxruntime_genai.Model('onnx')`; ONNX Runtime: `onnx/model.onnx`")
+        lines.append("* ONNX Runtime GenAI: `onnxruntime_genai.Model('onnx')`; ONNX Runtime: `onnx/onnx/model.onnx`")
+        lines.append("* transformers.js: `await pipeline('text-generation', 'onnx')`")
     lines.append("* Transformers: `import qalora_export`, then `AutoModelForCausalLM.from_pretrained('merged.qalora')`")
     return "\n".join(lines)
 

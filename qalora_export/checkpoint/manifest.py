@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 FORMAT = "qalora-manifest/1"
 FileKind = Literal["base", "adapter", "merged", "gguf", "onnx", "report"]
 # What a stage or a runtime reads from a model folder, by the names that readers look for; notes and pictures are not.
-STEERING_SUFFIXES = {".json", ".safetensors", ".jinja", ".model", ".tiktoken", ".onnx", ".data"}
+STEERING_SUFFIXES = {".json", ".safetensors", ".jinja", ".model", ".tiktoken", ".onnx", ".onnx_data", ".data"}
 STEERING_NAMES = {*COMPANIONS, "vocab.txt"}
 SHOW_PROGRESS = 2**30  # bytes; hashing less takes a moment
 

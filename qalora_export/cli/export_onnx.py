@@ -26,9 +26,9 @@ def command(
 ) -> None:
     """Write the checkpoint as ONNX, value for value.
 
-    The folder holds model.onnx, model.onnx.data, genai_config.json and the tokenizer, and runs in ONNX Runtime and in
-    ONNX Runtime GenAI. Codes, scales and offsets are those of the checkpoint, embeddings, norms and lm_head keep their
-    bytes; the written file is read back with the onnx package and kept only if no value differs.
+    The folder holds onnx/model.onnx with its data, configurations and the tokenizer, and runs in ONNX Runtime, ONNX
+    Runtime GenAI and transformers.js. Codes, scales and offsets are those of the checkpoint, embeddings, norms and
+    lm_head keep their bytes; the written file is read back with the onnx package and kept only if no value differs.
 
     [bold]Examples[/bold]
 

@@ -18,6 +18,7 @@ from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.checkpoint.safetensors_file import map_tensor, read_header
 from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.formats.contents import Contents, FolderContents
+from qalora_export.formats.onnx.layout import is_onnx_folder
 from qalora_export.grid import PackedAffine
 from qalora_export.safety import StrPath, read_json
 
@@ -51,7 +52,7 @@ def open_view(path: StrPath) -> View:
         raise InputError(
             "nothing to inspect here", where=path, fix="give a model folder, an ONNX folder or a .gguf file"
         )
-    if (path / "model.onnx").is_file():
+    if is_onnx_folder(path):
         return _onnx(path)
     if (path / "adapter_model.safetensors").is_file():
         return _adapter(path)

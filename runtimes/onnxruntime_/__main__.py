@@ -14,7 +14,7 @@ def arguments() -> argparse.Namespace:
     out = parser(
         "qalora_runtimes.onnxruntime_",
         "Run an ONNX decoder in ONNX Runtime on the CPU.",
-        model_help="folder with model.onnx, or the file; --exact expects accuracy_level 1",
+        model_help="folder with onnx/model.onnx, or the file; --exact expects accuracy_level 1",
     )
     return out.parse_args()
 

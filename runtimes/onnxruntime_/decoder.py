@@ -18,6 +18,7 @@ PROVIDER = "CPUExecutionProvider"
 ERRORS_ONLY = 3  # log severity
 DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 CACHE_NAME = re.compile(r"^(past|present)\w*\.(\d+)\.(key|value)$")
+GRAPHS = ("onnx/model.onnx", "model.onnx")  # in a folder; the second as earlier versions wrote it
 DTYPES: dict[str, Any] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -35,6 +36,16 @@ def import_package() -> Any:
     return onnxruntime
 
 
+def _graph(path: Path) -> Path:
+    """The graph of a folder, or the file itself. Raises RunnerError for two graphs, or none."""
+    if not path.is_dir():
+        return path
+    found = [path / name for name in GRAPHS if (path / name).exists()]
+    if len(found) != 1:
+        raise RunnerError(f"ONNX Runtime cannot load {path}: {len(found)} of {' and '.join(GRAPHS)} are there")
+    return found[0]
+
+
 @dataclass(frozen=True)
 class CacheSlot:
     """One KV tensor: `past` goes in with an empty sequence axis and shape `empty`, `present` comes out."""
@@ -46,7 +57,7 @@ class CacheSlot:
 
 
 class Decoder:
-    """runner.Runtime on folder/model.onnx."""
+    """runner.Runtime on the graph of an ONNX folder, or on a graph file."""
 
     def __init__(self, folder: Path, threads: int, *, data: Path | None = None) -> None:
         """data: folder of the external data where it is not the graph's own.
@@ -58,7 +69,7 @@ class Decoder:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = ERRORS_ONLY
-        file = folder / "model.onnx" if folder.is_dir() else folder
+        file = _graph(folder)
         try:
             if data is not None:
                 options.add_session_config_entry(DATA_FOLDER, str(data))

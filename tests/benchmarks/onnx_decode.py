@@ -78,7 +78,7 @@ def _measure(
     folder: Path, config: dict[str, Any], threads: int, past: int, turns_wanted: int
 ) -> dict[str, dict[str, Any]]:
     graphs = {
-        "split": (folder / "model.onnx").read_bytes(),
+        "split": (folder / "onnx/model.onnx").read_bytes(),
         "limit": without_offset(folder),
         "float zero_points": with_float_zero_points(folder),
     }
@@ -127,20 +127,20 @@ def _session(graph: bytes, folder: Path, threads: int) -> onnxruntime.InferenceS
     options.log_severity_level = 3
     # Spinning threads fight with whatever else runs; sleeping ones make runs comparable on a shared machine.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder / "onnx"))
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def without_offset(folder: Path) -> bytes:
     """The graph with each `product + GroupSum · R` reduced to the product, and dead nodes removed."""
-    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    model = onnx.load(folder / "onnx/model.onnx", load_external_data=False)
     _drop_offsets(model)
     return model.SerializeToString()
 
 
 def with_float_zero_points(folder: Path) -> bytes:
     """The same with zero_points = -m/s, computed from the file's own scale and offset when the session starts."""
-    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    model = onnx.load(folder / "onnx/model.onnx", load_external_data=False)
     offsets = {i.name.removesuffix(".offset"): i.name for i in model.graph.initializer if i.name.endswith(".offset")}
     _drop_offsets(model)
     added = []

@@ -64,11 +64,11 @@ def test_variants_of_the_graph_are_what_their_names_say(tiny_canonical: Path, tm
 
     export_onnx(tiny_canonical, tmp_path / "onnx", OnnxSettings(accuracy_level=1))
     folder = tmp_path / "onnx"
-    graphs = [(folder / "model.onnx").read_bytes(), without_offset(folder), with_float_zero_points(folder)]
+    graphs = [(folder / "onnx/model.onnx").read_bytes(), without_offset(folder), with_float_zero_points(folder)]
     logits = []
     for graph in graphs:
         options = onnxruntime.SessionOptions()
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder / "onnx"))
         session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         feed: dict[str, np.ndarray] = {"input_ids": np.array([[5]]), "attention_mask": np.ones((1, 1), np.int64)}
         feed |= {

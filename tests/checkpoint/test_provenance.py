@@ -107,6 +107,6 @@ def test_artifact_files_and_checkpoint_are_verified(exported: Exported, tmp_path
 def test_a_manifest_that_names_a_file_elsewhere_is_refused(exported: Exported, tmp_path: Path) -> None:
     copy = copy_of(exported, tmp_path)
     manifest = copy.onnx / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"model.onnx"', '"../model.gguf"', 1))
+    manifest.write_text(manifest.read_text().replace('"onnx/model.onnx"', '"../model.gguf"', 1))
     with pytest.raises(UnsafeInputError):
         artifact_links(copy.onnx, exported.checkpoint)

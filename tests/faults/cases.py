@@ -151,8 +151,8 @@ FAULTS = (
         "artifact",
         {
             LLAMA: p.altered_template_gguf,
-            ORT: p.onnx_text("chat_template.jinja", lambda t: t.replace("<|assistant|>", "<|Assistant|>")),
-            GENAI: p.onnx_text("chat_template.jinja", lambda t: t.replace("<|assistant|>", "<|Assistant|>")),
+            ORT: p.onnx_text("tokenizer_config.json", lambda t: t.replace("<|assistant|>", "<|Assistant|>")),
+            GENAI: p.onnx_text("tokenizer_config.json", lambda t: t.replace("<|assistant|>", "<|Assistant|>")),
         },
         "G0 G5",
         "chat template: ",

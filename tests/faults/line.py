@@ -121,7 +121,7 @@ def edit_gguf(
 
 
 def edit_onnx(folder: Path, change: Callable[[Matrix], None], *, module: str = MODULE) -> None:
-    data, groups = folder / "model.onnx.data", COLUMNS // GROUP
+    data, groups = folder / "onnx/model.onnx_data", COLUMNS // GROUP
     places = {part: onnx_tensor(folder, f"{module}.{part}") for part in ("codes", "scale", "offset")}
     sizes = {"codes": ROWS * groups * 16, "scale": ROWS * groups * 2, "offset": ROWS * groups * 2}
     raw = {part: read_at(data, places[part], size) for part, size in sizes.items()}

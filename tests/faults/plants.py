@@ -108,9 +108,9 @@ def onnx_graph(change: Callable[[object], None]) -> Plant:
         import onnx
 
         line = line.copied(folder, "onnx")
-        model = onnx.load(line.onnx / "model.onnx", load_external_data=False)
+        model = onnx.load(line.onnx / "onnx/model.onnx", load_external_data=False)
         change(model)
-        (line.onnx / "model.onnx").write_bytes(model.SerializeToString())
+        (line.onnx / "onnx/model.onnx").write_bytes(model.SerializeToString())
         reseal(line, "onnx")
         return line
 
@@ -165,7 +165,7 @@ def other_rope_tables(line: Line, folder: Path) -> Line:
     angles = np.arange(256)[:, None] * 20_000.0 ** (-np.arange(0, 32, 2) / 32)
     for name, values in (("cos", np.cos(angles)), ("sin", np.sin(angles))):
         at = onnx_tensor(line.onnx, f"model.rotary_emb.{name}_cache")
-        write_at(line.onnx / "model.onnx.data", at, values.astype(np.float32).tobytes())
+        write_at(line.onnx / "onnx/model.onnx_data", at, values.astype(np.float32).tobytes())
     reseal(line, "onnx")
     return line
 
@@ -300,8 +300,8 @@ def other_norm_onnx(tensor: str) -> Plant:
     def plant(line: Line, folder: Path) -> Line:
         line = line.copied(folder, "onnx")
         at = onnx_tensor(line.onnx, tensor)
-        value = np.frombuffer(read_at(line.onnx / "model.onnx.data", at, 2), np.float16)[0]
-        write_at(line.onnx / "model.onnx.data", at, np.float16(value * 1.01).tobytes())
+        value = np.frombuffer(read_at(line.onnx / "onnx/model.onnx_data", at, 2), np.float16)[0]
+        write_at(line.onnx / "onnx/model.onnx_data", at, np.float16(value * 1.01).tobytes())
         reseal(line, "onnx")
         return line
 

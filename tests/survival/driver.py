@@ -32,8 +32,8 @@ import transformers.trainer  # noqa: F401
 import qalora_export
 import qalora_export.cli.main
 import qalora_export.cli.run_summary
-import qalora_export.formats.onnx.genai_folder
 import qalora_export.formats.onnx.graph
+import qalora_export.formats.onnx.hosts
 import qalora_export.formats.onnx.rewrite
 import qalora_export.models.loading
 import qalora_export.qalora.training.plots

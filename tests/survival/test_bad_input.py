@@ -53,9 +53,9 @@ class Place:
         save_file(tensors, self / name)
 
     def edit_graph(self, change: Callable[[onnx.ModelProto], object]) -> None:
-        model = onnx.load(self / "onnx/model.onnx", load_external_data=False)
+        model = onnx.load(self / "onnx/onnx/model.onnx", load_external_data=False)
         change(model)
-        (self / "onnx/model.onnx").write_bytes(model.SerializeToString())
+        (self / "onnx/onnx/model.onnx").write_bytes(model.SerializeToString())
 
     def write(self, name: str, text: str) -> None:
         (self / name).write_text(text, encoding="utf-8")
@@ -306,21 +306,21 @@ CASES = (
         ("inspect", "onnx"),
         UNSAFE,
         ("truncated",),
-        lambda p: p.edit("onnx/model.onnx.data", cut(1)),
+        lambda p: p.edit("onnx/onnx/model.onnx_data", cut(1)),
     ),
     Case(
         "truncated ONNX graph",
         ("inspect", "onnx"),
         BAD,
         ("not an ONNX model",),
-        lambda p: p.edit("onnx/model.onnx", cut(1000)),
+        lambda p: p.edit("onnx/onnx/model.onnx", cut(1000)),
     ),
     Case(
         "flipped ONNX",
         ("inspect", "onnx", "base.qalora"),
         PARITY,
         ("differ",),
-        lambda p: p.edit("onnx/model.onnx.data", flip(-3)),
+        lambda p: p.edit("onnx/onnx/model.onnx_data", flip(-3)),
     ),
     Case("absurd ONNX shape", ("inspect", "onnx"), UNSAFE, ("claims shape",), lambda p: p.edit_graph(absurd_shape)),
     Case("ONNX offset near 2^63", ("inspect", "onnx"), UNSAFE, ("offset",), external("offset", str(2**63 - 1))),

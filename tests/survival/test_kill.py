@@ -55,7 +55,7 @@ def undisturbed(driver: Driver, tiny_model: Path, tmp_path_factory: pytest.TempP
         "merged.qalora/model.safetensors",
         "model.gguf",
         "model.gguf.manifest.json",
-        "onnx/model.onnx.data",
+        "onnx/onnx/model.onnx_data",
     } <= set(result.hashes)
     return result
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 from gguf import GGUFReader
 
 from qalora_export.formats.gguf.export import export_gguf
 from qalora_export.formats.onnx.export import export_onnx
+from qalora_export.formats.onnx.layout import DATA, GRAPH
 from qalora_export.formats.onnx.read import read_back
 from qalora_export.recipe import GgufSettings, OnnxSettings
 
@@ -65,10 +67,26 @@ def gguf_value(path: Path, key: str) -> int:
 
 
 def onnx_tensor(folder: Path, name: str) -> int:
-    """File offset of a tensor in model.onnx.data."""
+    """File offset of a tensor in onnx/model.onnx_data."""
     stored = {entry.key: entry.value for entry in read_back(folder).initializers[name].external_data}
     return int(stored["offset"])
 
 
 def float32(value: float) -> bytes:
     return np.float32(value).tobytes()
+
+
+def flatten(folder: Path) -> None:
+    """Turn an ONNX folder into one as earlier versions wrote it: graph and data at the top, nothing for browsers."""
+    model = onnx.load(folder / GRAPH, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "model.onnx.data"
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    (folder / DATA).rename(folder / "model.onnx.data")
+    shutil.rmtree(folder / "onnx")
+    for name in ("config.json", "generation_config.json", "manifest.json"):
+        (folder / name).unlink()
+    config = (folder / "genai_config.json").read_text()
+    (folder / "genai_config.json").write_text(config.replace(GRAPH, "model.onnx"))

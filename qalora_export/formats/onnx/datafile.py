@@ -1,4 +1,4 @@
-"""model.onnx.data: tensors one after another, each on a page boundary, never more than one in memory."""
+"""The data file of a graph: tensors one after another, each on a page boundary, never more than one in memory."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.errors import InputError
+from qalora_export.formats.onnx.layout import DATA
 from qalora_export.formats.streaming import BlockHasher, release
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-DATA_FILE = "model.onnx.data"
 ALIGNMENT = 4096  # so that a runtime can map each tensor (onnx.proto: external_data "offset" SHOULD be page aligned)
 CHUNK = 1 << 22
 
 
 class DataFile:
-    """Appends tensors to DATA_FILE inside `folder`; `hashes`: their manifest entries (dtype, shape, sha256)."""
+    """Appends tensors to layout.DATA inside `folder`; `hashes`: their manifest entries (dtype, shape, sha256)."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._file = (folder / DATA_FILE).open("wb")
+        self._path = folder / DATA
+        self._path.parent.mkdir(exist_ok=True)
+        self._file = self._path.open("wb")
         self._hasher = BlockHasher()
         self._digests: dict[str, Future[str]] = {}
         self._entries: dict[str, dict[str, Any]] = {}
@@ -63,11 +64,11 @@ class DataFile:
         self._digests[name] = self._hasher.finish()
         self._entries[name] = {"dtype": array.dtype.name, "shape": list(array.shape)}
         return ir.ExternalTensor(
-            DATA_FILE,
+            self._path.name,
             offset,
             array.nbytes,
             ir.DataType.from_numpy(array.dtype),
             shape=ir.Shape(array.shape),
             name=name,
-            base_dir=str(self._folder),
+            base_dir=str(self._path.parent),
         )

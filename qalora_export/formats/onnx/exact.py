@@ -2,9 +2,9 @@
 
 Two ways to run it:
 
-* `exact_graph(folder)` is model.onnx alone, as bytes, for the data file where it lies. ONNX Runtime: give the bytes to
-  InferenceSession with the config entry "session.model_external_initializers_file_folder_path" set to the folder.
-  ONNX Runtime GenAI: `Config(folder)` then `config.add_model_data("model.onnx", bytes)`. Nothing is copied.
+* `exact_graph(folder)` is the graph alone, as bytes, for the data file where it lies. Give the bytes to ONNX Runtime's
+  InferenceSession with the config entry "session.model_external_initializers_file_folder_path" set to the folder of the
+  graph. Nothing is copied.
 * `exact_variant(folder, target)` is a folder of its own for runners that take only a folder. The data file is copied
   (copy-on-write where the file system can): ONNX Runtime refuses a symbolic link that leaves the folder, and a hard
   link would make the shipped file itself fail our check for links.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qalora_export.checkpoint.manifest import MANIFEST
-from qalora_export.formats.onnx.genai_config import MODEL_FILE
+from qalora_export.formats.onnx.layout import graph_name
 from qalora_export.formats.onnx.validate import read_model
 from qalora_export.safety import atomic_directory
 
@@ -30,18 +30,19 @@ COPY_CHUNK = 1 << 30
 
 
 def exact_graph(folder: Path) -> bytes:
-    """model.onnx of `folder` with accuracy_level 1; its external data still refers to the data file beside it."""
+    """The graph of `folder` with accuracy_level 1; its external data still refers to the data file beside it."""
     return bytes(with_accuracy_level(read_model(folder), EXACT_LEVEL).SerializeToString(deterministic=True))
 
 
 def exact_variant(folder: Path, target: Path, *, force: bool = False) -> Path:
     """A complete folder at `target` (without a manifest: it is a test object, no artifact). Returns `target`."""
-    graph = exact_graph(folder)
+    name, graph = graph_name(folder), exact_graph(folder)
     with atomic_directory(target, force=force) as copy:
-        for path in sorted(folder.iterdir()):
-            if path.is_file() and path.name not in (MODEL_FILE, MANIFEST):
-                _copy(path, copy / path.name)
-        (copy / MODEL_FILE).write_bytes(graph)
+        (copy / name).parent.mkdir(exist_ok=True)
+        for path in sorted({*folder.iterdir(), *(folder / name).parent.iterdir()}):
+            if path.is_file() and path not in (folder / name, folder / MANIFEST):
+                _copy(path, copy / path.relative_to(folder))
+        (copy / name).write_bytes(graph)
     return target
 
 

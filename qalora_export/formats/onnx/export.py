@@ -14,8 +14,7 @@ from qalora_export.checkpoint.output import claim_output
 from qalora_export.errors import InputError, ParityError
 from qalora_export.formats.contents import Comparison, FolderContents, compare
 from qalora_export.formats.export_report import ExportReport
-from qalora_export.formats.onnx.datafile import DATA_FILE
-from qalora_export.formats.onnx.genai_config import MODEL_FILE
+from qalora_export.formats.onnx.layout import DATA, GRAPH
 from qalora_export.formats.onnx.read import MODULES_KEY, read_back
 from qalora_export.formats.onnx.split_form import SplitForm
 from qalora_export.formats.streaming import finished
@@ -32,7 +31,7 @@ HEAD = "lm_head"
 def export_onnx(
     checkpoint: StrPath, out: StrPath, settings: OnnxSettings | None = None, *, force: bool = False
 ) -> ExportReport:
-    """Write the folder `out`: model.onnx, model.onnx.data, genai_config.json, tokenizer files, manifest.json.
+    """Write the folder `out`, laid out as formats/onnx/layout.py says, and its manifest.json.
 
     One tensor is in memory at a time. The folder is read back before it gets its final name. Raises InputError for
     unsupported architectures and existing output, ParityError when a single value of the written file differs; in
@@ -57,7 +56,7 @@ def _export(checkpoint: Path, out: Path, settings: OnnxSettings, *, force: bool)
     parents = [parent_of(checkpoint, "checkpoint")]
     with atomic_directory(out, force=force) as folder:
         written = _write(source, folder, settings)
-        with finished({DATA_FILE: folder / DATA_FILE}) as digests:  # hashed while it is read back
+        with finished({DATA: folder / DATA}) as digests:  # hashed while it is read back
             found = _checked(compare(FolderContents(source), read_back(folder), progress="read back"), out)
         write_manifest(
             folder,
@@ -67,7 +66,8 @@ def _export(checkpoint: Path, out: Path, settings: OnnxSettings, *, force: bool)
             settings=settings.model_dump(mode="json"),
             digests=digests,
         )
-    files = sorted(out.iterdir(), key=lambda path: (path.name == MANIFEST, path.name))
+    written_files = (path for path in out.rglob("*") if path.is_file())
+    files = sorted(written_files, key=lambda path: (path.name == MANIFEST, path.relative_to(out).as_posix()))
     size = sum(path.stat().st_size for path in files)
     return ExportReport(tuple(files), written.types, size, found.values, found.total, written.notes)
 
@@ -82,12 +82,12 @@ class Written:
 
 
 def _write(source: CanonicalCheckpoint, folder: Path, settings: OnnxSettings) -> Written:
-    """model.onnx, model.onnx.data and the GenAI files, into `folder`."""
+    """Graph, data file and what hosts need beside them, into `folder`."""
     import onnx_ir as ir
 
     from qalora_export.formats.onnx.datafile import DataFile
-    from qalora_export.formats.onnx.genai_folder import write_genai_folder
     from qalora_export.formats.onnx.graph import build_graph
+    from qalora_export.formats.onnx.hosts import write_host_files
     from qalora_export.formats.onnx.rewrite import Rewriter
 
     package = build_graph(source.config, untied_head=HEAD in source.modules)
@@ -101,8 +101,8 @@ def _write(source: CanonicalCheckpoint, folder: Path, settings: OnnxSettings) ->
     modules = {name: list(entry) for name, entry in source.modules.items()}
     model.metadata_props[MODULES_KEY] = json.dumps(modules, separators=(",", ":"))
     proto = ir.serde.serialize_model(model)
-    (folder / MODEL_FILE).write_bytes(proto.SerializeToString(deterministic=True))
-    write_genai_folder(folder, package, source)
+    (folder / GRAPH).write_bytes(proto.SerializeToString(deterministic=True))
+    write_host_files(folder, package, source)
     types = Counter(f"MatMulNBits, {form.container} bits" for form in rewriter.forms.values())
     types.update(data.hashes[name]["dtype"] for name in rewriter.carried)
     return Written(data.hashes, dict(types), _notes(rewriter.forms))

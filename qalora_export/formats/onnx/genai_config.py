@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from qalora_export.errors import UnsafeInputError
+from qalora_export.formats.onnx.layout import GRAPHS
 
-MODEL_FILE = "model.onnx"
 MOST = 2**31 - 1  # the runtime keeps its numbers in 32 bits
 
 Check: TypeAlias = Callable[[Any], bool]
@@ -47,7 +47,7 @@ def _nothing(value: Any) -> bool:
 
 
 def _model_file(value: Any) -> bool:
-    return isinstance(value, str) and value == MODEL_FILE
+    return isinstance(value, str) and value in GRAPHS
 
 
 SESSION: Schema = {
@@ -144,7 +144,7 @@ def _check(value: object, schema: Check | Schema, key: str, where: Path) -> None
             raise UnsafeInputError(
                 f"{key} is {str(value)[:80]!r}",
                 where=where,
-                why=f"it must be {MODEL_FILE}, the file that was checked" if schema is _model_file else _WHY,
+                why=f"it must be {GRAPHS[0]}, the file that was checked" if schema is _model_file else _WHY,
                 fix=_FIX,
             )
         return

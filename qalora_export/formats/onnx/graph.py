@@ -12,6 +12,7 @@ from qalora_export.errors import InputError
 from qalora_export.formats.onnx.corrections import correct
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     from mobius import ModelPackage
 
 # mobius-onnx's own "cpu" concatenates the weights of q, k and v. Ours stay apart: each keeps its own bits and group
@@ -19,6 +20,15 @@ if TYPE_CHECKING:
 PROVIDER = "qalora-cpu"
 IR_VERSION = 10
 GRAPH_NAME = "qalora"
+# Names of symbolic dimensions: mobius' -> those by which transformers.js makes an empty cache.
+TOTAL = "total_sequence_length"
+DIMENSIONS = {
+    "batch": "batch_size",
+    "sequence_len": "sequence_length",
+    "past_sequence_len": "past_sequence_length",
+    "past_sequence_len + sequence_len": TOTAL,
+    "past_seq_len + seq_len": TOTAL,
+}
 
 
 def build_graph(config: Mapping[str, Any], *, untied_head: bool = False) -> ModelPackage:
@@ -45,9 +55,24 @@ def build_graph(config: Mapping[str, Any], *, untied_head: bool = False) -> Mode
         raise InputError(f"expected one decoder graph, got {', '.join(package)}", where="config.json")
     model = package["model"]
     correct(model, source)
+    name_dimensions(model)
     model.ir_version = IR_VERSION
     model.graph.name = GRAPH_NAME  # mobius names it after the folder, which is temporary
     return package
+
+
+def name_dimensions(model: ir.Model) -> None:
+    """Give every symbolic dimension the name that hosts know it by, in place. Raises InputError for an unknown one."""
+    import onnx_ir as ir
+
+    made = (value for node in model.graph for value in node.outputs)
+    for value in (*model.graph.inputs, *made):
+        if value.shape is None:
+            continue
+        names = [size if isinstance(size, int) else str(size.value) for size in value.shape]
+        if unknown := {name for name in names if isinstance(name, str)} - {*DIMENSIONS, *DIMENSIONS.values()}:
+            raise InputError(f"mobius-onnx calls a dimension {sorted(unknown)[0]!r}", where=value.name or "")
+        value.shape = ir.Shape([size if isinstance(size, int) else DIMENSIONS.get(size, size) for size in names])
 
 
 def _register_provider() -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.errors import InputError, UnsafeInputError
+from qalora_export.formats.onnx.layout import graph_file
 from qalora_export.formats.onnx.split_form import CONTAINER_BITS, from_blocks
 from qalora_export.formats.onnx.validate import read_model
 from qalora_export.grid import GroupAffine, PackedAffine, implied_offset, pack_codes
@@ -43,6 +44,11 @@ class OnnxContents:
     modules: dict[str, tuple[int, int]]
     nodes: dict[str, onnx.NodeProto]
     initializers: dict[str, onnx.TensorProto]
+
+    @property
+    def data_folder(self) -> Path:
+        """That of the graph, from which external data is named."""
+        return graph_file(self.folder).parent
 
     @property
     def others(self) -> list[str]:
@@ -101,7 +107,7 @@ class OnnxContents:
         copy = onnx.TensorProto()
         copy.CopyFrom(tensor)
         if outside:
-            load_external_data_for_tensor(copy, str(self.folder))
+            load_external_data_for_tensor(copy, str(self.data_folder))
         found: NDArray[Any] = onnx.numpy_helper.to_array(copy)
         return found if whole else found[rows]
 
@@ -113,7 +119,7 @@ class OnnxContents:
         entries = {entry.key: entry.value for entry in tensor.external_data}
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
         row = math.prod(tensor.dims[1:])
-        with inside(self.folder, entries["location"]).open("rb") as file:
+        with inside(self.data_folder, entries["location"]).open("rb") as file:
             file.seek(int(entries.get("offset", "0")) + start * row * dtype.itemsize)
             raw = file.read((stop - start) * row * dtype.itemsize)
         return np.frombuffer(raw, dtype).reshape(stop - start, *tensor.dims[1:])

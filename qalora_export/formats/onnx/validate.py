@@ -1,6 +1,6 @@
 """An ONNX folder is untrusted input: checked before a runtime, or we, read a byte of its weights.
 
-Checked: size of model.onnx; every tensor's dims, dtype and byte count; external data stays inside the folder, is no
+Checked: size of the graph; every tensor's dims, dtype and byte count; external data stays inside the folder, is no
 link and lies inside its file; names are unique; operators are the runtime's own; genai_config.json holds no key that
 could make a runtime load code or touch other files (genai_config.py).
 """
@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qalora_export.errors import InputError, UnsafeInputError
-from qalora_export.formats.onnx.genai_config import MODEL_FILE, check_genai_config
+from qalora_export.formats.onnx.genai_config import check_genai_config
+from qalora_export.formats.onnx.layout import GENAI_CONFIG, graph_file
 from qalora_export.safety import inside, read_json
 
 if TYPE_CHECKING:
     import onnx
     from google.protobuf.message import Message
 
-GENAI_CONFIG = "genai_config.json"
 MAX_MODEL_BYTES = 2**31 - 1  # protobuf's own limit
 MAX_INLINE_BYTES = 64 * 2**20  # weights live in the data file; an inline tensor is an axis, a shape, a small table
 MAX_ELEMENTS = 2**40
@@ -32,18 +32,18 @@ FORBIDDEN_METADATA = {"ort_config"}  # session options inside the model
 
 
 def read_model(folder: Path) -> onnx.ModelProto:
-    """model.onnx of a checked folder, weights not loaded.
+    """The graph of a checked folder, weights not loaded.
 
     Raises InputError when the folder is incomplete or does not parse, UnsafeInputError when it lies or escapes.
     """
-    path = inside(folder, MODEL_FILE)
+    path = graph_file(folder)
     if path.stat().st_size > MAX_MODEL_BYTES:
-        raise UnsafeInputError(f"model.onnx has {path.stat().st_size} bytes", where=path, why="protobuf ends at 2 GiB")
+        raise UnsafeInputError(f"{path.name} has {path.stat().st_size} bytes", where=path, why="protobuf ends at 2 GiB")
     model = parse_model(path.read_bytes(), where=path)
     _check_code(model, path)
     names = set()
     for tensor in _tensors(model):
-        check_tensor(tensor, folder)
+        check_tensor(tensor, path.parent)
     for tensor in model.graph.initializer:
         if tensor.name in names:
             raise UnsafeInputError("two initializers share a name", where=f"{path}: {tensor.name}")
@@ -85,7 +85,10 @@ def _is_sequence(value: object) -> bool:
 
 
 def check_tensor(tensor: onnx.TensorProto, folder: Path) -> None:
-    """Raise UnsafeInputError unless dims, dtype and stored bytes agree and external data lies inside the folder."""
+    """Raise UnsafeInputError unless dims, dtype and stored bytes agree and external data lies inside `folder`.
+
+    folder: that of the graph, which external data is named from.
+    """
     import onnx
 
     where = f"{folder}: {tensor.name}"
@@ -98,7 +101,7 @@ def check_tensor(tensor: onnx.TensorProto, folder: Path) -> None:
         _check_external(tensor, expected, folder, where)
         return
     if expected > MAX_INLINE_BYTES:
-        raise UnsafeInputError(f"a tensor of {expected} bytes is stored inside model.onnx", where=where)
+        raise UnsafeInputError(f"a tensor of {expected} bytes is stored inside the graph", where=where)
     if tensor.HasField("raw_data"):
         if len(tensor.raw_data) != expected:
             raise UnsafeInputError(

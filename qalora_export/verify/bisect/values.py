@@ -19,6 +19,7 @@ from qalora_runtimes.protocol import Job
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.errors import RuntimeUnavailableError
 from qalora_export.formats.gguf.permute import hf_order
+from qalora_export.formats.onnx.layout import graph_file
 from qalora_export.models.families import family_of
 from qalora_export.progress import task
 from qalora_export.verify.bisect.points import Activations, Point, onnx_values
@@ -130,7 +131,7 @@ def reader_of(
     def from_onnx(ids: NDArray[np.int32], points: list[Point]) -> Activations:
         values = _write_tapped(artifact.path, points, workdir / TAPPED)
         names = list(values.values())
-        found = taps(ids, names, "onnxruntime", workdir / TAPPED, data=artifact.path.resolve())
+        found = taps(ids, names, "onnxruntime", workdir / TAPPED, data=graph_file(artifact.path).parent.resolve())
         rows = {name: value.reshape(len(value), -1) for name, value in found.items()}  # heads side by side
         return {key: rows[name] for key, name in values.items() if name in rows}
 

@@ -86,7 +86,7 @@ def describe_artifact(path: Path, artifacts: dict[str, Path], parameters: int, k
 
     known: the files as they were before the first gate. What was verified is named, not what lies there by now.
     """
-    inside = [file for file in known if file.parent == path and file.name.startswith("model.onnx")]
+    inside = [file for file in known if file.parent in (path, path / "onnx") and file.name.startswith("model.onnx")]
     beside = [file for file in (path, adapter_path(path)) if file in known]
     files = {file.name: known[file] for file in inside or beside}
     nbytes = sum(file.size for file in files.values())

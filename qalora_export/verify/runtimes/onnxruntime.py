@@ -11,16 +11,20 @@ from numpy.typing import NDArray
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.errors import InputError
 from qalora_export.formats.onnx.exact import exact_variant
+from qalora_export.formats.onnx.hosts import CONFIG, GENERATION, TOKENIZER_CONFIG, generation_config, web_config
+from qalora_export.formats.onnx.layout import FLAT_GRAPH, graph_name
 from qalora_export.formats.onnx.read import OnnxContents, read_back
 from qalora_export.models.families import family_of
 from qalora_export.recipe import OnnxSettings
-from qalora_export.verify.runtimes.facts import ABSENT, expected_graph_facts, expected_text_facts
+from qalora_export.safety import inside, read_json
+from qalora_export.verify.runtimes.facts import ABSENT, NOT_CARRIED, expected_graph_facts, expected_text_facts
 from qalora_export.verify.runtimes.onnx_dequantize import runtime_dequantized
 from qalora_export.verify.runtimes.record import Artifact, Facts, Matrices, RuntimeRecord, register
 
 NORMS = ("RMSNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
 ATTENTION = "GroupQueryAttention"
 EMBEDDING = "model.embed_tokens.weight"
+WEB_FACTS = (CONFIG, GENERATION, "chat template for transformers.js")
 # A float32 angle of p radians is right to p·2^-24; tables are made by different float32 routines.
 TABLE_ERROR, TABLE_ERROR_PER_RADIAN = 1e-6, 2.0**-21
 
@@ -44,10 +48,10 @@ class OnnxRuntime(RuntimeRecord):
     def expected(self, checkpoint: CanonicalCheckpoint, frequencies: NDArray[Any]) -> Facts:
         scale = np.float32(family_of(checkpoint.config).attention_scale(checkpoint.config))
         facts = expected_graph_facts(checkpoint.config, frequencies) | expected_text_facts(checkpoint.path)
-        return facts | {"attention scale": scale}
+        return facts | {"attention scale": scale} | expected_web_facts(checkpoint, facts["chat template"])
 
     def found(self, artifact: Path, contents: Any) -> Facts:
-        return graph_facts(contents) | _tokenizer_facts(artifact)
+        return graph_facts(contents) | _tokenizer_facts(artifact) | web_facts(artifact)
 
     def shipped(self, artifact: Path) -> Artifact:
         return Artifact(artifact)
@@ -64,6 +68,25 @@ class OnnxRuntime(RuntimeRecord):
         out = workdir / "base-onnx"
         export_onnx(checkpoint, out, settings)
         return Artifact(out)
+
+
+def expected_web_facts(checkpoint: CanonicalCheckpoint, template: Any) -> Facts:
+    """What steers transformers.js beside the graph. template: the tokenizer's chat template."""
+    generation = generation_config(checkpoint.path, checkpoint.config)
+    return dict(zip(WEB_FACTS, (web_config(checkpoint.config), generation, template), strict=True))
+
+
+def web_facts(folder: Path) -> Facts:
+    """The same by the folder's files. The layout of earlier versions has none, and transformers.js cannot load it."""
+    if graph_name(folder) == FLAT_GRAPH and not (folder / CONFIG).exists():
+        return dict.fromkeys(WEB_FACTS, NOT_CARRIED)
+    config, generation, tokenizer = (_table(folder, name) for name in (CONFIG, GENERATION, TOKENIZER_CONFIG))
+    return dict(zip(WEB_FACTS, (config, generation, tokenizer.get("chat_template")), strict=True))
+
+
+def _table(folder: Path, name: str) -> dict[str, Any]:
+    found = read_json(inside(folder, name)) if (folder / name).exists() else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _tokenizer_facts(folder: Path) -> Facts:

@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.errors import InputError
+from qalora_export.formats.onnx.hosts import generation_config
+from qalora_export.formats.onnx.layout import GENAI_CONFIG
 from qalora_export.safety import inside, read_json
 from qalora_export.verify.runtimes.facts import ABSENT, expected_graph_facts
 from qalora_export.verify.runtimes.onnxruntime import OnnxRuntime
 from qalora_export.verify.runtimes.record import Facts, TextHabits, register
 
-GENAI_CONFIG = "genai_config.json"
 # Fact -> key of genai_config.json, in `model` or in `model.decoder`.
 GENAI_SIZES = {
     "vocabulary": "vocab_size",
@@ -59,9 +60,7 @@ def genai_facts(folder: Path) -> dict[str, Any]:
 
 def expected_generation_ends(checkpoint: Path, config: Mapping[str, Any]) -> list[int]:
     """End-of-generation ids as Transformers' generate sees them."""
-    path = checkpoint / "generation_config.json"
-    generation = read_json(inside(checkpoint, path.name)) if path.exists() else {}
-    return _as_list(generation.get("eos_token_id", config.get("eos_token_id")))
+    return _as_list(generation_config(checkpoint, config).get("eos_token_id", config.get("eos_token_id")))
 
 
 def _as_list(value: Any) -> list[int]:

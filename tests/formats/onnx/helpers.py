@@ -67,7 +67,7 @@ def linear_folder(path: Path, matrix: GroupAffine, *, accuracy_level: int = 1) -
             rewriter.place(value)
         rewriter.finish()
     model.metadata_props[MODULES_KEY] = json.dumps({LINEAR: [matrix.bits, matrix.group_size]})
-    ir.save(model, folder / "model.onnx")
+    ir.save(model, folder / "onnx/model.onnx")
     return rewriter.forms[LINEAR]
 
 
@@ -79,7 +79,7 @@ def run_linear(folder: Path, x: np.ndarray) -> np.ndarray:
 def session(folder: Path) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
-    return ort.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(folder / "onnx/model.onnx", options, providers=["CPUExecutionProvider"])
 
 
 def run_here(graphs: Iterator[bytes], _workdir: Path) -> LinearsResult:
@@ -120,7 +120,7 @@ def worst_nmse(logits: np.ndarray, reference: np.ndarray) -> float:
 
 
 def proto(folder: Path) -> onnx.ModelProto:
-    return onnx.load(folder / "model.onnx", load_external_data=False)
+    return onnx.load(folder / "onnx/model.onnx", load_external_data=False)
 
 
 def node_types(folder: Path) -> list[str]:

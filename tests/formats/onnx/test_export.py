@@ -41,22 +41,63 @@ def test_report_and_files(tiny_canonical: Path, tmp_path: Path) -> None:
     report = export_onnx(tiny_canonical, tmp_path / "onnx", OnnxSettings())
     assert report.differing == 0 and report.compared > 300_000
     assert report.types == {"MatMulNBits, 4 bits": LINEARS * LAYERS, "float16": 7}
-    assert {path.name for path in report.files} == {
-        "model.onnx",
-        "model.onnx.data",
+    assert {path.relative_to(tmp_path / "onnx").as_posix() for path in report.files} == {
+        "onnx/model.onnx",
+        "onnx/model.onnx_data",
+        "config.json",
+        "generation_config.json",
         "genai_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
-        "chat_template.jinja",
         "manifest.json",
     }
-    assert report.bytes == sum(path.stat().st_size for path in (tmp_path / "onnx").iterdir())
+    assert report.bytes == sum(path.stat().st_size for path in (tmp_path / "onnx").rglob("*") if path.is_file())
 
 
 def test_graph_passes_the_onnx_checker(exported: Path) -> None:
-    onnx.checker.check_model(str(exported / "model.onnx"))
+    onnx.checker.check_model(str(exported / "onnx/model.onnx"))
     model = proto(exported)
     assert model.ir_version == 10 and model.producer_name == "qalora-export"
+
+
+def test_dimensions_have_the_names_that_transformers_js_makes_an_empty_cache_by(exported: Path) -> None:
+    graph = proto(exported).graph
+    shapes = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.output, *graph.value_info)
+    }
+    assert shapes["input_ids"] == ["batch_size", "sequence_length"]
+    assert shapes["attention_mask"] == ["batch_size", "total_sequence_length"]
+    assert shapes["past_key_values.1.value"] == ["batch_size", 2, "past_sequence_length", 32]
+    assert shapes["present.1.value"] == ["batch_size", 2, "total_sequence_length", 32]
+    names = {size for shape in shapes.values() for size in shape if isinstance(size, str)}
+    assert names == {"batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"}
+
+
+def test_configurations_for_browsers_are_the_checkpoint_s(exported: Path, tiny_canonical: Path) -> None:
+    source = json.loads((tiny_canonical / "config.json").read_text())
+    del source["quantization_config"]
+    config = json.loads((exported / "config.json").read_text())
+    assert config.pop("transformers.js_config") == {"dtype": "fp32", "use_external_data_format": True}
+    assert config == source
+    generation = json.loads((tiny_canonical / "generation_config.json").read_text())
+    assert json.loads((exported / "generation_config.json").read_text()) == generation
+
+
+def test_the_chat_template_is_in_one_place(exported: Path, tiny_canonical: Path) -> None:
+    template = (tiny_canonical / "chat_template.jinja").read_text()
+    assert json.loads((exported / "tokenizer_config.json").read_text())["chat_template"] == template
+    assert not (exported / "chat_template.jinja").exists()
+
+
+def test_a_checkpoint_without_generation_config_gets_one_from_its_config(tiny_canonical: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_canonical, tmp_path / "base")
+    (tmp_path / "base/manifest.json").unlink()
+    (tmp_path / "base/generation_config.json").unlink()
+    export_onnx(tmp_path / "base", tmp_path / "onnx", OnnxSettings())
+    config = json.loads((tiny_canonical / "config.json").read_text())
+    generation = json.loads((tmp_path / "onnx/generation_config.json").read_text())
+    assert generation == {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
 
 def test_group_sums_are_shared_and_no_g_idx(exported: Path) -> None:
@@ -79,7 +120,7 @@ def test_every_weight_lies_page_aligned_in_the_data_file(exported: Path) -> None
     for tensor in proto(exported).graph.initializer:
         if tensor.name.endswith((".codes", ".scale", ".offset", ".weight")):
             entries = {entry.key: entry.value for entry in tensor.external_data}
-            assert entries["location"] == "model.onnx.data" and int(entries["offset"]) % ALIGNMENT == 0
+            assert entries["location"] == "model.onnx_data" and int(entries["offset"]) % ALIGNMENT == 0
 
 
 def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
@@ -110,7 +151,7 @@ def test_large_tensors_are_compared_by_blocks_of_rows(
     copy = Path(shutil.copytree(exported, tmp_path / "copy"))
     tensor = next(t for t in proto(copy).graph.initializer if t.name == name)
     entries = {entry.key: int(entry.value) for entry in tensor.external_data if entry.key != "location"}
-    with (copy / "model.onnx.data").open("r+b") as file:
+    with (copy / "onnx/model.onnx_data").open("r+b") as file:
         file.seek(entries["offset"] + entries["length"] - 1)
         last = file.read(1)[0]
         file.seek(-1, 1)
@@ -127,8 +168,9 @@ def test_manifest_is_whole_and_names_its_parent(exported: Path, tiny_canonical: 
 
 def test_equal_inputs_give_equal_bytes(exported: Path, tiny_canonical: Path, tmp_path: Path) -> None:
     export_onnx(tiny_canonical, tmp_path / "elsewhere", OnnxSettings())
-    for path in exported.iterdir():
-        assert sha256_file(path) == sha256_file(tmp_path / "elsewhere" / path.name), path.name
+    for path in filter(Path.is_file, exported.rglob("*")):
+        name = path.relative_to(exported)
+        assert sha256_file(path) == sha256_file(tmp_path / "elsewhere" / name), name
 
 
 def test_existing_output_is_refused_and_force_replaces(exported: Path, tiny_canonical: Path, tmp_path: Path) -> None:
@@ -203,8 +245,8 @@ def test_exact_variant_runs_and_shares_every_weight(exported: Path, tmp_path: Pa
     exact_variant(exported, tmp_path / "exact")
     assert read_back(exported).accuracy_level == 4
     assert read_back(tmp_path / "exact").accuracy_level == 1
-    assert sha256_file(tmp_path / "exact/model.onnx.data") == sha256_file(exported / "model.onnx.data")
-    assert (exported / "model.onnx.data").stat().st_nlink == 1
+    assert sha256_file(tmp_path / "exact/onnx/model.onnx_data") == sha256_file(exported / "onnx/model.onnx_data")
+    assert (exported / "onnx/model.onnx_data").stat().st_nlink == 1
     ids = np.arange(12)[None]
     shipped, exact = prefill(exported, ids), prefill(tmp_path / "exact", ids)
     assert 0 < np.abs(shipped - exact).max() < 1  # int8 activations against float32
@@ -214,7 +256,7 @@ def test_exact_graph_runs_on_the_shipped_data_without_a_copy(exported: Path, tmp
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(exported))
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(exported / "onnx"))
     runtime = ort.InferenceSession(exact_graph(exported), options, providers=["CPUExecutionProvider"])
     ids = np.arange(12)[None]
     feed = {"input_ids": ids, "attention_mask": np.ones_like(ids)}

@@ -33,7 +33,7 @@ def test_the_onnx_package_and_numpy_alone_agree(matrix: GroupAffine) -> None:
     with tempfile.TemporaryDirectory() as name:
         form = linear_folder(Path(name), matrix)
         model = proto(Path(name) / "onnx")
-        load_external_data_for_model(model, str(Path(name) / "onnx"))
+        load_external_data_for_model(model, str(Path(name) / "onnx/onnx"))
         arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     bits = np.unpackbits(arrays[f"{LINEAR}.codes"], axis=-1, bitorder="little")
     codes = np.packbits(bits.reshape(*matrix.shape, form.container), axis=-1, bitorder="little")[..., 0]

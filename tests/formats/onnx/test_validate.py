@@ -140,7 +140,7 @@ ATTACKS = {
 def test_lying_tensors_are_unsafe(victim: Path, attack: Callable[[onnx.ModelProto], None]) -> None:
     model = proto(victim)
     attack(model)
-    (victim / "model.onnx").write_bytes(model.SerializeToString())
+    (victim / "onnx/model.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(UnsafeInputError):
         read_model(victim)
 
@@ -151,30 +151,44 @@ def test_intact_folder_passes(folder: Path) -> None:
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
 def test_linked_data_file_is_unsafe(victim: Path, folder: Path, link: Callable[[Path, Path], None]) -> None:
-    (victim / "model.onnx.data").rename(victim.parent / "elsewhere")
-    link(victim.parent / "elsewhere", victim / "model.onnx.data")
+    (victim / "onnx/model.onnx_data").rename(victim.parent / "elsewhere")
+    link(victim.parent / "elsewhere", victim / "onnx/model.onnx_data")
     with pytest.raises(UnsafeInputError, match="link"):
         read_model(victim)
 
 
 def test_truncated_data_file_is_unsafe(victim: Path) -> None:
-    data = (victim / "model.onnx.data").read_bytes()
-    (victim / "model.onnx.data").write_bytes(data[:-1])
+    data = (victim / "onnx/model.onnx_data").read_bytes()
+    (victim / "onnx/model.onnx_data").write_bytes(data[:-1])
     with pytest.raises(UnsafeInputError, match="ends at byte"):
         read_model(victim)
 
 
+def test_two_graphs_in_one_folder_are_unsafe(victim: Path) -> None:
+    """Hosts would run different ones."""
+    shutil.copyfile(victim / "onnx/model.onnx", victim / "model.onnx")
+    with pytest.raises(UnsafeInputError, match="two graphs"):
+        read_model(victim)
+
+
+def test_a_link_in_the_place_of_the_graph_s_folder_is_unsafe(victim: Path) -> None:
+    (victim / "onnx").rename(victim.parent / "elsewhere")
+    (victim / "onnx").symlink_to(victim.parent / "elsewhere", target_is_directory=True)
+    with pytest.raises(UnsafeInputError, match="symbolic link"):
+        read_model(victim)
+
+
 def test_missing_files_and_garbage_are_bad_input(victim: Path, tmp_path: Path) -> None:
-    (victim / "model.onnx.data").unlink()
+    (victim / "onnx/model.onnx_data").unlink()
     with pytest.raises(InputError, match="not found"):
         read_model(victim)
-    (victim / "model.onnx").write_bytes(b"\xff" * 100)
+    (victim / "onnx/model.onnx").write_bytes(b"\xff" * 100)
     with pytest.raises(InputError, match="not an ONNX model"):
         read_model(victim)
-    (victim / "model.onnx").write_bytes(b"")
+    (victim / "onnx/model.onnx").write_bytes(b"")
     with pytest.raises(InputError, match="no graph"):
         read_model(victim)
-    with pytest.raises(InputError, match="not found"):
+    with pytest.raises(InputError, match=r"no onnx/model\.onnx here"):
         read_model(tmp_path / "nowhere")
 
 
@@ -193,7 +207,7 @@ CONFIG: dict[str, Any] = {
         "type": "llama",
         "eos_token_id": [1, 2],
         "decoder": {
-            "filename": "model.onnx",
+            "filename": "onnx/model.onnx",
             "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
             "inputs": {"input_ids": "input_ids", "past_key_names": "past_key_values.%d.key"},
         },
@@ -203,7 +217,7 @@ CONFIG: dict[str, Any] = {
 DECODER = ("model", "decoder")
 SESSION = (*DECODER, "session_options")
 GENAI_ATTACKS: dict[str, tuple[tuple[str, ...], dict[str, object]]] = {
-    "another model in a parent folder": (DECODER, {"filename": "../other/model.onnx"}),
+    "another model in a parent folder": (DECODER, {"filename": "../other/onnx/model.onnx"}),
     "an absolute path": (DECODER, {"filename": "/bin/sh"}),
     "a model that nobody checked": (DECODER, {"filename": "second.onnx"}),
     "native code": (SESSION, {"custom_ops_library": "evil.so"}),
@@ -312,7 +326,7 @@ def test_a_model_that_needs_more_than_the_runtimes_own_operators_is_unsafe(
 ) -> None:
     model = proto(victim)
     attack(model)
-    (victim / "model.onnx").write_bytes(model.SerializeToString())
+    (victim / "onnx/model.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(UnsafeInputError):
         read_model(victim)
 
@@ -322,7 +336,7 @@ def test_a_function_spelled_out_in_standard_operators_passes(victim: Path) -> No
     model.functions.append(local_function("local", "f", helper.make_node("Identity", ["x"], ["y"])))
     model.opset_import.append(helper.make_opsetid("local", 1))
     model.graph.node.append(helper.make_node("f", ["x"], ["t"], domain="local"))
-    (victim / "model.onnx").write_bytes(model.SerializeToString())
+    (victim / "onnx/model.onnx").write_bytes(model.SerializeToString())
     assert read_model(victim)
 
 
@@ -330,7 +344,7 @@ def test_a_function_spelled_out_in_standard_operators_passes(victim: Path) -> No
 def test_metadata_that_contradicts_the_graph_is_unsafe(victim: Path, modules: str) -> None:
     model = proto(victim)
     next(entry for entry in model.metadata_props if entry.key == MODULES_KEY).value = modules
-    (victim / "model.onnx").write_bytes(model.SerializeToString())
+    (victim / "onnx/model.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(UnsafeInputError):
         read_back(victim)
 
@@ -340,7 +354,7 @@ def test_wrong_bits_or_group_size_are_found(victim: Path, claim: list[int]) -> N
     """A 3-bit tensor in a 4-bit container claims something else; 4 bits would fit, so its codes decide nothing."""
     model = proto(victim)
     next(entry for entry in model.metadata_props if entry.key == MODULES_KEY).value = json.dumps({LINEAR: claim})
-    (victim / "model.onnx").write_bytes(model.SerializeToString())
+    (victim / "onnx/model.onnx").write_bytes(model.SerializeToString())
     contents = read_back(victim)
     if claim == [4, 32]:
         assert contents.group_affine(LINEAR).bits == 4  # a different matrix than the checkpoint's, which G0 compares
@@ -352,12 +366,13 @@ def test_wrong_bits_or_group_size_are_found(victim: Path, claim: list[int]) -> N
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_flipped_bytes_never_escape_our_errors(folder: Path, tmp_path_factory: pytest.TempPathFactory, data) -> None:
-    raw = bytearray((folder / "model.onnx").read_bytes())
+    raw = bytearray((folder / "onnx/model.onnx").read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     target = tmp_path_factory.mktemp("fuzz")
-    shutil.copyfile(folder / "model.onnx.data", target / "model.onnx.data")
-    (target / "model.onnx").write_bytes(raw)
+    (target / "onnx").mkdir()
+    shutil.copyfile(folder / "onnx/model.onnx_data", target / "onnx/model.onnx_data")
+    (target / "onnx/model.onnx").write_bytes(raw)
     try:
         contents = read_back(target)
         for _, matrix in contents.matrices():

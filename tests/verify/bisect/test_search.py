@@ -92,7 +92,7 @@ def halve_scale(line: Exported, kind: str, module: str, tensor: str) -> None:
 def scale_of(line: Exported, kind: str, module: str, tensor: str) -> tuple[Path, int]:
     if kind == "gguf":
         return line.gguf, gguf_block(line.gguf, f"{tensor}.weight")
-    return line.onnx / "model.onnx.data", onnx_tensor(line.onnx, f"{module}.scale")
+    return line.onnx / "onnx/model.onnx_data", onnx_tensor(line.onnx, f"{module}.scale")
 
 
 PROJECTIONS = {
@@ -138,7 +138,7 @@ def test_one_wrong_norm_weight_is_named(
     kind: str, norm: str, tensor: str, names: tuple[str, str], exported: Exported, model: ReferenceModel, tmp_path: Path
 ) -> None:
     line = copy_of(exported, tmp_path)
-    dtype, path = (np.float32, line.gguf) if kind == "gguf" else (np.float16, line.onnx / "model.onnx.data")
+    dtype, path = (np.float32, line.gguf) if kind == "gguf" else (np.float16, line.onnx / "onnx/model.onnx_data")
     at = gguf_block(path, f"{tensor}.weight") if kind == "gguf" else onnx_tensor(line.onnx, f"{norm}.weight")
     value = np.frombuffer(read_at(path, at, np.dtype(dtype).itemsize), dtype)[0]
     patch(path, at, dtype(value * 1.1).tobytes())

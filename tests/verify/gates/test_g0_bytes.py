@@ -16,7 +16,17 @@ from qalora_export.verify.gates.g0_bytes import bytes_entry
 from qalora_export.verify.gates.g1_weights import ulp_distance, weights_entry
 from qalora_export.verify.rule import Entry
 from qalora_export.verify.runtimes.record import all_runtimes
-from tests.verify.exports import Exported, copy_of, float32, gguf_block, gguf_value, onnx_tensor, patch, read_at
+from tests.verify.exports import (
+    Exported,
+    copy_of,
+    flatten,
+    float32,
+    gguf_block,
+    gguf_value,
+    onnx_tensor,
+    patch,
+    read_at,
+)
 
 Q_PROJ, Q_GGUF = "model.layers.1.self_attn.v_proj", "blk.1.attn_v.weight"
 RUNTIMES = list(all_runtimes())
@@ -52,7 +62,7 @@ def flip_gguf_code(e: Exported) -> None:
 
 
 def flip_onnx_code(e: Exported) -> None:
-    data = e.onnx / "model.onnx.data"
+    data = e.onnx / "onnx/model.onnx_data"
     at = onnx_tensor(e.onnx, f"{Q_PROJ}.codes")
     patch(data, at, bytes([read_at(data, at, 1)[0] ^ 0x10]))
 
@@ -63,7 +73,7 @@ def negate_gguf_offset(e: Exported) -> None:
 
 
 def negate_onnx_offset(e: Exported) -> None:
-    data = e.onnx / "model.onnx.data"
+    data = e.onnx / "onnx/model.onnx_data"
     at = onnx_tensor(e.onnx, f"{Q_PROJ}.offset") + 1
     patch(data, at, bytes([read_at(data, at, 1)[0] ^ 0x80]))
 
@@ -74,7 +84,7 @@ def gguf_scale_one_ulp(e: Exported) -> None:
 
 
 def onnx_scale_one_ulp(e: Exported) -> None:
-    data = e.onnx / "model.onnx.data"
+    data = e.onnx / "onnx/model.onnx_data"
     at = onnx_tensor(e.onnx, f"{Q_PROJ}.scale")
     patch(data, at, bytes([read_at(data, at, 1)[0] ^ 0x01]))
 
@@ -140,15 +150,17 @@ def edit(path: Path, old: str, new: str) -> None:
 def wrong_epsilon_in_one_node(e: Exported) -> None:
     import onnx
 
-    model = onnx.load(e.onnx / "model.onnx", load_external_data=False)
+    model = onnx.load(e.onnx / "onnx/model.onnx", load_external_data=False)
     node = next(n for n in model.graph.node if n.op_type == "SkipSimplifiedLayerNormalization")
     next(a for a in node.attribute if a.name == "epsilon").f = 1e-6
-    (e.onnx / "model.onnx").write_bytes(model.SerializeToString())
+    (e.onnx / "onnx/model.onnx").write_bytes(model.SerializeToString())
 
 
 def wrong_rope_row(e: Exported) -> None:
     """Row 200 of the cosine table: beyond every probe sequence, so logits would never show it."""
-    patch(e.onnx / "model.onnx.data", onnx_tensor(e.onnx, "model.rotary_emb.cos_cache") + 200 * 16 * 4, float32(0.5))
+    patch(
+        e.onnx / "onnx/model.onnx_data", onnx_tensor(e.onnx, "model.rotary_emb.cos_cache") + 200 * 16 * 4, float32(0.5)
+    )
 
 
 @pytest.mark.parametrize(
@@ -156,7 +168,32 @@ def wrong_rope_row(e: Exported) -> None:
     [
         ("onnxruntime", wrong_epsilon_in_one_node, "norm epsilon: "),
         ("onnxruntime", wrong_rope_row, "RoPE frequencies: "),
-        ("onnxruntime", lambda e: edit(e.onnx / "chat_template.jinja", "<|assistant|>", "<|user|>"), "chat template: "),
+        (
+            "onnxruntime",
+            lambda e: edit(e.onnx / "tokenizer_config.json", "<|assistant|>", "<|user|>"),
+            "chat template: ",
+        ),
+        (
+            "onnxruntime",
+            lambda e: edit(e.onnx / "config.json", '"rms_norm_eps"', '"eps"'),
+            "config.json: rms_norm_eps: ",
+        ),
+        (
+            "onnxruntime",
+            lambda e: edit(e.onnx / "config.json", '"fp32"', '"q4"'),
+            "config.json: transformers.js_config: ",
+        ),
+        ("onnxruntime", lambda e: (e.onnx / "config.json").unlink(), "config.json: "),
+        (
+            "onnxruntime",
+            lambda e: edit(e.onnx / "generation_config.json", '"eos_token_id": 364', '"eos_token_id": 3'),
+            "generation_config.json: eos_token_id: ",
+        ),
+        (
+            "onnxruntime",
+            lambda e: (e.onnx / "chat_template.jinja").write_text("{{ messages }}"),  # GenAI would use it
+            "chat template: ",
+        ),
         (
             "onnxruntime-genai",
             lambda e: edit(e.onnx / "genai_config.json", '"eos_token_id": 364', '"eos_token_id": 3'),
@@ -216,3 +253,12 @@ def test_ulp_distance_counts_steps_between_floats() -> None:
     assert ulp_distance(np.float32([2.0**-149]), np.float32([-(2.0**-149)])) == (2.0, 1)
     assert ulp_distance(one, np.full(4, np.nan, np.float32)) == (float("inf"), 4)
     assert ulp_distance(one, one[:3]) == (float("inf"), 4)
+
+
+def test_a_folder_in_the_layout_of_earlier_versions_is_judged_as_ever(exported: Exported, tmp_path: Path) -> None:
+    copy = copy_of(exported, tmp_path)
+    flatten(copy.onnx)
+    entry = g0("onnxruntime-genai", copy)
+    assert (entry.status, entry.where) == ("pass", ())
+    (copy.onnx / "chat_template.jinja").write_text("{{ messages }}")
+    assert any(place.startswith("chat template: ") for place in g0("onnxruntime", copy).where)

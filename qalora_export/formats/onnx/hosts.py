@@ -1,0 +1,94 @@
+"""What the hosts of an ONNX folder need beside the graph.
+
+ONNX Runtime GenAI: genai_config.json. transformers.js (so onnxruntime-node, onnxruntime-web): config.json with its own
+table `transformers.js_config`, and generation_config.json. Both: the tokenizer's files. transformers.js reads two of
+them, tokenizer.json and tokenizer_config.json, so the chat template goes into the latter and, so that there is one,
+nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qalora_export.checkpoint.model_folder import TOKENIZER_FILES, ModelFolder
+from qalora_export.errors import InputError
+from qalora_export.formats.onnx.layout import GENAI_CONFIG, GRAPH
+from qalora_export.models.families import family_of
+from qalora_export.safety import inside, read_json
+
+if TYPE_CHECKING:
+    from mobius import ModelPackage
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+TOKENIZER_CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# "fp32": the file without a suffix (otherwise a browser asks for model_quantized.onnx). Data in one file beside it.
+TRANSFORMERS_JS = {"dtype": "fp32", "use_external_data_format": True}
+
+
+def write_host_files(folder: Path, package: ModelPackage, checkpoint: ModelFolder) -> None:
+    """Write the configurations and the tokenizer files of `checkpoint` for every host."""
+    generation = generation_config(checkpoint.path, checkpoint.config)
+    _write(folder / GENAI_CONFIG, _genai_config(package, checkpoint, generation))
+    _write(folder / CONFIG, web_config(checkpoint.config))
+    _write(folder / GENERATION, generation)
+    tokenizer = {path.name: path for path in checkpoint.companions() if path.name in TOKENIZER_FILES}
+    template = tokenizer.pop(TEMPLATE, None)
+    for name, path in tokenizer.items():
+        shutil.copyfile(path, folder / name)
+    if template is not None:
+        _take_template_in(folder / TOKENIZER_CONFIG, template)
+
+
+def web_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json for transformers.js: the checkpoint's own without its quantization, which the graph has replaced."""
+    kept = {key: value for key, value in config.items() if key != "quantization_config"}
+    return kept | {"transformers.js_config": TRANSFORMERS_JS}
+
+
+def generation_config(checkpoint: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """generation_config.json of a checkpoint, or what Transformers makes of its config.json where there is none.
+
+    Raises InputError when it is no table.
+    """
+    if not (checkpoint / GENERATION).exists():
+        return {key: config[key] for key in TOKEN_IDS if config.get(key) is not None}
+    found = read_json(inside(checkpoint, GENERATION))
+    if not isinstance(found, dict):
+        raise InputError("not a table", where=checkpoint / GENERATION, fix="fetch the model again")
+    return found
+
+
+def _take_template_in(path: Path, template: Path) -> None:
+    """Put the text of chat_template.jinja, which Transformers prefers, into tokenizer_config.json."""
+    config = read_json(path) if path.exists() else {}
+    if not isinstance(config, dict):
+        raise InputError("not a table", where=template.with_name(path.name), fix="fetch the model again")
+    _write(path, config | {"chat_template": template.read_text(encoding="utf-8")})
+
+
+def _genai_config(package: ModelPackage, checkpoint: ModelFolder, generation: Mapping[str, Any]) -> dict[str, Any]:
+    """mobius' own, then our deviations: greedy, so that two runs agree; token ids as Transformers' `generate` sees."""
+    from mobius.integrations.ort_genai import write_ort_genai_config
+
+    with tempfile.TemporaryDirectory(prefix="qalora-onnx-") as scratch:
+        context = int(checkpoint.config["max_position_embeddings"])
+        write_ort_genai_config(package, scratch, ep="cpu", context_length=context)
+        config: dict[str, Any] = read_json(Path(scratch) / GENAI_CONFIG)
+    model = config["model"]
+    model["decoder"]["filename"] = GRAPH
+    model["type"] = family_of(checkpoint.config).genai_type or model["type"]
+    config["search"] |= {"do_sample": False, "top_k": 1}
+    for key in TOKEN_IDS:
+        if (value := generation.get(key, checkpoint.config.get(key))) is not None:
+            model[key] = value
+    return config
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
