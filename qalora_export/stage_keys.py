@@ -7,18 +7,12 @@ recorded of their files, so a rebuilt wheel of the same version is another packa
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
 import platform
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
-from typing import Any
 
-import qalora_runtimes
 from pydantic import BaseModel
-from qalora_runtimes.fingerprint import machine
 from qalora_runtimes.launch import RUNNERS
 
 from qalora_export.checkpoint.manifest import (
@@ -31,6 +25,7 @@ from qalora_export.checkpoint.manifest import (
     verify_manifest,
 )
 from qalora_export.errors import InputError
+from qalora_export.installed import code_version, kernels, package_version
 from qalora_export.safety import sha256_bytes, sha256_file
 
 # Distribution names. A model passes through the first group in every stage: weights, tokenizer, chat template.
@@ -64,39 +59,10 @@ def stage_key(stage: str, inputs: Iterable[Path], settings: BaseModel | None) ->
         "code": code_version(),
         "python": platform.python_version_tuple()[:2],
         "packages": {name: package_version(name) for name in PACKAGES.get(stage, EVERY)},
-        "machine": _kernels() if stage == VERIFY else None,
+        "machine": kernels() if stage == VERIFY else None,
         "inputs": [_input_hash(path, stage) for path in paths],
     }
     return sha256_bytes(json.dumps(content, sort_keys=True).encode())
-
-
-@cache
-def code_version() -> str:
-    """sha256 over every file of our two packages but compiled ones: any change of code or template counts."""
-    digest = hashlib.sha256()
-    for root in (Path(__file__).parent, Path(qalora_runtimes.__file__).parent):
-        for path in sorted(root.rglob("*")):
-            if path.is_file() and path.suffix != ".pyc":
-                digest.update(f"{root.name}/{path.relative_to(root).as_posix()}\0{sha256_file(path)}\0".encode())
-    return digest.hexdigest()
-
-
-@cache
-def package_version(name: str) -> str | None:
-    """Version and file hashes of an installed distribution; None when it is not installed."""
-    try:
-        found = importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    # Scripts outside the package hold the path of their environment.
-    lines = [line for line in (found.read_text("RECORD") or "").splitlines() if not line.startswith("..")]
-    return f"{found.version} {sha256_bytes(chr(10).join(sorted(lines)).encode())}"
-
-
-def _kernels() -> dict[str, Any]:
-    """What runtimes choose their kernels by."""
-    found = machine()
-    return {key: found[key] for key in ("architecture", "model", "flags")}
 
 
 def _input_hash(path: Path, stage: str) -> str:

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # tests use samples/ and 
 
 import pytest
 
+from qalora_export.verify.store import FOLDER
 from tests.models import make_tiny_canonical, make_tiny_model
 from tests.verify.exports import Exported, export_both
 
@@ -20,6 +21,18 @@ ROOT = Path(__file__).parent.parent
 # Triton exists for Linux only.
 LINUX_ONLY = ["qalora/test_kernels*.py", "benchmarks_smoke/test_training.py"]
 collect_ignore_glob = [] if sys.platform == "linux" else LINUX_ONLY
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kept_answers(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> None:
+    """verify-parity's store: one for all workers of this test run, and none of the user's."""
+    os.environ[FOLDER] = str(shared_folder(tmp_path_factory, worker_id) / "kept")
+
+
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A temporary folder that all workers of this test run have in common."""
+    base = tmp_path_factory.getbasetemp()
+    return base if worker_id == "master" else base.parent
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,9 @@ def command(
     no_bisect: Annotated[
         bool, typer.Option("--no-bisect", help="Do not look for the first layer that diverges when logits fail.")
     ] = False,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Compute every reference anew; keep none in ~/.cache/qalora-export.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing report.")] = False,
 ) -> None:
     """Prove that an exported model computes the numbers of its checkpoint.
@@ -69,7 +72,15 @@ def command(
     flags = {key: value for key, value in given.items() if value is not None}
     settings = validated(VerifySettings, flags, where="command line")
     report = verify_parity(
-        checkpoint, out, settings, gguf=gguf, onnx=onnx, base=base, bisect=not no_bisect, force=force
+        checkpoint,
+        out,
+        settings,
+        gguf=gguf,
+        onnx=onnx,
+        base=base,
+        bisect=not no_bisect,
+        cache=not no_cache,
+        force=force,
     )
     print_report(report)
     artifact = gguf or onnx  # verify_parity refuses to run without one

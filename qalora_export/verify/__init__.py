@@ -10,12 +10,13 @@ G5 text          token ids and rendered conversations are the same              
 Each gate states what it compares and every bound with its reason, and registers itself (`gates/registry.py`); so does
 each runtime in `runtimes/` (`runtimes/record.py`). Imports go one way:
 
-    metrics, rule, identity → probes/ → runtimes/ → reference/ → session → gates/ → bisect/ → report/ → stage
+    metrics, rule, identity, store → probes/ → runtimes/ → reference/ → session → gates/ → bisect/ → report/ → stage
 
 metrics     distances between logits            session   what the gates of one run share
 rule        what a gate is, when it passes      gates/    the gates
 identity    which files were verified           bisect/   which layer and tensor broke
-probes/     what is asked                       report/   table, report.json, report.html, junit.xml
-runtimes/   reading an artifact back, runs      stage     the run itself
+store       answers kept between runs           report/   table, report.json, report.html, junit.xml
+probes/     what is asked                       stage     the run itself
+runtimes/   reading an artifact back, runs
 reference/  what is right: float32 logits, the noise floor, the merge, the text
 """

@@ -37,6 +37,7 @@ from qalora_export.verify.rule import Entry
 from qalora_export.verify.runtimes.record import all_runtimes, requested
 from qalora_export.verify.runtimes.runs import Runs
 from qalora_export.verify.session import Session, Target
+from qalora_export.verify.store import kept_in, opened
 
 Launch = Callable[..., Any]
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ def verify_parity(
     base: StrPath | None = None,
     force: bool = False,
     bisect: bool = True,
+    cache: bool = True,
     launch: Launch | None = None,
     taps: Launch | None = None,
 ) -> ParityReport:
@@ -60,7 +62,8 @@ def verify_parity(
     gguf, onnx: what was exported from `checkpoint`; without settings.runtimes every runtime that can run what is given
     is verified. base: the unadapted base checkpoint whose noise floor bounds the shipped path; without it the base is
     looked for beside the checkpoint by its manifest hash. bisect: look for the first layer and tensor that diverges
-    when a logits gate fails. launch, taps: stand in for qalora_runtimes.launch.run_runner and
+    when a logits gate fails. cache: keep what PyTorch computes for a checkpoint, and a runtime for the base, for later
+    runs on the same machine (verify.store). launch, taps: stand in for qalora_runtimes.launch.run_runner and
     qalora_runtimes.taps.run_taps; a stand-in runtime without taps has nothing inside to look at.
 
     With `force` an old report's verdict is withdrawn first: a run that fails leaves none.
@@ -70,11 +73,16 @@ def verify_parity(
     checkpoint, out, settings = local_path(checkpoint), local_path(out), settings or VerifySettings()
     gguf, onnx, base = (None if path is None else local_path(path) for path in (gguf, onnx, base))
     inputs = (checkpoint, gguf, onnx, base, settings.prompts)
-    with claim_output(out, force=force, inputs=inputs), atomic_directory(out, force=force) as folder:
+    hashed = HashedOnce()
+    store = opened(hashed) if cache else None
+    with (
+        claim_output(out, force=force, inputs=inputs),
+        atomic_directory(out, force=force) as folder,
+        kept_in(store),
+    ):
         withdraw(out)
         artifacts = requested(settings.runtimes, {"gguf": gguf, "onnx": onnx})
         model = CanonicalCheckpoint(checkpoint)
-        hashed = HashedOnce()
         require_intact(checkpoint, "the checkpoint", hash_of=hashed)
         if base is not None:
             require_intact(base, "the base", hash_of=hashed)

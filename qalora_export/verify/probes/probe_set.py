@@ -41,6 +41,11 @@ class ProbeSet:
         return sha256_bytes(self.ids, self.lengths, self.text_job())
 
     @property
+    def ids_sha256(self) -> str:
+        """Identity of the sequences alone: what logits depend on."""
+        return sha256_bytes(self.ids, self.lengths)
+
+    @property
     def starts(self) -> NDArray[np.int64]:
         """Index of each sequence's first position, int64 (n,)."""
         return np.cumsum(self.lengths, dtype=np.int64) - self.lengths

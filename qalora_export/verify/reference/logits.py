@@ -18,7 +18,9 @@ from qalora_export.models.loading import load_model
 from qalora_export.qalora.layer import QALoraLinear
 from qalora_export.verify.probes.probe_set import ProbeSet
 from qalora_export.verify.reference.layerwise import DequantizedCheckpoint, LayerwiseModel
+from qalora_export.verify.store import Arrays, remembered
 
+PACKAGES = ("ml-dtypes", "numpy", "safetensors", "torch", "transformers")  # whose code the reference passes through
 SIMULATED_BLOCK = 32  # int8 activation blocks of llama.cpp's Q8_1
 
 
@@ -35,18 +37,27 @@ class Reference:
 
 
 def reference_logprobs(checkpoint: Path, probes: ProbeSet, *, threads: int, decode: bool = False) -> Reference:
-    """Run the probe set through the checkpoint. Raises InputError when the reference's own numbers are in doubt."""
-    with fixed_threads(threads), torch.inference_mode():
-        model = LayerwiseModel(checkpoint)
-        prefill, *rest = model.run(probes.sequences(), decode=decode)
-    if not np.isfinite(prefill).all():
+    """Run the probe set through the checkpoint, or take what an earlier run computed (verify.store).
+
+    Raises InputError when the reference's own numbers are in doubt.
+    """
+
+    def compute() -> Arrays:
+        with fixed_threads(threads), torch.inference_mode():
+            model = LayerwiseModel(checkpoint)
+            answers = model.run(probes.sequences(), decode=decode)
+        return dict(zip(("logprobs", "decoded"), answers, strict=False)) | {"frequencies": model.frequencies}
+
+    what = "reference with decode" if decode else "reference"
+    found = remembered(what, compute, of=checkpoint, packages=PACKAGES, probes=probes.ids_sha256, threads=threads)
+    if not np.isfinite(found["logprobs"]).all():
         raise InputError(
             "the checkpoint gives NaN or infinite logits in PyTorch",
             where=checkpoint,
             why="no runtime can be compared with that",
             fix="repair or retrain the model",
         )
-    return Reference(prefill, rest[0] if decode else None, model.frequencies)
+    return Reference(found["logprobs"], found.get("decoded"), found["frequencies"])
 
 
 def simulated_int8_logprobs(
@@ -54,11 +65,17 @@ def simulated_int8_logprobs(
 ) -> NDArray[np.float32]:
     """The same model with the input of every quantized layer rounded to int8, `block` in-features per step.
 
-    block None: the layer's own group size. What int8 kernels do to activations, without any runtime.
+    block None: the layer's own group size. What int8 kernels do to activations, without any runtime. Kept as the
+    reference is.
     """
-    with fixed_threads(threads), torch.inference_mode():
-        model = LayerwiseModel(checkpoint, rounding=lambda x, group_size: round_to_int8(x, block or group_size))
-        return model.run(probes.sequences(), decode=False)[0]
+
+    def compute() -> Arrays:
+        with fixed_threads(threads), torch.inference_mode():
+            model = LayerwiseModel(checkpoint, rounding=lambda x, group_size: round_to_int8(x, block or group_size))
+            return {"logprobs": model.run(probes.sequences(), decode=False)[0]}
+
+    asked = {"probes": probes.ids_sha256, "threads": threads, "block": block}
+    return remembered("int8 simulation", compute, of=checkpoint, packages=PACKAGES, **asked)["logprobs"]
 
 
 def float32_model(checkpoint: Path) -> Any:
