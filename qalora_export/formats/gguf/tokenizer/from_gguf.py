@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qalora_export.errors import InputError
-from qalora_export.formats.gguf.tokenizer.pretokenizer import NAMED, byte_level_json
+from qalora_export.formats.gguf.tokenizer.pretokenizer import NAMED, NOT_NAMED, byte_level_json
 from qalora_export.formats.gguf.tokenizer.token_types import (
     BYTE_TOKEN,
     CONTROL,
@@ -32,7 +32,7 @@ from qalora_export.formats.gguf.tokenizer.token_types import (
 SPACE = "▁"
 ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}  # llama.cpp's defaults for type "llama"
-RAW_BPE = ("gemma4", "sarvam-moe")  # merge rules over characters instead of bytes
+RAW_BPE = ("gemma4", "granite-embed-multi-311m", "sarvam-moe")  # merge rules over characters instead of bytes
 
 
 class _Fields:
@@ -103,7 +103,7 @@ def _builder(model: str, pre: str) -> Any:
     raise InputError(
         f"tokenizer {model!r} with pre-tokenizer {pre!r} has no known counterpart in Hugging Face's form",
         where="GGUF metadata: tokenizer.ggml",
-        why=f"known: llama, gemma4, and gpt2 with {', '.join(sorted(NAMED))}",
+        why=NOT_NAMED.get(pre, "") or f"known: llama, gemma4, and gpt2 with {', '.join(sorted(NAMED))}",
         fix="give the folder of the original model as the source",
     )
 

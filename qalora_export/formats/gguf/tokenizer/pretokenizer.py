@@ -6,7 +6,8 @@ other, each isolating its matches. tokenizer.json spells the same thing in sever
 that form first: `Digits` is `\p{N}`, a `ByteLevel` that splits is GPT-2's expression.
 
 A tokenizer is exported only under a name whose expressions are its own; guessing here is how "right weights, wrong
-output" begins. tests/formats/gguf/tokenizer/test_pretokenizer.py asks llama.cpp about every name.
+output" begins. tests/formats/gguf/tokenizer/test_pretokenizer.py asks llama.cpp about every name; tests/real compares
+the list of names with llama.cpp's source.
 """
 
 from __future__ import annotations
@@ -53,9 +54,10 @@ def _ascii_cased(letters: str, digits: str, tail: str) -> str:
     return _cased(f"(?:(?={letters})[^a-z])", f"(?:(?={letters})[^A-Z])", digits, tail)
 
 
+CJK = "[一-龥぀-ゟ゠-ヿ]+"
 DEEPSEEK_V3 = (
     DIGIT_TRIPLES,
-    "[一-龥぀-ゟ゠-ヿ]+",
+    CJK,
     ASCII_PUNCTUATION
     + r"[A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
@@ -104,7 +106,8 @@ NAMED = _table(
         ),
     ),
     (
-        "gpt-2 phi-2 mpt olmo jais gigachat a.x-4.0 mellum modern-bert exaone4 trillion granite-docling",
+        "gpt-2 phi-2 mpt olmo jais gigachat a.x-4.0 mellum modern-bert exaone4 trillion granite-docling "
+        "jina-es jina-de jina-v2-es jina-v2-de",
         PreTokenizer((GPT2,)),
     ),
     (
@@ -122,6 +125,52 @@ NAMED = _table(
     ("tiny_aya cohere2moe", PreTokenizer((r"\d{1,3}(?=(?:\d{3})*(?!\d))", O200K))),
     ("tekken", PreTokenizer((_ascii_cased(r"\p{L}", DIGIT, ""),), ignore_merges=True, add_bos=True)),
     ("deepseek-v3 hunyuan-dense joyai-llm hy_v4", PreTokenizer(DEEPSEEK_V3)),
+    (
+        "spark2_5",
+        PreTokenizer((*DEEPSEEK_V3[:2], DEEPSEEK_V3[2].replace(r"[\r\n]*|\s*[\r\n]+", r"|[\r\n]"), DIGIT)),
+    ),
+    (
+        "afmoe",
+        PreTokenizer(
+            (
+                r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))",
+                "[一-鿿㐀-䶿豈-\ufaff぀-ゟ゠-ヿ･-ﾟ⼀-⿟เ-\u0e7f຀-\u0effក-\u17ffက-႟ꩠ-ꩿꧠ-\ua9ff가-\ud7afᄀ-ᇿ]+",
+                DEEPSEEK_V3[2],
+            )
+        ),
+    ),
+    (
+        "youtu",
+        PreTokenizer(
+            (
+                "[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|" + CJK,
+                _cased(UPPER, LOWER, DIGIT, CONTRACTIONS + "?"),
+            ),
+            ignore_merges=True,
+        ),
+    ),
+    (
+        "jais-2",
+        PreTokenizer(
+            (
+                _cl100k(DIGIT_TRIPLES).removesuffix(SPACES)
+                + r"\s*[\r\n]+|"
+                + "|".join(rf"\s{{{n}}}(?!\S)" for n in ("512", "256", "128", "64", "32", "16", "8", "4", "1,2"))
+                + r"|\s{1}",
+            )
+        ),
+    ),
+    (
+        "exaone-moe",
+        PreTokenizer(
+            (
+                _cl100k(
+                    DIGIT, r"[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+", r" ?[^\s\p{L}\p{N}]+[\r\n/]?"
+                ).replace(r"|\s*[\r\n]+|", r"|\s*[\r\n]|"),
+            )
+        ),
+    ),
+    ("laguna", PreTokenizer((r"[^\n]+|[\n]+", _cl100k(DIGIT)))),
     (
         "deepseek-coder",
         PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", DIGIT)),
@@ -159,6 +208,15 @@ NAMED = _table(
         ),
     ),
 )
+
+
+# Names without a counterpart in Hugging Face's form, and why.
+_NOT_NAMED = {
+    "kimi-k2": "its code in llama.cpp ends words at combining marks, and no expression of tokenizer.json does the same",
+    "roberta-bpe jina-v1-en jina-v2-code": "it puts separators around a text, as encoders want it",
+    "whitespace": "it joins characters and not bytes, and a text loses its white space",
+}
+NOT_NAMED = {name: reason for names, reason in _NOT_NAMED.items() for name in names.split()}
 
 
 def identify(tokenizer: Mapping[str, Any]) -> str | None:
