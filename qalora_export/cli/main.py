@@ -14,6 +14,7 @@ if "HF_HUB_OFFLINE" not in os.environ:
 
 import typer
 
+from qalora_export.cli.signals import Ending, ends_on_signals
 from qalora_export.console import console, leave_closed_pipe, listening, styled
 from qalora_export.errors import ExitCode, InputError, QaloraError, from_system
 from qalora_export.version import __version__
@@ -26,7 +27,7 @@ app = typer.Typer(
     help="Quantize a language model, fine-tune it with QA-LoRA, merge without loss, export the same numbers to GGUF "
     "and ONNX, and prove it.\n\n"
     "Exit codes: 0 pass · 1 parity failed · 2 bad usage, recipe or input · 3 a requested runtime is missing or crashed "
-    "· 4 unsafe input. Others: 70 a defect of qalora-export · 130 interrupted · "
+    "· 4 unsafe input. Others: 70 a defect of qalora-export · 128 + n ended by signal n (130 Ctrl-C, 143 SIGTERM) · "
     "141 the reader of its output went away.\n\n"
     "1 means that numbers which must be equal are not, and nothing else: a gate failed (verify-parity, run), what was "
     "written does not read back the same (merge, export), two artifacts differ or one is not what its manifest "
@@ -60,16 +61,20 @@ INTERRUPTED = 130
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # typer carries its own copy of click
 
 
-@listening()
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `qalora-export`: our errors, and the system's, as one clear message and their exit code.
 
     Anything else is a defect of ours: its traceback is shown and the exit code is none of the documented ones.
     """
+    with ends_on_signals() as ending, listening():
+        _main(arguments, ending)
+
+
+def _main(arguments: list[str] | None, ending: Ending) -> None:
     _encode_anything()
     _register_verbs()
     try:
-        code = _run(arguments)
+        code = _run(arguments, ending)
         for stream in (sys.stdout, sys.stderr):  # what the system refuses now, it would refuse at exit, unseen
             if stream is not None:
                 stream.flush()
@@ -80,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _run(arguments: list[str] | None) -> int:
+def _run(arguments: list[str] | None, ending: Ending) -> int:
     """Run the command line; the exit code."""
     try:
         code = app(args=arguments, prog_name="qalora-export", standalone_mode=False)
@@ -95,6 +100,8 @@ def _run(arguments: list[str] | None) -> int:
             leave_closed_pipe()
         raise
     except BaseException as error:  # a panic of a native library is no Exception
+        if ending.by is not None:  # a signal, or what a library made of it
+            raise
         known = error if isinstance(error, QaloraError) else from_system(error)
         return _report(known) if known is not None else _defect()
     if code == INTERRUPTED:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,16 +109,12 @@ class GgufModel(ModelFolder):
 
 @contextlib.contextmanager
 def gguf_model(file: Path, scratch: Path, *, dequantize: bool) -> Iterator[GgufModel]:
-    """Open a GGUF file; `scratch` becomes a folder for the time of the block. Errors name the file, not the scratch."""
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    """Open a GGUF file; scratch: an empty folder. Errors name the file, not the scratch."""
     try:
         yield GgufModel(file, scratch, dequantize=dequantize)
     except QaloraError as error:
         where = error.where.replace(str(scratch), str(file))
         raise type(error)(error.what, where=where, why=error.why, fix=error.fix) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _not_canonical(file: Path, foreign: dict[str, str]) -> InputError:

@@ -15,7 +15,7 @@ from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.errors import InputError
 from qalora_export.models.sources import locate
 from qalora_export.quantization.gguf_source import gguf_model
-from qalora_export.safety import StrPath, inside, read_json
+from qalora_export.safety import StrPath, inside, read_json, scratch_folder
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,10 @@ def open_source(model: StrPath, out: Path, *, revision: str | None, dequantize: 
     for note in located.notes:
         logger.info(note)
     if located.path.is_file():
-        scratch = out.with_name(f".{out.name}.gguf.partial")
-        with gguf_model(located.path, scratch, dequantize=dequantize) as folder:
+        with (
+            scratch_folder(out) as scratch,
+            gguf_model(located.path, scratch, dequantize=dequantize) as folder,
+        ):
             yield Source(folder, parent_of(located.path, "source"), notes=folder.notes())
         return
     parent = parent_of(located.path, "source")

@@ -1,11 +1,13 @@
 """Model files are untrusted input: bounded sizes, paths that cannot escape, writes that are whole or absent."""
 
 from qalora_export.safety.atomic import (
+    abandon,
     atomic_directory,
     atomic_file,
     could_not_write,
     exclusive,
     refuse_existing,
+    scratch_folder,
     sweep,
 )
 from qalora_export.safety.hashing import FileIdentity, HashedOnce, HashFile, sha256_bytes, sha256_file
@@ -19,6 +21,7 @@ __all__ = [
     "HashFile",
     "HashedOnce",
     "StrPath",
+    "abandon",
     "atomic_directory",
     "atomic_file",
     "could_not_write",
@@ -27,6 +30,7 @@ __all__ = [
     "local_path",
     "read_json",
     "refuse_existing",
+    "scratch_folder",
     "sha256_bytes",
     "sha256_file",
     "sweep",

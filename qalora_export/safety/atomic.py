@@ -21,12 +21,14 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from qalora_export.errors import InputError
-from qalora_export.safety.lock import LOCK, OWNER, is_held, place_of, single_writer, try_lock
+from qalora_export.safety.lock import LOCK, OWNER, is_held, locked, place_of, single_writer, try_lock
 
 # How safetensors' and torch's own writers, which raise no OSError, report what the system refused.
 _FOREIGN = re.compile(r"I/O error|os error \d+|PytorchStreamWriter|inline_container")
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.qalora-\d+-[0-9a-f]{8}(?P<replaced>\.replaced)?\.partial", re.DOTALL)
 _LOCK_FILE = re.compile(rf"\.(?P<name>.+)({re.escape(LOCK)}|{re.escape(OWNER)})", re.DOTALL)
+_touched: set[Path] = set()  # folders in which this process wrote or tried to
+_made: list[Path] = []  # folders that it made for its outputs
 
 
 def refuse_existing(target: Path, *, force: bool) -> None:
@@ -45,6 +47,7 @@ def exclusive(target: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with could_not_write(target):
             stack.callback(_remove_empty, _make_folders(target.parent))
+            _touched.add(target.parent.absolute())
             if stack.enter_context(single_writer(target)):
                 _clean(place_of(target))
                 sweep(target.parent)
@@ -67,6 +70,18 @@ def atomic_file(target: Path, *, force: bool = False) -> Iterator[Path]:
             refuse_existing(target, force=force)
             temporary.replace(target)
             _sync(target.parent)
+        finally:
+            _remove(temporary)
+
+
+@contextlib.contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder beside `target`, the output that this process is writing, for the time of the block."""
+    with exclusive(target), could_not_write(target):
+        temporary = _temporary(target)
+        try:
+            temporary.mkdir()
+            yield temporary
         finally:
             _remove(temporary)
 
@@ -98,6 +113,23 @@ def atomic_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
         finally:
             _remove(temporary)
             _put_back_or_remove(replaced, target)
+
+
+def abandon() -> None:
+    """Remove everything unfinished of this process, which ends now; from any thread, whatever the others are doing.
+
+    What a signal interrupted between making a name and noting it is found by the name itself.
+    """
+    for place, release in locked().items():
+        for _ in range(3):  # another thread may be filling the folder that is being removed, or removing it too
+            with contextlib.suppress(OSError):
+                _clean(place)
+        with contextlib.suppress(OSError):
+            release()
+    for folder in _touched:
+        with contextlib.suppress(OSError):
+            sweep(folder)
+    _remove_empty(_made[::-1])
 
 
 def sweep(folder: Path) -> None:
@@ -149,6 +181,7 @@ def _make_folders(folder: Path) -> list[Path]:
             break
         missing.append(path)
     if missing:
+        _made.extend(reversed(missing))
         folder.mkdir(parents=True, exist_ok=True)
     return missing
 

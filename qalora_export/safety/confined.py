@@ -118,8 +118,10 @@ def _serve(function: Callable[..., Any], seconds: float, memory: int, asked: int
 
 
 def _limit(memory: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPROF):
-        signal.signal(number, signal.SIG_DFL)
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # sent to the whole group: the parent decides
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     statm = Path("/proc/self/statm")
     if statm.exists():  # elsewhere nothing tells the size of the address space; time still ends what grows

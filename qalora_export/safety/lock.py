@@ -15,6 +15,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 
 from qalora_export.errors import InputError
@@ -25,6 +26,7 @@ NO_FLOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.E
 Release = Callable[[], None]
 # Outputs that the code running now has claimed already: a stage claims its output, its writer claims it again.
 _held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
+_locked: dict[Path, Release] = {}  # by this process, whichever of its threads
 
 
 @contextlib.contextmanager
@@ -62,6 +64,11 @@ def is_held(place: Path) -> bool:
     return place in _held.get()
 
 
+def locked() -> dict[Path, Release]:
+    """The outputs that this process owns now, and how to let go of each: for a process that is about to end."""
+    return dict(_locked)
+
+
 def try_lock(place: Path) -> Release | None:
     """Take the lock of `place` and return how to let go of it; None when somebody else has it."""
     path = place.with_name(f".{place.name}{LOCK}")
@@ -69,6 +76,8 @@ def try_lock(place: Path) -> Release | None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(descriptor, path):
+                return _noted(place, partial(_let_go, descriptor, path))
         except BlockingIOError:
             os.close(descriptor)
             return None
@@ -77,10 +86,20 @@ def try_lock(place: Path) -> Release | None:
             if error.errno not in NO_FLOCK:
                 raise
             path.unlink(missing_ok=True)
-            return _own(place.with_name(f".{place.name}{OWNER}"))
-        if _is_at(descriptor, path):
-            return lambda: _let_go(descriptor, path)
+            return _own(place)
+        except BaseException:  # a signal; a lock that nobody can let go of would stay as long as the process
+            os.close(descriptor)
+            raise
         os.close(descriptor)  # its holder ended between our open and our lock, and took the file away
+
+
+def _noted(place: Path, let_go: Release) -> Release:
+    def release() -> None:
+        let_go()
+        _locked.pop(place, None)
+
+    _locked[place] = release
+    return release
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -91,12 +110,14 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _let_go(descriptor: int, path: Path) -> None:
-    path.unlink(missing_ok=True)  # while it is locked: whoever waits for it finds out and makes a new one
+    if _is_at(descriptor, path):  # not so when a signal interrupted the same thing just before its end
+        path.unlink(missing_ok=True)  # while it is locked: whoever waits for it finds out and makes a new one
     os.close(descriptor)
 
 
-def _own(path: Path) -> Release | None:
+def _own(place: Path) -> Release | None:
     """The lock without flock: a file that only one process can create."""
+    path = place.with_name(f".{place.name}{OWNER}")
     mine = json.dumps(_identity(os.getpid()))
     while True:
         try:
@@ -107,7 +128,7 @@ def _own(path: Path) -> Release | None:
             continue
         with os.fdopen(descriptor, "w") as file:
             file.write(mine)
-        return lambda: path.unlink(missing_ok=True)
+        return _noted(place, partial(path.unlink, missing_ok=True))
 
 
 def _take_away(path: Path) -> bool:

@@ -143,8 +143,8 @@ class Driver:
         assert self.process.stdout is not None
         self.process.stdout.close()
 
-    def start(self, *arguments: object, die_at: int | None = None) -> Attempt:
-        return self.start_together([self._request(arguments, die_at=die_at)])[0]
+    def start(self, *arguments: object, die_at: int | None = None, **options: object) -> Attempt:
+        return self.start_together([self._request(arguments, die_at=die_at, **options)])[0]
 
     def rivals(self, *commands: tuple[object, ...], apart: float = 0.0) -> list[tuple[int, str]]:
         """Commands started together, each `apart` seconds after the one before: exit code and what it said."""

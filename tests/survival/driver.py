@@ -7,7 +7,7 @@ everything it started.
 
 die_at: the attempt kills itself before its n-th change of the file system (rename, remove, mkdir, rmdir, open for
 writing), which reaches the narrow places between two changes that a clock hardly ever hits. The number of changes an
-attempt made is left in LOG.changes.
+attempt made is left in LOG.changes. signal: [number, times], to be sent at that change instead.
 
 Started as `python -m tests.survival.driver`.
 """
@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 # Imported here so that attempts need not; none of them starts a thread, which would not survive the fork.
@@ -38,7 +40,7 @@ import qalora_export.formats.onnx.rewrite
 import qalora_export.models.loading
 import qalora_export.qalora.training.plots
 import qalora_export.qalora.training.trainer
-from tests.survival.changes import count_changes
+from tests.survival.changes import count_changes, send
 
 for public in qalora_export.__all__:
     getattr(qalora_export, public)
@@ -52,7 +54,12 @@ def attempt(request: dict) -> None:
     for target, source in ((0, null), (1, log), (2, log)):
         os.dup2(source, target)
     time.sleep(request.get("delay", 0.0))
-    count_changes(Path(request["log"] + ".changes"), request.get("die_at"))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a job in the background may begin with one ignored
+        signal.signal(number, signal.SIG_DFL if number not in request.get("ignored", ()) else signal.SIG_IGN)
+    sent = request.get("signal")
+    count_changes(
+        Path(request["log"] + ".changes"), request.get("die_at"), None if sent is None else partial(send, *sent)
+    )
     code = 1
     try:
         qalora_export.cli.main.main(request["arguments"])

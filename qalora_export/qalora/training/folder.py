@@ -110,6 +110,12 @@ def is_complete(path: Path) -> bool:
     return all((path / name).is_file() and sha256_file(path / name) == digest for name, digest in files.items())
 
 
+def remove_incomplete(path: Path) -> None:
+    """Delete a checkpoint without a commit mark: no run can go on from it."""
+    if not (path / COMPLETE).exists():
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint."""
     for path in sorted(_checkpoints(folder), key=_step, reverse=True):

@@ -85,11 +85,18 @@ class AdapterTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write, commit, and only then delete what is no longer needed: the last and the best are kept."""
         folder, step = Path(str(self.args.output_dir)), self.state.global_step
-        with could_not_write(folder):
-            super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
+        path = training_folder.checkpoint(folder, step)
+        try:
+            with could_not_write(folder):
+                super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                training_folder.mark_complete(path)
+        except BaseException:
+            if self.args.should_save:
+                training_folder.remove_incomplete(path)
+            raise
         if self.args.should_save:
-            training_folder.mark_complete(training_folder.checkpoint(folder, step))
             training_folder.keep_only(folder, {step, self.state.best_global_step or step})
         self.accelerator.wait_for_everyone()
 
