@@ -61,13 +61,13 @@ class GroupAffine:
         return (s * q + m).reshape(self.shape)
 
 
-def implied_offset(scale: NDArray[np.float16], zero: int) -> NDArray[np.float16]:
+def implied_offset(scale: NDArray[np.float16], zero: int | NDArray[np.uint8]) -> NDArray[np.float16]:
     """fp16(−zero · s): the offset that an integer zero stands for. Exact when zero is a power of two and it fits.
 
     Infinite where fp16 does not hold it, and no quantized matrix may have that.
     """
     with np.errstate(over="ignore"):
-        return (-np.float32(zero) * scale.astype(np.float32)).astype(np.float16)
+        return (-np.asarray(zero, np.float32) * scale.astype(np.float32)).astype(np.float16)
 
 
 def _problem(matrix: GroupAffine) -> str:

@@ -24,6 +24,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from qalora_export.formats.onnx.read import read_back
 from tests.benchmarks.machine import RESULTS, TINY, llama_config, machine, write_random_checkpoint
 
 SHAPE = {"hidden": 2048, "intermediate": 5632, "layers": 6, "heads": 32, "kv_heads": 4, "vocab": 512}
@@ -109,8 +110,8 @@ def _measure(
 
 
 def bytes_bound(group: int, variant: str) -> float | None:
-    """Speed / limit where only the weights' bytes count: 0.5 B of codes, 4 / g of float32 scale, 4 / g of float32 R."""
-    bytes_per_weight = {"limit": 0.5 + 4 / group, "split": 0.5 + 8 / group}
+    """Speed / limit where only the bytes of weights count: codes 0.5, z 0.5 / g, float32 scale and R 4 / g each."""
+    bytes_per_weight = {"limit": 0.5 + 4.5 / group, "split": 0.5 + 8.5 / group}
     return bytes_per_weight["limit"] / bytes_per_weight[variant] if variant in bytes_per_weight else None
 
 
@@ -139,25 +140,17 @@ def without_offset(folder: Path) -> bytes:
 
 
 def with_float_zero_points(folder: Path) -> bytes:
-    """The same with zero_points = -m/s, computed from the file's own scale and offset when the session starts."""
+    """The same with zero_points = -m/s in float32, as the form of other exporters has them."""
     model = onnx.load(folder / "onnx/model.onnx", load_external_data=False)
-    offsets = {i.name.removesuffix(".offset"): i.name for i in model.graph.initializer if i.name.endswith(".offset")}
+    contents = read_back(folder)
     _drop_offsets(model)
-    added = []
     for node in model.graph.node:
         module = node.input[1].removesuffix(".codes") if node.op_type == "MatMulNBits" else ""
-        if module in offsets:
-            name = f"{module}/zero"
-            added += [
-                onnx.helper.make_node("Cast", [offsets[module]], [f"{name}/m"], to=onnx.TensorProto.FLOAT),
-                onnx.helper.make_node("Neg", [f"{name}/m"], [f"{name}/neg"]),
-                onnx.helper.make_node("Div", [f"{name}/neg", node.input[2]], [name]),
-            ]
-            node.input.append(name)
-    first = [node for node in model.graph.node if node.op_type == "Cast" and node.input[0].endswith(".scale")]
-    others = [node for node in model.graph.node if node not in first]
-    del model.graph.node[:]
-    model.graph.node.extend([*first, *added, *others])
+        if module in contents.modules:
+            matrix = contents.packed(module)
+            zero = -matrix.offset.astype(np.float32) / matrix.scale.astype(np.float32)
+            model.graph.initializer.append(onnx.numpy_helper.from_array(zero, f"{module}/zero"))
+            node.input[3:] = [f"{module}/zero"]
     return model.SerializeToString()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,6 +14,8 @@ import numpy as np
 
 from qalora_export.formats.gguf.export import export_gguf
 from qalora_export.formats.onnx.export import export_onnx
+from qalora_export.formats.onnx.split_form import nearest_zero
+from qalora_export.grid import pack_codes, unpack_codes
 from qalora_export.qalora import merge as merging
 from qalora_export.qalora.adapter_files import Adapter
 from qalora_export.recipe import GgufSettings, OnnxSettings
@@ -121,16 +124,31 @@ def edit_gguf(
 
 
 def edit_onnx(folder: Path, change: Callable[[Matrix], None], *, module: str = MODULE) -> None:
-    data, groups = folder / "onnx/model.onnx_data", COLUMNS // GROUP
-    places = {part: onnx_tensor(folder, f"{module}.{part}") for part in ("codes", "scale", "offset")}
-    sizes = {"codes": ROWS * groups * 16, "scale": ROWS * groups * 2, "offset": ROWS * groups * 2}
-    raw = {part: read_at(data, places[part], size) for part, size in sizes.items()}
-    codes = np.frombuffer(raw["codes"], np.uint8).reshape(ROWS, groups, 16).copy()
-    scale, offset = (np.frombuffer(raw[p], np.float16).reshape(ROWS, groups).copy() for p in ("scale", "offset"))
-    matrix = Matrix(codes, scale, offset)
+    """Codes, scale and offset changed as an exporter would write them that had those in hand (4 bits)."""
+    data, shape = folder / "onnx/model.onnx_data", (ROWS, COLUMNS // GROUP)
+    places = {part: onnx_tensor(folder, f"{module}.{part}") for part in ("codes", "scale", "zero_points", "remainder")}
+
+    def part(name: str, dtype: type, *dims: int) -> np.ndarray:
+        raw = read_at(data, places[name], math.prod(dims) * np.dtype(dtype).itemsize)
+        return np.frombuffer(raw, dtype).reshape(dims).copy()
+
+    codes, scale = part("codes", np.uint8, *shape, GROUP // 2), part("scale", np.float16, *shape)
+    zero = unpack_codes(part("zero_points", np.uint8, ROWS, shape[1] // 2), 4)
+    rest = part("remainder", np.float16, *shape).astype(np.float64)
+    matrix = Matrix(codes, scale, (rest - zero * scale.astype(np.float64)).astype(np.float16))
     change(matrix)
-    for part in places:
-        write_at(data, places[part], np.ascontiguousarray(getattr(matrix, part)).tobytes())
+    zero = nearest_zero(4, matrix.scale, np.nan_to_num(matrix.offset))
+    exact = matrix.offset.astype(np.float64) + zero * matrix.scale.astype(np.float64)
+    rounded = exact.astype(np.float16) != exact
+    zero[rounded], exact[rounded] = 0, matrix.offset[rounded]
+    written = {
+        "codes": matrix.codes,
+        "scale": matrix.scale,
+        "zero_points": pack_codes(zero, 4),
+        "remainder": exact.astype(np.float16),
+    }
+    for name, array in written.items():
+        write_at(data, places[name], np.ascontiguousarray(array).tobytes())
 
 
 def write_at(path: Path, offset: int, data: bytes) -> None:

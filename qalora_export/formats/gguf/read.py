@@ -67,8 +67,9 @@ class GgufContents:
             raise type(error)(error.what, where=f"{source.path}: {module}", why=error.why, fix=error.fix) from error
         release(tensor.rows)
         extra = self._adapter
-        if extra is not None and kind.zero is not None and f"{module}.weight.lora_b" in extra.lora:
-            return with_remainder(matrix, extra.remainder(module, group_size)[wanted], kind.zero, where=extra.path)
+        zero = kind.implied_zero(bits)
+        if extra is not None and zero is not None and f"{module}.weight.lora_b" in extra.lora:
+            return with_remainder(matrix, extra.remainder(module, group_size)[wanted], zero, where=extra.path)
         return matrix
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -1,10 +1,13 @@
 """Layout "split": a Q4_0 base (codes, s) and a llama.cpp LoRA adapter that adds the exact remainder.
 
-    w[o, i] = s·(q − 8) + R[o, i//g]          R = m + 8·s          y = Q4_0·x + lora_b · (lora_a · x)
+    w[o, i] = s·(q − z) + R[o, i//g]          R = m + z·s          y = Q4_0·x + lora_b · (lora_a · x)
+
+z = 2^(b−1): codes of fewer than 4 bits lie in the middle of Q4_0's own, q + 8 − z, so what the kernel multiplies with
+int8 activations is at most z·s instead of 8·s.
 
 lora_a is the group indicator (in/g, in), so lora_a·x is the sum of each group of x; lora_b is R (out, in/g). Both are
-F32: F16 would round activations. adapter.lora.alpha is 0, which llama.cpp reads as "do not scale by alpha/rank", so
-the scale is exactly 1 for every module whatever its rank (src/llama-adapter.h, get_scale).
+F32: F16 would round activations. adapter.lora.alpha is 0, which llama.cpp reads as "do not scale by alpha/rank", so the
+scale is exactly 1 for every module whatever its rank (src/llama-adapter.h, get_scale).
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ def plan_remainders(model: CanonicalCheckpoint) -> list[TensorPlan]:
     names = NameMap(family.gguf_arch, model.config["num_hidden_layers"])
     plans: list[TensorPlan] = []
     for module, (bits, group_size) in model.modules.items():
-        zero = base_type(bits).zero
+        zero = base_type(bits).implied_zero(bits)
         if zero is None or not remainder(model.packed(module), zero, where=f"{model.path}: {module}").any():
             continue
         rows, groups = model.entry(f"{module}.scale").shape

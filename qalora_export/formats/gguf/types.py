@@ -84,8 +84,9 @@ class BlockType(GgufType):
 
     layout: one block as a record with the fp16 bit patterns `d` and, where zero is None, `m`. code_bits: of a code in
     the block. bits: canonical bits of codes it may hold, the last of which is assumed for files of other tools. first:
-    the canonical code of the block's code 0. zero: the implied zero, a canonical code, or None where each block carries
-    its own min.
+    the canonical code of the block's code 0. zero: the implied zero, a canonical code of the most bits, or None where
+    each block carries its own min. Codes of fewer bits than such a block's lie in its middle (`shift`): what is
+    multiplied with int8 activations is then as small as can be.
     """
 
     block_size = QK
@@ -122,6 +123,16 @@ class BlockType(GgufType):
         """The oracle of tests: 32 codes, d and m of one block, a byte at a time as ggml declares it."""
 
     @classmethod
+    def shift(cls, bits: int) -> int:
+        """What is added to a canonical code of `bits`: 2^(code_bits−1) − 2^(bits−1) where the zero is implied."""
+        return 0 if cls.zero is None or bits >= cls.code_bits else 2 ** (cls.code_bits - 1) - 2 ** (bits - 1)
+
+    @classmethod
+    def implied_zero(cls, bits: int) -> int | None:
+        """The canonical code of `bits` that stands for weight 0, or None where each block carries its own min."""
+        return None if cls.zero is None else cls.zero - cls.shift(bits)
+
+    @classmethod
     def holds_all(cls, bits: int) -> bool:
         """Whether every matrix of that many bits is exactly in this type, whatever its values."""
         return cls.zero is None and bits in cls.bits and bits <= cls.code_bits
@@ -144,7 +155,8 @@ class BlockType(GgufType):
             return True
         if matrix.bits not in cls.bits:
             return False
-        if cls.zero is not None and not np.array_equal(matrix.offset, implied_offset(matrix.scale, cls.zero)):
+        zero = cls.implied_zero(matrix.bits)
+        if zero is not None and not np.array_equal(matrix.offset, implied_offset(matrix.scale, zero)):
             return False
         return cls._beyond(matrix.codes, matrix.bits) is None
 
@@ -166,6 +178,8 @@ class BlockType(GgufType):
         if (code := cls._beyond(codes, cls.carrier if matrix.bits > cls.code_bits else matrix.bits)) is not None:
             last = cls.first + 2**cls.code_bits - 1
             raise InputError(f"code {code} does not fit in {cls.name}", why=f"it holds {cls.first} to {last}")
+        if shift := cls.shift(matrix.bits):
+            codes = pack_codes(unpack_codes(codes, cls.carrier) + np.uint8(shift), cls.carrier)
         cls.put_codes(blocks, codes)
         return blocks.view(np.uint8)
 
@@ -181,9 +195,10 @@ class BlockType(GgufType):
             raise UnsafeInputError(f"{bits}-bit codes declared for {cls.name}", why=f"it holds {cls.bits} bits")
         blocks = np.ascontiguousarray(rows).view(cls.layout)
         scale = _grouped(blocks["d"], group_size, "scale")
-        offset = _grouped(blocks["m"], group_size, "offset") if cls.zero is None else _implied(scale, cls.zero)
+        zero = cls.implied_zero(bits)
+        offset = _grouped(blocks["m"], group_size, "offset") if zero is None else _implied(scale, zero)
         try:
-            codes = _repacked(cls.take_codes(blocks), cls.carrier, bits)
+            codes = _unshifted(cls.take_codes(blocks), cls.carrier, cls.shift(bits), bits)
             return PackedAffine(codes, scale, offset, bits, group_size)
         except InputError as error:
             raise UnsafeInputError(error.what, why="the blocks hold no canonical numbers") from error
@@ -242,6 +257,16 @@ def _grouped(per_block: NDArray[np.uint16], group_size: int, what: str) -> NDArr
 def _repacked(codes: NDArray[np.uint8], bits: int, target: int) -> NDArray[np.uint8]:
     """Packed codes at another width. Raises InputError when one does not fit."""
     return codes if bits == target else pack_codes(unpack_codes(codes, bits), target)
+
+
+def _unshifted(codes: NDArray[np.uint8], carrier: int, shift: int, bits: int) -> NDArray[np.uint8]:
+    """Codes packed at `carrier` bits, minus `shift`, packed at `bits`. Raises InputError when one does not fit."""
+    if not shift:
+        return _repacked(codes, carrier, bits)
+    unpacked = unpack_codes(codes, carrier)
+    if unpacked.min() < shift:
+        raise InputError(f"code {unpacked.min()} is below {shift}, where {bits}-bit codes begin")
+    return pack_codes(unpacked - np.uint8(shift), bits)
 
 
 def _implied(scale: NDArray[np.float16], zero: int) -> NDArray[np.float16]:

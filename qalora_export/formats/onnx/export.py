@@ -16,7 +16,7 @@ from qalora_export.formats.contents import Comparison, FolderContents, compare
 from qalora_export.formats.export_report import ExportReport
 from qalora_export.formats.onnx.layout import DATA, GRAPH
 from qalora_export.formats.onnx.read import MODULES_KEY, read_back
-from qalora_export.formats.onnx.split_form import SplitForm
+from qalora_export.formats.onnx.split_form import WrittenForm
 from qalora_export.formats.streaming import finished
 from qalora_export.models.families import family_of
 from qalora_export.progress import track
@@ -108,12 +108,14 @@ def _write(source: CanonicalCheckpoint, folder: Path, settings: OnnxSettings) ->
     return Written(data.hashes, dict(types), _notes(rewriter.forms))
 
 
-def _notes(forms: dict[str, SplitForm]) -> tuple[str, ...]:
+def _notes(forms: dict[str, WrittenForm]) -> tuple[str, ...]:
     """What a user may want to know about how the tensors were written."""
-    symmetric = sum(not form.has_remainder for form in forms.values())
-    wide = sum(form.has_remainder and form.zero == 0 for form in forms.values())
+    symmetric = sum(not form.remainder for form in forms.values())
+    wide = sum(form.remainder == "float32" for form in forms.values())
+    moved = sum(form.moved for form in forms.values())
     notes = [f"{symmetric} symmetric tensors need no offset branch"] if symmetric else []
-    notes += [f"{wide} tensors use zero point 0 to keep the offset exact (more int8 noise)"] if wide else []
+    notes += [f"{wide} tensors keep offset remainders in float32, which float16 would round"] if wide else []
+    notes += [f"{moved} groups use zero point 0 to keep the offset exact (more int8 noise)"] if moved else []
     return tuple(notes)
 
 

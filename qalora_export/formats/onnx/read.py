@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.formats.onnx.layout import graph_file
-from qalora_export.formats.onnx.split_form import CONTAINER_BITS, from_blocks
+from qalora_export.formats.onnx.split_form import CONTAINER_BITS, from_blocks, offset_of
 from qalora_export.formats.onnx.validate import read_model
-from qalora_export.grid import GroupAffine, PackedAffine, implied_offset, pack_codes
+from qalora_export.grid import GroupAffine, PackedAffine, pack_codes
 from qalora_export.safety import inside
 from qalora_export.safety.limits import parse_json
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import onnx
 
 MODULES_KEY = "qalora.modules"  # JSON: module -> [bits, group_size]; a 3-bit code in a 4-bit container shows only here
-PARTS = ("codes", "scale", "offset", "zero_points")
+OFFSETS = ("remainder", "offset")  # how a file holds m: R = m + z·s, or, in earlier versions, m itself
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class OnnxContents:
 
     @property
     def offset_is_implied(self) -> frozenset[str]:
-        return frozenset(module for module in self.modules if f"{module}.offset" not in self.initializers)
+        return frozenset(m for m in self.modules if not {f"{m}.{part}" for part in OFFSETS} & set(self.initializers))
 
     @property
     def opaque(self) -> dict[str, str]:
@@ -156,29 +156,39 @@ class OnnxContents:
         blocks, scale = self.tensor(f"{module}.codes", rows), self.tensor(f"{module}.scale", rows)
         if blocks.dtype != np.uint8 or scale.shape != blocks.shape[:2] or scale.dtype != np.float16:
             raise UnsafeInputError(f"codes are {blocks.dtype}, scale {scale.dtype}{scale.shape}", where=where)
-        stored = module not in self.offset_is_implied
-        offset = (
-            self.tensor(f"{module}.offset", rows) if stored else implied_offset(scale, self._zero(module, container))
-        )
-        if offset.shape != scale.shape or offset.dtype != np.float16:
-            raise UnsafeInputError(f"offset is {offset.dtype}{offset.shape}, scale {scale.shape}", where=where)
+        if f"{module}.offset" in self.initializers:
+            return blocks, scale, self._earlier_offset(module, rows, scale), bits
+        rest = None if module in self.offset_is_implied else self.tensor(f"{module}.remainder", rows)
+        if rest is not None and (rest.shape != scale.shape or rest.dtype not in (np.float16, np.float32)):
+            raise UnsafeInputError(f"remainder is {rest.dtype}{rest.shape}, scale {scale.shape}", where=where)
+        offset = offset_of(scale, self._zeros(module, container, scale.shape, rows), rest, where=where)
         return blocks, scale, offset, bits
+
+    def _earlier_offset(self, module: str, rows: slice, scale: NDArray[Any]) -> NDArray[np.float16]:
+        """m as folders of earlier versions hold it; their graph adds one z·s per matrix."""
+        offset = self.tensor(f"{module}.offset", rows)
+        if offset.shape != scale.shape or offset.dtype != np.float16:
+            raise UnsafeInputError(
+                f"offset is {offset.dtype}{offset.shape}, scale {scale.shape}", where=f"{self.folder}: {module}"
+            )
+        return offset
 
     def matrices(self) -> Iterator[tuple[str, GroupAffine]]:
         """(module, matrix), one in memory at a time."""
         for module in self.modules:
             yield module, self.group_affine(module)
 
-    def _zero(self, module: str, container: int) -> int:
-        """z of a module: its zero_points, all of which must be equal, or MatMulNBits' default."""
+    def _zeros(self, module: str, container: int, shape: tuple[int, ...], rows: slice) -> NDArray[np.uint8]:
+        """z (rows, groups) of a module: its zero_points, or MatMulNBits' default."""
         inputs = self.nodes[module].input
         if len(inputs) < 4 or not inputs[3]:
-            return int(2 ** (container - 1))
-        packed = self.tensor(inputs[3])
-        values = np.unique(from_blocks(packed[:, None, :], container)) if packed.ndim == 2 else packed
-        if packed.dtype != np.uint8 or values.size != 1:
-            raise UnsafeInputError("zero points differ between groups", where=f"{self.folder}: {module}")
-        return int(values[0])
+            return np.full(shape, 2 ** (container - 1), np.uint8)
+        packed = self.tensor(inputs[3], rows)
+        if packed.dtype != np.uint8 or packed.shape != (shape[0], -(-shape[1] * container // 8)):
+            raise UnsafeInputError(
+                f"zero points are {packed.dtype}{packed.shape}, scale {shape}", where=f"{self.folder}: {module}"
+            )
+        return from_blocks(packed[:, None, :], container)[:, : shape[1]]
 
 
 def read_back(folder: Path) -> OnnxContents:

@@ -4,8 +4,7 @@ Per quantized module M, with x (batch, sequence, in) and G = in/g groups:
 
     scale32 = Cast(M.scale)                                       (out, G)
     y       = MatMulNBits(x, M.codes, scale32[, M.zero_points])   (batch, sequence, out)
-    R       = Cast(M.offset) + z · scale32                        (out, G)     constant-folded when the session starts
-    y      += ReduceSum_g(x) · Rᵀ                                 the GroupSum is shared by every M with the same x
+    y      += ReduceSum_g(x) · Cast(M.remainder)ᵀ                 the GroupSum is shared by every M with the same x
 
 Everything else keeps its source bytes in the file and is cast to float32 in the graph. No g_idx is ever emitted.
 """
@@ -23,7 +22,7 @@ from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.errors import InputError
 from qalora_export.formats.contents import exported_names
 from qalora_export.formats.onnx.datafile import DataFile
-from qalora_export.formats.onnx.split_form import SplitForm, choose_form, to_blocks, zero_points
+from qalora_export.formats.onnx.split_form import WrittenForm, choose_form, to_blocks, zero_points
 
 MICROSOFT = "com.microsoft"
 FLOAT = ir.DataType.FLOAT
@@ -37,7 +36,7 @@ class Rewriter:
     def __init__(self, model: ir.Model, checkpoint: CanonicalCheckpoint, data: DataFile, accuracy_level: int) -> None:
         self.graph, self.checkpoint, self.data = model.graph, checkpoint, data
         self.accuracy_level = accuracy_level
-        self.forms: dict[str, SplitForm] = {}
+        self.forms: dict[str, WrittenForm] = {}
         self.carried: list[str] = []  # other tensors, by checkpoint name
         self._group_sums: dict[tuple[str, int], ir.Value] = {}
 
@@ -117,13 +116,13 @@ class Rewriter:
         out, groups = scale.shape
         _check_shape(value, (out, groups * group_size))
         form = choose_form(bits, scale, offset, where=module)
-        self.forms[module] = form
+        self.forms[module] = WrittenForm.of(form)
         codes = self._initializer(f"{module}.codes", to_blocks(self.checkpoint.tensor(f"{module}.codes"), bits, groups))
         weights = {"codes": codes, "scale": self._initializer(f"{module}.scale", scale)}
         if form.explicit_zero:
-            weights["zero_points"] = self._initializer(f"{module}.zero_points", zero_points(form, out, groups))
-        if form.has_remainder:
-            weights["offset"] = self._initializer(f"{module}.offset", offset)
+            weights["zero_points"] = self._initializer(f"{module}.zero_points", zero_points(form))
+        if form.remainder is not None:
+            weights["remainder"] = self._initializer(f"{module}.remainder", form.remainder)
         transposed = [use.node for use in value.uses()]
         for transpose in transposed:
             for use in list(transpose.outputs[0].uses()):
@@ -134,12 +133,12 @@ class Rewriter:
                         why="only linear layers can be quantized",
                         fix="add a skip rule",
                     )
-                self._replace_matmul(use.node, module, form, weights, (out, groups, group_size))
+                self._replace_matmul(use.node, module, form.container, weights, (out, groups, group_size))
             self.graph.remove(transpose, safe=True)
         self.graph.initializers.pop(value.name or "")
 
     def _replace_matmul(
-        self, matmul: ir.Node, module: str, form: SplitForm, weights: dict[str, ir.Value], shape: tuple[int, int, int]
+        self, matmul: ir.Node, module: str, container: int, weights: dict[str, ir.Value], shape: tuple[int, int, int]
     ) -> None:
         x = matmul.inputs[0]
         if x is None:
@@ -148,11 +147,11 @@ class Rewriter:
         scale32 = _cast(weights["scale"], f"{module}/scale/Cast")
         product = ir.node(
             "MatMulNBits",
-            [x, weights["codes"], scale32.outputs[0], *([weights["zero_points"]] if form.explicit_zero else [])],
+            [x, weights["codes"], scale32.outputs[0], *([weights["zero_points"]] if "zero_points" in weights else [])],
             {
                 "K": groups * group_size,
                 "N": out,
-                "bits": form.container,
+                "bits": container,
                 "block_size": group_size,
                 "accuracy_level": self.accuracy_level,
             },
@@ -160,26 +159,18 @@ class Rewriter:
             name=f"{module}/MatMulNBits",
         )
         nodes = [scale32, product]
-        if form.has_remainder:
+        if "remainder" in weights:
             group_sum = self._group_sum(x, groups, group_size, before=matmul)
-            nodes += self._remainder(module, form, weights["offset"], scale32.outputs[0], group_sum, product.outputs[0])
+            nodes += self._remainder(module, weights["remainder"], group_sum, product.outputs[0])
         ir.convenience.replace_nodes_and_values(
             self.graph, matmul, [matmul], nodes, [matmul.outputs[0]], [nodes[-1].outputs[0]]
         )
 
-    def _remainder(
-        self, module: str, form: SplitForm, offset: ir.Value, scale32: ir.Value, group_sum: ir.Value, product: ir.Value
-    ) -> list[ir.Node]:
-        """Nodes of product + GroupSum · Rᵀ. All but the last two depend on initializers only."""
-        nodes = [_cast(offset, f"{module}/offset/Cast")]
-        if form.zero:
-            zero = self._constant(f"zero_{form.zero}", np.float32(form.zero))
-            nodes.append(ir.node("Mul", [scale32, zero], name=f"{module}/remainder/Mul"))
-            both = [nodes[0].outputs[0], nodes[1].outputs[0]]
-            nodes.append(ir.node("Add", both, name=f"{module}/remainder/Add"))
-        nodes.append(
-            ir.node("Transpose", [nodes[-1].outputs[0]], {"perm": [1, 0]}, name=f"{module}/remainder/Transpose")
-        )
+    def _remainder(self, module: str, remainder: ir.Value, group_sum: ir.Value, product: ir.Value) -> list[ir.Node]:
+        """Nodes of product + GroupSum · Rᵀ. All but the last two are constant-folded when the session starts."""
+        nodes = [_cast(remainder, f"{module}/remainder/Cast")] if remainder.dtype != FLOAT else []
+        wide = nodes[0].outputs[0] if nodes else remainder
+        nodes.append(ir.node("Transpose", [wide], {"perm": [1, 0]}, name=f"{module}/remainder/Transpose"))
         nodes.append(ir.node("MatMul", [group_sum, nodes[-1].outputs[0]], name=f"{module}/remainder/MatMul"))
         nodes.append(ir.node("Add", [product, nodes[-1].outputs[0]], name=f"{module}/Add"))
         return nodes

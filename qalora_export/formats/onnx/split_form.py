@@ -1,9 +1,12 @@
 """The exact split form of a quantized linear (DESIGN.md, "ONNX split form"): numbers and byte layout, numpy only.
 
-    y = MatMulNBits(x; codes, s, zero z) + GroupSum_g(x) · Rᵀ        R = m + z·s
+    y = MatMulNBits(x; codes, s, zero z) + GroupSum_g(x) · Rᵀ        z = the code nearest to weight 0, R = m + z·s
 
-    w = s·q + m = s·(q − z) + R : s·(q − z) is exact in float32 (11 + 8 bits), R is exact by the choice of z, so the one
-    rounding is that of the sum, and the dequantized weight is the canonical one to 0 ulp.
+    w = s·q + m = s·(q − z) + R : s·(q − z) is exact in float32 (11 + 8 bits), and so is R by the choice of z, so the
+    one rounding is that of the sum, and the dequantized weight is the canonical one to 0 ulp.
+
+Every group has its own integer z. The kernel rounds activations to int8 and the second branch does not, so the noise of
+a layer is that of s·(q − z): least where the two nearly cancel R, that is for z next to −m/s.
 
 MatMulNBits (com.microsoft, ContribOperators.md) takes B as uint8 (out, in/g, g·b/8), element i of a block at bits
 [i·b, (i+1)·b) of the block, least significant first. That is grid.packing's own order, so 2-, 4- and 8-bit codes go
@@ -13,12 +16,13 @@ across byte for byte; 3-bit codes travel in 4-bit containers. Without zero_point
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qalora_export.errors import InputError
-from qalora_export.grid import fp16_is_finite, fp16_largest, implied_offset, pack_codes, unpack_codes
+from qalora_export.errors import InputError, UnsafeInputError
+from qalora_export.grid import fp16_is_finite, implied_offset, pack_codes, unpack_codes
 
 CONTAINER_BITS = {2: 2, 3: 4, 4: 4, 8: 8}  # code bits -> bits of one MatMulNBits element
 MIN_BLOCK = 16  # MatMulNBits: block_size is a power of two, at least 16
@@ -28,53 +32,87 @@ MIN_BLOCK = 16  # MatMulNBits: block_size is a power of two, at least 16
 class SplitForm:
     """How one matrix is written.
 
-    container: bits per element in the file; zero: z; explicit_zero: MatMulNBits needs a zero_points input;
-    has_remainder: the GroupSum branch is there (False for symmetric tensors, whose R is 0 everywhere).
+    container: bits per element in the file. zero: z, uint8 (out, in/g). remainder: R (out, in/g), float16 where that
+    holds every one of them and else float32; None where m is −z·s everywhere, so that R is 0. moved: groups whose z is
+    0 because R of the nearest code is no float32.
     """
 
     bits: int
     container: int
-    zero: int
-    has_remainder: bool
+    zero: NDArray[np.uint8]
+    remainder: NDArray[np.float16] | NDArray[np.float32] | None
+    moved: int
 
     @property
     def explicit_zero(self) -> bool:
-        return self.zero != 1 << (self.container - 1)
+        """Whether MatMulNBits needs a zero_points input."""
+        return bool((self.zero != 1 << (self.container - 1)).any())
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenForm:
+    """What the report says of a form. container, moved: as in SplitForm; remainder: its dtype, or "" without one."""
+
+    container: int
+    remainder: str
+    moved: int
+
+    @classmethod
+    def of(cls, form: SplitForm) -> WrittenForm:
+        """Without the arrays, so that a model's forms can be kept."""
+        return cls(form.container, "" if form.remainder is None else form.remainder.dtype.name, form.moved)
 
 
 def choose_form(bits: int, scale: NDArray[np.float16], offset: NDArray[np.float16], *, where: str) -> SplitForm:
-    """Pick z: the middle code 2^(bits−1), where int8 noise is least, unless R = m + z·s is not exact there.
+    """Pick z of every group and compute R; scale and offset are float16 (out, in/g).
 
-    scale and offset are float16 (out, in/g). R is a multiple of 2^−24, so it is exact whenever |R| < 1; a tensor with
-    a larger R and tiny scales may need z = 0, where R = m is exact always. Raises InputError for NaN or infinity.
+    R is a multiple of 2^−24, so it is exact in float32 whenever |R| < 1, and where the range of the codes covers
+    weight 0 it is even a float16: R and m are multiples of the spacing of s, and |R| ≤ s/2. A group with a large R and
+    a tiny scale gets z = 0, where R = m. Raises InputError for NaN or infinity.
     """
     if not (fp16_is_finite(scale) and fp16_is_finite(offset)):
         raise InputError("a scale or offset is NaN or infinite", where=where, fix="quantize or merge again")
-    middle = 2 ** (bits - 1)
+    zero = nearest_zero(bits, scale, offset)
+    product = zero * scale.astype(np.float64)
+    exact = offset + product  # 48 bits at most
+    inexact = exact.astype(np.float32) != exact
+    zero[inexact], product[inexact] = 0, 0
+    exact = np.where(product == 0, offset, exact)  # m itself: −0 stays −0
     container = CONTAINER_BITS[bits]
-    if _is_symmetric(scale, offset, middle):
-        return SplitForm(bits, container, middle, has_remainder=False)
-    exact = remainder_is_exact(scale, offset, middle)
-    return SplitForm(bits, container, middle if exact else 0, has_remainder=True)
+    if not exact.any() and np.array_equal(implied_offset(scale, zero).view(np.uint16), offset.view(np.uint16)):
+        return SplitForm(bits, container, zero, None, int(inexact.sum()))
+    return SplitForm(bits, container, zero, _narrow(exact.astype(np.float32)), int(inexact.sum()))
 
 
-def _is_symmetric(scale: NDArray[np.float16], offset: NDArray[np.float16], zero: int) -> bool:
-    """offset == fp16(−zero·scale), bit for bit; the first row alone answers for most tensors that are not."""
-    return all(
-        np.array_equal(implied_offset(scale[rows], zero).view(np.uint16), offset[rows].view(np.uint16))
-        for rows in (slice(1), slice(None))
-    )
+def nearest_zero(bits: int, scale: NDArray[np.float16], offset: NDArray[np.float16]) -> NDArray[np.uint8]:
+    """z (out, in/g): the code whose weight is nearest to 0 (ties to even); the middle code where the scale is 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        wanted = np.rint(-offset.astype(np.float64) / scale.astype(np.float64))
+    wanted[scale == 0] = 2 ** (bits - 1)
+    zero: NDArray[np.uint8] = np.clip(wanted, 0, 2**bits - 1).astype(np.uint8)
+    return zero
 
 
-def remainder_is_exact(scale: NDArray[np.float16], offset: NDArray[np.float16], zero: int) -> bool:
-    """True when float32(m) + z·float32(s) needs no rounding anywhere (float64 holds the sum exactly: 48 bits).
+def offset_of(
+    scale: NDArray[np.float16], zero: NDArray[np.uint8], remainder: NDArray[Any] | None, *, where: object
+) -> NDArray[np.float16]:
+    """The inverse, m = R − z·s. Raises UnsafeInputError when a float16 does not hold it."""
+    if remainder is None:
+        return implied_offset(scale, zero)
+    product = zero * scale.astype(np.float64)
+    exact = np.where(product == 0, remainder, remainder.astype(np.float64) - product)  # R itself: −0 stays −0
+    with np.errstate(over="ignore"):
+        offset = exact.astype(np.float16)
+    if not np.array_equal(offset.astype(np.float64), exact, equal_nan=True):
+        raise UnsafeInputError("a remainder does not come from a float16 offset", where=where, fix="export it again")
+    return offset
 
-    Both terms are multiples of 2^−24, so a sum below 1 has at most 24 bits and is exact without looking further.
-    """
-    if fp16_largest(offset) + zero * fp16_largest(scale) < 1:
-        return True
-    exact = offset.astype(np.float64) + zero * scale.astype(np.float64)
-    return bool(np.array_equal(exact.astype(np.float32).astype(np.float64), exact))
+
+def _narrow(remainder: NDArray[np.float32]) -> NDArray[np.float16] | NDArray[np.float32]:
+    """As float16 when no value changes, else as it is."""
+    with np.errstate(over="ignore"):
+        narrow = remainder.astype(np.float16)
+    return narrow if np.array_equal(narrow.astype(np.float32), remainder) else remainder
 
 
 def to_blocks(packed: NDArray[np.uint8], bits: int, groups: int) -> NDArray[np.uint8]:
@@ -94,8 +132,8 @@ def from_blocks(blocks: NDArray[np.uint8], container: int) -> NDArray[np.uint8]:
     return lanes.reshape(blocks.shape[0], -1)
 
 
-def zero_points(form: SplitForm, out: int, groups: int) -> NDArray[np.uint8]:
-    """The zero_points input: uint8 (out, ceil(groups·container/8)), every element z."""
-    per_byte = 8 // form.container
-    pattern = sum(form.zero << (form.container * lane) for lane in range(per_byte))
-    return np.full((out, -(-groups // per_byte)), pattern, np.uint8)
+def zero_points(form: SplitForm) -> NDArray[np.uint8]:
+    """The zero_points input: uint8 (out, ceil(groups·container/8)), element j of a row at bits [j·b, (j+1)·b)."""
+    groups, per_byte = form.zero.shape[1], 8 // form.container
+    padded = np.pad(form.zero, ((0, 0), (0, -groups % per_byte)))
+    return pack_codes(padded, form.container)

@@ -22,7 +22,7 @@ from qalora_runtimes.protocol import ProtocolError
 
 from qalora_export.errors import RuntimeUnavailableError, UnsafeInputError
 from qalora_export.formats.onnx.exact import EXACT_LEVEL, set_attribute
-from qalora_export.formats.onnx.read import OnnxContents, read_back
+from qalora_export.formats.onnx.read import OFFSETS, OnnxContents, read_back
 
 if TYPE_CHECKING:
     import onnx
@@ -144,7 +144,7 @@ def _graphs(contents: OnnxContents, batch: list[_Slice]) -> Iterator[bytes]:
 
 @dataclass(frozen=True)
 class _Linear:
-    """The nodes of one module, in graph order; parts: codes, scale, offset, zero_points by their last name."""
+    """The nodes of one module, in graph order; parts: codes, scale, remainder, zero_points by their last name."""
 
     module: str
     nodes: list[onnx.NodeProto]
@@ -159,8 +159,9 @@ class _Linear:
         product = contents.nodes[module]
         x, y = product.input[0], product.output[0]
         producers = {name: node for node in contents.model.graph.node for name in node.output}
-        if f"{module}.offset" in contents.initializers:
-            y = _sum_with(contents, product.output[0], f"{module}.offset", producers)
+        for name in (f"{module}.{part}" for part in OFFSETS):
+            if name in contents.initializers:
+                y = _sum_with(contents, product.output[0], name, producers)
         wanted = _ancestors(y, x, producers)
         nodes = [node for node in contents.model.graph.node if set(node.output) & wanted]
         names = {name for node in nodes for name in node.input if name in contents.initializers}
@@ -222,15 +223,15 @@ def _ancestors(y: str, x: str, producers: dict[str, onnx.NodeProto]) -> set[str]
     return found
 
 
-def _sum_with(contents: OnnxContents, product: str, offset: str, producers: dict[str, onnx.NodeProto]) -> str:
-    """The output of the Add that joins the product and the branch made from `offset`."""
+def _sum_with(contents: OnnxContents, product: str, remainder: str, producers: dict[str, onnx.NodeProto]) -> str:
+    """The output of the Add that joins the product and the branch made from `remainder`."""
     for node in contents.model.graph.node:
         if node.op_type == "Add" and product in node.input:
             reached = {name for value in _ancestors(node.output[0], "", producers) for name in producers[value].input}
-            if offset in reached:
+            if remainder in reached:
                 return str(node.output[0])
     raise UnsafeInputError(
-        "the offset is in the file but not in the graph",
-        where=f"{contents.folder}: {offset}",
+        "the remainder is in the file but not in the graph",
+        where=f"{contents.folder}: {remainder}",
         fix="export the checkpoint again",
     )

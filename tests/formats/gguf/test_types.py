@@ -60,9 +60,10 @@ def fitting(kind: type[BlockType]) -> st.SearchStrategy[GroupAffine]:
         codes = (matrix.codes & np.uint8(2**kind.code_bits - 1)) + np.uint8(kind.first)
         if kind.zero is None:
             return GroupAffine(codes, matrix.scale, matrix.offset, matrix.bits)
+        zero = kind.zero - kind.shift(matrix.bits)
         limit = np.float16(65504 / kind.zero)
         scale = np.clip(matrix.scale, -limit, limit)
-        return GroupAffine(codes, scale, (-kind.zero * scale.astype(np.float32)).astype(np.float16), matrix.bits)
+        return GroupAffine(codes, scale, (-zero * scale.astype(np.float32)).astype(np.float16), matrix.bits)
 
     return matrices(kind.bits).map(made)
 
@@ -84,7 +85,9 @@ def check_round_trip(kind: type[BlockType], matrix: GroupAffine) -> None:
     rows = kind.pack(PackedAffine.pack(matrix))
     assert rows.shape == (matrix.shape[0], kind.nbytes(matrix.shape) // matrix.shape[0])
     codes, d, m = oracle(kind, rows)
-    assert np.array_equal(codes, matrix.codes)
+    shift = kind.shift(matrix.bits)
+    assert np.array_equal(codes, matrix.codes + shift)
+    m += shift * d  # of canonical code 0
     span = matrix.group_size // QK
     assert differing(d.astype(np.float16), np.repeat(matrix.scale, span, axis=1)) == 0
     np.testing.assert_array_equal(m.astype(np.float16), np.repeat(matrix.offset, span, axis=1))
@@ -122,11 +125,13 @@ def test_every_code_goes_to_its_place(kind: type[BlockType]) -> None:
 @settings(max_examples=80, deadline=None)
 @given(matrices(bits=(2, 3, 4)))
 def test_q4_0_and_remainder_are_the_matrix_whenever_the_remainder_is_exact(matrix: GroupAffine) -> None:
-    """s·(q − 8) + R in float32 equals s·q + m bit for bit, or remainder() refuses."""
+    """s·(q − z) + R in float32 equals s·q + m bit for bit, or remainder() refuses."""
+    zero = Q4_0.implied_zero(matrix.bits)
+    assert zero == 2 ** (matrix.bits - 1)
     try:
-        rest = remainder(matrix, 8, where="w")
+        rest = remainder(matrix, zero, where="w")
     except InputError:
-        exact = matrix.offset.astype(np.float64) + 8 * matrix.scale.astype(np.float64)
+        exact = matrix.offset.astype(np.float64) + zero * matrix.scale.astype(np.float64)
         assert (exact.astype(np.float32) != exact).any()
         return
     base = dequantize(Q4_0.pack(PackedAffine.pack(matrix)), GGMLQuantizationType.Q4_0)

@@ -18,7 +18,7 @@ from qalora_export.checkpoint.canonical import CanonicalCheckpoint, CanonicalWri
 from qalora_export.formats.onnx.datafile import DataFile
 from qalora_export.formats.onnx.read import MODULES_KEY
 from qalora_export.formats.onnx.rewrite import Rewriter
-from qalora_export.formats.onnx.split_form import SplitForm
+from qalora_export.formats.onnx.split_form import WrittenForm
 from qalora_export.grid import GroupAffine
 
 LINEAR = "model.layers.0.mlp.down_proj"
@@ -45,7 +45,7 @@ def matrices(draw: st.DrawFn, ordinary: bool = False) -> GroupAffine:
     return GroupAffine(codes, scale, offset, bits)
 
 
-def linear_folder(path: Path, matrix: GroupAffine, *, accuracy_level: int = 1) -> SplitForm:
+def linear_folder(path: Path, matrix: GroupAffine, *, accuracy_level: int = 1) -> WrittenForm:
     """y = x · Wᵀ as a mobius graph would hold it, rewritten by the product's pass into `path`/onnx."""
     with CanonicalWriter(path / "checkpoint", {}, kind="base") as writer:
         writer.add_quantized(LINEAR, matrix)

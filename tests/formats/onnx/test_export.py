@@ -105,7 +105,8 @@ def test_group_sums_are_shared_and_no_g_idx(exported: Path) -> None:
     types = node_types(exported)
     assert types.count("MatMulNBits") == LINEARS * LAYERS
     assert types.count("ReduceSum") == 4 * LAYERS + 1  # one more for the attention mask
-    assert all(len(node.input) == 3 for node in proto(exported).graph.node if node.op_type == "MatMulNBits")
+    products = [node for node in proto(exported).graph.node if node.op_type == "MatMulNBits"]
+    assert {len(node.input) for node in products} == {4}  # x, codes, scale, zero_points
 
 
 def test_symmetric_tensors_have_no_group_sum_and_no_offset(tiny_model: Path, tmp_path: Path) -> None:
@@ -118,7 +119,7 @@ def test_symmetric_tensors_have_no_group_sum_and_no_offset(tiny_model: Path, tmp
 
 def test_every_weight_lies_page_aligned_in_the_data_file(exported: Path) -> None:
     for tensor in proto(exported).graph.initializer:
-        if tensor.name.endswith((".codes", ".scale", ".offset", ".weight")):
+        if tensor.name.endswith((".codes", ".scale", ".remainder", ".weight")):
             entries = {entry.key: entry.value for entry in tensor.external_data}
             assert entries["location"] == "model.onnx_data" and int(entries["offset"]) % ALIGNMENT == 0
 
@@ -186,7 +187,7 @@ def test_output_inside_the_checkpoint_is_refused(tiny_canonical: Path) -> None:
         export_onnx(tiny_canonical, tiny_canonical / "onnx", OnnxSettings())
 
 
-@pytest.mark.parametrize("victim", ["codes", "scale", "offset", "weight"])
+@pytest.mark.parametrize("victim", ["codes", "scale", "remainder", "weight"])
 def test_a_byte_written_wrong_leaves_nothing(
     victim: str, tiny_canonical: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

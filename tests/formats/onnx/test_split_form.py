@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from qalora_export.errors import InputError
+from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.formats.onnx.split_form import (
     CONTAINER_BITS,
     choose_form,
     from_blocks,
-    remainder_is_exact,
+    offset_of,
     to_blocks,
     zero_points,
 )
-from qalora_export.grid import GroupAffine, pack_codes
+from qalora_export.grid import GroupAffine, differing, implied_offset, pack_codes
 from tests.formats.onnx.helpers import matrices
 
 
@@ -40,44 +40,67 @@ def test_blocks_are_what_the_operator_description_says(matrix: GroupAffine) -> N
 
 @given(matrices())
 def test_split_form_is_exact_with_one_rounding(matrix: GroupAffine) -> None:
-    """float32(s·(q − z)) + float32(R) rounds once, to the canonical weight."""
+    """float32(s·(q − z)) + float32(R) rounds once, to the canonical weight; and m comes back, bit for bit."""
     form = choose_form(matrix.bits, matrix.scale, matrix.offset, where="test")
-    s, m = matrix.scale.astype(np.float32), matrix.offset.astype(np.float32)
-    remainder = m + np.float32(form.zero) * s if form.has_remainder else np.zeros_like(m)
-    exact = m.astype(np.float64) + form.zero * s.astype(np.float64)
-    assert np.array_equal(remainder.astype(np.float64), exact)
+    s, z = matrix.scale.astype(np.float32), form.zero.astype(np.float32)
+    remainder = np.zeros_like(s) if form.remainder is None else form.remainder.astype(np.float32)
+    assert np.array_equal(remainder.astype(np.float64), matrix.offset + z.astype(np.float64) * s)
     q = matrix.codes.reshape(*s.shape, -1).astype(np.float32)
-    weight = s[..., None] * (q - np.float32(form.zero)) + remainder[..., None]
+    weight = s[..., None] * (q - z[..., None]) + remainder[..., None]
     assert np.array_equal(weight.reshape(matrix.shape), matrix.dequantize())
+    assert differing(offset_of(matrix.scale, form.zero, form.remainder, where="test"), matrix.offset) == 0
 
 
-def test_middle_zero_is_kept_unless_the_offset_would_be_rounded() -> None:
-    scale, offset = np.full((1, 1), 2.0**-24, np.float16), np.full((1, 1), 60000.0, np.float16)
-    assert not remainder_is_exact(scale, offset, 8)
+@given(matrices())
+def test_z_is_the_code_of_the_smallest_weight(matrix: GroupAffine) -> None:
+    """Slow and obvious: no code of a group stands for a weight nearer to 0, unless z had to move for exactness."""
+    form = choose_form(matrix.bits, matrix.scale, matrix.offset, where="test")
+    codes = np.arange(2**matrix.bits, dtype=np.float64)
+    weights = np.abs(matrix.scale.astype(np.float64)[..., None] * codes + matrix.offset.astype(np.float64)[..., None])
+    chosen = np.take_along_axis(weights, form.zero[..., None].astype(np.int64), axis=-1)[..., 0]
+    assert np.count_nonzero(chosen > weights.min(axis=-1)) <= form.moved
+
+
+@settings(max_examples=200)
+@given(matrices(ordinary=True))
+def test_float16_holds_what_is_left_wherever_a_code_lies_beside_weight_0(matrix: GroupAffine) -> None:
+    form = choose_form(matrix.bits, matrix.scale, matrix.offset, where="test")
+    assert form.remainder is not None
+    rest = form.remainder.astype(np.float64)
+    unclipped = np.abs(rest) <= matrix.scale.astype(np.float64) / 2
+    assert np.array_equal(rest[unclipped].astype(np.float16), rest[unclipped])
+    assert form.moved == 0
+
+
+def test_a_remainder_that_float32_would_round_moves_its_zero_only() -> None:
+    scale, offset = np.full((1, 2), 2.0**-24, np.float16), np.array([[-60000.0, -(2.0**-22)]], np.float16)
     form = choose_form(4, scale, offset, where="test")
-    assert (form.zero, form.explicit_zero, form.has_remainder) == (0, True, True)
-    ordinary = choose_form(4, np.full((1, 1), 0.01, np.float16), np.full((1, 1), -0.07, np.float16), where="test")
-    assert (ordinary.zero, ordinary.explicit_zero, ordinary.has_remainder) == (8, False, True)
+    assert (form.zero.tolist(), form.moved) == ([[0, 4]], 1)
+    assert form.remainder is not None and form.remainder.tolist() == [[-60000.0, 0.0]]
 
 
 @pytest.mark.parametrize(("bits", "zero", "explicit"), [(2, 2, False), (3, 4, True), (4, 8, False), (8, 128, False)])
 def test_symmetric_tensors_have_no_remainder(bits: int, zero: int, explicit: bool) -> None:
     scale = np.array([[0.01, 0.5]], np.float16)
-    offset = (-np.float32(zero) * scale.astype(np.float32)).astype(np.float16)
-    form = choose_form(bits, scale, offset, where="test")
-    assert (form.zero, form.explicit_zero, form.has_remainder) == (zero, explicit, False)
+    form = choose_form(bits, scale, implied_offset(scale, zero), where="test")
+    assert (form.zero.tolist(), form.explicit_zero, form.remainder) == ([[zero] * 2], explicit, None)
 
 
-def test_zero_points_fill_whole_bytes() -> None:
-    form = choose_form(3, np.full((2, 5), 0.01, np.float16), np.full((2, 5), 0.5, np.float16), where="test")
-    assert zero_points(form, 2, 5).tolist() == [[0x44] * 3] * 2
+def test_an_offset_that_an_integer_zero_only_rounds_to_keeps_its_remainder() -> None:
+    scale = np.array([[1 + 2.0**-10]], np.float16)
+    form = choose_form(4, scale, implied_offset(scale, 7), where="test")  # 7·(1 + 2^−10) is no float16
+    assert form.remainder is not None and form.remainder.any()
 
 
-@settings(max_examples=20)
-@given(matrices(ordinary=True))
-def test_real_looking_tensors_keep_the_middle_zero(matrix: GroupAffine) -> None:
-    form = choose_form(matrix.bits, matrix.scale, matrix.offset, where="test")
-    assert form.zero == 2 ** (matrix.bits - 1)
+def test_zero_points_fill_whole_bytes_lowest_bits_first() -> None:
+    scale, offset = np.full((2, 5), 1, np.float16), np.array([[-1, -2, -3, -4, -5]] * 2, np.float16)
+    assert zero_points(choose_form(3, scale, offset, where="test")).tolist() == [[0x21, 0x43, 0x05]] * 2
+
+
+def test_a_remainder_of_no_float16_offset_is_unsafe() -> None:
+    scale, zero = np.array([[1.0]], np.float16), np.array([[3]], np.uint8)
+    with pytest.raises(UnsafeInputError, match="remainder"):
+        offset_of(scale, zero, np.array([[2.0**-20]], np.float32), where="test")
 
 
 def test_non_finite_offset_is_refused_by_name() -> None:
