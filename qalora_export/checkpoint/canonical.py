@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from safetensors import TensorSpec, serialize_file
 
 from qalora_export.checkpoint.manifest import FileKind, Parent, write_manifest
-from qalora_export.checkpoint.model_folder import INDEX, ModelFolder
+from qalora_export.checkpoint.model_folder import ModelFolder
+from qalora_export.checkpoint.weight_files import INDEX, SINGLE
 from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.grid import BITS, GroupAffine, PackedAffine, pack_codes, packed_width
 from qalora_export.safety import atomic_directory, sha256_bytes
@@ -186,7 +187,7 @@ class CanonicalWriter:
         count = len(self._shard_names)
         weight_map: dict[str, str] = {}
         for index, names in enumerate(self._shard_names):
-            final = "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+            final = SINGLE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
             (self._folder / f"shard-{index}.safetensors").rename(self._folder / final)
             weight_map |= dict.fromkeys(names, final)
         if count > 1:

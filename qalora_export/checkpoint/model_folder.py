@@ -8,11 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.checkpoint.safetensors_file import TensorEntry, map_tensor, read_header
+from qalora_export.checkpoint.weight_files import INDEX, INDEX_SUFFIX, SINGLE, main_file
 from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.safety import inside, read_json
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -76,20 +75,21 @@ class ModelFolder:
 
 
 def _shards(folder: Path) -> list[Path]:
-    if (folder / INDEX).exists():
-        index = read_json(inside(folder, INDEX))
-        weight_map = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise UnsafeInputError("weight_map is not a table of names", where=folder / INDEX)
-        shards = [inside(folder, name) for name in sorted(set(weight_map.values()))]
-        found = {name for shard in shards for name in read_header(shard)}
-        if missing := sorted(set(weight_map) - found):
-            raise InputError(f"the index names {len(missing)} tensors no shard holds", where=folder, why=missing[0])
-        return shards
-    if not (folder / SINGLE).exists():
+    name = main_file(folder)
+    if name is None:
         hint = "convert pickled weights to safetensors first" if list(folder.glob("*.bin")) else "check the path"
         raise InputError("no safetensors weights here", where=folder, why=f"looked for {SINGLE} and {INDEX}", fix=hint)
-    return [inside(folder, SINGLE)]
+    if not name.endswith(INDEX_SUFFIX):
+        return [inside(folder, name)]
+    index = read_json(inside(folder, name))
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise UnsafeInputError("weight_map is not a table of names", where=folder / name)
+    shards = [inside(folder, shard) for shard in sorted(set(weight_map.values()))]
+    found = {tensor for shard in shards for tensor in read_header(shard)}
+    if missing := sorted(set(weight_map) - found):
+        raise InputError(f"the index names {len(missing)} tensors no shard holds", where=folder, why=missing[0])
+    return shards
 
 
 def same_bytes(left: NDArray[Any], right: NDArray[Any]) -> bool:

@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qalora_export.checkpoint.model_folder import COMPANIONS, INDEX, SINGLE
+from qalora_export.checkpoint.model_folder import COMPANIONS
+from qalora_export.checkpoint.weight_files import AUTOGPTQ_CONFIG, INDEX, INDEX_SUFFIX, SINGLE, SUFFIX, main_file, stems
 
-SMALL = ("config.json", INDEX, "quantize_config.json", *COMPANIONS)
+SMALL = ("config.json", f"*{INDEX_SUFFIX}", AUTOGPTQ_CONFIG, *COMPANIONS)
 SHARD = re.compile(r"[A-Za-z0-9_.-]+\.safetensors")  # also a pattern of the hub that matches nothing but itself
 
 
@@ -24,16 +25,17 @@ def fetch(hub_id: str, revision: str | None) -> Path:
 
     folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(SMALL)))
     snapshot_download(hub_id, revision=folder.name, allow_patterns=weights(folder))  # the same commit
-    if not (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
+    if main_file(folder) is None:
         raise ValueError(f"it has neither {SINGLE} nor {INDEX}")
     return folder
 
 
 def weights(folder: Path) -> list[str]:
-    """Names of the weight files: those of the index, or the one file of a small model."""
-    if not (folder / INDEX).is_file():
-        return [SINGLE]
-    index: Any = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    """Names of the weight files: those of the index, or what the one file of a small model may be called."""
+    name = main_file(folder)
+    if name is None or not name.endswith(INDEX_SUFFIX):
+        return [f"{stem}{SUFFIX}" for stem in stems(folder)]
+    index: Any = json.loads((folder / name).read_text(encoding="utf-8"))
     names = sorted(set(index["weight_map"].values()))
     if strange := [name for name in names if not SHARD.fullmatch(str(name))]:
         raise ValueError(f"its index names a file that is not a safetensors file of this folder: {strange[0]!r}")

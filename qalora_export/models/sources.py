@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from qalora_export.checkpoint.model_folder import INDEX, SINGLE
+from qalora_export.checkpoint.weight_files import INDEX_SUFFIX, SINGLE, main_file
 from qalora_export.errors import InputError
 from qalora_export.recipe import HUB_ID
 from qalora_export.safety import StrPath, read_json
@@ -70,13 +70,14 @@ def lacking(folder: Path) -> str | None:
     """The first file that a model in `folder` cannot do without and that is not there, or None."""
     if not (folder / "config.json").is_file():
         return "config.json"
-    if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX)
+    weights = main_file(folder)
+    if weights is None:
+        return SINGLE
+    if weights.endswith(INDEX_SUFFIX):
+        index = read_json(folder / weights)
         names = index.get("weight_map", {}).values() if isinstance(index, dict) else []
         if absent := sorted(name for name in set(names) if not (folder / str(name)).is_file()):
             return str(absent[0])
-    elif not (folder / SINGLE).is_file():
-        return SINGLE
     return None if any((folder / name).is_file() for name in TOKENIZERS) else TOKENIZERS[0]
 
 

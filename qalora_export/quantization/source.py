@@ -12,6 +12,7 @@ from typing import Any
 from qalora_export.checkpoint.canonical import QUANT_METHOD
 from qalora_export.checkpoint.manifest import Parent, parent_of
 from qalora_export.checkpoint.model_folder import ModelFolder
+from qalora_export.checkpoint.weight_files import AUTOGPTQ_CONFIG
 from qalora_export.errors import InputError
 from qalora_export.models.sources import locate
 from qalora_export.quantization.gguf_source import gguf_model
@@ -19,7 +20,6 @@ from qalora_export.safety import StrPath, inside, read_json, scratch_folder
 
 logger = logging.getLogger(__name__)
 
-AUTOGPTQ_CONFIG = "quantize_config.json"  # AutoGPTQ before 0.5 wrote it here only
 UNQUANTIZED = "start from the unquantized model"
 ADVICE = {
     QUANT_METHOD: "it is canonical already: go on with `qalora-export train` or `qalora-export export`",
