@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 
 LONGEST = 2000  # characters of one part of a message; a file may hold a name, or a line, of megabytes
@@ -41,6 +41,7 @@ class QaloraError(Exception):
     """
 
     code = ExitCode.BAD_INPUT
+    several: "tuple[QaloraError, ...]" = ()  # the findings that this error stands for, when it is not one of its own
 
     def __init__(self, what: str, *, where: object = "", why: str = "", fix: str = "") -> None:
         self.what, self.where, self.why, self.fix = (_shown(part) for part in (what, where, why, fix))
@@ -54,6 +55,9 @@ class QaloraError(Exception):
     def reason(self) -> str:
         """The message without `where`, for a report that outlives the files it speaks of."""
         return "; ".join(part for part in (self.what, self.why, self.fix) if part)
+
+    def __str__(self) -> str:
+        return "\n".join([super().__str__(), *(f"{n}. {error}" for n, error in enumerate(self.several, 1))])
 
 
 class ParityError(QaloraError):
@@ -78,6 +82,19 @@ class UnsafeInputError(QaloraError):
     """A file tries something it must not: absurd sizes, escaping paths, overlapping tensors (exit 4)."""
 
     code = ExitCode.UNSAFE_INPUT
+
+
+def together(errors: Sequence[QaloraError]) -> QaloraError:
+    """The error itself when it is alone, else one that holds them all; its exit code is that of the gravest: unsafe
+    input, then bad input, then a runtime.
+    """
+    if len(errors) == 1:
+        return errors[0]
+    order = (UnsafeInputError, InputError, RuntimeUnavailableError, ParityError)
+    kind = next(kind for kind in order if any(isinstance(error, kind) for error in errors))
+    found = kind(f"{len(errors)} findings, each of which stops this")
+    found.several = tuple(errors)
+    return found
 
 
 def from_system(error: BaseException) -> QaloraError | None:

@@ -10,14 +10,17 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qalora_export.checkpoint.output import write_signed
+from qalora_export.checkpoint.output import refuse_foreign, refuse_place, write_signed
 from qalora_export.errors import ExitCode, InputError, ParityError, RuntimeUnavailableError
 from qalora_export.model_card import write_card
+from qalora_export.preflight.examine import Preflight, examine
+from qalora_export.preflight.findings import Findings
 from qalora_export.recipe import PATH_KEYS, EvaluateSettings, Recipe, Settings, dump_toml, load_recipe, validated
 from qalora_export.safety import StrPath, atomic_file, exclusive, local_path, read_json
 from qalora_export.stage_keys import intact, output_hash, stage_key
@@ -29,8 +32,19 @@ STATE = "run.json"
 RESOLVED = "recipe.resolved.toml"
 FORMAT = "qalora-run/1"
 VERIFY = "verify-parity"
+STAGES = (  # every stage that a recipe may have
+    "quantize",
+    "train",
+    "merge",
+    "evaluate base",
+    "evaluate merged",
+    "export gguf",
+    "export onnx",
+    VERIFY,
+)
 logger = logging.getLogger(__name__)
 OnStage = Callable[[str, Any], None]  # name of a stage and the report that it returned
+OnPlan = Callable[["RunPlan"], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,65 +59,136 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
+class RunPlan:
+    """What `run` will do: every stage, the names of those that are up to date, and what the others take.
+
+    A stage after one that runs counts as one that will, although it is skipped when its inputs come out as they were.
+    """
+
+    stages: tuple[Stage, ...]
+    done: frozenset[str]
+    preflight: Preflight
+
+
+@dataclass(frozen=True, slots=True)
 class RunReport:
     """What `run` did: names of stages that ran and that were skipped, and the folder of the artifacts.
 
-    reports: what each stage that ran returned, by its name.
+    reports: what each stage that ran returned, by its name. seconds: what it took, by its name.
     """
 
     out: Path
     ran: tuple[str, ...]
     skipped: tuple[str, ...]
     reports: dict[str, Any]
+    seconds: dict[str, float]
 
 
-def run(recipe: Recipe | StrPath, *, force: bool = False, on_stage: OnStage | None = None) -> RunReport:
+def run(
+    recipe: Recipe | StrPath, *, force: bool = False, on_plan: OnPlan | None = None, on_stage: OnStage | None = None
+) -> RunReport:
     """Run every stage of a recipe (an object, or the path of its TOML file), resuming where an earlier run stopped.
 
-    on_stage is called with name and report when a stage has run, also when parity failed.
+    Every input of every stage is checked before the first one starts; on_plan is called with what that found. on_stage
+    is called with name and report when a stage has run, also when parity failed.
 
-    Raises InputError when an output exists that no earlier run of this folder made (unless `force`), ParityError when
-    verify-parity fails, and whatever a stage raises.
+    Raises InputError when an output exists that no earlier run of this folder made (unless `force`), one error that
+    holds all findings when several inputs cannot be used, ParityError when verify-parity fails, and whatever a stage
+    raises.
     """
+    recipe, out = _opened(recipe)
+    with exclusive(out / STATE):
+        state = _State(out / STATE)
+        planned = _check(recipe, state, force=force)
+        if on_plan is not None:
+            on_plan(planned)
+        return _run(recipe, out, planned, state, force=force, on_stage=on_stage or (lambda *_: None))
+
+
+def check(recipe: Recipe | StrPath, *, force: bool = False) -> RunPlan:
+    """What `run` would do and what it will take, and every check of its inputs; nothing is left behind.
+
+    A hub model that is not in the cache is fetched into it. Raises what `run` raises before its first stage.
+    """
+    recipe, out = _opened(recipe)
+    return _check(recipe, _State(out / STATE), force=force)
+
+
+def _opened(recipe: Recipe | StrPath) -> tuple[Recipe, Path]:
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(local_path(recipe))
     out = Path(recipe.out)
     if Path(recipe.model).resolve() in (out.resolve(), *out.resolve().parents):
         raise InputError("the output folder lies inside the model", where=out, fix="choose another `out`")
-    with exclusive(out / STATE):
-        return _run(recipe, out, force=force, on_stage=on_stage or (lambda *_: None))
+    return recipe, out
 
 
-def _run(recipe: Recipe, out: Path, *, force: bool, on_stage: OnStage) -> RunReport:
+def _check(recipe: Recipe, state: _State, *, force: bool) -> RunPlan:
+    """Every finding of every stage at once. Raises them."""
+    findings, stages = Findings(), list[Stage]()
+    with findings.during("quantize"):
+        stages = plan(recipe)
+    done, pending, unread = set[str](), dict[Path, str](), dict[str, InputError]()
+    for stage in stages:
+        try:
+            current = state.done(stage, stage_key(stage.name, stage.inputs, stage.settings))
+        except InputError as error:  # an input is missing: one that a stage will make, or one that it will ask for
+            current, unread[stage.name] = False, error
+        if current and not force and not pending.keys() & set(stage.inputs):
+            done.add(stage.name)
+            continue
+        with findings.during(stage.name):
+            _check_output(stage, ours=force or state.owns(stage))
+        pending[stage.output] = stage.name
+    names = tuple(pending.values()) if stages else STAGES
+    found = examine(recipe, names, findings)
+    for stage in stages:
+        missing = stage.name in unread and not pending.keys() & set(stage.inputs)
+        if missing and not findings.of(stage.name):
+            findings.add(stage.name, unread[stage.name])
+    findings.raise_any()
+    assert found is not None
+    return RunPlan(tuple(stages), frozenset(done), found)
+
+
+def _check_output(stage: Stage, *, ours: bool) -> None:
+    """Raise InputError, as the stage would, when its output must not be written."""
+    refuse_place(stage.output, stage.inputs)
+    if not stage.output.exists():
+        return
+    if not ours:
+        raise InputError(
+            "an output exists that this run did not make",
+            where=stage.output,
+            fix="choose another `out`, delete it, or pass --force",
+        )
+    refuse_foreign(stage.output)
+
+
+def _run(recipe: Recipe, out: Path, planned: RunPlan, state: _State, *, force: bool, on_stage: OnStage) -> RunReport:
     if write_signed(out / RESOLVED, dump_toml(_relative_to(recipe, out)), comment=("# ", "")) is None:
         logger.warning("the resolved recipe was not saved: files of its name are there that are not ours")
-    state = _State(out / STATE)
-    reports, skipped = dict[str, Any](), list[str]()
-    stages = plan(recipe)
-    for number, stage in enumerate(stages, 1):
-        key = stage_key(stage.name, stage.inputs, stage.settings)
-        place = f"[{number}/{len(stages)}]"
-        if not force and state.done(stage, key):
+    reports, skipped, seconds = dict[str, Any](), list[str](), dict[str, float]()
+    for number, stage in enumerate(planned.stages, 1):
+        place = f"[{number}/{len(planned.stages)}]"
+        key = None if stage.name in planned.done else stage_key(stage.name, stage.inputs, stage.settings)
+        if key is None or (not force and state.done(stage, key)):
             logger.info("%s %s: up to date, %s", place, stage.name, stage.output)
             skipped.append(stage.name)
             continue
         ours = force or state.owns(stage)
-        if stage.output.exists() and not ours:
-            raise InputError(
-                "an output exists that this run did not make",
-                where=stage.output,
-                fix="choose another `out`, delete it, or pass --force",
-            )
         logger.info("%s %s → %s", place, stage.name, stage.output)
         state.record(stage, key, output=None)
+        began = time.monotonic()
         reports[stage.name] = stage.action(ours)
+        seconds[stage.name] = time.monotonic() - began
         on_stage(stage.name, reports[stage.name])
         if stage.name == VERIFY:
             _require_pass(reports[stage.name])
         state.record(stage, key, output=output_hash(stage.output))
     if write_card(recipe) is None:
         logger.warning("the model card was not written: README.md and README.qalora.md are there and not ours")
-    return RunReport(out, tuple(reports), tuple(skipped), reports)
+    return RunReport(out, tuple(reports), tuple(skipped), reports, seconds)
 
 
 def _relative_to(recipe: Recipe, out: Path) -> Recipe:

@@ -38,6 +38,7 @@ ALLOWED = {
     "model_card": {*BYTES, "evaluation", "verify"},
     "installed": {"safety"},
     "stage_keys": {"errors", "checkpoint", "installed", "safety"},
+    "preflight": {*BYTES, "data", "evaluation", "formats", "models", "qalora", "quantization", "verify"},
     "pipeline": {
         *BYTES,
         "models",
@@ -45,6 +46,7 @@ ALLOWED = {
         "evaluation",
         "formats",
         "model_card",
+        "preflight",
         "qalora",
         "quantization",
         "verify",
@@ -59,6 +61,7 @@ VERIFY = (
     "store",
     "probes",
     "runtimes",
+    "check",
     "reference",
     "session",
     "gates",

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from qalora_export.checkpoint.manifest import write_manifest
 from qalora_export.errors import ExitCode, InputError, ParityError
 from qalora_export.evaluation import evaluate
 from qalora_export.pipeline import plan, run
@@ -45,6 +46,7 @@ def no_parity(monkeypatch: pytest.MonkeyPatch) -> None:
     def fake(merged: Path, report: Path, *_: object, **__: object) -> SimpleNamespace:
         report.mkdir(exist_ok=True)
         (report / "report.json").write_text('{"verdict": "pass", "gates": []}')
+        write_manifest(report, "report", tensors={}, parents=[], settings={})
         return SimpleNamespace(exit_code=ExitCode.OK, out=report)
 
     monkeypatch.setattr("qalora_export.verify.stage.verify_parity", fake)

@@ -69,7 +69,19 @@ def test_stages_take_paths_as_text_and_return_a_report(name: str) -> None:
     assert all(str in getattr(hints[p], "__args__", ()) for p in paths), paths
 
 
-PLAIN = {"settings", "force", "resume", "convention", "compare_logits", "bisect", "cache", "launch", "taps", "on_stage"}
+PLAIN = {
+    "settings",
+    "force",
+    "resume",
+    "convention",
+    "compare_logits",
+    "bisect",
+    "cache",
+    "launch",
+    "taps",
+    "on_plan",
+    "on_stage",
+}
 
 
 @pytest.mark.parametrize("name", REPORTS)

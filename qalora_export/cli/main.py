@@ -128,6 +128,11 @@ def _bad_usage(error: Exception) -> int:
 
 
 def _report(error: QaloraError) -> int:
+    if error.several:
+        for each in error.several:
+            _report(each)
+        console.print(styled("[bold red]{}[/bold red]", error.what))
+        return int(error.code)
     console.print(styled("[bold red]error:[/bold red] {}", _indented(error.what)))
     for label, text in (("where", error.where), ("why", error.why), ("next", error.fix)):
         if text:

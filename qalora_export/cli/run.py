@@ -19,27 +19,43 @@ def command(
     override: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Beat one recipe key, e.g. train.rank=8.")
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every input, print the plan, stop.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Run every stage again and replace its output.")] = False,
 ) -> None:
     """Quantize, train, merge, export and verify from one recipe file.
 
-    Stages whose inputs, settings and code are unchanged are skipped; a killed run goes on where it stopped. The
-    resolved recipe is saved beside the outputs.
+    Every input of every stage is checked before the first one starts, and the plan is printed with disk, memory and
+    rough time. Stages whose inputs, settings and code are unchanged are skipped; a killed run goes on where it
+    stopped. The resolved recipe is saved beside the outputs.
 
     [bold]Examples[/bold]
 
       qalora-export run samples/devices/recipe.toml --out build/demo
 
+      qalora-export run recipe.toml --dry-run
+
       qalora-export run recipe.toml --set quantize.bits=3 --set train.epochs=1 --out build/three-bit
     """
-    from qalora_export.pipeline import run
+    from qalora_export.cli.run_plan import print_durations, print_plan
+    from qalora_export.pipeline import RunPlan, check, run
     from qalora_export.recipe import load_recipe
 
     overrides = dict(_parse(text) for text in override or [])
     if out is not None:
         overrides["out"] = str(out)
     resolved = load_recipe(recipe, overrides)
-    report = run(resolved, force=force, on_stage=_show)
+    if dry_run:
+        print_plan(check(resolved, force=force))
+        console.print("nothing was run: the same command without --dry-run does")
+        return
+    plans = list[RunPlan]()
+
+    def planned(plan: RunPlan) -> None:
+        plans.append(plan)
+        print_plan(plan)
+
+    report = run(resolved, force=force, on_plan=planned, on_stage=_show)
+    print_durations(plans[0], report)
     console.print(f"ran: {', '.join(report.ran) or 'nothing'}; up to date: {', '.join(report.skipped) or 'nothing'}")
     from qalora_export.cli.run_summary import print_summary
 

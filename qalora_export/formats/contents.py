@@ -116,14 +116,20 @@ def exported_names(checkpoint: CanonicalCheckpoint) -> list[str]:
     Raises InputError when config.json ties the two and their values differ.
     """
     contents = FolderContents(checkpoint)
-    same_dtype = HEAD not in checkpoint or checkpoint.entry(HEAD).dtype == checkpoint.entry(EMBEDDING).dtype
+    check_tied_head(checkpoint)
+    return [name for name in contents.others if name not in contents.optional]
+
+
+def check_tied_head(folder: ModelFolder) -> None:
+    """Raise InputError when config.json ties lm_head to the embedding and the folder holds two that differ."""
+    contents = FolderContents(folder)
+    same_dtype = HEAD not in folder or folder.entry(HEAD).dtype == folder.entry(EMBEDDING).dtype
     if HEAD in contents.optional and (not same_dtype or _tensor_difference(contents, HEAD, contents, EMBEDDING)):
         raise InputError(
             "config.json ties lm_head to the embedding, the weights differ",
-            where=checkpoint.path,
+            where=folder.path,
             fix="set tie_word_embeddings to false",
         )
-    return [name for name in contents.others if name not in contents.optional]
 
 
 @dataclass

@@ -91,6 +91,10 @@ class GgufModel(ModelFolder):
         """The file's own codes, scale and offset, rows in Transformers order."""
         return self._gguf.group_affine(module)
 
+    def stored_type(self, module: str) -> str:
+        """The GGUF type that a stored module has in the file."""
+        return self._gguf.types[f"{module}.weight"]
+
     def notes(self) -> tuple[str, ...]:
         """What became of tensors that are neither plain nor canonical linear layers."""
         found = ["what the file holds in canonical form was taken as it is; bits and group size were not used for it"]

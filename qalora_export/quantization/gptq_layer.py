@@ -81,6 +81,12 @@ def check_layer(folder: ModelFolder, name: str, shape: tuple[int, int], gptq: Ma
     return Layer(out, width, bits, groups, size)
 
 
+def written_grid(folder: ModelFolder, name: str, layer: Layer) -> tuple[int, int]:
+    """(bits, group size as we write it) of one layer; codes are not read. Raises InputError for activation order."""
+    runs = _group_of_runs(group_of_columns(folder, name, layer), where=f"{folder.path}: {name}.g_idx")
+    return layer.bits, layer.in_features // len(runs)
+
+
 def read_layer(folder: ModelFolder, name: str, layer: Layer, rule: Rule) -> Stored:
     """Unpack one layer; its zero points are undone by `rule`. Raises InputError for activation order."""
     qweight, qzeros, scales = (np.asarray(folder.tensor(f"{name}.{part}")) for part in PARTS[:3])

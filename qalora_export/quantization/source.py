@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from qalora_export.checkpoint.manifest import Parent, parent_of
 from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.checkpoint.weight_files import AUTOGPTQ_CONFIG
 from qalora_export.errors import InputError
-from qalora_export.models.sources import locate
-from qalora_export.quantization.gguf_source import gguf_model
+from qalora_export.models.sources import Located, locate
+from qalora_export.quantization.gguf_source import GgufModel, gguf_model
 from qalora_export.safety import StrPath, inside, read_json, scratch_folder
 
 logger = logging.getLogger(__name__)
@@ -49,19 +50,27 @@ def open_source(model: StrPath, out: Path, *, revision: str | None, dequantize: 
     located = locate(model, revision)
     for note in located.notes:
         logger.info(note)
-    if located.path.is_file():
-        with (
-            scratch_folder(out) as scratch,
-            gguf_model(located.path, scratch, dequantize=dequantize) as folder,
-        ):
-            yield Source(folder, parent_of(located.path, "source"), notes=folder.notes())
-        return
-    parent = parent_of(located.path, "source")
-    recorded = {}
+    parent, recorded = parent_of(located.path, "source"), {}
     if located.commit is not None:
         parent = Parent(parent.role, f"{located.hub_id}@{located.commit}", parent.sha256)
         recorded = {"source": {"hub_id": located.hub_id, "revision": located.commit}}
-    yield Source(ModelFolder(located.path), parent, recorded)
+    with open_folder(located, scratch_folder(out), dequantize=dequantize) as folder:
+        yield Source(folder, parent, recorded, notes_of(folder))
+
+
+@contextlib.contextmanager
+def open_folder(located: Located, scratch: AbstractContextManager[Path], *, dequantize: bool) -> Iterator[ModelFolder]:
+    """A model that was found, as a model folder for the time of the block. scratch: an empty one, for a GGUF file."""
+    if located.path.is_file():
+        with scratch as empty, gguf_model(located.path, empty, dequantize=dequantize) as folder:
+            yield folder
+    else:
+        yield ModelFolder(located.path)
+
+
+def notes_of(folder: ModelFolder) -> tuple[str, ...]:
+    """What a user must know about how the source is read."""
+    return folder.notes() if isinstance(folder, GgufModel) else ()
 
 
 def gptq_config(folder: ModelFolder) -> dict[str, Any] | None:

@@ -83,11 +83,11 @@ def _quantize(source: Source, out: Path, settings: QuantizeSettings, *, force: b
         torch.cuda.reset_peak_memory_stats()
     skeleton = Skeleton(folder, device)
     skeleton.check_complete()
-    stored, plans, notes = _plans(skeleton, settings)
+    stored, plans, notes = plan_modules(skeleton, settings)
     notes = (*source.notes, *notes)
     anew = set(plans) - stored
     method = " + ".join(["import-gguf"] * bool(stored) + [settings.method] * bool(anew))
-    windows = _windows(folder, settings) if settings.method == "gptq" and anew else None
+    windows = calibration(folder, settings) if settings.method == "gptq" and anew else None
     with CanonicalWriter(
         out,
         folder.config,
@@ -116,7 +116,7 @@ def _quantize(source: Source, out: Path, settings: QuantizeSettings, *, force: b
     )
 
 
-def _plans(skeleton: Skeleton, settings: QuantizeSettings) -> tuple[set[str], dict[str, Plan], tuple[str, ...]]:
+def plan_modules(skeleton: Skeleton, settings: QuantizeSettings) -> tuple[set[str], dict[str, Plan], tuple[str, ...]]:
     """The modules that the source holds in canonical form; how every module is quantized, those included; notes.
 
     Raises InputError as `resolve` does, and for rules when nothing is left for them.
@@ -235,7 +235,8 @@ def _report(name: str, plan: Plan, weight: Tensor, result: Tensor, hessian: Tens
     )
 
 
-def _windows(folder: ModelFolder, settings: QuantizeSettings) -> NDArray[np.int64]:
+def calibration(folder: ModelFolder, settings: QuantizeSettings) -> NDArray[np.int64]:
+    """The calibration windows of these settings, as data.calibration makes them. InputError without a text."""
     from qalora_export.models.loading import load_tokenizer
 
     if settings.calibration is None:

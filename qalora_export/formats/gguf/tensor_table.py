@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.model_folder import as_float32
+from qalora_export.checkpoint.safetensors_file import TensorEntry
 from qalora_export.errors import InputError
 from qalora_export.formats.contents import exported_names
 from qalora_export.formats.gguf.names import NameMap
@@ -21,6 +22,7 @@ from qalora_export.formats.gguf.types import (
     PLAIN_TYPES,
     BlockType,
     GgufType,
+    PlainType,
     base_type,
     check_group,
     exact_type,
@@ -99,14 +101,8 @@ def _matrix_type(checkpoint: CanonicalCheckpoint, module: str, layout: str) -> t
 def _plain(checkpoint: CanonicalCheckpoint, family: Family, names: NameMap, name: str, layout: str) -> TensorPlan:
     """A tensor that is not quantized: matrices keep their dtype, vectors become F32 (exact from any of the three)."""
     entry = checkpoint.entry(name)
-    same = next((kind for kind in PLAIN_TYPES.values() if kind.dtype == entry.dtype), None)
-    if same is None or len(entry.shape) not in (1, 2):
-        raise InputError(
-            f"{entry.dtype}{entry.shape} has no exact GGUF type",
-            where=f"{checkpoint.path}: {name}",
-            why="expected a matrix or vector of F32, F16 or BF16",
-        )
-    kind = F32 if layout == "f32" or len(entry.shape) == 1 else same
+    same = plain_type(entry, where=f"{checkpoint.path}: {name}")
+    kind = F32 if layout == "f32" else same
     heads = family.permuted_heads(name.rpartition(".")[0], checkpoint.config)
 
     def load(wanted: slice) -> NDArray[Any]:
@@ -115,6 +111,18 @@ def _plain(checkpoint: CanonicalCheckpoint, family: Family, names: NameMap, name
         return as_stored(family, name, as_float32(tensor)) if kind is F32 else tensor
 
     return TensorPlan(names.to_gguf(name), kind, entry.shape, load)
+
+
+def plain_type(entry: TensorEntry, *, where: str) -> type[PlainType]:
+    """The type of a tensor that is not quantized: its own for a matrix, F32 for a vector. InputError without one."""
+    same = next((kind for kind in PLAIN_TYPES.values() if kind.dtype == entry.dtype), None)
+    if same is None or len(entry.shape) not in (1, 2):
+        raise InputError(
+            f"{entry.dtype}{entry.shape} has no exact GGUF type",
+            where=where,
+            why="expected a matrix or vector of F32, F16 or BF16",
+        )
+    return F32 if len(entry.shape) == 1 else same
 
 
 def as_stored(family: Family, name: str, tensor: NDArray[Any]) -> NDArray[Any]:

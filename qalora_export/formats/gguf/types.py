@@ -213,12 +213,17 @@ def exact_type(bits: int, load: Callable[[], PackedAffine], *, where: str) -> ty
     for kind in BLOCK_TYPES.values():
         if kind.holds(matrix):
             return kind
-    raise InputError(
+    raise no_exact_type(bits, where=where)
+
+
+def no_exact_type(bits: int, *, where: str) -> InputError:
+    """The refusal of a matrix that no block type holds."""
+    return InputError(
         f"{bits}-bit codes with a free offset have no exact GGUF type",
         where=where,
         why="Q8_0 is symmetric: its offset is −128·scale",
         fix="export to ONNX, which holds them; or use layout split; or quantize this module with "
-        "sym = true or at 4 bits",
+        "sym = true (and do not train it) or at 4 bits",
     )
 
 

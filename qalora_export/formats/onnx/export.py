@@ -11,14 +11,14 @@ from typing import Any
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.manifest import MANIFEST, parent_of, require_intact, write_manifest
 from qalora_export.checkpoint.output import claim_output
-from qalora_export.errors import InputError, ParityError
+from qalora_export.errors import ParityError
 from qalora_export.formats.contents import Comparison, FolderContents, compare
 from qalora_export.formats.export_report import ExportReport
+from qalora_export.formats.onnx.check import check_runnable
 from qalora_export.formats.onnx.layout import DATA, GRAPH
 from qalora_export.formats.onnx.read import MODULES_KEY, read_back
 from qalora_export.formats.onnx.split_form import WrittenForm
 from qalora_export.formats.streaming import finished
-from qalora_export.models.families import family_of
 from qalora_export.progress import track
 from qalora_export.recipe import OnnxSettings
 from qalora_export.safety import StrPath, atomic_directory, local_path
@@ -45,14 +45,7 @@ def export_onnx(
 
 def _export(checkpoint: Path, out: Path, settings: OnnxSettings, *, force: bool) -> ExportReport:
     source = CanonicalCheckpoint(checkpoint)
-    family = family_of(source.config)
-    if family.onnx_refused:
-        raise InputError(
-            f"{family.name} has no ONNX export",
-            where=f"{checkpoint}: config.json",
-            why=family.onnx_refused,
-            fix="export gguf holds this family",
-        )
+    check_runnable(source.config, where=checkpoint)
     parents = [parent_of(checkpoint, "checkpoint")]
     with atomic_directory(out, force=force) as folder:
         written = _write(source, folder, settings)

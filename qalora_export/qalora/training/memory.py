@@ -32,7 +32,8 @@ from typing import Any
 
 import torch
 
-from qalora_export.checkpoint.canonical import PARTS, CanonicalCheckpoint
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.forecast import Forecast
 from qalora_export.errors import InputError, refused_by
 from qalora_export.qalora.kernels import dispatch
 from qalora_export.qalora.training.processes import LAUNCH
@@ -89,16 +90,16 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    base: Path, settings: TrainSettings, *, dtype: torch.dtype, cuda: bool, shards: int = 1
+    base: Path | Forecast, settings: TrainSettings, *, dtype: torch.dtype, cuda: bool, shards: int = 1
 ) -> MemoryEstimate:
     """The estimate for one process, when FSDP divides the model among `shards` devices.
 
+    base: a canonical checkpoint, or the forecast of one that quantize has yet to write.
     Raises InputError for a base that is not canonical, targets that match nothing.
     """
-    checkpoint = CanonicalCheckpoint(base)
-    packed = sum(checkpoint.entry(f"{m}.{part}").nbytes for m in checkpoint.modules for part in PARTS)
-    other = sum(math.prod(checkpoint.entry(name).shape) for name in checkpoint.plain_names()) * dtype.itemsize
-    model, names = _skeleton(base, checkpoint, settings)
+    forecast = base if isinstance(base, Forecast) else Forecast.of(CanonicalCheckpoint(base))
+    packed, other = forecast.packed_bytes, forecast.plain_values * dtype.itemsize
+    model, names = _skeleton(forecast, settings)
     adapter = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
     pooled = sum(model.get_submodule(name).lora_A.shape[1] for name in names)
     largest = max(math.prod((m.out_features, m.in_features)) for m in _linears(model))
@@ -125,18 +126,20 @@ def estimate_memory(
     )
 
 
-def _skeleton(base: Path, checkpoint: CanonicalCheckpoint, settings: TrainSettings) -> tuple[Any, list[str]]:
+def _skeleton(forecast: Forecast, settings: TrainSettings) -> tuple[Any, list[str]]:
     """The model with its adapters on the meta device, by the code that training uses; holds no numbers."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from qalora_export.qalora.attach import attach
     from qalora_export.qalora.hf_quantizer import replace_linear
 
-    with refused_by("Transformers", where=base / "config.json"), torch.device("meta"):
-        config = AutoConfig.from_pretrained(str(base), local_files_only=True, trust_remote_code=False)
+    with refused_by("Transformers", where=forecast.path / "config.json"), torch.device("meta"):
+        config = AutoConfig.from_pretrained(str(forecast.path), local_files_only=True, trust_remote_code=False)
+        if getattr(config, "quantization_config", None) is not None:  # of the model that quantize will import
+            del config.quantization_config
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     with torch.device("meta"):
-        for name, (bits, group) in checkpoint.modules.items():
+        for name, (bits, group) in forecast.modules.items():
             replace_linear(model, name, bits=bits, group_size=group)
     return model, attach(model, settings)
 

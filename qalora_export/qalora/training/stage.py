@@ -8,6 +8,7 @@ Beside the adapter stands `<out>.training/` with the checkpoints of an unfinishe
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,8 @@ from qalora_export.safety import StrPath, exclusive, local_path, sha256_file
 if TYPE_CHECKING:
     import torch
 
-    from qalora_export.data.samples import Account
+    from qalora_export.checkpoint.forecast import Forecast
+    from qalora_export.data.samples import Account, SampleSet
     from qalora_export.qalora.training.arguments import Steps
     from qalora_export.qalora.training.callbacks import StepClock
     from qalora_export.qalora.training.memory import MemoryEstimate
@@ -85,43 +87,70 @@ class TrainReport:
     settings: dict[str, Any]
 
 
-def plan(base: StrPath, settings: TrainSettings) -> TrainPlan:
-    """Read and tokenize the data, count steps, estimate memory; trains nothing. Raises InputError as the parts do."""
-    import torch
+def plan(base: StrPath | Forecast, settings: TrainSettings) -> TrainPlan:
+    """Read and tokenize the data, count steps, estimate memory; trains nothing. Raises InputError as the parts do.
 
+    base: a canonical checkpoint, or the forecast of one that quantize has yet to write.
+    """
     from qalora_export.checkpoint.canonical import CanonicalCheckpoint
-    from qalora_export.data.samples import load_samples
-    from qalora_export.models.loading import load_tokenizer
-    from qalora_export.qalora.training.arguments import Steps, check_optimizer, compute_dtype
-    from qalora_export.qalora.training.memory import estimate_memory
+    from qalora_export.checkpoint.forecast import Forecast
 
-    base = Path(base)
-    if settings.data is None:
-        raise InputError("no training data", where="train.data", fix="pass --data FILE (JSONL or .txt)")
+    forecast = base if isinstance(base, Forecast) else Forecast.of(CanonicalCheckpoint(Path(base)))
+    check_machine(settings)
+    return planned(forecast, settings, {name: read_data(forecast, settings, name) for name in data_files(settings)})
+
+
+def check_machine(settings: TrainSettings) -> None:
+    """Raise InputError or RuntimeUnavailableError for an engine, optimizer or precision that cannot be had here."""
+    from qalora_export.qalora.training.arguments import check_optimizer, compute_dtype
+
     check_engine()
     check_optimizer(settings.optimizer)
-    dtype = compute_dtype(settings.precision)
-    context = CanonicalCheckpoint(base).config.get("max_position_embeddings")
-    options: dict[str, Any] = {
-        "format": settings.format,
-        "sequence_length": settings.sequence_length,
-        "context": context,
-        "too_long": settings.too_long,
-    }
-    tokenizer = load_tokenizer(base)
+    compute_dtype(settings.precision)
+
+
+def data_files(settings: TrainSettings) -> dict[str, Path]:
+    """ "data" and, where it is given, "validation". Raises InputError without training data."""
+    if settings.data is None:
+        raise InputError("no training data", where="train.data", fix="pass --data FILE (JSONL or .txt)")
     files = {"data": settings.data, "validation": settings.validation}
-    loaded = {name: load_samples(Path(path), tokenizer, **options) for name, path in files.items() if path}
-    samples, held_out = loaded["data"].samples, loaded["validation"].samples if "validation" in loaded else []
+    return {name: Path(path) for name, path in files.items() if path is not None}
+
+
+def read_data(forecast: Forecast, settings: TrainSettings, name: str) -> SampleSet:
+    """One of `data_files`, tokenized. Raises InputError as data.samples does."""
+    from qalora_export.data.samples import load_samples
+    from qalora_export.models.loading import load_tokenizer
+
+    return load_samples(
+        data_files(settings)[name],
+        load_tokenizer(forecast.path),
+        format=settings.format,
+        sequence_length=settings.sequence_length,
+        context=forecast.context,
+        too_long=settings.too_long,
+    )
+
+
+def planned(forecast: Forecast, settings: TrainSettings, data: Mapping[str, SampleSet]) -> TrainPlan:
+    """The plan for data that was read. Raises InputError for targets and pool lengths that fit no module."""
+    import torch
+
+    from qalora_export.qalora.training.arguments import Steps, compute_dtype
+    from qalora_export.qalora.training.memory import estimate_memory
+
+    samples, held_out = data["data"].samples, data["validation"].samples if "validation" in data else []
     rows = pack(samples, settings.sequence_length) if settings.packing else one_per_row(samples)
     longest = max(sum(map(len, row)) for row in rows)
+    dtype = compute_dtype(settings.precision)
     memory = estimate_memory(
-        base,
+        forecast,
         settings.model_copy(update={"sequence_length": longest}),
         dtype=dtype,
         cuda=torch.cuda.is_available(),
         shards=shards(),
     )
-    accounts = {name: found.account for name, found in loaded.items()}
+    accounts = {name: found.account for name, found in data.items()}
     steps = Steps.of(len(rows), settings)
     return TrainPlan(tuple(rows), tuple(one_per_row(held_out)), steps, dtype, memory, accounts)
 

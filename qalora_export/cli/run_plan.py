@@ -1,0 +1,58 @@
+"""The plan of a run as a table: what runs, what it leaves on disk, memory and rough time; and what it really took."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from qalora_export.console import results
+from qalora_export.pipeline import RunPlan, RunReport
+
+
+def print_plan(plan: RunPlan) -> None:
+    """One row per stage, the sums, and notes."""
+    found = plan.preflight
+    table = Table("stage", "", title="plan", title_justify="left")
+    for heading in ("disk", "memory", "about"):
+        table.add_column(heading, justify="right")
+    for stage in plan.stages:
+        if stage.name in plan.done:
+            table.add_row(stage.name, "up to date")
+            continue
+        forecast = found.stages[stage.name]
+        memory = "" if forecast.memory is None else size(forecast.memory)
+        table.add_row(stage.name, forecast.detail, size(forecast.disk), memory, duration(forecast.seconds))
+    results.print(table)
+    if found.stages:
+        results.print(
+            f"about {duration(found.seconds)} in all (rough); up to {size(found.needed)} of disk, "
+            f"{size(found.machine.free)} free"
+        )
+    for note in found.notes:
+        results.print(f"note: {note}")
+
+
+def print_durations(plan: RunPlan, report: RunReport) -> None:
+    """What the stages that ran took, beside what was expected."""
+    if not report.seconds:
+        return
+    table = Table("stage", title="time", title_justify="left")
+    for heading in ("took", "expected, about"):
+        table.add_column(heading, justify="right")
+    for name, seconds in report.seconds.items():
+        table.add_row(name, duration(seconds), duration(plan.preflight.stages[name].seconds))
+    results.print(table)
+
+
+def size(count: int) -> str:
+    """Bytes with one digit behind the point and a unit."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count / 2**10:.0f} KiB"
+
+
+def duration(seconds: float) -> str:
+    """Rough on purpose: seconds below two minutes, minutes below two hours, else hours."""
+    if seconds < 120:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

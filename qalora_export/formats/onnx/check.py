@@ -1,0 +1,53 @@
+"""Whether a checkpoint, there or foreseen, can become an ONNX folder that runs, and how large that will be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qalora_export.checkpoint.forecast import Forecast
+from qalora_export.errors import InputError
+from qalora_export.formats.contents import check_tied_head
+from qalora_export.formats.onnx.graph import build_graph
+from qalora_export.formats.onnx.split_form import CONTAINER_BITS
+from qalora_export.models.families import family_of
+from qalora_export.models.families.family import head_dim
+
+FP16, ZERO = 2, 1  # bytes of a scale or an offset, and at most of a zero point
+# onnxruntime/contrib_ops/cpu/bert/group_query_attention_helper.h, CheckRotaryCaches; seen with 1.31.
+HEAD_MULTIPLE = 16
+
+
+def check_runnable(config: Mapping[str, Any], *, where: object) -> None:
+    """Raise InputError for a model that has no ONNX export, or one that ONNX Runtime would not run."""
+    family, size = family_of(config), head_dim(config)
+    if family.onnx_refused:
+        raise InputError(
+            f"{family.name} has no ONNX export",
+            where=f"{where}: config.json",
+            why=family.onnx_refused,
+            fix="export gguf holds this family",
+        )
+    if size % HEAD_MULTIPLE:
+        raise InputError(
+            f"ONNX Runtime cannot run attention heads of {size} features",
+            where=f"{where}: config.json",
+            why=f"its GroupQueryAttention takes head sizes that are multiples of {HEAD_MULTIPLE}",
+            fix="export gguf holds this model",
+        )
+
+
+def check_onnx(forecast: Forecast) -> int:
+    """Bytes of the tensors `export_onnx` will write; in the file each begins on a page.
+
+    Raises InputError as the export would: for the architecture, and when the graph cannot be built.
+    """
+    check_runnable(forecast.config, where=forecast.path)
+    check_tied_head(forecast.folder)
+    build_graph(forecast.config, untied_head="lm_head" in forecast.modules)
+    rotary = 4 * (forecast.context or 0) * head_dim(forecast.config)  # cos and sin of every position
+    matrices = (
+        out * (width * CONTAINER_BITS[bits] // 8 + (2 * FP16 + ZERO) * width // group)
+        for (out, width), (bits, group) in ((forecast.shapes[name], grid) for name, grid in forecast.modules.items())
+    )
+    return forecast.plain_bytes + rotary + sum(matrices)

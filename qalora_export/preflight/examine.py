@@ -1,0 +1,232 @@
+"""The checks of every stage that will run, in the order of the line; all of them are made, whatever the first finds."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from qalora_export.checkpoint.forecast import Forecast
+from qalora_export.errors import InputError
+from qalora_export.preflight import estimates
+from qalora_export.preflight.estimates import StageForecast
+from qalora_export.preflight.findings import Findings
+from qalora_export.preflight.machine import Machine, measure
+from qalora_export.recipe import Recipe
+
+SPARE = 1.1  # of the disk: file systems and estimates are not exact
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """stages: by name, those that will run. machine: as measured. notes: what a user may want to know."""
+
+    stages: dict[str, StageForecast]
+    machine: Machine
+    notes: tuple[str, ...]
+
+    @property
+    def needed(self) -> int:
+        """Bytes the run needs on the disk at most."""
+        return estimates.needed(self.stages)
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages.values())
+
+
+def examine(recipe: Recipe, pending: Collection[str], findings: Findings) -> Preflight | None:
+    """Check the stages named in `pending`; what would stop one of them goes into `findings`.
+
+    Nothing is written but scratch files that are gone at the end. None when there is no model to check them with.
+    """
+    out = Path(recipe.out)
+    machine = None
+    with findings.during("run"):
+        machine = measure(out)
+    with tempfile.TemporaryDirectory(prefix="qalora-check-") as scratch, contextlib.ExitStack() as stack:
+        forecast = None
+        findings.aliases[scratch] = recipe.model
+        if pending:
+            with findings.during("quantize"):
+                forecast = stack.enter_context(_base(recipe, "quantize" in pending, Path(scratch)))
+        if forecast is None or machine is None:
+            if pending and forecast is None:
+                _without_model(recipe, pending, findings)
+            return None if machine is None else Preflight({}, machine, tuple(findings.notes))
+        for note in forecast.notes:
+            findings.note(note)
+        found = _Checks(recipe, pending, forecast, machine, findings).run()
+    result = Preflight({name: found[name] for name in pending if name in found}, machine, tuple(findings.notes))
+    _check_room(result, recipe, findings)
+    return result
+
+
+@contextlib.contextmanager
+def _base(recipe: Recipe, quantizes: bool, scratch: Path) -> Iterator[Forecast]:
+    """The base that is there, or what quantize will make of the model."""
+    if quantizes:
+        from qalora_export.quantization.check import open_forecast
+
+        with open_forecast(recipe.model, recipe.quantize, scratch, revision=recipe.revision) as forecast:
+            yield forecast
+    else:
+        from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+
+        yield Forecast.of(CanonicalCheckpoint(Path(recipe.out) / "base.qalora"))
+
+
+def _without_model(recipe: Recipe, pending: Collection[str], findings: Findings) -> None:
+    """What can be said when the model cannot be opened: whether every data file parses, and the runtimes."""
+    from qalora_export.data.records import iter_records
+
+    files = {
+        "quantize": [recipe.quantize.calibration if recipe.quantize.method == "gptq" else None],
+        "train": [recipe.train.data, recipe.train.validation],
+        "evaluate merged": [recipe.evaluate.data if recipe.evaluate else None],
+        "verify-parity": [recipe.verify.prompts],
+    }
+    for stage, paths in files.items():
+        for path in paths if stage in pending else []:
+            if path is not None:
+                with findings.during(stage):
+                    for _ in iter_records(Path(path)):
+                        pass
+    if "verify-parity" in pending:
+        _runtimes(recipe, findings)
+
+
+@dataclass(slots=True)
+class _Checks:
+    recipe: Recipe
+    pending: Collection[str]
+    forecast: Forecast
+    machine: Machine
+    findings: Findings
+
+    def run(self) -> dict[str, StageForecast]:
+        found: dict[str, StageForecast] = {}
+        size, machine = self.forecast, self.machine
+        steps = {
+            "quantize": self._quantize,
+            "train": self._train,
+            "merge": lambda: estimates.merge(size, machine),
+            "evaluate base": self._evaluate,
+            "evaluate merged": self._evaluate,
+            "export gguf": self._gguf,
+            "export onnx": self._onnx,
+        }
+        for name, step in steps.items():
+            if name in self.pending:
+                with self.findings.during(name):
+                    if (made := step()) is not None:
+                        found[name] = made
+        if "verify-parity" in self.pending:
+            artifacts = {name.rpartition(" ")[2]: s.disk for name, s in found.items() if name.startswith("export ")}
+            with self.findings.during("verify-parity"):
+                found["verify-parity"] = self._verify(artifacts)
+        return found
+
+    def _quantize(self) -> StageForecast:
+        from qalora_export.quantization.check import calibrated
+
+        forecast = calibrated(self.forecast, self.recipe.quantize)
+        return estimates.quantize(forecast, self.machine)
+
+    def _train(self) -> StageForecast | None:
+        from qalora_export.data.samples import SampleSet
+        from qalora_export.qalora.training.stage import check_machine, data_files, planned, read_data
+
+        settings, data, findings = self.recipe.train, dict[str, SampleSet](), self.findings
+        with findings.during("train"):
+            check_machine(settings)
+        for name in data_files(settings):
+            with findings.during("train"):
+                data[name] = read_data(self.forecast, settings, name)
+        if "data" not in data:
+            return None
+        made = planned(self.forecast, settings, data)
+        for name, account in made.accounts.items():
+            if account.lines:
+                findings.note(f"train.{name}: {account.describe()}")
+        return estimates.train(self.forecast, made, self.machine)
+
+    def _evaluate(self) -> StageForecast:
+        from qalora_export.evaluation import read_prompts
+        from qalora_export.models.loading import load_tokenizer
+
+        settings = self.recipe.evaluate
+        assert settings is not None
+        prompts = read_prompts(load_tokenizer(self.forecast.path), settings, context=self.forecast.context)
+        return estimates.evaluate(self.forecast, settings, [len(ids) for ids, _ in prompts], self.machine)
+
+    def _gguf(self) -> StageForecast:
+        from qalora_export.formats.gguf.check import check_gguf
+
+        assert self.recipe.export.gguf is not None
+        targets = self.recipe.train.targets
+        trained = [name for name in self.forecast.modules if any(fnmatchcase(name, pattern) for pattern in targets)]
+        return estimates.export(check_gguf(self.forecast, self.recipe.export.gguf, trained), self.machine)
+
+    def _onnx(self) -> StageForecast:
+        from qalora_export.formats.onnx.check import check_onnx
+
+        return estimates.export(check_onnx(self.forecast), self.machine)
+
+    def _verify(self, artifacts: dict[str, int]) -> StageForecast:
+        from qalora_export.verify.check import check_probes
+
+        runtimes = _runtimes(self.recipe, self.findings)
+        probes = check_probes(self.forecast, self.recipe.verify, runtimes, artifacts)
+        return estimates.verify(self.forecast, probes, runtimes, self.machine)
+
+
+def _runtimes(recipe: Recipe, findings: Findings) -> list[str]:
+    """The runtimes that will be verified, every one of them tried."""
+    from qalora_export.verify.check import check_runtime, wanted_runtimes
+
+    formats = {name for name in ("gguf", "onnx") if getattr(recipe.export, name) is not None}
+    wanted = list[str]()
+    with findings.during("verify-parity"):
+        wanted = wanted_runtimes(recipe.verify, formats)
+    for name in wanted:
+        with findings.during("verify-parity"):
+            check_runtime(name)
+    return wanted
+
+
+def _check_room(made: Preflight, recipe: Recipe, findings: Findings) -> None:
+    """The disk must hold everything; memory and the GPU must hold every stage."""
+    machine = made.machine
+    if made.needed * SPARE > machine.free:
+        error = InputError(
+            f"the run needs about {_gib(made.needed)} of disk, {_gib(machine.free)} are free",
+            where=recipe.out,
+            why=", ".join(f"{name} {_gib(stage.disk)}" for name, stage in made.stages.items() if stage.disk > 2**20),
+            fix="make room, or choose an `out` on another disk",
+        )
+        findings.add("run", error)
+    for name, stage in made.stages.items():
+        if stage.memory is None or stage.on_gpu or machine.memory is None:
+            continue
+        if stage.memory > machine.memory:
+            error = InputError(
+                f"{name} needs about {_gib(stage.memory)} of memory, this machine has {_gib(machine.memory)}",
+                where=recipe.out,
+                why=stage.detail,
+                fix="take a smaller batch, shorter sequences or a larger machine; a single stage's own command does "
+                "not ask how much memory there is",
+            )
+            findings.add(name, error)
+        elif machine.memory_free is not None and stage.memory > machine.memory_free:
+            findings.note(
+                f"{name} needs about {_gib(stage.memory)} of memory, {_gib(machine.memory_free)} are free now: "
+                "close other programs, or it may be slow"
+            )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

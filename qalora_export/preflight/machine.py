@@ -1,0 +1,89 @@
+"""What this machine has: speed of a matrix product and of the disk, memory, free space. Measured in about a second."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qalora_export.errors import InputError
+from qalora_export.memory import available_bytes, total_bytes
+from qalora_export.safety import sha256_bytes
+
+MATRIX, GPU_MATRIX, TRIALS = 512, 4096, 5
+WRITTEN = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """flops: of a float32 matrix product per second, on the device that the stages use. write, hash: bytes per second.
+    free: bytes on the disk of `out`. memory, memory_free: bytes of RAM, None where nobody knows. gpu: its name.
+    """
+
+    flops: float
+    write: float
+    hash: float
+    free: int
+    memory: int | None = None
+    memory_free: int | None = None
+    gpu: str | None = None
+
+    def seconds_to_write(self, nbytes: float) -> float:
+        """A tensor's way to the disk: written, read back, compared, hashed."""
+        return nbytes * (1 / self.write + 3 / self.hash)
+
+
+def measure(out: Path) -> Machine:
+    """Try this machine. A file beside `out` is written and taken away. InputError where nothing can be written."""
+    folder = nearest(out)
+    gpu, flops = _product()
+    write, digest = _disk(folder)
+    free = shutil.disk_usage(folder).free
+    return Machine(flops, write, digest, free, total_bytes(), available_bytes(), gpu)
+
+
+def nearest(path: Path) -> Path:
+    """The path, or the nearest above it that is there."""
+    return next(found for found in (path.absolute(), *path.absolute().parents) if found.exists())
+
+
+def _product() -> tuple[str | None, float]:
+    import torch
+
+    cuda = torch.cuda.is_available()
+    size = GPU_MATRIX if cuda else MATRIX
+    matrix: Any = torch.ones(size, size, device="cuda" if cuda else "cpu")
+    seconds = _best(lambda: float((matrix @ matrix)[0, 0]))  # reading a value waits for the device
+    return (torch.cuda.get_device_name() if cuda else None), 2 * size**3 / seconds
+
+
+def _disk(folder: Path) -> tuple[float, float]:
+    content = os.urandom(WRITTEN)
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".qalora-") as file:
+            began = time.perf_counter()
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            written = time.perf_counter() - began
+    except OSError as error:
+        raise InputError(
+            "nothing can be written here",
+            where=folder,
+            why=error.strerror or str(error),
+            fix="choose another `out`, or change the permissions of this folder",
+        ) from error
+    return WRITTEN / written, WRITTEN / _best(lambda: sha256_bytes(content))
+
+
+def _best(work: Any) -> float:
+    best = float("inf")
+    for _ in range(TRIALS):
+        began = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - began)
+    return best

@@ -1,0 +1,221 @@
+"""What would stop a late stage stops the run before its first one; sizes are foreseen; a dry run writes nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.forecast import Forecast
+from qalora_export.errors import InputError, QaloraError, RuntimeUnavailableError
+from qalora_export.formats.gguf.check import check_gguf
+from qalora_export.formats.onnx.check import check_onnx
+from qalora_export.formats.onnx.export import export_onnx
+from qalora_export.pipeline import check, run
+from qalora_export.quantization.check import open_forecast
+from qalora_export.recipe import GgufSettings, QuantizeRule, QuantizeSettings, Recipe, validated
+from tests.data.files import write
+from tests.models import TEXT, make_tiny_canonical, make_tiny_model
+from tests.verify.exports import Exported
+
+ROW = {"prompt": "turn on 1", "completion": "on 1"}
+LONG = {"prompt": "turn on the light " * 100, "completion": "on"}
+Raw = dict[str, dict[str, Any]]
+
+
+@pytest.fixture
+def raw(tiny_model: Path, tmp_path: Path) -> Raw:
+    """A recipe of every stage over a copy of the model, all of whose inputs are right."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    data = str(write(tmp_path / "data.jsonl", *[ROW] * 6))
+    (tmp_path / "text.txt").write_text(TEXT)
+    return {
+        "quantize": {"calibration": str(tmp_path / "text.txt"), "calibration_samples": 4, "sequence_length": 64},
+        "train": {"data": data, "validation": data, "rank": 2, "max_steps": 2, "batch_size": 2, "sequence_length": 64},
+        "evaluate": {"data": data, "max_new_tokens": 4},
+        "export": {},
+        "verify": {"prompts": data},
+    }
+
+
+def recipe_of(raw: Raw, folder: Path) -> Recipe:
+    return validated(Recipe, raw | {"model": str(folder / "model"), "out": str(folder / "out")}, where="test")
+
+
+def tokenizer(change: Callable[[dict[str, Any]], object]) -> Callable[[Raw, Path], object]:
+    def changed(_: Raw, folder: Path) -> None:
+        path = folder / "model/tokenizer.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        change(content)
+        path.write_text(json.dumps(content), encoding="utf-8")
+
+    return changed
+
+
+def without_template(_: Raw, folder: Path) -> None:
+    (folder / "model/chat_template.jinja").unlink(missing_ok=True)
+    path = folder / "model/tokenizer_config.json"
+    content = json.loads(path.read_text())
+    content.pop("chat_template", None)
+    path.write_text(json.dumps(content))
+
+
+# What would stop a late stage: how to bring it about, and what must be said of it. Cases of one row do not get into
+# each other's way, so one run must find them all.
+Case = tuple[Callable[[Raw, Path], object], str]
+LATE: dict[str, dict[str, Case]] = {
+    "each file": {
+        "calibration too short": (lambda _, f: (f / "text.txt").write_text("hm"), "only . tokens"),
+        "training line": (
+            lambda r, f: r["train"].update(data=str(write(f / "t.jsonl", ROW, "{\n"))),
+            r"not valid JSON.*line 2",
+        ),
+        "validation missing": (lambda r, _: r["train"].update(validation="none.jsonl"), r"not found.*none\.jsonl"),
+        "optimizer": (lambda r, _: r["train"].update(optimizer="adamw_torsch"), "unknown optimizer"),
+        "questions without answers": (
+            lambda r, f: r["evaluate"].update(data=str(write(f / "e.jsonl", ROW, {"text": "x"}))),
+            r"last turn must be.*line 2",
+        ),
+        "a tokenizer GGUF cannot hold": (
+            tokenizer(lambda t: t["model"].update(fuse_unk=True)),
+            "BPE option fuse_unk",
+        ),
+        "prompts": (
+            lambda r, f: r["verify"].update(prompts=str(write(f / "p.jsonl", ROW, {"txt": ""}))),
+            r"fits no known format.*p\.jsonl, line 2",
+        ),
+        "the last output is somebody else's": (
+            lambda _, f: ((f / "out/report").mkdir(parents=True), (f / "out/report/thesis.txt").write_text("mine")),
+            "this run did not make",
+        ),
+    },
+    "what fits no model": {
+        "no calibration text": (lambda r, _: r["quantize"].pop("calibration"), "GPTQ needs calibration"),
+        "nothing to learn": (
+            lambda r, f: r["train"].update(validation=str(write(f / "v.jsonl", {"prompt": "x"}))),
+            r"no assistant message.*line 1",
+        ),
+        "targets": (lambda r, _: r["train"].update(targets=["*.z_proj"]), "matches the target"),
+        "question beyond the context": (
+            lambda r, f: r["evaluate"].update(data=str(write(f / "e.jsonl", LONG))),
+            "do not fit in the model's context",
+        ),
+        "a runtime without its artifact": (
+            lambda r, _: (r["export"].update(gguf=None), r["verify"].update(runtimes=["llama.cpp"])),
+            "exports no gguf",
+        ),
+    },
+    "settings": {
+        "all too long": (
+            lambda r, f: r["train"].update(validation=str(write(f / "l.jsonl", LONG))),
+            "1 of 1 samples are longer than sequence_length",
+        ),
+        "pool": (lambda r, _: r["train"].update(pool=48), "pool length 48"),
+        "8 bits in GGUF": (lambda r, _: r["quantize"].update(bits=8), "no exact GGUF type"),
+    },
+    "strict": {
+        "one too long": (
+            lambda r, f: r["train"].update(data=str(write(f / "l.jsonl", ROW, LONG)), too_long="error"),
+            "1 of 2 samples are longer",
+        ),
+        "8 bits, symmetric but trained": (lambda r, _: r["quantize"].update(bits=8, sym=True), "no exact GGUF type"),
+    },
+    "rule": {
+        "a rule that matches nothing": (
+            lambda r, _: r["quantize"].update(rules=[{"match": "*.x", "skip": True}]),
+            "matches no linear layer",
+        ),
+    },
+    "template": {"no chat template": (without_template, "no chat template")},
+    "model": {
+        "no model": (lambda _, f: shutil.rmtree(f / "model"), "model folder not found"),
+        "data without it": (lambda r, f: write(f / "data.jsonl", ROW, "{\n"), r"not valid JSON.*line 2"),
+    },
+}
+
+
+@pytest.mark.parametrize("row", LATE)
+def test_what_would_fail_late_fails_before_the_first_stage(raw: Raw, tmp_path: Path, row: str) -> None:
+    """All of it at once."""
+    for change, _ in LATE[row].values():
+        change(raw, tmp_path)
+    with pytest.raises(QaloraError) as caught:
+        run(recipe_of(raw, tmp_path))
+    found = [str(error) for error in caught.value.several or (caught.value,)]
+    missed = [name for name, (_, text) in LATE[row].items() if not any(re.search(text, line) for line in found)]
+    assert not missed, found
+    assert caught.value.code == 2
+    assert not (tmp_path / "out/base.qalora").exists()
+
+
+def test_a_missing_runtime_is_exit_code_3_before_the_first_stage(
+    raw: Raw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qalora_export.verify.check.import_problem", lambda name: "No module named 'xllamacpp'")
+    with pytest.raises(RuntimeUnavailableError, match=r"llama\.cpp cannot be used here.*No module named") as caught:
+        run(recipe_of(raw, tmp_path))
+    assert caught.value.code == 3
+    assert not (tmp_path / "out/base.qalora").exists()
+
+
+def test_a_disk_that_is_too_small_is_known_before_the_first_stage(
+    raw: Raw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**20))
+    with pytest.raises(InputError, match=r"needs about .* of disk, 1.0 MiB are free"):
+        run(recipe_of(raw, tmp_path))
+    assert not (tmp_path / "out/base.qalora").exists()
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(raw: Raw, tmp_path: Path) -> None:
+    raw["train"]["data"] = str(write(tmp_path / "l.jsonl", ROW, LONG))
+    raw["quantize"]["group_size"] = 128
+    planned = check(recipe_of(raw, tmp_path))
+    assert not (tmp_path / "out").exists()
+    assert [stage.name for stage in planned.stages] == list(planned.preflight.stages)
+    assert planned.preflight.needed > sum(stage.disk for stage in planned.preflight.stages.values()) > 0
+    assert all(stage.seconds >= 0 for stage in planned.preflight.stages.values())
+    assert any("1 dropped as too long (line 2)" in note for note in planned.preflight.notes)
+
+
+def test_sizes_are_foreseen(tmp_path: Path, tiny_model: Path, tiny_canonical: Path, exported: Exported) -> None:
+    with open_forecast(tiny_model, QuantizeSettings(method="rtn"), tmp_path) as forecast:
+        there = Forecast.of(CanonicalCheckpoint(tiny_canonical))
+        assert forecast.modules == there.modules and forecast.shapes == there.shapes
+        assert forecast.nbytes == there.nbytes and forecast.plain.keys() == there.plain.keys()
+    tensors = tiny_canonical / "model.safetensors"
+    assert 0 <= tensors.stat().st_size - there.nbytes < 2**14  # the header
+    gguf = check_gguf(there, GgufSettings(), ())
+    assert 0 <= exported.gguf.stat().st_size - gguf < 2**16  # metadata and tokenizer
+    data = sum(path.stat().st_size for path in exported.onnx.rglob("*") if "data" in path.name)
+    assert 0 <= data - check_onnx(there) < 2**12 * 5 * len(there.shapes)  # tensors begin on pages
+
+
+def test_eight_bits_fit_where_nothing_trains_them(tiny_model: Path, tmp_path: Path) -> None:
+    rule = QuantizeRule(match="*.down_proj", bits=8, sym=True)
+    with open_forecast(tiny_model, QuantizeSettings(method="rtn", rules=(rule,)), tmp_path) as forecast:
+        down = [name for name in forecast.modules if name.endswith("down_proj")]
+        assert check_gguf(forecast, GgufSettings(), [name for name in forecast.modules if name not in down]) > 0
+        with pytest.raises(InputError, match="no exact GGUF type"):
+            check_gguf(forecast, GgufSettings(), down)
+        assert check_gguf(forecast, GgufSettings(layout="split"), down) > 0
+
+
+def test_heads_that_onnx_runtime_cannot_run_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """A folder our exporter wrote must run: 24 features a head, no multiple of 16, and 1.31 refuses them."""
+    narrow = make_tiny_model(tmp_path / "model", head_dim=24)
+    with (
+        open_forecast(narrow, QuantizeSettings(method="rtn"), tmp_path / "scratch") as forecast,
+        pytest.raises(InputError, match="attention heads of 24 features"),
+    ):
+        check_onnx(forecast)
+    with pytest.raises(InputError, match="multiples of 16"):
+        export_onnx(make_tiny_canonical(tmp_path / "base", narrow), tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
