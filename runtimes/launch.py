@@ -54,7 +54,10 @@ REMEDIES = {
 
 @dataclass(frozen=True)
 class RunnerResult:
-    """logprobs float32 (total, vocab) when status is "ok". message: one line for the user; log: end of stderr."""
+    """logprobs float32 (total, vocab) when status is "ok", decoded too in mode "both".
+
+    message: one line for the user; log: end of stderr.
+    """
 
     status: Status
     message: str = ""
@@ -63,6 +66,7 @@ class RunnerResult:
     fingerprint: dict[str, Any] = field(default_factory=dict)
     signal_name: str | None = None
     log: str = ""
+    decoded: Logprobs | None = None
 
 
 @dataclass(frozen=True)
@@ -126,26 +130,28 @@ def run_runner(
     ]
     watch = watch or Watch(patience_for(model, asked.longest))
     # A model may pad its vocabulary; what is larger than that is no answer.
-    limits = {out: 8 * asked.total * vocabulary + 2 * MAX_TEXT_BYTES, fingerprint: MAX_FINGERPRINT}
+    limits = {out: 8 * len(asked.passes) * asked.total * vocabulary + 2 * MAX_TEXT_BYTES, fingerprint: MAX_FINGERPRINT}
     ended = run_module(runner.module, words, workdir, replace(watch, limits={**watch.limits, **limits}))
     if ended.code != EXIT_OK:
         return failure(name, ended)
-    return _answer(name, limits, asked.total, ended.log)
+    return _answer(name, limits, asked, ended.log)
 
 
-def _answer(name: str, limits: dict[Path, int], positions: int, log: str) -> RunnerResult:
+def _answer(name: str, limits: dict[Path, int], asked: Job, log: str) -> RunnerResult:
     out, fingerprint = limits
     try:
         for path, limit in limits.items():
             if path.stat().st_size > limit:
                 raise ProtocolError(f"{path.name} has {path.stat().st_size} bytes, more than the {limit} it may have")
-        logprobs, text_answers = read_answers(out, positions=positions)
+        answers = read_answers(out, positions=asked.total)
+        if (answers.decoded is None) != (len(asked.passes) == 1):
+            raise ProtocolError(f"{out.name} does not hold what mode {asked.mode!r} asks for")
         report = json.loads(fingerprint.read_text(encoding="utf-8"))
     except (ProtocolError, OSError, ValueError) as error:
         return RunnerResult("crashed", f"{name} ended without a usable answer: {error}", log=log)
     if not isinstance(report, dict):
         return RunnerResult("crashed", f"{name} ended without a usable answer: no fingerprint", log=log)
-    return RunnerResult("ok", "", logprobs, text_answers, report, log=log)
+    return RunnerResult("ok", "", answers.logprobs, answers.text, report, log=log, decoded=answers.decoded)
 
 
 def failure(name: str, ended: Ended) -> RunnerResult:

@@ -3,15 +3,17 @@
 job.npz
     ids      int32 (total,)   token ids of all sequences, one after the other
     lengths  int32 (n,)       length of each sequence, each at least 1, sum = total
-    mode     unicode, 0-d     "prefill" (a prompt is one batch) or "decode" (token by token with the KV cache)
+    mode     unicode, 0-d     "prefill" (a prompt is one batch), "decode" (token by token with the KV cache) or "both"
     text     uint8 (bytes,)   optional JSON {"texts": [str], "chats": [[{"role": str, "content": str}]]}
 logits.npz
     logprobs      float32 (total, vocab)   row i = log softmax after seeing this sequence's ids up to and including i
+    decoded       float32 (total, vocab)   in mode "both": logprobs are those of prefill, these those of decode
     text_answers  uint8 (bytes,)           optional JSON, see TEXT_ANSWER_KEYS
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-MODES = ("prefill", "decode")
+MODES = {"prefill": ("prefill",), "decode": ("decode",), "both": ("prefill", "decode")}  # mode -> passes, in order
+PASSES = ("logprobs", "decoded")  # names of the arrays
 TEXT_ANSWER_KEYS = {
     "texts": "ids of each text, special tokens in it recognised, BOS only where adds_bos says so",
     "texts_literal": "ids of each text, special tokens in it as plain characters, nothing added; null if not offered",
@@ -70,6 +73,11 @@ class Job:
             raise ProtocolError(f"a job of {self.total} positions exceeds the limit of {MAX_POSITIONS}")
 
     @property
+    def passes(self) -> tuple[str, ...]:
+        """How every sequence is run, one after the other."""
+        return MODES[self.mode]
+
+    @property
     def total(self) -> int:
         return sum(len(sequence) for sequence in self.sequences)
 
@@ -108,23 +116,31 @@ def read_job(path: Path) -> Job:
     return Job(sequences, str(mode), text)
 
 
-def write_answers(path: Path, logprobs: Logprobs, text_answers: Mapping[str, Any] | None = None) -> None:
-    arrays: dict[str, Any] = {"logprobs": logprobs}
-    if text_answers is not None:
-        arrays["text_answers"] = _json_bytes(text_answers)
-    write_arrays(path, arrays)
+@dataclass(frozen=True)
+class Answers:
+    """logprobs float32 (positions, vocab) of the job's first pass, decoded of its second, text: to its TextRequest."""
+
+    logprobs: Logprobs
+    decoded: Logprobs | None = None
+    text: dict[str, Any] | None = None
 
 
-def read_answers(path: Path, *, positions: int) -> tuple[Logprobs, dict[str, Any] | None]:
-    """logprobs float32 (positions, vocab) and the text answers. Raises ProtocolError."""
-    arrays = read_arrays(path, required={"logprobs"}, optional={"text_answers"})
-    logprobs = arrays["logprobs"]
-    if logprobs.dtype != np.float32 or logprobs.ndim != 2 or len(logprobs) != positions:
-        raise ProtocolError(f"{path}: logprobs is {logprobs.dtype} {logprobs.shape}, expected float32 ({positions}, V)")
-    answers = _parse_json(path, arrays["text_answers"]) if "text_answers" in arrays else None
-    if answers is not None and not isinstance(answers, dict):
+def write_answers(path: Path, passes: Iterable[Logprobs], text_answers: Mapping[str, Any] | None = None) -> None:
+    """passes: the rows of each pass of the job, written as they come, one in memory at a time."""
+    text = [] if text_answers is None else [("text_answers", _json_bytes(text_answers))]
+    write_each(path, itertools.chain(zip(PASSES, passes, strict=False), text))
+
+
+def read_answers(path: Path, *, positions: int) -> Answers:
+    """Raises ProtocolError."""
+    arrays = read_arrays(path, required={PASSES[0]}, optional={PASSES[1], "text_answers"})
+    for name, rows in ((name, arrays[name]) for name in PASSES if name in arrays):
+        if rows.dtype != np.float32 or rows.ndim != 2 or len(rows) != positions:
+            raise ProtocolError(f"{path}: {name} is {rows.dtype} {rows.shape}, expected float32 ({positions}, V)")
+    text = _parse_json(path, arrays["text_answers"]) if "text_answers" in arrays else None
+    if text is not None and not isinstance(text, dict):
         raise ProtocolError(f"{path}: text_answers must be a JSON object")
-    return logprobs, answers
+    return Answers(arrays[PASSES[0]], arrays.get(PASSES[1]), text)
 
 
 def _text_request(raw: Any) -> TextRequest:

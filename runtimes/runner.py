@@ -93,8 +93,8 @@ def _run(arguments: argparse.Namespace, open_runtime: Callable[[argparse.Namespa
     load_seconds = time.perf_counter() - started
     heartbeat.at("texts")
     text_answers = runtime.text_answers(job.text) if job.text else None
-    logprobs, seconds = run_job(runtime, job)
-    write_answers(arguments.out, logprobs, text_answers)
+    seconds: dict[str, float] = {}
+    write_answers(arguments.out, (run_pass(runtime, job, each, seconds) for each in job.passes), text_answers)
     report = _fingerprint(runtime, job, arguments, seconds, load_seconds)
     arguments.fingerprint.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
@@ -107,18 +107,21 @@ def _die_with(parent: int) -> None:
             sys.exit(EXIT_REFUSED)
 
 
-def run_job(runtime: Runtime, job: Job) -> tuple[Logprobs, float]:
-    """Log-probabilities (total, vocab) in the order of the job's ids, and the seconds spent in the runtime."""
-    step = {"prefill": runtime.prefill, "decode": runtime.decode}[job.mode]
+def run_pass(runtime: Runtime, job: Job, each: str, seconds: dict[str, float]) -> Logprobs:
+    """Log-probabilities (total, vocab) in the order of the job's ids; seconds[each]: those spent in the runtime.
+
+    each: one of job.passes.
+    """
+    step = {"prefill": runtime.prefill, "decode": runtime.decode}[each]
     heartbeat.at("first token")
     runtime.prefill(job.sequences[0][:1])  # first touch of the weights is not throughput
     out: Logprobs | None = None
-    seconds, row = 0.0, 0
+    seconds[each], row = 0.0, 0
     for ids in job.sequences:
-        heartbeat.at(f"{job.mode}, tokens", row, job.total)
+        heartbeat.at(f"{each}, tokens", row, job.total)
         started = time.perf_counter()
         rows = step(ids)
-        seconds += time.perf_counter() - started
+        seconds[each] += time.perf_counter() - started
         if rows.ndim != 2 or len(rows) != len(ids) or (out is not None and rows.shape[1] != out.shape[1]):
             raise RunnerError(f"the runtime returned logits of shape {rows.shape} for {len(ids)} tokens")
         if out is None:
@@ -126,7 +129,7 @@ def run_job(runtime: Runtime, job: Job) -> tuple[Logprobs, float]:
         out[row : row + len(ids)] = log_softmax(rows)
         row += len(ids)
     assert out is not None  # Job refuses to be empty
-    return out, seconds
+    return out
 
 
 def check_vocabulary(job: Job, vocabulary: int) -> None:
@@ -137,10 +140,10 @@ def check_vocabulary(job: Job, vocabulary: int) -> None:
 
 
 def _fingerprint(
-    runtime: Runtime, job: Job, arguments: argparse.Namespace, seconds: float, load: float
+    runtime: Runtime, job: Job, arguments: argparse.Namespace, seconds: dict[str, float], load: float
 ) -> dict[str, Any]:
-    speed = {f"{mode}_tokens_per_second": None for mode in ("prefill", "decode")}
-    measured = {f"{job.mode}_tokens_per_second": round(job.total / seconds, 2) if seconds else None}
+    speed = {f"{each}_tokens_per_second": None for each in ("prefill", "decode")}
+    measured = {f"{each}_tokens_per_second": round(job.total / took, 2) for each, took in seconds.items() if took}
     return {
         **runtime.describe(),
         "mode": job.mode,

@@ -52,7 +52,10 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One gate of one runtime. where: tensors, files or positions that the finding points at."""
+    """One gate of one runtime. where: tensors, files or positions that the finding points at.
+
+    seconds: from this gate's begin to its end; what several gates look at is in those of the first.
+    """
 
     gate: str
     runtime: str
@@ -61,6 +64,7 @@ class Entry:
     checks: tuple[Check, ...] = ()
     where: tuple[str, ...] = ()
     figures: Mapping[str, Any] | None = None
+    seconds: float = 0.0
 
     @property
     def deciding(self) -> Check | None:

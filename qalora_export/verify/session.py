@@ -41,6 +41,7 @@ class Session:
     expected_text: what its own tokenizer answers to the texts. chain: the checkpoint's ancestry; links: of the
     artifacts, as found. merge: whether it is its base plus its adapter. files: of checkpoint and artifacts, as they
     were before the first gate; hashed: what they and their ancestors were hashed to.
+    kept: which answers are an earlier run's (verify.store).
     """
 
     checkpoint: CanonicalCheckpoint
@@ -54,6 +55,8 @@ class Session:
     floor: NoiseFloor
     workdir: Path
     hashed: HashedOnce = field(default_factory=HashedOnce)
+    reference_seconds: float = 0.0
+    kept: list[str] = field(default_factory=list)
     links: list[Link] = field(default_factory=list)
     files: Identities = field(default_factory=dict)
 

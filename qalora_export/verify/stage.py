@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,7 @@ def verify_parity(
         workdir = folder / "work"
         workdir.mkdir()
         session = _prepare(model, settings, base, workdir, launch, hashed)
+        session.kept = store.answered if store else []
         targets = [Target(session, all_runtimes()[name], artifact) for name, artifact in artifacts.items()]
         with status("hashing the files"):
             session.files = identities(*_roots(targets), hashed=hashed)
@@ -137,13 +140,14 @@ def _prepare(
     tokenizer = load_tokenizer(model.path)
     probes = make_probes(tokenizer, model.config, settings)
     logger.info("probe set: %d sequences, %d positions", len(probes.lengths), probes.ids.size)
+    began = time.perf_counter()
     with status("PyTorch reference"):
         reference = reference_logprobs(model.path, probes, threads=settings.threads)
-    if launch is None:
-        from qalora_runtimes.launch import run_runner
+    seconds = time.perf_counter() - began
+    from qalora_runtimes.launch import run_runner
 
-        launch = run_runner
-    runs = Runs(probes, model.config["vocab_size"], workdir, settings.threads, launch)
+    vocabulary, remembers = model.config["vocab_size"], launch is None
+    runs = Runs(probes, vocabulary, workdir, settings.threads, launch or run_runner, remembers)
     return Session(
         checkpoint=model,
         settings=settings,
@@ -156,6 +160,7 @@ def _prepare(
         floor=NoiseFloor(model.path, base, probes, reference.logprobs, runs, settings.threads, workdir),
         workdir=workdir,
         hashed=hashed,
+        reference_seconds=seconds,
     )
 
 
@@ -168,11 +173,11 @@ def _check_patience() -> None:
 
 def _measure(measured: Measured, target: Target) -> Entry:
     """One gate of one runtime; what cannot run is an entry too. Bad and unsafe input still end the run."""
-    gate = measured.gate
+    gate, began = measured.gate, time.perf_counter()
     with status(f"{target.name}: {gate.title}"):
         try:
             entry = measured.measure(target)
         except RuntimeUnavailableError as error:
-            return gate.not_run(target.name, error.reason)
+            entry = gate.not_run(target.name, error.reason)
     assert (entry.gate, entry.runtime) == (gate.id, target.name), f"{gate.id} answered for {entry.gate}"
-    return entry
+    return replace(entry, seconds=time.perf_counter() - began)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from qalora_runtimes.launch import RunnerResult, run_runner
 from qalora_runtimes.protocol import read_answers, read_job, write_answers
-from qalora_runtimes.runner import run_job
+from qalora_runtimes.runner import run_pass
 from qalora_runtimes.scoring import MissingRuntimeError, RunnerError
 
 
@@ -64,8 +64,8 @@ class Workers:
         answer = json.loads(line)
         if answer["status"] != "ok":
             return RunnerResult(answer["status"], answer["message"])
-        logprobs, _ = read_answers(out, positions=request.total)
-        return RunnerResult("ok", "", logprobs, None, {"runtime": name})
+        answers = read_answers(out, positions=request.total)
+        return RunnerResult("ok", "", answers.logprobs, None, {"runtime": name}, decoded=answers.decoded)
 
     def close(self) -> None:
         for process in self._processes.values():
@@ -133,14 +133,14 @@ def answer(name: str, request: dict[str, Any], kept: list[Any]) -> dict[str, str
         job = read_job(path["job"])
         runtime = open_runtime(name, options, job)
         kept[:] = [runtime]  # llama.cpp calls back into the newest library object
-        if request["fault"] and job.mode == "decode":
+        if request["fault"]:
             runtime.decode = lambda ids: OFF_BY_ONE[name](runtime, ids)
-        logprobs, _ = run_job(runtime, job)
+        passes = [run_pass(runtime, job, each, {}) for each in job.passes]
     except MissingRuntimeError as error:
         return {"status": "missing", "message": str(error)}
     except RunnerError as error:
         return {"status": "crashed", "message": str(error)}
-    write_answers(path["out"], logprobs, None)
+    write_answers(path["out"], passes)
     return {"status": "ok", "message": ""}
 
 

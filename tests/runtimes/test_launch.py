@@ -9,11 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from qalora_runtimes import launch
 from qalora_runtimes.launch import RUNNERS, available, run_runner
 from qalora_runtimes.process import Watch
-from qalora_runtimes.protocol import ProtocolError, make_job
+from qalora_runtimes.protocol import ProtocolError, make_job, write_answers
 from qalora_runtimes.records import Runner
 
 ROOT = Path(__file__).parents[2]
@@ -145,3 +146,13 @@ def test_every_signal_in_the_table_exists():
 
     assert all(name in signal.Signals.__members__ for name in launch.REMEDIES)
     assert all(set(runner.remedies) <= set(launch.REMEDIES) for runner in RUNNERS.values())
+
+
+@pytest.mark.parametrize(("mode", "passes"), [("both", 1), ("prefill", 2), ("decode", 2)])
+def test_an_answer_with_other_passes_than_asked_is_none(mode: str, passes: int, tmp_path: Path):
+    out, fingerprint, job = tmp_path / "logits.npz", tmp_path / "fingerprint.json", make_job([[1, 2]], mode)
+    write_answers(out, [np.zeros((2, 8), np.float32)] * passes)
+    fingerprint.write_text("{}")
+    found = launch._answer("onnxruntime", {out: 10_000, fingerprint: 100}, job, "")
+    assert found.status == "crashed"
+    assert f"mode '{mode}'" in found.message

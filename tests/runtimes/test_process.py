@@ -98,7 +98,7 @@ def test_an_answer_larger_than_the_job_is_not_read(run):
 
 def test_a_fingerprint_that_is_no_object_is_no_answer(run):
     body = "import numpy as np\nfrom qalora_runtimes.protocol import write_answers\n"
-    body += "write_answers(value('--out'), np.zeros((2, 8), np.float32))\nvalue('--fingerprint').write_text('[1]')"
+    body += "write_answers(value('--out'), [np.zeros((2, 8), np.float32)])\nvalue('--fingerprint').write_text('[1]')"
     assert "no fingerprint" in run(body, Watch()).message
 
 

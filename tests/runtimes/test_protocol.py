@@ -35,7 +35,7 @@ def as_bytes(value: object) -> np.ndarray:
 @settings(deadline=None, max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6),
-    mode=st.sampled_from(MODES),
+    mode=st.sampled_from(list(MODES)),
     texts=st.lists(st.text(st.characters(exclude_categories=()), max_size=20), max_size=3),
 )
 def test_a_job_survives_the_round_trip(tmp_path_factory, lengths, mode, texts):
@@ -65,7 +65,7 @@ BAD = {
     "lengths that overflow int32": {"lengths": np.array([2**31 - 1] * 2 + [7], np.int32)},
     "no sequence": {"ids": np.zeros(0, np.int32), "lengths": np.zeros(0, np.int32)},
     "a negative id": {"ids": np.array([0, 1, -1, 2, 3], np.int32)},
-    "an unknown mode": {"mode": np.array("both")},
+    "an unknown mode": {"mode": np.array("neither")},
     "a mode that is a list": {"mode": np.array(["prefill"])},
     "a mode that is a number": {"mode": np.array(1)},
     "pickled objects": {"mode": np.array({"a": 1}, dtype=object)},
@@ -123,10 +123,17 @@ def test_limits_hold_for_jobs_made_in_memory():
 def test_answers_survive_the_round_trip(tmp_path: Path):
     logprobs = np.random.default_rng(0).normal(size=(4, 7)).astype(np.float32)
     logprobs[1, 2] = np.nan
-    write_answers(tmp_path / "logits.npz", logprobs, {"texts": [[1, 2]]})
-    back, answers = read_answers(tmp_path / "logits.npz", positions=4)
-    assert back.tobytes() == logprobs.tobytes()
-    assert answers == {"texts": [[1, 2]]}
+    write_answers(tmp_path / "logits.npz", [logprobs], {"texts": [[1, 2]]})
+    back = read_answers(tmp_path / "logits.npz", positions=4)
+    assert back.logprobs.tobytes() == logprobs.tobytes()
+    assert (back.decoded, back.text) == (None, {"texts": [[1, 2]]})
     assert [path.name for path in tmp_path.iterdir()] == ["logits.npz"]
     with pytest.raises(ProtocolError, match="expected float32"):
         read_answers(tmp_path / "logits.npz", positions=5)
+    write_answers(tmp_path / "logits.npz", iter([logprobs, logprobs + 1]))
+    both = read_answers(tmp_path / "logits.npz", positions=4)
+    assert both.decoded is not None
+    assert (both.logprobs.tobytes(), both.decoded.tobytes()) == (logprobs.tobytes(), (logprobs + 1).tobytes())
+    write_answers(tmp_path / "logits.npz", [logprobs, logprobs[:3]])
+    with pytest.raises(ProtocolError, match="decoded is float32"):
+        read_answers(tmp_path / "logits.npz", positions=4)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 from qalora_runtimes.protocol import make_job
-from qalora_runtimes.runner import check_vocabulary, run_job
+from qalora_runtimes.runner import check_vocabulary, run_pass
 from qalora_runtimes.scoring import RunnerError, every_position, log_softmax
 
 
@@ -65,12 +65,12 @@ class Fake:
 
 def test_rows_keep_the_order_of_the_job_and_a_wrong_shape_is_refused():
     job = make_job([[1, 2], [5], [7, 8, 9]])
-    logprobs, seconds = run_job(Fake(), job)
-    assert logprobs.shape == (6, 3)
-    assert seconds >= 0
+    seconds: dict[str, float] = {}
+    assert run_pass(Fake(), job, "prefill", seconds).shape == (6, 3)
+    assert seconds["prefill"] >= 0
     Fake.prefill = lambda _self, ids: fake_rows(ids)[:-1]
     with pytest.raises(RunnerError, match="shape"):
-        run_job(Fake(), job)
+        run_pass(Fake(), job, "prefill", {})
 
 
 def test_an_id_outside_the_vocabulary_is_refused():

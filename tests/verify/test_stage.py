@@ -321,8 +321,21 @@ def test_every_file_is_hashed_before_the_gates_and_after_them_and_no_more(
 
     monkeypatch.setattr(hashing.hashlib, "file_digest", counted)
     verify(exported, tmp_path / "report", FakeRuntimes(exported.checkpoint), ALL)
-    weights = [exported.checkpoint / "model.safetensors", exported.gguf, exported.onnx / "model.onnx.data"]
+    weights = [exported.checkpoint / "model.safetensors", exported.gguf, *exported.onnx.rglob("model.onnx[._]data")]
     assert [times[str(path)] for path in weights] == [2, 2, 2]
+
+
+def test_a_model_is_loaded_once_for_all_that_is_asked_of_it(exported: Exported, tmp_path: Path) -> None:
+    fake, asked = FakeRuntimes(exported.checkpoint), []
+
+    def counted(runtime: str, *, job: Path, exact: bool, **options: Any) -> RunnerResult:
+        request = read_job(job)
+        asked.append((runtime, "exact" if exact else "shipped", request.passes, request.text is not None))
+        return fake(runtime, job=job, exact=exact, **options)
+
+    assert verify(exported, tmp_path / "report", counted, ALL).passed
+    both = ("prefill", "decode")
+    assert asked == [(r, path, both, path == "shipped") for r in ALL for path in ("exact", "shipped")]
 
 
 @pytest.mark.parametrize(

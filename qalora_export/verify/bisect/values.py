@@ -108,16 +108,17 @@ def reader_of(
     """
 
     def taps(ids: NDArray[np.int32], names: list[str], runtime: str, model: Path, **options: Any) -> Activations:
-        with task(f"{runtime}: values inside", len(ids)) as shown:
+        job = Job((ids,), suspect.mode)
+        with task(f"{runtime}: values inside", job.total) as shown:
             result = launch(
                 runtime,
                 model=model,
-                job=Job((ids,), suspect.mode),
+                job=job,
                 names=names,
                 workdir=workdir,
                 exact=suspect.path == "exact",
                 threads=threads,
-                watch=watch_of(runtime, artifact.path, len(ids), shown),
+                watch=watch_of(runtime, artifact.path, job, shown),
                 **options,
             )
         if result.status != "ok":

@@ -64,7 +64,12 @@ def describe_inputs(session: Session, targets: list[Target], base: Path | None) 
             run: {key: value for key, value in fingerprint.items() if key != "machine"}
             for run, fingerprint in session.runs.fingerprints.items()
         },
-        "reference": {"what": "PyTorch float32, eager attention, one sequence at a time", "threads": settings.threads},
+        "reference": {
+            "what": "PyTorch float32, eager attention, one sequence at a time",
+            "threads": settings.threads,
+            "seconds": round(session.reference_seconds, 3),
+            "from_earlier_runs": list(session.kept),
+        },
         "environment": environment() | {"cpu": _machine(session)},
         "settings": settings.model_dump(mode="json"),
         "command": command_line(checkpoint.path, artifacts, base, session),

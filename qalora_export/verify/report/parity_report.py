@@ -10,12 +10,13 @@ report.json (format "qalora-parity/1"):
                   headline (that figure, null where it was not measured), runtime, status ("pass" | "fail" | "not run"),
                   measured, bound, unit, figure (which of the checks these are: the first that failed, else the
                   headline), detail, where (tensors, facts or positions), checks (every figure with its bound and
-                  reason), figures
+                  reason), figures, seconds (what several gates look at is in those of the first)
     noise_floor   per runtime: source and figures
     runtimes      per run "runtime/path/mode": the runner's fingerprint (version, CPU flags, threads, tokens/s, memory)
     bisect        per runtime whose logits failed: first_layer, first_tensor, what, nmse, and for every layer and every
                   point inside the first wrong one: name, what, nmse, bound, diverges; plotted in bisect-RUNTIME.svg
-    reference     what computed the reference;  environment: packages, machine
+    reference     what computed the reference, in how many seconds; from_earlier_runs: what was kept (verify.store)
+    environment   packages, machine
     provenance    links: child, role, parent, sha256, state ("verified" | "not found" | "broken"), note
     settings      the resolved settings;  command: how to run it again;  positions: name of the npz with every position
 
@@ -104,6 +105,7 @@ def entry_json(entry: Entry) -> dict[str, Any]:
         "where": list(entry.where),
         "checks": [asdict(check) | {"passed": check.passed} for check in entry.checks],
         "figures": dict(entry.figures or {}),
+        "seconds": round(entry.seconds, 3),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,24 +12,37 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from qalora_runtimes.heartbeat import Beat
+from qalora_runtimes.launch import RUNNERS
 from qalora_runtimes.process import Watch, patience_for
 from qalora_runtimes.protocol import Job, TextRequest, write_job
 
 from qalora_export.errors import RuntimeUnavailableError
 from qalora_export.progress import Task, task
+from qalora_export.safety import sha256_file
 from qalora_export.verify.probes.probe_set import ProbeSet
 from qalora_export.verify.runtimes.record import Artifact
+from qalora_export.verify.store import Arrays, remembered
 
 Mode = Literal["prefill", "decode"]
+BASE, SHIPPED, TEXT = "base", "shipped", "text"  # labels of runs; others are "exact"
 logger = logging.getLogger(__name__)
+
+
+class CrashedError(RuntimeUnavailableError):
+    """The runtime is installed and its run failed."""
 
 
 @dataclass
 class Runs:
     """Runs `probes` and keeps what each run said about itself.
 
-    launch: qalora_runtimes.launch.run_runner or a stand-in with its signature. fingerprints: one per run, by
-    "runtime/path/mode".
+    A model is loaded once for all that is asked of it: whole prompts, token by token, and the texts of what ships.
+    What is asked second waits here for its gate. Where such a run fails, each part is run alone, so that a gate is not
+    stopped by what another one asks.
+
+    launch: qalora_runtimes.launch.run_runner or a stand-in with its signature. remembers: whether runs of the
+    unadapted base are kept between runs of verify-parity (verify.store); not those of a stand-in. fingerprints: one
+    per run, by "runtime/path/mode".
     """
 
     probes: ProbeSet
@@ -36,15 +50,63 @@ class Runs:
     workdir: Path
     threads: int
     launch: Callable[..., Any]
+    remembers: bool = False
     fingerprints: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _waiting: dict[tuple[str, str, str], Any] = field(default_factory=dict)
 
     def logprobs(
         self, runtime: str, artifact: Artifact, mode: Mode, *, exact: bool, label: str | None = None
     ) -> NDArray[np.float32]:
         """float32 (positions, vocabulary). Raises RuntimeUnavailableError when the runtime is missing or crashed."""
         label = label or ("exact" if exact else "shipped")
-        result = self._run(runtime, artifact, self.probes, mode, exact=exact, label=label, text=False)
-        values: NDArray[np.float32] | None = result.logprobs
+        if label == BASE:
+            return self._of_base(runtime, artifact, mode, exact=exact)
+        if (runtime, label, mode) not in self._waiting:
+            self._everything(runtime, artifact, exact=exact, label=label)
+        values = self._waiting.pop((runtime, label, mode), None)
+        if values is None:
+            values = self._run(runtime, artifact, self.probes, mode, exact=exact, label=label).logprobs
+        return self._checked(runtime, artifact, values)
+
+    def text_answers(self, runtime: str, artifact: Artifact) -> dict[str, Any]:
+        """Gate G5's answers (qalora_runtimes.protocol.TEXT_ANSWER_KEYS)."""
+        answers = self._waiting.pop((runtime, SHIPPED, TEXT), None)
+        if answers is None:
+            answers = self._run(runtime, artifact, self._shortest, "prefill", label=TEXT, text=True).text_answers
+        if not isinstance(answers, dict):
+            raise RuntimeUnavailableError(f"{runtime} gave no answers about text", where=artifact.path)
+        return answers
+
+    def _everything(self, runtime: str, artifact: Artifact, *, exact: bool, label: str) -> None:
+        """One run for all that this artifact will be asked. Nothing waits when it crashes."""
+        try:
+            result = self._run(runtime, artifact, self.probes, "both", exact=exact, label=label, text=label == SHIPPED)
+        except CrashedError as error:
+            logger.warning("%s; asking for one thing at a time", error)
+            return
+        found = {"prefill": result.logprobs, "decode": result.decoded, TEXT: result.text_answers}
+        self._waiting |= {(runtime, label, what): value for what, value in found.items() if value is not None}
+
+    def _of_base(self, runtime: str, artifact: Artifact, mode: Mode, *, exact: bool) -> NDArray[np.float32]:
+        """A run of the unadapted base, or what it answered before: it is a yardstick, not what is verified."""
+        name = f"{runtime}/{BASE}/{mode}"
+
+        def compute() -> Arrays:
+            result = self._run(runtime, artifact, self.probes, mode, exact=exact, label=BASE)
+            values = self._checked(runtime, artifact, result.logprobs)
+            told = json.dumps(self.fingerprints[name]).encode()
+            return {"logprobs": values, "fingerprint": np.frombuffer(told, np.uint8)}
+
+        if not self.remembers:
+            return compute()["logprobs"]
+        asked = {"probes": self.probes.ids_sha256, "threads": self.threads, "mode": mode, "exact": exact}
+        asked["lora"] = artifact.lora and sha256_file(artifact.lora)
+        packages = (RUNNERS[runtime].package, "numpy")
+        found = remembered(f"base in {runtime}", compute, of=artifact.path, packages=packages, **asked)
+        self.fingerprints[name] = json.loads(found["fingerprint"].tobytes())
+        return found["logprobs"]
+
+    def _checked(self, runtime: str, artifact: Artifact, values: NDArray[np.float32] | None) -> NDArray[np.float32]:
         expected = (int(self.probes.ids.size), self.vocabulary)
         if values is None or values.shape != expected or values.dtype != np.float32:
             found = "nothing" if values is None else f"{values.dtype}{values.shape}"
@@ -55,60 +117,63 @@ class Runs:
             )
         return values
 
-    def text_answers(self, runtime: str, artifact: Artifact) -> dict[str, Any]:
-        """Gate G5's answers {"texts": [[ids]…], "rendered": [str…]}; the shortest logits job goes along."""
+    @property
+    def _shortest(self) -> ProbeSet:
+        """The shortest sequence alone, with all texts: the least that a run can be asked beside them."""
         shortest = int(np.argmin(self.probes.lengths))
         start, length = int(self.probes.starts[shortest]), self.probes.lengths[shortest : shortest + 1]
-        small = ProbeSet(
-            self.probes.ids[start : start + int(length[0])],
-            length,
-            (self.probes.names[shortest],),
-            self.probes.texts,
-            self.probes.chats,
-        )
-        result = self._run(runtime, artifact, small, "prefill", exact=False, label="text", text=True)
-        if not isinstance(result.text_answers, dict):
-            raise RuntimeUnavailableError(f"{runtime} gave no answers about text", where=artifact.path)
-        return result.text_answers
+        ids, names = self.probes.ids[start : start + int(length[0])], (self.probes.names[shortest],)
+        return ProbeSet(ids, length, names, self.probes.texts, self.probes.chats)
 
     def _run(
-        self, runtime: str, artifact: Artifact, probes: ProbeSet, mode: Mode, *, exact: bool, label: str, text: bool
+        self,
+        runtime: str,
+        artifact: Artifact,
+        probes: ProbeSet,
+        mode: str,
+        *,
+        label: str,
+        exact: bool = False,
+        text: bool = False,
     ) -> Any:
         workdir = self.workdir / f"{runtime}-{label}-{mode}"
         workdir.mkdir(parents=True, exist_ok=True)
-        job = workdir / "job.npz"
-        request = TextRequest(probes.texts, probes.chats) if text else None
-        write_job(job, Job(tuple(probes.sequences()), mode, request))
-        with task(f"{runtime}: {label} {'texts' if text else mode}", int(probes.ids.size)) as shown:
+        path = workdir / "job.npz"
+        job = Job(tuple(probes.sequences()), mode, TextRequest(probes.texts, probes.chats) if text else None)
+        write_job(path, job)
+        with task(f"{runtime}: {label}", job.total * len(job.passes)) as shown:
             result = self.launch(
                 runtime,
                 model=artifact.path,
-                job=job,
+                job=path,
                 workdir=workdir,
                 exact=exact,
                 threads=self.threads,
                 lora=artifact.lora,
                 vocabulary=self.vocabulary,
-                watch=watch_of(runtime, artifact.path, int(probes.lengths.max()), shown),
+                watch=watch_of(runtime, artifact.path, job, shown),
             )
         if result.status != "ok":
-            raise RuntimeUnavailableError(
+            kind = CrashedError if result.status == "crashed" else RuntimeUnavailableError
+            raise kind(
                 f"{runtime} {result.status}: {result.message}",
                 where=artifact.path,
                 why=f"signal {result.signal_name}" if result.signal_name else "",
             )
-        self.fingerprints[f"{runtime}/{label}/{mode}"] = dict(result.fingerprint or {})
+        for each in job.passes:
+            self.fingerprints[f"{runtime}/{label}/{each}"] = dict(result.fingerprint or {})
         return result
 
 
-def watch_of(runtime: str, model: Path, longest: int, shown: Task) -> Watch:
+def watch_of(runtime: str, model: Path, job: Job, shown: Task) -> Watch:
     """How long a run may be silent; what it tells goes to `shown`, and its silence to the log."""
 
     def on_beat(beat: Beat) -> None:
-        shown.update(beat.done if beat.total else 0, "" if beat.total else beat.what)
+        before = job.total if beat.what.startswith(job.passes[-1]) and len(job.passes) > 1 else 0
+        shown.update(before + beat.done if beat.total else 0, "" if beat.total else beat.what)
 
     return Watch(
-        patience_for(model, longest),
+        patience_for(model, job.longest),
         on_beat=on_beat,
         on_silence=lambda line: logger.warning("%s: %s", runtime, line),
     )

@@ -96,7 +96,7 @@ def make_seeds(folder: Path) -> Path:
 def _small_files(folder: Path) -> None:
     request = TextRequest(("a",), (({"role": "user", "content": "b"},),))
     write_job(folder / "job.npz", make_job([[1, 2], [3, 4, 5]], text=request))
-    write_answers(folder / "answers.npz", np.zeros((5, 7), np.float32), {"texts": []})
+    write_answers(folder / "answers.npz", [np.zeros((5, 7), np.float32)] * 2, {"texts": []})
     (folder / "recipe.toml").write_text(RECIPE)
     (folder / "data.jsonl").write_text(LINES, encoding="utf-8")
     (folder / "instructions.jsonl").write_text('{"instruction": "a", "input": "b", "output": "c"}\n')
