@@ -6,7 +6,7 @@ the first gate that asks. What the runtime refuses is kept as well, and raised a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.provenance import Link, artifact_manifest
 from qalora_export.errors import RuntimeUnavailableError
+from qalora_export.models.families.family import activation
 from qalora_export.recipe import VerifySettings
 from qalora_export.safety import HashedOnce
 from qalora_export.verify.identity import Identities
@@ -157,7 +158,29 @@ class Target:
 
     def _run(self, path: RunPath, mode: Literal["prefill", "decode"]) -> NDArray[np.float32]:
         artifact = self.exact if path == "exact" else self.shipped
-        return self.session.runs.logprobs(self.name, artifact, mode, exact=path == "exact")
+        found = self.session.runs.logprobs(self.name, artifact, mode, exact=path == "exact")
+        if path == "exact" and self._rounding_operator and self.replaced(mode) is None:
+            raise RuntimeUnavailableError(
+                f"{self.name} rounds in its operator {self._rounding_operator}, which this run did not replace",
+                where=artifact.path,
+                why="only the C API of xllamacpp can do that; logits through the table are no exact path",
+                fix="install a release of xllamacpp that qalora-export doctor knows",
+            )
+        return found
+
+    def replaced(self, mode: Literal["prefill", "decode"]) -> Mapping[str, Any] | None:
+        """What the runner says of the rounding operator that it replaced on the exact path; None where there is none.
+
+        values: how many; kept: those that were not what the operator should have given, left as they were; nmse: of
+        the operator's own values.
+        """
+        said = self.session.runs.fingerprints.get(f"{self.name}/exact/{mode}", {}).get("replaced")
+        found = said.get(self._rounding_operator) if isinstance(said, Mapping) else None
+        return found if isinstance(found, Mapping) else None
+
+    @property
+    def _rounding_operator(self) -> str | None:
+        return self.runtime.rounding_activations.get(activation(self.session.checkpoint.config))
 
     def _scaled(self, path: RunPath, measured: PositionMetrics) -> PositionMetrics:
         """The exact path's metrics know how much each position amplifies rounding (metrics.PositionMetrics)."""

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from qalora_runtimes.llama_cpp.activations import ExactGelu
 from qalora_runtimes.llama_cpp.c_api import Context, Library, UnknownLayoutError
 from qalora_runtimes.llama_cpp.layouts import FLASH_ATTENTION_OFF, KV_F32
 from qalora_runtimes.llama_cpp.local_server import LocalServer
+from qalora_runtimes.llama_cpp.nodes import Nodes, address, callback
 from qalora_runtimes.llama_cpp.server import ServerRuntime
 from qalora_runtimes.llama_cpp.settings import LlamaSettings
 from qalora_runtimes.protocol import Ids, Job, TextRequest
@@ -94,12 +96,23 @@ class CApiRuntime:
     ) -> None:
         self._settings, self._server, self._lora = settings, server, lora
         for_model, for_context = parameters(settings)
+        self._gelu: ExactGelu | None = None
+        if settings.exact:
+            nodes = Nodes(library)
+            self._gelu = ExactGelu(nodes)
+            watchers = [self._gelu]
+            self._callback = callback(nodes, watchers)  # the library keeps only the address
+            for_context["cb_eval"] = address(self._callback)
         self._context = Context(library, model, lora, model=for_model, context=for_context)
         check_vocabulary(job, self._context.vocabulary)
         log = "".join(library.log)
         self._logged = {name: found[-1] for name, pattern in LOGGED.items() if (found := pattern.findall(log))}
-        if settings.exact:
+        if self._gelu is not None:
             self._check_exact()
+            self._context.run(np.zeros(1, np.int32), 0)  # shows the operators of the graph
+            self._gelu.begin()
+            if not self._gelu.there:
+                watchers.clear()
 
     def _check_exact(self) -> None:
         """llama.cpp's own log must confirm the settings that --exact promises."""
@@ -133,4 +146,6 @@ class CApiRuntime:
                 WAIT_POLICY.lower(): os.environ[WAIT_POLICY],
                 **self._logged,
             },
+            # Operators that the exact path replaced; without this key a run was through another interface.
+            **({} if self._gelu is None else {"replaced": self._gelu.describe()}),
         }

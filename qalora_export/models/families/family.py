@@ -7,6 +7,7 @@ from typing import Any, Literal
 from qalora_export.errors import InputError
 
 Config = Mapping[str, Any]
+EMBEDDING_NODE = "embd"
 Side = Literal["input", "output"]
 
 
@@ -49,7 +50,8 @@ class Family:
     rope_types: the rotary scalings that both exporters carry exactly.
     only: config key -> the values we handle (the first is the default when the key is absent).
     linears, norms: modules of one decoder layer, below `model.layers.<n>.`.
-    points: observation points of the bisect in the order of the data flow.
+    points: observation points of the bisect in the order of the data flow; embedding_node: llama.cpp's name of what
+        enters the first layer.
     gguf_fields: metadata beside the shared keys.
     norm_shift: added to every norm weight in GGUF, in float32 as the model itself does it: Gemma's norms multiply by
         1 + w and llama.cpp's by w.
@@ -72,6 +74,7 @@ class Family:
     linears: tuple[str, ...]
     norms: tuple[str, ...]
     points: tuple[LayerPoint, ...]
+    embedding_node: str = EMBEDDING_NODE
     gguf_fields: tuple[GgufField, ...] = ()
     norm_shift: float = 0.0
     tied: bool = False
@@ -121,6 +124,11 @@ class Family:
 def head_dim(config: Config) -> int:
     """Features of one attention head: `head_dim`, or hidden size over heads as in Transformers."""
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def activation(config: Config) -> str:
+    """Transformers' name of the MLP's activation function; Gemma has a key of its own for it."""
+    return str(config.get("hidden_activation") or config.get("hidden_act") or "silu")
 
 
 def from_config(key: str) -> Callable[[Config], Any]:

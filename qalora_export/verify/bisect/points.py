@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from qalora_export.models.families.family import LayerPoint, Side
+from qalora_export.models.families.family import EMBEDDING_NODE, LayerPoint, Side
 
 if TYPE_CHECKING:
     import onnx
@@ -40,10 +40,13 @@ class Point:
         return f"{self.module} {self.side}"
 
 
-def model_points(layers: int) -> list[Point]:
-    """What enters the first decoder layer, hidden state after every layer, final norm, logits."""
+def model_points(layers: int, embedding: str = EMBEDDING_NODE) -> list[Point]:
+    """What enters the first decoder layer, hidden state after every layer, final norm, logits.
+
+    embedding: llama.cpp's node of the first.
+    """
     return [
-        Point("model.layers.0", "input", "model.embed_tokens", "embedding", "embd"),
+        Point("model.layers.0", "input", "model.embed_tokens", "embedding and its scale", embedding),
         *(_output(f"model.layers.{i}", f"hidden state after layer {i}", f"l_out-{i}") for i in range(layers)),
         _output("model.norm", "final norm: its weight or epsilon", "result_norm"),
         Point("", "output", "lm_head", "logits, with the scales and caps behind lm_head", "result_output"),

@@ -18,8 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.errors import QaloraError, RuntimeUnavailableError
-from qalora_export.models.families import family_of
-from qalora_export.models.families.family import LayerPoint
+from qalora_export.models.families import Family, family_of
 from qalora_export.progress import status
 from qalora_export.verify.bisect.points import Point, layer_points, model_points
 from qalora_export.verify.bisect.values import THROUGH, LaunchTaps, Reader, ReferenceModel, Suspect, reader_of
@@ -132,8 +131,8 @@ def _bisect_target(target: Target, suspect: Suspect, model: ReferenceModel, laun
         launch=launch,
     )
     config = session.checkpoint.config
-    points, layers = family_of(config).points, config["num_hidden_layers"]
-    found = bisect(target.name, suspect, model, layers, read, points=points, through=THROUGH[runtime.format])
+    layers, through = config["num_hidden_layers"], THROUGH[runtime.format]
+    found = bisect(target.name, suspect, model, layers, read, family=family_of(config), through=through)
     if runtime.taps_of != target.name and found.first is None and not found.note:
         blame = "the fault lies in its own settings or in its generation loop"
         return replace(found, note=f"{runtime.taps_of} computes the same graph right: {blame}")
@@ -170,20 +169,20 @@ def bisect(
     layers: int,
     read: Reader,
     *,
-    points: Iterable[LayerPoint],
+    family: Family,
     through: str,
 ) -> Bisection:
     """Compare layer by layer, then inside the first wrong layer. Never raises for what the runtime does.
 
-    points: where the family's decoder layer can be observed.
+    family: says where its decoder layers can be observed.
     """
     found = _nothing_yet(runtime, suspect, through=through)
     try:
-        outer = _steps(suspect, model, model_points(layers), read)
+        outer = _steps(suspect, model, model_points(layers, family.embedding_node), read)
         found = replace(found, layers=outer)
         wrong = next((index for index, step in enumerate(outer) if step.diverges), None)
         if wrong is not None and 1 <= wrong <= layers:
-            found = replace(found, inside=_steps(suspect, model, layer_points(wrong - 1, points), read))
+            found = replace(found, inside=_steps(suspect, model, layer_points(wrong - 1, family.points), read))
     except RuntimeUnavailableError as error:
         return replace(found, note=f"the values inside could not be read: {error}")
     unseen = [step.name for step in [*found.layers, *found.inside] if math.isnan(step.nmse)]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qalora_export.models.families import Family, family_of
 from qalora_export.models.families.family import head_dim
 from qalora_export.models.loading import load_tokenizer
 from qalora_export.safety import inside, read_json
@@ -42,7 +43,16 @@ def expected_graph_facts(config: Mapping[str, Any], frequencies: NDArray[Any]) -
         "head size": head_dim(config),
         "norm epsilon": np.float32(config.get("rms_norm_eps", 1e-6)),
         "RoPE frequencies": frequencies,
+        "attention windows": windows(family_of(config), config),
     }
+
+
+def windows(family: Family, config: Mapping[str, Any]) -> list[int]:
+    """Positions that each layer looks back, its own included, 0 where it sees everything; empty when all do.
+
+    Prompts of a probe set are often shorter than a window, so logits do not show a lost one.
+    """
+    return [int(config["sliding_window"]) if windowed else 0 for windowed in family.windowed(config)]
 
 
 def expected_text_facts(checkpoint: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,14 @@ from qalora_export.formats.gguf.read import GgufContents, read_back, runtime_deq
 from qalora_export.formats.gguf.split import adapter_path
 from qalora_export.formats.gguf.tokenizer.sentencepiece import NEVER_JOINED
 from qalora_export.formats.gguf.tokenizer.unigram import UNUSED_SCORE
+from qalora_export.models.families import FAMILIES
 from qalora_export.recipe import GgufSettings
-from qalora_export.verify.runtimes.facts import ABSENT, expected_graph_facts, expected_text_facts
+from qalora_export.verify.runtimes.facts import ABSENT, expected_graph_facts, expected_text_facts, windows
 from qalora_export.verify.runtimes.record import Artifact, Facts, Matrices, RuntimeRecord, TextHabits, register
 from qalora_export.verify.runtimes.twin import write_twin
 
 FREQUENCY_DIVISORS = "rope_freqs.weight"
+MOST_LAYERS = 2**16
 
 
 @register
@@ -30,6 +33,7 @@ class LlamaCpp(RuntimeRecord):
     dequantizer = "gguf.quants.dequantize, llama.cpp's own"
     habits = TextHabits(cuts_bos=True, reads_gguf=True)
     taps_of = "llama.cpp"
+    rounding_activations = MappingProxyType({"gelu_pytorch_tanh": "GEGLU"})  # a table of float16: qalora_runtimes
 
     def read_back(self, artifact: Path) -> GgufContents:
         """By our reader, which shares no code with the writer, gguf.GGUFWriter."""
@@ -94,6 +98,7 @@ def facts_of(artifact: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
         "head size": of("attention.key_length"),
         "norm epsilon": of("attention.layer_norm_rms_epsilon"),
         "RoPE frequencies": _frequencies(artifact, of),
+        "attention windows": _windows(arch, of),
         "tokens": token("tokens"),
         **_token_order(metadata),
         "BOS id": token("bos_token_id"),
@@ -115,6 +120,17 @@ def _token_order(metadata: Mapping[str, Any]) -> dict[str, Any]:
         return {"scores": [float(np.float32(score)) for score in scores[:count]]}
     made = [(-score, text) for text, score in zip(tokens, scores, strict=True) if score > NEVER_JOINED]
     return {"tokens by rank": [text for _, text in sorted(made)]}
+
+
+def _windows(arch: Any, of: Any) -> list[int] | str:
+    """What llama.cpp's code does for this architecture; families that it gives no windows have none in any file."""
+    family = next((family for family in FAMILIES if family.gguf_arch == arch), None)
+    layers, window = of("block_count"), of("attention.sliding_window")
+    if family is None or not isinstance(layers, int) or not 0 < layers < MOST_LAYERS:
+        return ABSENT
+    if (pattern := of("attention.sliding_window_pattern")) != ABSENT:
+        return f"by a pattern of the file's own: {pattern}"
+    return windows(family, {"num_hidden_layers": layers, "sliding_window": window if isinstance(window, int) else 0})
 
 
 def _frequencies(artifact: Path, of: Any) -> NDArray[np.float64] | str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,14 @@ def graph_facts(contents: OnnxContents) -> dict[str, Any]:
         "norm epsilon": _single(a.get("epsilon", 1e-5) for kind, a in attributes if kind in NORMS),
         "attention scale": _single(a.get("scale") for a in attention),
         "RoPE frequencies": _frequencies(contents),
+        "attention windows": _windows(a for kind, a in attributes if kind == ATTENTION),
     }
+
+
+def _windows(attention: Iterable[Mapping[str, Any]]) -> list[int]:
+    """local_window_size of each layer, in the order of the graph; empty when every layer sees everything."""
+    sizes = [max(0, values.get("local_window_size", 0)) for values in attention]
+    return sizes if any(sizes) else []
 
 
 def _frequencies(contents: OnnxContents) -> NDArray[np.float64] | str:

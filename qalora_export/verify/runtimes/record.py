@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -61,7 +62,8 @@ class RuntimeRecord(ABC):
     format: of the artifact. dequantizer: who dequantizes for gate G1. habits, own_tokenizer: whether the runtime itself
     answers gate G5, and how. int8_block: activations that share one int8 step in the shipped kernels (llama.cpp: Q8_1
     and Q8_0 blocks of 32; MatMulNBits: the group of the weights, None). taps_of: the runtime that shows the values
-    inside this one's graph, for the bisect.
+    inside this one's graph, for the bisect. rounding_activations: activation function (config.json) -> the runtime's
+    operator that rounds in it, which its runner replaces by the function on the exact path and must say so.
     """
 
     name: ClassVar[str]
@@ -71,6 +73,7 @@ class RuntimeRecord(ABC):
     own_tokenizer: ClassVar[bool] = True
     int8_block: ClassVar[int | None] = 32
     taps_of: ClassVar[str]
+    rounding_activations: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     @abstractmethod
     def read_back(self, artifact: Path) -> Contents:

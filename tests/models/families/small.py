@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qalora_export.models.families import family_of
 from tests.models import TEXT
 
 SIZES: Mapping[str, Any] = {
@@ -30,6 +31,7 @@ CONFIGS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         {"embedding_multiplier": 12.0, "attention_multiplier": 0.1, "residual_multiplier": 0.22, "logits_scaling": 0.5},
     ),
     "OLMo-2": ("olmo2", {}),
+    "Gemma 2": ("gemma2", {"num_hidden_layers": 4, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64}),
     "Phi-3": ("phi3", {"sliding_window": None}),
 }
 
@@ -50,7 +52,8 @@ def make_small(path: Path, family: str, **overrides: object) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
+                shift = family_of(config.to_dict() | {"architectures": [type(model).__name__]}).norm_shift
+                parameter.uniform_(0.5 - shift, 1.5 - shift)
             if name.endswith("bias"):
                 parameter.uniform_(-0.5, 0.5)
     model.to(torch.float16).save_pretrained(path)

@@ -62,7 +62,7 @@ def test_every_point_of_a_layer_agrees_with_the_reference(line: Line, kind: str,
     read = reader_of(kind, run, checkpoint, SUSPECT, tmp_path / "taps", threads=1, launch=run_taps)
     model = ReferenceModel(line.base, threads=1)
     family = family_of(checkpoint.config)
-    found = bisect(kind, SUSPECT, model, 2, read, points=family.points, through="test")
+    found = bisect(kind, SUSPECT, model, 2, read, family=family, through="test")
     assert found.first is None, found.first
     points = layer_points(1, family.points)
     wanted, seen = model.activations(SUSPECT.ids, points), read(SUSPECT.ids, points)

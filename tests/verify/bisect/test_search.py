@@ -14,6 +14,7 @@ from qalora_runtimes.taps import TapsResult, run_taps
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.formats.onnx.exact import exact_variant
 from qalora_export.models.families.decoder import POINTS
+from qalora_export.models.families.llama import LLAMA
 from qalora_export.verify.bisect.points import layer_points, model_points
 from qalora_export.verify.bisect.search import Bisection, Step, bisect, explain, position_nmse, suspect_of
 from qalora_export.verify.bisect.values import ReferenceModel, Suspect, reader_of
@@ -67,7 +68,7 @@ def found_in(
         threads=1,
         launch=launch,
     )
-    return bisect(kind, suspect, model, 2, read, points=POINTS, through="test")
+    return bisect(kind, suspect, model, 2, read, family=LLAMA, through="test")
 
 
 @pytest.mark.parametrize("mode", ["prefill", "decode"])
