@@ -28,7 +28,7 @@ ACCEPTED: dict[str, tuple[tuple[object, ...], str]] = {
     "lora_bias": ((False, None), "a bias on lora_B adds a term outside of the weight"),
     "modules_to_save": ((None, []), "fully trained modules replace tensors of the base"),
     "init_lora_weights": (
-        (True, False, None, "gaussian", "eva"),
+        (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
         "this initialization changed the base weights before training",
     ),
     "layer_replication": ((None, []), "replicated layers are another architecture"),
@@ -39,6 +39,32 @@ ACCEPTED: dict[str, tuple[tuple[object, ...], str]] = {
     "use_bdlora": ((None,), "block-diagonal LoRA is another formula"),
     "velora_config": ((None,), "VeLoRA is another formula"),
     "monteclora_config": ((None,), "MonteCLoRA is another formula"),
+    "kasa_config": ((None,), "KaSA truncates the base weights and scales the update by trained singular values"),
+}
+# Fields that parse_config reads, and fields whose value changes nothing about what a trained adapter computes.
+READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_qalora", "qalora_group_size"}
+HARMLESS = {
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),  # the tensors tell
+    *(
+        "lora_dropout",
+        "ensure_weight_tying",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+    ),  # training
+    *("fan_in_fan_out", "megatron_config", "megatron_core"),  # how the base stores or shares out its weights
+}
+ONLY = "only lora_A.weight and lora_B.weight of linear layers have a lossless form"
+# What a tensor that is no lora_A or lora_B belongs to, by a part of its name.
+FOREIGN = {
+    "lora_embedding_": "an adapter on an embedding: embeddings are not quantized, so they have no offset to move",
+    "lora_magnitude_vector": "DoRA's magnitudes rescale whole rows of the weight",
+    "modules_to_save": "a fully trained module, which replaces tensors of the base",
+    "embed_tokens": "trained embeddings, which PEFT saves along when the vocabulary grew",
+    "lm_head": "a trained output head, which PEFT saves along when the vocabulary grew",
+    "bias": "a trained bias, which is not part of a low-rank update",
 }
 
 
@@ -67,6 +93,14 @@ def parse_config(raw: Any, *, where: object) -> PeftConfig:
     for field, (accepted, reason) in ACCEPTED.items():
         if field in raw and not any(raw[field] == value for value in accepted):
             raise InputError(f"cannot import an adapter with {field} = {raw[field]!r}", where=where, why=reason)
+    for field in sorted(set(raw) - set(ACCEPTED) - READ - HARMLESS):
+        if raw[field] not in (None, False, "", [], {}):
+            raise InputError(
+                f"cannot import an adapter with {field} = {str(raw[field])[:80]!r}",
+                where=where,
+                why="this version does not know the field, which may change what the adapter computes",
+                fix=f"if it only steered training, remove it from {CONFIG}",
+            )
     pool = raw.get("qalora_group_size", 16) if raw.get("use_qalora") else None  # 16 is LoraConfig's default
     numbers = [raw.get("r"), raw.get("lora_alpha"), *([] if pool is None else [pool])]
     patterns = [raw.get("rank_pattern") or {}, raw.get("alpha_pattern") or {}]
@@ -145,7 +179,7 @@ def split_name(name: str, *, where: object) -> tuple[str, str]:
         raise InputError(
             f"the adapter holds a tensor we cannot merge: {name!r}",
             where=where,
-            why="only lora_A.weight and lora_B.weight of linear layers have a lossless form",
+            why=next((reason for part, reason in FOREIGN.items() if part in name), ONLY),
         )
     return match["module"], match["part"]
 

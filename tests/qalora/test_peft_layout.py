@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,16 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
 from qalora_export.errors import InputError, QaloraError, UnsafeInputError
-from qalora_export.qalora.peft_layout import make_config, parse_config, shortest_targets, split_name, tensor_name
+from qalora_export.qalora.peft_layout import (
+    ACCEPTED,
+    HARMLESS,
+    READ,
+    make_config,
+    parse_config,
+    shortest_targets,
+    split_name,
+    tensor_name,
+)
 
 BASE = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "use_qalora": True, "qalora_group_size": 32, "bias": "none"}
 
@@ -62,6 +72,10 @@ REFUSED = {
     "loftq": {"init_lora_weights": "loftq"},
     "tokens": {"trainable_token_indices": [1, 2]},
     "activated": {"alora_invocation_tokens": [5]},
+    "kasa": {"kasa_config": {"beta": 1e-4}},
+    "lora-ga": {"init_lora_weights": "lora_ga"},
+    "target parameters": {"target_parameters": ["experts.weight"]},
+    "a field of a later PEFT": {"use_novel_lora": True},
     "rank zero": {"r": 0},
     "rank is text": {"r": "8"},
     "rank is true": {"r": True},
@@ -79,6 +93,23 @@ REFUSED = {
 def test_refuses_what_has_no_lossless_form(case: str) -> None:
     with pytest.raises(InputError):
         parse(**REFUSED[case])
+
+
+def test_every_field_of_this_peft_is_known() -> None:
+    known = set(ACCEPTED) | READ | HARMLESS
+    assert {field.name for field in fields(LoraConfig)} - {"runtime_config"} <= known  # runtime_config is never saved
+
+
+def test_fields_that_say_nothing_pass_and_others_are_named() -> None:
+    """PEFT before 0.3 wrote enable_lora and merge_weights; a later one may write what nobody knows yet."""
+    assert parse(enable_lora=None, merge_weights=False, new_table={}) == parse()
+    with pytest.raises(InputError, match=r"enable_lora = '\[True\]'.*does not know the field.*remove it"):
+        parse(enable_lora=[True])
+
+
+@pytest.mark.parametrize("name", ["gaussian", "eva", "orthogonal", "mica", False])
+def test_initializations_that_keep_the_base_are_taken(name: object) -> None:
+    assert parse(init_lora_weights=name) == parse()
 
 
 def test_a_list_is_no_config() -> None:
@@ -123,8 +154,19 @@ def test_tensor_names() -> None:
         "base_model.model.m.q.lora_B.default.weight",
     ):
         assert split_name(name, where="x") == ("m.q", "B")
-    for name in ("m.q.weight", "m.q.lora_A.bias", "m.q.lora_magnitude_vector", "m.lora_embedding_A", ".lora_A.weight"):
-        with pytest.raises(InputError, match="cannot merge"):
+    refused = {
+        "m.q.weight": "only lora_A",
+        ".lora_A.weight": "only lora_A",
+        "m.q.lora_A.bias": "trained bias",
+        "m.q.bias": "trained bias",
+        "m.q.lora_magnitude_vector": "DoRA",
+        "m.embed_tokens.lora_embedding_A": "adapter on an embedding",
+        "base_model.model.model.embed_tokens.weight": "trained embeddings",
+        "base_model.model.lm_head.weight": "trained output head",
+        "base_model.model.score.modules_to_save.default.weight": "fully trained module",
+    }
+    for name, reason in refused.items():
+        with pytest.raises(InputError, match=f"cannot merge.*{reason}"):
             split_name(name, where="x")
 
 
