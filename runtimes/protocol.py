@@ -13,6 +13,7 @@ logits.npz
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import zipfile
@@ -194,19 +195,42 @@ def read_each(path: Path, *, required: set[str], optional: set[str]) -> Iterator
     Every header is checked against its real size before anything is allocated. Raises ProtocolError for a file that
     is no such npz, or holds other names than `required` and some of `optional`.
     """
+    for name in members_of(path, required=required, optional=optional):
+        yield name, _loaded(path, name)
+
+
+def members_of(path: Path, *, required: set[str], optional: set[str]) -> list[str]:
+    """Names of the arrays in an npz, in the file's order, every header checked as in read_each."""
+    with _as_protocol(path), zipfile.ZipFile(path) as archive:
+        members = [info.filename.removesuffix(".npy") for info in archive.infolist()]
+        if len(set(members)) != len(members) or not required <= set(members) <= required | optional:
+            raise ProtocolError(f"{path}: holds {sorted(members)}, expected {sorted(required)}")
+        for info in archive.infolist():
+            _check_member(path, archive, info)
+        return members
+
+
+def read_one(path: Path, name: str) -> NDArray[Any]:
+    """One array of an npz, its header checked before anything is allocated. Raises ProtocolError."""
+    with _as_protocol(path), zipfile.ZipFile(path) as archive:
+        _check_member(path, archive, archive.getinfo(f"{name}.npy"))
+    return _loaded(path, name)
+
+
+def _loaded(path: Path, name: str) -> NDArray[Any]:
+    with _as_protocol(path), np.load(path, allow_pickle=False) as loaded:
+        values: NDArray[Any] = loaded[name]
+        return values
+
+
+@contextlib.contextmanager
+def _as_protocol(path: Path) -> Iterator[None]:
+    """ProtocolError for whatever zipfile and numpy raise on a damaged file."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = [info.filename.removesuffix(".npy") for info in archive.infolist()]
-            if len(set(members)) != len(members) or not required <= set(members) <= required | optional:
-                raise ProtocolError(f"{path}: holds {sorted(members)}, expected {sorted(required)}")
-            for info in archive.infolist():
-                _check_member(path, archive, info)
-        with np.load(path, allow_pickle=False) as loaded:
-            for name in members:
-                yield name, loaded[name]
+        yield
     except (ProtocolError, MemoryError):
         raise
-    except Exception as error:  # zipfile and numpy raise what the damage happens to lead to
+    except Exception as error:
         raise ProtocolError(f"{path}: cannot be read as npz: {error}") from error
 
 

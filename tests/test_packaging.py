@@ -60,6 +60,7 @@ VERIFY = (
     "identity",
     "store",
     "probes",
+    "kernels",
     "runtimes",
     "check",
     "reference",

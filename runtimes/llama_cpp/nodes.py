@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from ctypes import c_bool, c_char_p, c_int64, c_size_t, c_void_p
 from typing import Any, Protocol
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 from qalora_runtimes.llama_cpp.c_api import Library, UnknownLayoutError
 
 FLOAT_BYTES = 4
+# Offsets in struct ggml_tensor (ggml/include/ggml.h): ne[4], src[10], data, name. No function shows the sources.
+SIZES, SOURCES, DATA, NAME = 16, 152, 248, 256
 EvalCallback = ctypes.CFUNCTYPE(c_bool, c_void_p, c_bool, c_void_p)
 PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_get_name": (c_char_p, (c_void_p,)),
@@ -19,6 +22,7 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_nelements": (c_int64, (c_void_p,)),
     "ggml_nbytes": (c_size_t, (c_void_p,)),
     "ggml_is_contiguous": (c_bool, (c_void_p,)),
+    "ggml_get_data": (c_void_p, (c_void_p,)),
     "ggml_backend_tensor_get": (None, (c_void_p, c_void_p, c_size_t, c_size_t)),
     "ggml_backend_tensor_set": (None, (c_void_p, c_void_p, c_size_t, c_size_t)),
 }
@@ -52,6 +56,15 @@ class Nodes:
         value = np.empty(count, np.float32)
         self._c.ggml_backend_tensor_get(node, value.ctypes.data_as(c_void_p), 0, value.nbytes)
         return value
+
+    def sources(self, node: int) -> tuple[int, int] | None:
+        """The two operands of a node; None where the fields before and behind them are not where they are expected."""
+        count = math.prod((c_int64 * 4).from_address(node + SIZES))
+        name, data = ctypes.string_at(node + NAME), c_void_p.from_address(node + DATA).value
+        if (count, name, data) != (self._c.ggml_nelements(node), self.name(node), self._c.ggml_get_data(node)):
+            return None
+        first, second = (c_void_p.from_address(node + SOURCES + 8 * i).value for i in (0, 1))
+        return (first, second) if first and second else None
 
     def write(self, node: int, value: NDArray[np.float32]) -> None:
         """Put another value in the place of one that `read` gave."""

@@ -1,12 +1,14 @@
 """Values inside llama.cpp: its evaluation callback (llama_context_params.cb_eval) sees every node of the graph.
 
-`python -m qalora_runtimes.llama_cpp.taps --help`. Names are those of llama.cpp's graph builders, "attn_norm-0" say.
+`python -m qalora_runtimes.llama_cpp.taps --help`. Names are those of llama.cpp's graph builders, "attn_norm-0" say, or
+"blk.0.attn_q.weight input" and "… output": what a product with that tensor of the file saw and gave (taps.input_of).
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,24 +25,49 @@ from qalora_runtimes.scoring import RunnerError
 
 # Queries and keys keep their name through the rotation; what the projection gave is what was there before it.
 AFTER_PROJECTION = b"ROPE"
+PRODUCT = b"MUL_MAT"
 
 
 class _Kept:
-    """nodes.Watcher that keeps the values of `names`, by name."""
+    """nodes.Watcher that keeps the values of `names`, by name. misread: the operands of a node could not be told."""
 
-    def __init__(self, nodes: Nodes, names: list[str]) -> None:
-        self._nodes, self._names = nodes, {name.encode(): name for name in names}
+    def __init__(self, nodes: Nodes) -> None:
+        self._nodes = nodes
+        self._names: dict[bytes, str] = {}
+        self._products = False
         self.values: dict[str, NDArray[np.float32]] = {}
         self._rotated: set[str] = set()
+        self.misread = False
+
+    def look_for(self, names: Sequence[str]) -> None:
+        self._names = {name.encode(): name for name in names}
+        self._products = any(name.endswith(taps.ENDS) for name in names)
 
     def begin(self) -> None:
         self.values, self._rotated = {}, set()
 
     def wants(self, name: bytes, operator: bytes) -> bool:
-        return name in self._names
+        return name in self._names or (self._products and operator == PRODUCT)
 
     def see(self, node: int, name: bytes, operator: bytes) -> None:
-        known = self._names[name]
+        if self._products and operator == PRODUCT:
+            self._see_product(node)
+        if name in self._names:
+            self._see_named(node, self._names[name], operator)
+
+    def _see_product(self, node: int) -> None:
+        operands = self._nodes.sources(node)
+        if operands is None:
+            self.misread = True  # an exception would be lost on the way through the library
+            return
+        weight, x = operands
+        name = self._nodes.name(weight).decode("utf-8", "replace")
+        for tapped, tensor in ((taps.input_of(name), x), (taps.output_of(name), node)):
+            value = self._nodes.read(tensor) if tapped.encode() in self._names else None
+            if value is not None:
+                self.values[tapped] = value
+
+    def _see_named(self, node: int, known: str, operator: bytes) -> None:
         if operator == AFTER_PROJECTION:
             self._rotated.add(known)
         value = None if known in self._rotated else self._nodes.read(node)
@@ -51,10 +78,10 @@ class _Kept:
 class TappedContext:
     """taps.Tapped on one GGUF file through the C API."""
 
-    def __init__(self, library: Library, options: argparse.Namespace, job: Job, names: list[str]) -> None:
+    def __init__(self, library: Library, options: argparse.Namespace, job: Job) -> None:
         """Raises UnknownLayoutError for a library without the functions that read a node."""
         nodes = Nodes(library)
-        self._kept = _Kept(nodes, names)
+        self._kept = _Kept(nodes)
         exact = [ExactGelu(nodes)] if options.exact else []  # first: what is kept is what goes on
         self._callback = callback(nodes, [*exact, self._kept])  # the library keeps only the address
         settings = LlamaSettings.of(exact=options.exact, threads=options.threads, longest=job.longest)
@@ -65,7 +92,8 @@ class TappedContext:
         check_vocabulary(job, self._context.vocabulary)
         self._context.run(np.zeros(1, np.int32), 0)  # shows the operators of the graph
 
-    def taps(self, ids: Ids, *, decode: bool) -> taps.Taps:
+    def taps(self, ids: Ids, names: Sequence[str], *, decode: bool) -> taps.Taps:
+        self._kept.look_for(names)
         self._context.clear()
         step = 1 if decode else self._context.batch_limit
         parts = []
@@ -73,6 +101,8 @@ class TappedContext:
             self._kept.begin()
             chunk = ids[at : at + step]
             self._context.run(chunk, at)
+            if self._kept.misread:
+                raise RunnerError("struct ggml_tensor of this build of llama.cpp is of a release not known here")
             parts.append({name: value.reshape(len(chunk), -1) for name, value in self._kept.values.items()})
         common = set.intersection(*(set(part) for part in parts))
         return {name: np.concatenate([part[name] for part in parts]) for name in common}
@@ -84,10 +114,10 @@ def arguments() -> argparse.Namespace:
     return out.parse_args()
 
 
-def open_runtime(options: argparse.Namespace, job: Job, names: list[str]) -> TappedContext:
+def open_runtime(options: argparse.Namespace, job: Job) -> TappedContext:
     module = import_wheel()
     try:
-        return TappedContext(Library(Path(module.xllamacpp.__file__)), options, job, names)
+        return TappedContext(Library(Path(module.xllamacpp.__file__)), options, job)
     except UnknownLayoutError as error:
         raise RunnerError(str(error)) from error
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,13 @@ from qalora_runtimes.scoring import Rows
 class TappedDecoder(Decoder):
     """taps.Tapped on a graph file that has every name among its outputs, as (1, sequence, features)."""
 
-    def __init__(self, graph: Path, threads: int, names: list[str], *, data: Path | None) -> None:
+    def __init__(self, graph: Path, threads: int, *, data: Path | None) -> None:
         super().__init__(graph, threads, data=data)
-        self._names = [name for name in names if name in self._outputs]
+        self._names: list[str] = []
         self._read: list[taps.Taps] = []
 
-    def taps(self, ids: Ids, *, decode: bool) -> taps.Taps:
-        self._read = []
+    def taps(self, ids: Ids, names: Sequence[str], *, decode: bool) -> taps.Taps:
+        self._names, self._read = [name for name in names if name in self._outputs], []
         if decode:
             self.decode(ids)
         else:
@@ -50,8 +51,8 @@ def arguments() -> argparse.Namespace:
     return out.parse_args()
 
 
-def open_runtime(options: argparse.Namespace, job: Job, names: list[str]) -> TappedDecoder:
-    decoder = TappedDecoder(options.model, options.threads, names, data=options.data)
+def open_runtime(options: argparse.Namespace, job: Job) -> TappedDecoder:
+    decoder = TappedDecoder(options.model, options.threads, data=options.data)
     decoder.check_job(job)
     return decoder
 

@@ -178,6 +178,12 @@ class OnnxContents:
         for module in self.modules:
             yield module, self.group_affine(module)
 
+    def zeros(self, module: str, rows: slice = slice(None)) -> NDArray[np.uint8]:
+        """z (rows, groups) of some rows of a module."""
+        out, groups = tuple(self.initializers[f"{module}.codes"].dims)[:2]
+        container = CONTAINER_BITS[self.modules[module][0]]
+        return self._zeros(module, container, (len(range(out)[rows]), groups), rows)
+
     def _zeros(self, module: str, container: int, shape: tuple[int, ...], rows: slice) -> NDArray[np.uint8]:
         """z (rows, groups) of a module: its zero_points, or MatMulNBits' default."""
         inputs = self.nodes[module].input

@@ -11,6 +11,7 @@ first, so the reference is not its own witness.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,10 @@ from qalora_export.errors import InputError
 from qalora_export.grid import differing
 from qalora_export.models.skeleton import Skeleton, layer_output
 from qalora_export.qalora.dequant import dequantize
+from qalora_export.verify.kernels.products import linear_modules
 
 Rounding = Callable[[Tensor, int], Tensor]  # x (…, in) and the group size of the layer -> what the layer sees of x
+Played = Callable[[str, Tensor], Tensor]  # module and its x (1, tokens, in) -> x Wᵀ (1, tokens, out), before any bias
 
 
 class DequantizedCheckpoint(CanonicalCheckpoint):
@@ -68,6 +71,17 @@ class DequantizedCheckpoint(CanonicalCheckpoint):
         return module if leaf == "weight" and module in self.modules else None
 
 
+class WithoutLinears(DequantizedCheckpoint):
+    """The same, with zeros for the weights of linear layers, which are not read: something else answers for them."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._linears = {f"{module}.weight" for module in linear_modules(self.config)}
+
+    def tensor(self, name: str) -> NDArray[Any]:
+        return np.zeros(self.entry(name).shape, np.float32) if name in self._linears else super().tensor(name)
+
+
 @dataclass
 class _Step:
     """One forward pass of the whole model: hidden states (1, tokens, hidden) between layers, arguments by layer."""
@@ -79,17 +93,21 @@ class _Step:
 class LayerwiseModel:
     """A checkpoint that answers log-probabilities of sequences, every position.
 
-    rounding: applied to the input of every quantized layer. All methods want torch.inference_mode.
+    rounding: applied to the input of every quantized layer. played: answers every linear layer in its place, so that
+    only what lies between them is computed here. All methods want torch.inference_mode.
     """
 
-    def __init__(self, checkpoint: Path, *, rounding: Rounding | None = None) -> None:
-        self._checkpoint = DequantizedCheckpoint(checkpoint)
+    def __init__(self, checkpoint: Path, *, rounding: Rounding | None = None, played: Played | None = None) -> None:
+        self._checkpoint = DequantizedCheckpoint(checkpoint) if played is None else WithoutLinears(checkpoint)
         self._skeleton = Skeleton(self._checkpoint, torch.device("cpu"), attention="eager")
         self._skeleton.check_complete()
         if rounding is not None:
             for name, (_, group_size) in self._checkpoint.modules.items():
                 module = self._skeleton.model.get_submodule(name)
                 module.register_forward_pre_hook(lambda _, x, size=group_size: (rounding(x[0], size),))
+        if played is not None:
+            for name, linear in self._skeleton.linears().items():
+                setattr(linear, "forward", functools.partial(_answered, played, name, linear))  # noqa: B010
 
     @property
     def frequencies(self) -> NDArray[np.float32]:
@@ -99,15 +117,18 @@ class LayerwiseModel:
         frequencies: NDArray[np.float32] = table.float().numpy()
         return frequencies
 
-    def run(self, sequences: Iterable[NDArray[np.int32]], *, decode: bool) -> list[NDArray[np.float32]]:
+    def run(
+        self, sequences: Iterable[NDArray[np.int32]], *, decode: bool, prefill: bool = True
+    ) -> list[NDArray[np.float32]]:
         """Every sequence as a whole prompt and, with `decode`, token by token: [prefill] or [prefill, decoded].
 
-        Each float32 (positions, vocabulary), the sequences one below the other. A layer is loaded once for all.
+        Without `prefill` only the second. Each float32 (positions, vocabulary), the sequences one below the other. A
+        layer is loaded once for all.
         """
         ids = [torch.from_numpy(sequence.astype(np.int64))[None] for sequence in sequences]
         skeleton = self._skeleton
         with skeleton.materialized(f"{skeleton.prefix}embed_tokens"):
-            prompts = [[_Step(*skeleton.enter(tokens))] for tokens in ids]
+            prompts = [[_Step(*skeleton.enter(tokens))] for tokens in ids] if prefill else []
             walks = [self._embed_by_token(tokens) for tokens in ids] if decode else []
         for index, layer in enumerate(skeleton.base.layers):
             with skeleton.materialized(skeleton.layer_name(index)):
@@ -118,7 +139,7 @@ class LayerwiseModel:
         with skeleton.materialized(f"{skeleton.prefix}norm"):
             for step in (step for steps in prompts + walks for step in steps):
                 step.hidden = skeleton.base.norm(step.hidden)
-        return self._logprobs([prompts, walks] if decode else [prompts])
+        return self._logprobs([steps for steps in (prompts, walks) if steps])
 
     def _logprobs(self, passes: list[list[list[_Step]]]) -> list[NDArray[np.float32]]:
         vocabulary = self._skeleton.model.config.vocab_size
@@ -135,6 +156,11 @@ class LayerwiseModel:
         """One step per token. The cache only counts tokens here; every layer gets one of its own later."""
         cache = self._cache()
         return [_Step(*self._skeleton.enter(ids[:, at : at + 1], cache)) for at in range(ids.shape[1])]
+
+
+def _answered(played: Played, name: str, linear: nn.Linear, x: Tensor) -> Tensor:
+    y = played(name, x)
+    return y if linear.bias is None else y + linear.bias
 
 
 def _advance(layer: nn.Module, index: int, steps: list[_Step], cache: DynamicCache | None) -> None:

@@ -1,0 +1,160 @@
+"""What a runtime's matrix product documents that it computes, in float64. numpy only.
+
+A kernel first rounds its input x to x̂ (int8 blocks, float16, …) and then multiplies x̂ with the weights of the file. The
+rounding is exact arithmetic that can be repeated bit for bit; integers are summed exactly inside a block; what is left
+is the float32 sum over blocks, whose order is the kernel's own affair. So with Ŷ = x̂ Ŵᵀ in float64 from the same x,
+
+    error of one output = |Y − Ŷ| / (|x̂| |Ŵ|ᵀ)                            the backward error of the product
+
+is what float32 sums leave: at most a few 2⁻²⁴ whatever the model, the size of activations or their outliers. A kernel
+that is wrong by a relative f in one row of one matrix shows there as f · max |Ŷ| / (|x̂| |Ŵ|ᵀ), about f / 10 and more.
+
+Where the same rounding is written differently for different processors, each way has a name here, and a product is
+right when it does what one of its ways says, in all of its outputs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qalora_export.grid.narrow import BFLOAT16
+
+Float64 = NDArray[np.float64]
+Float32 = NDArray[np.float32]
+INT8_TOP = np.float32(127)
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """Ŵ = scaled + mins: float64 (out, in), and (out, in / block) or None.
+
+    mins: what a block adds to all of its weights, where the kernel multiplies it with the block's sum of x̂ apart.
+    """
+
+    scaled: Float64
+    mins: Float64 | None = None
+
+    def some(self, rows: slice) -> Weight:
+        return Weight(self.scaled[rows], None if self.mins is None else self.mins[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a kernel makes of its input. values: x̂, float64 (positions, in). sums: of each block, where stored apart."""
+
+    values: Float64
+    sums: Float64 | None = None
+
+
+class Arithmetic(ABC):
+    """A documented way to round the input of a product. name: for the reader."""
+
+    name: str
+
+    @abstractmethod
+    def seen(self, x: Float32) -> Seen:
+        """x (positions, in)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plain(Arithmetic):
+    """x̂ is x in another float type, rounded to nearest even. dtype: float32 (nothing rounds), float16 or bfloat16."""
+
+    name: str
+    dtype: np.dtype[Any]
+
+    def seen(self, x: Float32) -> Seen:
+        with np.errstate(over="ignore"):
+            return Seen(x.astype(self.dtype).astype(np.float64))
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Blocks(Arithmetic):
+    """x̂ = d·q, with d = max |x| / 127 of each block of in-features and q = round(x · r), all in float32.
+
+    block: in-features. step: the type in which d is stored. factor: r is 127 / max |x| or 1 / d. half: where halves go.
+    stores_sums: the kernel multiplies the mins of the weights by float16(d · Σ q), with d not yet rounded.
+    """
+
+    name: str
+    block: int
+    step: np.dtype[Any]
+    factor: Literal["127/max", "1/d"]
+    half: Literal["even", "away"] = "even"
+    stores_sums: bool = False
+
+    def seen(self, x: Float32) -> Seen:
+        blocks = x.reshape(len(x), -1, self.block)
+        largest = np.abs(blocks).max(axis=-1)  # (positions, in / block)
+        d = largest / INT8_TOP
+        top, bottom = (INT8_TOP, largest) if self.factor == "127/max" else (np.float32(1), d)
+        factor = np.divide(top, bottom, out=np.zeros_like(d), where=bottom > 0)
+        q = _rounded(blocks * factor[..., None], self.half)
+        with np.errstate(over="ignore"):
+            step = d.astype(self.step).astype(np.float64)
+            sums = (d * q.sum(axis=-1)).astype(np.float16).astype(np.float64) if self.stores_sums else None
+        return Seen((q.astype(np.float64) * step[..., None]).reshape(x.shape), sums)
+
+
+@dataclass(frozen=True, slots=True)
+class SignedInt8Blocks(Arithmetic):
+    """ggml's Q8_K: the value of largest size in a block of 256 becomes −127, d = 1 / (−127 / that value) in float32."""
+
+    name: str
+    block: int = 256
+
+    def seen(self, x: Float32) -> Seen:
+        blocks = x.reshape(len(x), -1, self.block)
+        at = np.abs(blocks).argmax(axis=-1)[..., None]
+        extreme = np.take_along_axis(blocks, at, axis=-1)  # (positions, in / 256, 1), with its sign
+        factor = np.divide(-INT8_TOP, extreme, out=np.zeros_like(extreme), where=extreme != 0)
+        d = np.divide(np.float32(1), factor, out=np.zeros_like(factor), where=factor != 0)
+        q = np.minimum(_rounded(blocks * factor, "even"), INT8_TOP)
+        return Seen((q.astype(np.float64) * d.astype(np.float64)).reshape(x.shape))
+
+
+def _rounded(values: Float32, half: str) -> Float32:
+    """To the nearest integer, as float32; halves as round-to-even instructions or as C's roundf send them."""
+    if half == "even":
+        return np.rint(values)
+    whole = np.trunc(values)  # exact, and so is the difference
+    return whole + np.where(np.abs(values - whole) >= np.float32(0.5), np.sign(values), np.float32(0))
+
+
+def product(seen: Seen, weight: Weight) -> tuple[Float64, Float64]:
+    """(Ŷ, |x̂| |Ŵ|ᵀ), each float64 (positions, out); the second is only a size, and computed in float32."""
+    y = product_of(seen.values, weight, seen.sums)
+    size = _size(seen.values, weight.scaled)
+    if weight.mins is not None:
+        size += _size(_sums_of(seen.values, weight) if seen.sums is None else seen.sums, weight.mins)
+    return y, size
+
+
+def product_of(x: Float64, weight: Weight, sums: Float64 | None = None) -> Float64:
+    """x Ŵᵀ, float64 (positions, out). sums: of the blocks of x, where they are not those of x itself."""
+    y = x @ weight.scaled.T
+    if weight.mins is not None:
+        y += (_sums_of(x, weight) if sums is None else sums) @ weight.mins.T
+    return y
+
+
+def _sums_of(x: Float64, weight: Weight) -> Float64:
+    """Sums of x over each block of `weight`, (positions, in / block)."""
+    assert weight.mins is not None
+    return np.asarray(x.reshape(len(x), weight.mins.shape[1], -1).sum(axis=-1))
+
+
+def _size(a: Float64, b: Float64) -> Float64:
+    with np.errstate(over="ignore"):
+        sizes = np.abs(a).astype(np.float32) @ np.abs(b).astype(np.float32).T
+    return sizes.astype(np.float64)
+
+
+FLOAT32 = Plain("float32", np.dtype(np.float32))
+FLOAT16 = Plain("float16", np.dtype(np.float16))
+BF16 = Plain("bfloat16", BFLOAT16)

@@ -1,0 +1,142 @@
+"""ONNX Runtime's matrix products on a CPU: MatMulNBits with int8 or float32 activations, its offset branch, MatMul.
+
+Sources: docs/ContribOperators.md (MatMulNBits: accuracy_level 4 computes with int8 activations) and core/mlas/lib
+(qnbitgemm.cpp; sqnbitgemm_kernel_*: QuantizeARow_CompInt8). Each block of x, as long as a group of the weights, becomes
+int8 with a float32 step of max |x| / 127. Where a processor has no int8 kernel for the bits or the group, MLAS
+dequantizes the weights and multiplies in float32. Measured with onnxruntime 1.31 on AVX-512 VNNI: 2, 4 and 8 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.errors import RuntimeUnavailableError
+from qalora_export.formats.onnx.read import OFFSETS, OnnxContents, integers_of, read_back
+from qalora_export.verify.kernels.arithmetic import FLOAT32, Arithmetic, Int8Blocks, Weight
+from qalora_export.verify.kernels.products import Linear, Product, TappedGraph, linear_modules
+
+if TYPE_CHECKING:
+    import onnx
+
+INT8_LEVEL = 4
+STEP = np.dtype(np.float32)
+LOGITS = "logits"
+TAPPED = "products.onnx"
+PASSES_ON = ("Cast", "Transpose", "Identity")  # between a stored weight and the product that reads it
+
+
+def ways_of(level: int, block: int) -> tuple[Arithmetic, ...]:
+    if level != INT8_LEVEL:
+        return (FLOAT32,)
+    return (
+        Int8Blocks(f"int8 blocks of {block}, x86", block, STEP, "127/max"),
+        Int8Blocks(f"int8 blocks of {block}, Arm", block, STEP, "1/d", half="away"),
+        FLOAT32,
+    )
+
+
+def tapped_graph(folder: Path, checkpoint: CanonicalCheckpoint, workdir: Path) -> TappedGraph:
+    """Every linear layer of an ONNX folder; a copy of its graph that also answers what they saw and gave."""
+    contents = read_back(folder)
+    graph = _Graph(contents)
+    linears = tuple(Linear(module, tuple(graph.products(module))) for module in linear_modules(checkpoint.config))
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / TAPPED).write_bytes(_with_outputs(contents.model, linears))
+    return TappedGraph(workdir / TAPPED, linears, LOGITS, data=contents.data_folder.resolve())
+
+
+def _with_outputs(model: onnx.ModelProto, linears: tuple[Linear, ...]) -> bytes:
+    import onnx
+
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    there = {output.name for output in model.graph.output}
+    names = dict.fromkeys(name for linear in linears for p in linear.products for name in (p.x, p.y))
+    copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in there)
+    return bytes(copy.SerializeToString())
+
+
+class _Graph:
+    """Which values of the graph are the products of a module."""
+
+    def __init__(self, contents: OnnxContents) -> None:
+        self._contents = contents
+        self._producers = {name: node for node in contents.model.graph.node for name in node.output}
+
+    def products(self, module: str) -> Iterator[Product]:
+        contents = self._contents
+        if module not in contents.nodes:
+            yield self._plain(module)
+            return
+        node = contents.nodes[module]
+        out, features = contents.shape(module)
+        level = integers_of(node).get("accuracy_level", 0)
+        ways = ways_of(level, contents.modules[module][1])
+
+        def codes(rows: slice) -> Weight:
+            """s·q and −s·z: kernels multiply unsigned codes and take the zero point off by the sums of x̂."""
+            matrix = contents.packed(module, rows).unpack()
+            scale, zero = matrix.scale.astype(np.float64), contents.zeros(module, rows).astype(np.float64)
+            return Weight(matrix.codes.astype(np.float64) * np.repeat(scale, matrix.group_size, axis=1), -zero * scale)
+
+        yield Product(f"{module}.codes", node.input[0], node.output[0], (out, features), codes, ways)
+        if module in contents.offset_is_implied:
+            return
+
+        def rest(rows: slice) -> Weight:
+            """R = m + z·s, exact, for every in-feature of a group."""
+            matrix, zero = contents.packed(module, rows), contents.zeros(module, rows).astype(np.float64)
+            r = matrix.offset.astype(np.float64) + zero * matrix.scale.astype(np.float64)
+            return Weight(np.repeat(r, matrix.group_size, axis=1))
+
+        stored = next(f"{module}.{part}" for part in OFFSETS if f"{module}.{part}" in contents.initializers)
+        branch = self._added_to(node.output[0], stored)
+        yield Product(stored, node.input[0], branch, (out, features), rest, (FLOAT32,))
+
+    def _plain(self, module: str) -> Product:
+        """The MatMul of a weight that is not quantized; lm_head may be the embedding."""
+        names = (f"{module}.weight", *(("model.embed_tokens.weight",) if module == "lm_head" else ()))
+        for node in self._contents.model.graph.node:
+            weight = self._source(node.input[1]) if node.op_type == "MatMul" else ""
+            if weight in names:
+                out, features = self._contents.shape(weight)
+
+                def rows(wanted: slice, weight: str = weight) -> Weight:
+                    return Weight(self._contents.tensor(weight, wanted).astype(np.float64))
+
+                return Product(weight, node.input[0], node.output[0], (out, features), rows, (FLOAT32,))
+        raise RuntimeUnavailableError(
+            "no matrix product of this module was found", where=f"{self._contents.folder}: {module}"
+        )
+
+    def _source(self, name: str) -> str:
+        """The initializer that a value is, but for its type and the order of its axes; "" if it is another thing."""
+        while name in self._producers and self._producers[name].op_type in PASSES_ON:
+            name = self._producers[name].input[0]
+        return name if name in self._contents.initializers else ""
+
+    def _added_to(self, product: str, offset: str) -> str:
+        """The value made from `offset` that is added to the product."""
+        for node in self._contents.model.graph.node:
+            if node.op_type == "Add" and product in node.input:
+                other = next((name for name in node.input if name != product), "")
+                if offset in self._reached(other):
+                    return other
+        raise RuntimeUnavailableError(
+            "the offset is in the file but not in the graph", where=f"{self._contents.folder}: {offset}"
+        )
+
+    def _reached(self, value: str) -> set[str]:
+        """Everything that `value` is computed from."""
+        found, waiting = set[str](), [value]
+        while waiting:
+            name = waiting.pop()
+            if name and name not in found:
+                found.add(name)
+                waiting += self._producers[name].input if name in self._producers else []
+        return found

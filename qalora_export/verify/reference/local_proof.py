@@ -1,0 +1,230 @@
+"""Each layer of a run by itself: what the shipped kernels did to the inputs that they had.
+
+End to end, int8 noise is chaotic: what one layer rounds differently the next ones amplify, and a kernel that is wrong
+by some percent hides in it. Layer by layer it is not. Of a few short sequences the runtime shows what every matrix
+product saw (x) and gave (y), in the shipped artifact, and two comparisons cover the whole graph without a gap:
+
+    products    y against the same product of the same x in the runtime's documented arithmetic      kernels/
+    between     x against what PyTorch computes in float32 from the y of the products before it: embedding, norms, RoPE,
+                attention, activation, residual sums, biases; and the logits from the y of lm_head
+
+The second is played back through the reference model, every linear layer answered by the runtime's own y, so that no
+error reaches the next comparison. Where the runtime keeps keys and values in float16, attention is held to what such
+rounding does there: each sequence is played back once more with the projections before attention rounded to float16,
+and every key adds the rounding of a float16 sum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qalora_export.verify.kernels.products import Deviation, Linear, Product, TappedGraph, deviation
+from qalora_export.verify.reference.layerwise import LayerwiseModel
+from qalora_export.verify.reference.logits import fixed_threads
+
+Mode = Literal["prefill", "decode"]
+Sequences = tuple[NDArray[np.int32], ...]
+Taps = Mapping[str, NDArray[np.float32]]
+# Long enough for the kernels of whole prompts (llama.cpp's tiled attention begins at 64 tokens), odd so that what is
+# left over of a tile is computed too; decode long enough for a KV cache of several tokens.
+PROMPT, SHORT, DECODED = 67, 5, 5
+PASS_BYTES = 128 << 20
+# Between products: float32 of two libraries differs by 1e-14 to 2e-12.
+BETWEEN = 1e-9
+# A float16 sum of t values is off by about t · 2⁻²⁴ in squares (llama.cpp adds up attention in float16).
+HALF_SUM, TIMES_HALF = 2.0**-24, 10.0
+ATTENTION_READER, BEFORE_ATTENTION = "o_proj", ("q_proj", "k_proj", "v_proj", "qkv_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFinding:
+    """One linear layer in one mode.
+
+    deviations: of its products. misread: products whose x is not the value it should be. between: NMSE of its x against
+    the reference, at the position where that is most against what is allowed there: BETWEEN, or TIMES_HALF times what
+    float16 does to it where the layer reads attention and the runtime keeps keys and values in float16.
+    """
+
+    module: str
+    mode: Mode
+    deviations: tuple[Deviation, ...]
+    misread: tuple[str, ...]
+    between: float
+    allowed: float
+
+    @property
+    def excess(self) -> float:
+        """between over what is allowed."""
+        return self.between / self.allowed
+
+    @property
+    def worst(self) -> Deviation:
+        return max(self.deviations, key=lambda one: one.backward)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalProof:
+    """layers: in the order of the data flow, prefill before decode. logits: largest NMSE of the answer by mode.
+
+    untapped: products that the runtime did not show.
+    """
+
+    layers: tuple[LayerFinding, ...]
+    logits: Mapping[Mode, float]
+    untapped: tuple[str, ...]
+
+
+def sequences_of(sequences: Iterator[NDArray[np.int32]] | Sequences) -> dict[Mode, Sequences]:
+    """What is looked at of a probe set: the longest sequence, and the one that differs most from it, cut short."""
+    known = list(sequences)
+    longest = max(known, key=len)
+    other = max(known, key=lambda ids: (len(set(ids.tolist()) - set(longest.tolist())), len(ids)))
+    return {"prefill": (longest[:PROMPT], other[:SHORT]), "decode": (longest[:DECODED], other[:SHORT])}
+
+
+def passes_of(graph: TappedGraph, positions: int) -> list[list[str]]:
+    """Names to read, in passes of at most PASS_BYTES or one layer; the logits in the first."""
+    passes, size, seen = [[graph.logits]], 0, {graph.logits}
+    for linear in graph.linears:
+        widths = {name: width for p in linear.products for name, width in ((p.x, p.shape[1]), (p.y, p.shape[0]))}
+        fresh = [name for name in widths if name not in seen]
+        needed = sum(4 * positions * widths[name] for name in fresh)
+        if size and size + needed > PASS_BYTES:
+            passes.append([])
+            size = 0
+        passes[-1] += fresh
+        seen.update(fresh)
+        size += needed
+    return passes
+
+
+def prove(
+    checkpoint: Path,
+    graph: TappedGraph,
+    taps: Callable[[Mode, Sequences], Taps],
+    sequences: Mapping[Mode, Sequences],
+    *,
+    half_cache: bool,
+    threads: int,
+) -> LocalProof:
+    """taps: runs the sequences and answers values by name. half_cache: the runtime keeps keys and values in float16."""
+    layers, logits, untapped = list[LayerFinding](), dict[Mode, float](), list[str]()
+    for mode, asked in sequences.items():
+        values = taps(mode, asked)
+        missing = [p.weight for p in _products(graph) if p.x not in values or p.y not in values]
+        if missing or graph.logits not in values:
+            untapped += missing or [graph.logits]
+            continue
+        playback = _Playback(graph, values, mode, asked, half_cache=half_cache)
+        with fixed_threads(threads), torch.inference_mode():
+            model = LayerwiseModel(checkpoint, played=playback)
+            twice = asked * 2 if half_cache else asked
+            (answer,) = model.run(twice, decode=mode == "decode", prefill=mode == "prefill")
+        layers += playback.findings
+        logits[mode] = float(_nmse(_log_softmax(_rows(values[graph.logits])), answer[: playback.total]).max())
+    return LocalProof(tuple(layers), logits, tuple(untapped))
+
+
+def _products(graph: TappedGraph) -> Iterator[Product]:
+    return (product for linear in graph.linears for product in linear.products)
+
+
+@dataclass
+class _Open:
+    """A linear layer while its positions come by: y (total, out) in Transformers order, and the x that came."""
+
+    linear: Linear
+    y: NDArray[np.float32]
+    found: tuple[Deviation, ...]
+    misread: tuple[str, ...]
+    x: list[NDArray[np.float32]] = field(default_factory=list)
+    count: int = 0
+
+
+class _Playback:
+    """layerwise.Played: answers each linear layer with the runtime's own y and compares what it was asked with x.
+
+    Positions come in the order of the job; with half_cache all of them a second time, where the projections before
+    attention answer rounded to float16.
+    """
+
+    def __init__(self, graph: TappedGraph, values: Taps, mode: Mode, sequences: Sequences, *, half_cache: bool) -> None:
+        self.findings: list[LayerFinding] = []
+        self.total = sum(map(len, sequences))
+        self._keys = np.concatenate([np.arange(len(ids)) for ids in sequences])  # before each position
+        self._linears = {linear.module: linear for linear in graph.linears}
+        self._values, self._mode, self._rounds = values, mode, 2 if half_cache else 1
+        self._open: dict[str, _Open] = {}
+
+    def __call__(self, module: str, x: torch.Tensor) -> torch.Tensor:
+        """x (1, tokens, in) -> (1, tokens, out), both float32."""
+        if module not in self._open:
+            self._open[module] = self._opened(self._linears[module])
+        now, tokens = self._open[module], x.shape[1]
+        begin = now.count % self.total
+        y = now.y[begin : begin + tokens]
+        if now.count >= self.total and module.rpartition(".")[2] in BEFORE_ATTENTION:
+            with np.errstate(over="ignore"):
+                y = y.astype(np.float16).astype(np.float32)
+        now.x.append(x[0].numpy().copy())
+        now.count += tokens
+        if now.count == self._rounds * self.total:
+            self._close(module)
+        return torch.from_numpy(np.ascontiguousarray(y))[None]
+
+    def _opened(self, linear: Linear) -> _Open:
+        y: NDArray[np.float32] | None = None
+        found, misread = [], []
+        for product in linear.products:
+            x, gave = _rows(self._values[product.x]), _rows(self._values[product.y])
+            found.append(deviation(product, x, gave))
+            if product.reads and not np.array_equal(x, _rows(self._values[product.reads])):
+                misread.append(product.weight)
+            if product.summed:
+                y = gave if y is None else y + gave
+        assert y is not None
+        ordered = y if linear.order is None else y[:, linear.order]
+        return _Open(linear, ordered, tuple(found), tuple(misread))
+
+    def _close(self, module: str) -> None:
+        done = self._open.pop(module)
+        want = np.concatenate(done.x)
+        got = _rows(self._values[done.linear.products[0].x])
+        reference, half = want[: self.total], want[self.total :]
+        error, allowed = _nmse(got, reference), np.full(len(reference), BETWEEN)
+        if module.rpartition(".")[2] == ATTENTION_READER and len(half):
+            floor = _nmse(half, reference) + HALF_SUM * (1 + self._keys)
+            allowed = np.maximum(allowed, TIMES_HALF * floor)
+        worst = int((error / allowed).argmax())
+        self.findings.append(
+            LayerFinding(module, self._mode, done.found, done.misread, float(error[worst]), float(allowed[worst]))
+        )
+
+
+def _rows(value: NDArray[np.float32]) -> NDArray[np.float32]:
+    return value.reshape(len(value), -1)
+
+
+def _nmse(got: NDArray[Any], want: NDArray[Any]) -> NDArray[np.float64]:
+    """Σ (got − want)² / Σ want² of each position; inf for NaN, Inf or another shape."""
+    if got.shape != want.shape:
+        return np.full(len(want), math.inf)
+    with np.errstate(invalid="ignore", over="ignore"):
+        a, b = got.astype(np.float64), want.astype(np.float64)
+        error, power = ((a - b) ** 2).sum(axis=1), (b**2).sum(axis=1)
+        ratio = np.divide(error, power, out=np.where(error > 0, np.inf, 0.0), where=power > 0)
+    return np.where(np.isfinite(a).all(axis=1), ratio, np.inf)
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    with np.errstate(invalid="ignore", over="ignore"):
+        shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+        return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
