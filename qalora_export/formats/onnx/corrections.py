@@ -13,7 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qalora_export.errors import InputError
-from qalora_export.models.families import family_of
+from qalora_export.models.families import Rope, family_of, rope_of
+from qalora_export.models.families.rope import rope_tables
 
 PAST = re.compile(r"past_key_values\.(\d+)\.key")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -26,6 +27,8 @@ def correct(model: ir.Model, config: Mapping[str, Any]) -> None:
         tie_head(model)
     if windowed := family.windowed(config):
         limit_windows(model, windowed, int(config["sliding_window"]))
+    if family.local_theta is not None:
+        rotate_by_layer(model, windowed, rope_of(config, family.rope_types), family.local_theta(config))
     if family.fused_qkv:
         fuse_qkv(model, config["num_hidden_layers"])
     scale_attention(model, family.attention_scale(config))
@@ -43,6 +46,29 @@ def limit_windows(model: ir.Model, windowed: tuple[bool, ...], window: int) -> N
     for layer, node in _attention(model).items():
         if windowed[layer]:
             node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", window)
+
+
+def rotate_by_layer(model: ir.Model, windowed: tuple[bool, ...], rope: Rope, local_theta: float) -> None:
+    """Every layer rotates by the table of the layers with a window (Gemma 3); the others have a base of their own.
+
+    mobius' fusion into GroupQueryAttention takes the first table it meets for all layers.
+    """
+    nodes = _attention(model)
+    shapes = {tuple(value.shape) for node in nodes.values() for value in node.inputs[7:9]}  # type: ignore[union-attr, arg-type]
+    ((context, half),) = shapes
+    tables: dict[bool, list[ir.Value]] = {True: [], False: []}
+    for local, theta, factor in ((True, local_theta, 1.0), (False, rope.theta, rope.factor)):
+        for part, numbers in zip(("cos", "sin"), rope_tables(theta, factor, 2 * half, context), strict=True):
+            name = f"model.rotary_emb{'_local' if local else ''}.{part}_cache"
+            table = model.graph.initializers.get(name) or ir.Value(name=name)
+            table.const_value, table.type = ir.tensor(numbers, name=name), ir.TensorType(ir.DataType.FLOAT)
+            table.shape = ir.Shape(numbers.shape)
+            if name not in model.graph.initializers:
+                model.graph.register_initializer(table)
+            tables[local].append(table)
+    for layer, node in nodes.items():
+        for index, table in zip((7, 8), tables[windowed[layer]], strict=True):
+            node.replace_input_with(index, table)
 
 
 def fuse_qkv(model: ir.Model, layers: int) -> None:

@@ -29,6 +29,7 @@ class LayerPoint:
 
     module, side: the end of a Transformers module, below the layer. name: of the point, below the layer (empty: the
     layer's own output). what: what a divergence that starts here means. node: llama.cpp's name in its graph builder.
+    heads_first: Transformers holds it as (1, heads, positions, head size), not (1, positions, …).
     """
 
     module: str
@@ -36,6 +37,7 @@ class LayerPoint:
     name: str
     what: str
     node: str
+    heads_first: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ class Family:
     check: raises InputError for variants that `only` cannot express.
     attention_scale: factor of q·k before the softmax.
     windowed: layers whose attention looks back `sliding_window` positions only, one bool each; empty: none does.
+    local_theta: RoPE base of the layers with a window where it is not that of the others.
     embedding_scale: factor of the embedding, None where there is none.
     fused_qkv: q, k and v are rows of one matrix, `self_attn.qkv_proj`, in that order.
     genai_type: `model.type` in genai_config.json where ONNX Runtime GenAI does not know Transformers' name.
@@ -81,6 +84,7 @@ class Family:
     check: Callable[[Config], None] | None = None
     attention_scale: Callable[[Config], float] = lambda config: head_dim(config) ** -0.5
     windowed: Callable[[Config], tuple[bool, ...]] = lambda _: ()
+    local_theta: Callable[[Config], float] | None = None
     embedding_scale: Callable[[Config], float] | None = None
     fused_qkv: bool = False
     genai_type: str = ""

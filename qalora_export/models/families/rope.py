@@ -50,6 +50,13 @@ class Rope:
         return np.where(long, self.factor, np.where(short, 1.0, blended)).astype(np.float32)
 
 
+def rope_tables(theta: float, factor: float, size: int, context: int) -> tuple[NDArray[np.float32], ...]:
+    """(cos, sin), float32 (context, size/2), of position · theta^(−2i/size) / factor; steps in float32."""
+    inverse = np.float32(1) / np.power(np.float32(theta), np.arange(0, size, 2, dtype=np.float32) / np.float32(size))
+    angles = np.outer(np.arange(context, dtype=np.float32), inverse / np.float32(factor))
+    return np.cos(angles), np.sin(angles)
+
+
 def rope_of(config: Mapping[str, Any], allowed: tuple[str, ...] = tuple(NEEDS)) -> Rope:
     """Read `rope_parameters` (Transformers 5) or `rope_theta` and `rope_scaling` (4).
 
@@ -83,6 +90,18 @@ def rope_of(config: Mapping[str, Any], allowed: tuple[str, ...] = tuple(NEEDS)) 
     if kind == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:
         raise InputError("high_freq_factor is not above low_freq_factor", where="config.json: rope_parameters")
     return rope
+
+
+def local_theta(config: Mapping[str, Any]) -> float:
+    """The RoPE base of layers with a sliding window (Gemma 3), in the spelling of Transformers 5 or 4.
+
+    Raises InputError when these layers scale RoPE as well: llama.cpp scales that of the other layers only.
+    """
+    tables = config.get("rope_parameters")
+    local = tables.get("sliding_attention") if isinstance(tables, Mapping) else None
+    if not isinstance(local, Mapping):
+        return _positive("rope_local_base_freq", config.get("rope_local_base_freq", 10000.0))
+    return rope_of({"rope_parameters": {"rope_theta": 10000.0, **local}}, ("default",)).theta
 
 
 def _positive(name: str, value: object) -> float:

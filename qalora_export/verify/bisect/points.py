@@ -27,13 +27,17 @@ WITH_RESIDUAL = "SkipSimplifiedLayerNormalization"  # output 3 is the sum that w
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """module: Transformers name. side: which end of it. name, what: for the reader. node: llama.cpp's name."""
+    """module: Transformers name. side: which end of it. name, what: for the reader. node: llama.cpp's name.
+
+    heads_first: as in LayerPoint.
+    """
 
     module: str
     side: Side
     name: str
     what: str
     node: str
+    heads_first: bool = False
 
     @property
     def key(self) -> str:
@@ -63,6 +67,7 @@ def layer_points(layer: int, points: Iterable[LayerPoint]) -> list[Point]:
             f"{prefix}.{point.name}".rstrip("."),
             point.what,
             f"{point.node}-{layer}",
+            point.heads_first,
         )
         for point in points
     ]
@@ -119,11 +124,14 @@ def _residual_sums(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def _weight_names(model: onnx.ModelProto) -> Mapping[str, str]:
-    """Value name -> initializer it is, or is cast from."""
+    """Value name -> initializer it is, is cast from, or (weights of norms) is shifted from by a constant."""
     names = {tensor.name: tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:
-        if node.op_type == "Cast" and node.input[0] in names:
-            names[node.output[0]] = names[node.input[0]]
+        known = [names[name] for name in node.input if name in names]
+        if node.op_type == "Cast" and known:
+            names[node.output[0]] = known[0]
+        elif node.op_type == "Add" and len(known) == 2:
+            names |= {output: name for name in known if name.endswith("norm.weight") for output in node.output}
     return names
 
 

@@ -77,8 +77,8 @@ class ReferenceModel:
     def _watch(self, point: Point, found: Activations) -> Any:
         module = self._model.get_submodule(point.module)
         if point.side == "input":
-            return module.register_forward_pre_hook(lambda _, x: _keep(found, point.key, x[0]))
-        return module.register_forward_hook(lambda _, __, y: _keep(found, point.key, _value(y)))
+            return module.register_forward_pre_hook(lambda _, x: _keep(found, point, x[0]))
+        return module.register_forward_hook(lambda _, __, y: _keep(found, point, _value(y)))
 
 
 def _value(output: Any) -> torch.Tensor:
@@ -87,9 +87,10 @@ def _value(output: Any) -> torch.Tensor:
     return value
 
 
-def _keep(found: Activations, key: str, value: torch.Tensor) -> None:
-    """(1, positions, features) -> float32 (positions, features)."""
-    found[key] = value[0].float().flatten(1).numpy().copy()
+def _keep(found: Activations, point: Point, value: torch.Tensor) -> None:
+    """(1, positions, features) or, heads first, (1, heads, positions, size) -> float32 (positions, features)."""
+    rows = value[0].transpose(0, 1) if point.heads_first else value[0]
+    found[point.key] = rows.float().flatten(1).numpy().copy()
 
 
 def reader_of(

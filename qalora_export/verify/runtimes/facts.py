@@ -43,8 +43,23 @@ def expected_graph_facts(config: Mapping[str, Any], frequencies: NDArray[Any]) -
         "head size": head_dim(config),
         "norm epsilon": np.float32(config.get("rms_norm_eps", 1e-6)),
         "RoPE frequencies": frequencies,
-        "attention windows": windows(family_of(config), config),
+        **_window_facts(config, frequencies),
     }
+
+
+def _window_facts(config: Mapping[str, Any], frequencies: NDArray[Any]) -> dict[str, Any]:
+    family = family_of(config)
+    facts: dict[str, Any] = {"attention windows": windows(family, config)}
+    if facts["attention windows"]:
+        own = None if family.local_theta is None else theta_frequencies(family.local_theta(config), head_dim(config))
+        facts["RoPE frequencies in windows"] = frequencies if own is None else own
+    return facts
+
+
+def theta_frequencies(theta: float, size: int) -> NDArray[np.float64]:
+    """Radians per position, (size / 2,): theta^(−2i/size)."""
+    frequencies: NDArray[np.float64] = theta ** (-np.arange(0, size, 2, dtype=np.float64) / size)
+    return frequencies
 
 
 def windows(family: Family, config: Mapping[str, Any]) -> list[int]:

@@ -18,12 +18,19 @@ from qalora_export.formats.gguf.tokenizer.sentencepiece import NEVER_JOINED
 from qalora_export.formats.gguf.tokenizer.unigram import UNUSED_SCORE
 from qalora_export.models.families import FAMILIES
 from qalora_export.recipe import GgufSettings
-from qalora_export.verify.runtimes.facts import ABSENT, expected_graph_facts, expected_text_facts, windows
+from qalora_export.verify.runtimes.facts import (
+    ABSENT,
+    expected_graph_facts,
+    expected_text_facts,
+    theta_frequencies,
+    windows,
+)
 from qalora_export.verify.runtimes.record import Artifact, Facts, Matrices, RuntimeRecord, TextHabits, register
 from qalora_export.verify.runtimes.twin import write_twin
 
 FREQUENCY_DIVISORS = "rope_freqs.weight"
-MOST_LAYERS = 2**16
+MOST_LAYERS, MOST_ROTATED = 2**16, 2**16
+LOCAL_BASE = 10000.0  # rope_freq_base_train_swa of llama.cpp where the file does not say
 
 
 @register
@@ -99,6 +106,7 @@ def facts_of(artifact: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
         "norm epsilon": of("attention.layer_norm_rms_epsilon"),
         "RoPE frequencies": _frequencies(artifact, of),
         "attention windows": _windows(arch, of),
+        "RoPE frequencies in windows": _local_frequencies(artifact, arch, of),
         "tokens": token("tokens"),
         **_token_order(metadata),
         "BOS id": token("bos_token_id"),
@@ -120,6 +128,17 @@ def _token_order(metadata: Mapping[str, Any]) -> dict[str, Any]:
         return {"scores": [float(np.float32(score)) for score in scores[:count]]}
     made = [(-score, text) for text, score in zip(tokens, scores, strict=True) if score > NEVER_JOINED]
     return {"tokens by rank": [text for _, text in sorted(made)]}
+
+
+def _local_frequencies(artifact: Path, arch: Any, of: Any) -> NDArray[np.float64] | str:
+    """In layers with a window: by a base of their own, never scaled, in families that have one; else as elsewhere."""
+    base, size = of("rope.freq_base_swa"), of("rope.dimension_count")
+    if base == ABSENT and not any(f.local_theta for f in FAMILIES if f.gguf_arch == arch):
+        return _frequencies(artifact, of)
+    base = LOCAL_BASE if base == ABSENT else base
+    if not isinstance(base, float) or not isinstance(size, int) or base <= 0 or not 0 < size < MOST_ROTATED:
+        return ABSENT
+    return theta_frequencies(base, size)
 
 
 def _windows(arch: Any, of: Any) -> list[int] | str:

@@ -109,7 +109,9 @@ def graph_facts(contents: OnnxContents) -> dict[str, Any]:
     attention = [values for kind, values in attributes if kind == ATTENTION]
     shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     heads = _single(a.get("num_heads") for a in attention)
-    table = shapes.get(_table_name(graph, 7), [ABSENT, ABSENT])
+    windows = _windows(a for kind, a in attributes if kind == ATTENTION)
+    everywhere = [index for index in range(len(attention)) if not windows or not windows[index]]
+    table = shapes.get(_table_name(graph, 7, everywhere), [ABSENT, ABSENT])
     return {
         "vocabulary": shapes.get(EMBEDDING, [ABSENT])[0],
         "hidden size": shapes.get(EMBEDDING, [ABSENT])[-1],
@@ -120,8 +122,9 @@ def graph_facts(contents: OnnxContents) -> dict[str, Any]:
         "context length": table[0],
         "norm epsilon": _single(a.get("epsilon", 1e-5) for kind, a in attributes if kind in NORMS),
         "attention scale": _single(a.get("scale") for a in attention),
-        "RoPE frequencies": _frequencies(contents),
-        "attention windows": _windows(a for kind, a in attributes if kind == ATTENTION),
+        "RoPE frequencies": _frequencies(contents, everywhere),
+        "attention windows": windows,
+        "RoPE frequencies in windows": _frequencies(contents, [index for index, size in enumerate(windows) if size]),
     }
 
 
@@ -131,9 +134,9 @@ def _windows(attention: Iterable[Mapping[str, Any]]) -> list[int]:
     return sizes if any(sizes) else []
 
 
-def _frequencies(contents: OnnxContents) -> NDArray[np.float64] | str:
-    """Radians per position read from row 1 of the cos/sin tables, if every other row follows from them."""
-    names = [_table_name(contents.model.graph, index) for index in (7, 8)]
+def _frequencies(contents: OnnxContents, layers: list[int]) -> NDArray[np.float64] | str:
+    """Radians per position read from row 1 of the layers' cos/sin tables, if every other row follows from them."""
+    names = [_table_name(contents.model.graph, index, layers) for index in (7, 8)]
     if "" in names:
         return ABSENT
     cos, sin = (contents.tensor(name).astype(np.float64) for name in names)  # (context, head size / 2)
@@ -146,9 +149,10 @@ def _frequencies(contents: OnnxContents) -> NDArray[np.float64] | str:
     return f"row {wrong[0]} of the cos/sin table does not follow from row 1" if wrong.size else frequencies
 
 
-def _table_name(graph: Any, index: int) -> str:
-    """The one initializer that feeds input `index` of every attention node; "" when there is none or several."""
-    found = {node.input[index] for node in graph.node if node.op_type == ATTENTION and len(node.input) > index}
+def _table_name(graph: Any, index: int, layers: list[int]) -> str:
+    """The one initializer that feeds input `index` of the layers' attention nodes; "" when there is none or several."""
+    nodes = [node for node in graph.node if node.op_type == ATTENTION]
+    found = {nodes[layer].input[index] for layer in layers if len(nodes[layer].input) > index}
     initializers = {tensor.name for tensor in graph.initializer}
     return next(iter(found)) if len(found) == 1 and found <= initializers else ""
 

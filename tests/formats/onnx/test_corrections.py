@@ -15,6 +15,7 @@ import pytest
 
 from qalora_export.formats.onnx import corrections
 from qalora_export.formats.onnx.graph import PROVIDER, _register_provider
+from qalora_export.models.families.rope import Rope, rope_tables
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -34,7 +35,12 @@ def graph_of(folder: Path, model_type: str, **own: object) -> ir.Model:
     _register_provider()
     AutoConfig.for_model(model_type, **{**SIZES, **own}).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    names = {"gemma2": "Gemma2ForCausalLM", "smollm3": "SmolLM3ForCausalLM", "phi3": "Phi3ForCausalLM"}
+    names = {
+        "gemma2": "Gemma2ForCausalLM",
+        "gemma3_text": "Gemma3ForCausalLM",
+        "smollm3": "SmolLM3ForCausalLM",
+        "phi3": "Phi3ForCausalLM",
+    }
     (folder / "config.json").write_text(json.dumps(config | {"architectures": [names[model_type]]}))
     package = mobius.build(str(folder), execution_provider=PROVIDER, dtype="f32", load_weights=False)
     return package["model"]
@@ -57,6 +63,19 @@ def test_sliding_windows_are_lost(tmp_path: Path) -> None:
     assert [node.attributes.get_int("local_window_size", -1) for node in attention(model)] == [-1, -1]
     corrections.limit_windows(model, (True, False), 16)
     assert [node.attributes.get_int("local_window_size", -1) for node in attention(model)] == [16, -1]
+
+
+def test_every_layer_rotates_by_the_table_of_the_windows(tmp_path: Path) -> None:
+    own = {"num_hidden_layers": 6, "head_dim": 32, "sliding_window": 16, "query_pre_attn_scalar": 32}
+    model = graph_of(tmp_path, "gemma3_text", **own)
+    windowed = (True,) * 5 + (False,)
+    assert {node.inputs[7].name for node in attention(model)} == {"model.rotary_emb_local.cos_cache"}
+    corrections.rotate_by_layer(model, windowed, Rope(1e6, "linear", 8.0), 5000.0)
+    for node, local in zip(attention(model), windowed, strict=True):
+        cos, sin = (value.const_value.numpy() for value in node.inputs[7:9])
+        wanted = rope_tables(5000.0 if local else 1e6, 1.0 if local else 8.0, 32, 128)
+        assert np.array_equal(cos, wanted[0])
+        assert np.array_equal(sin, wanted[1])
 
 
 def test_the_factor_of_the_embedding_is_rounded(tmp_path: Path) -> None:

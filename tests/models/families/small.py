@@ -32,6 +32,10 @@ CONFIGS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ),
     "OLMo-2": ("olmo2", {}),
     "Gemma 2": ("gemma2", {"num_hidden_layers": 4, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64}),
+    "Gemma 3": (
+        "gemma3_text",
+        {"num_hidden_layers": 6, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64},
+    ),
     "Phi-3": ("phi3", {"sliding_window": None}),
 }
 

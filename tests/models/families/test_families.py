@@ -5,6 +5,7 @@ import pytest
 
 from qalora_export.errors import InputError
 from qalora_export.models.families import family_of, rope_of, supported_architectures
+from qalora_export.models.families.rope import rope_tables
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -93,3 +94,77 @@ def test_llama3_frequency_factors_agree_with_transformers() -> None:
     np.testing.assert_allclose(plain / factors, scaled.numpy(), rtol=1e-6)
     assert len(set(factors.tolist())) > 2  # unscaled, blended and fully scaled frequencies all occur
     assert rope_of({}).frequency_factors(16) is None
+
+
+GEMMA3 = LLAMA | {
+    "architectures": ["Gemma3ForCausalLM"],
+    "num_hidden_layers": 6,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 32,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+    },
+}
+GEMMA2 = GEMMA3 | {
+    "architectures": ["Gemma2ForCausalLM"],
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+}
+
+
+def test_gemma_3_has_two_bases_in_both_spellings() -> None:
+    old = {key: value for key, value in GEMMA3.items() if key != "rope_parameters"}
+    old |= {"rope_theta": 1e6, "rope_local_base_freq": 5000.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    for config in (GEMMA3, old):
+        family = family_of(config)
+        assert (rope_of(config).theta, rope_of(config).factor) == (1e6, 8.0)
+        assert family.local_theta is not None
+        assert family.local_theta(config) == 5000.0
+        assert family.windowed(config) == (True,) * 5 + (False,)
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "said"),
+    [
+        (GEMMA3, {"layer_types": ["full_attention"] * 6}, "layer_types"),
+        (GEMMA3, {"sliding_window_pattern": 2}, "sliding_window_pattern"),
+        (GEMMA3, {"query_pre_attn_scalar": 17}, "query_pre_attn_scalar"),
+        (GEMMA3, {"query_pre_attn_scalar": None}, "query_pre_attn_scalar"),
+        (GEMMA3, {"sliding_window": None}, "sliding_window"),
+        (GEMMA3, {"head_dim": None}, "head_dim"),
+        (GEMMA3, {"num_hidden_layers": 4}, "num_hidden_layers"),
+        (GEMMA3, {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        (GEMMA3, {"rope_parameters": None}, "rope_theta"),
+        (GEMMA2, {"attn_logit_softcapping": None}, "attn_logit_softcapping"),
+        (GEMMA2, {"final_logit_softcapping": 0.0}, "final_logit_softcapping"),
+        (GEMMA2, {"tie_word_embeddings": False}, "tie_word_embeddings"),
+        (GEMMA2, {"hidden_activation": "gelu"}, "hidden_activation"),
+    ],
+)
+def test_gemma_is_refused_where_llama_cpp_would_compute_another_function(base: dict, change: dict, said: str) -> None:
+    family_of(base)
+    with pytest.raises(InputError, match=said):
+        family_of(base | change)
+
+
+def test_local_layers_that_scale_rope_are_refused() -> None:
+    tables = GEMMA3["rope_parameters"] | {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}
+    config = GEMMA3 | {"rope_parameters": tables}
+    with pytest.raises(InputError, match="linear"):
+        family_of(config)
+
+
+def test_rope_tables_are_those_of_transformers() -> None:
+    import torch
+
+    cos, sin = rope_tables(1e6, 8.0, 16, 100)
+    inverse = 1.0 / (1e6 ** (torch.arange(0, 16, 2, dtype=torch.int64).float() / 16)) / 8.0
+    angles = torch.arange(100).float()[:, None] * inverse
+    np.testing.assert_allclose(cos, angles.cos().numpy(), atol=1e-6)
+    np.testing.assert_allclose(sin, angles.sin().numpy(), atol=1e-6)
+    assert (cos.dtype, cos.shape) == (np.float32, (100, 8))
