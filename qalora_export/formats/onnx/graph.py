@@ -62,17 +62,24 @@ def build_graph(config: Mapping[str, Any], *, untied_head: bool = False) -> Mode
 
 
 def name_dimensions(model: ir.Model) -> None:
-    """Give every symbolic dimension the name that hosts know it by, in place. Raises InputError for an unknown one."""
+    """Give every symbolic dimension of mobius' the name that hosts know it by, in place.
+
+    Raises InputError when the graph takes or gives a tensor with a dimension of another name.
+    """
     import onnx_ir as ir
 
-    made = (value for node in model.graph for value in node.outputs)
-    for value in (*model.graph.inputs, *made):
-        if value.shape is None:
-            continue
-        names = [size if isinstance(size, int) else str(size.value) for size in value.shape]
-        if unknown := {name for name in names if isinstance(name, str)} - {*DIMENSIONS, *DIMENSIONS.values()}:
-            raise InputError(f"mobius-onnx calls a dimension {sorted(unknown)[0]!r}", where=value.name or "")
-        value.shape = ir.Shape([size if isinstance(size, int) else DIMENSIONS.get(size, size) for size in names])
+    outer = [*model.graph.inputs, *model.graph.outputs]
+    for value in (*outer, *(value for node in model.graph for value in node.outputs)):
+        if value.shape is not None:
+            value.shape = ir.Shape([_renamed(size) for size in value.shape])
+    for value in outer:
+        names = {str(size.value) for size in value.shape or () if not isinstance(size, int)}
+        if unknown := sorted(names - set(DIMENSIONS.values())):
+            raise InputError(f"mobius-onnx calls a dimension {unknown[0]!r}", where=value.name or "")
+
+
+def _renamed(size: int | ir.SymbolicDim) -> int | str | ir.SymbolicDim:
+    return size if isinstance(size, int) else DIMENSIONS.get(str(size.value), size)
 
 
 def _register_provider() -> None:

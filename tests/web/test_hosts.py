@@ -1,0 +1,85 @@
+"""transformers.js (onnxruntime-node) and onnxruntime-web's wasm on exported folders, without a single option.
+
+Token ids and rendered chats equal Python's, greedy answers equal Transformers' on the checkpoint, and logits lie as
+near to PyTorch's as gates G2 and G3 ask: at accuracy level 1 within G2's bound, at level 4 within 1.25 of what
+onnxruntime in Python, which verify-parity has judged, is away.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+import qalora_export as q
+from qalora_export.models.loading import load_tokenizer
+from qalora_export.verify.reference.logits import float32_model
+from tests.conftest import ROOT
+from tests.formats.onnx.helpers import prefill, worst_nmse
+from tests.formats.onnx.test_genai import CHATS, TEXTS
+from tests.models.families.small import CONFIGS, make_small
+from tests.web.node import Answers, run
+
+G2_NMSE, G3_FACTOR = 1e-9, 1.25
+ANSWER = [{"role": "user", "content": "turn on the lamp in the kitchen"}]
+RECIPE = ROOT / "samples" / "devices" / "recipe.toml"
+NEW_TOKENS = 40
+
+
+@pytest.fixture(scope="session")
+def tuned() -> Path:
+    """The sample's fine-tuned model: $QALORA_TUNED, or made by its recipe in build/web (minutes; kept)."""
+    if given := os.environ.get("QALORA_TUNED"):
+        return Path(given)
+    recipe = q.load_recipe(RECIPE).model_copy(update={"out": str(ROOT / "build" / "web"), "evaluate": None})
+    q.run(recipe.model_copy(update={"export": q.ExportSettings(gguf=None, onnx=None)}))
+    return ROOT / "build" / "web" / "merged.qalora"
+
+
+def expected(checkpoint: Path, chat: list[dict[str, str]], new_tokens: int) -> tuple[NDArray[Any], list[int]]:
+    """PyTorch's float32 logits of the chat's prompt, (1, positions, vocabulary), and the greedy answer's ids."""
+    tokenizer, model = load_tokenizer(checkpoint), float32_model(checkpoint)
+    ids = torch.tensor([tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]])
+    with torch.inference_mode():
+        logits = model(ids).logits.numpy()
+        answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
+    return logits, answer[0, ids.shape[1] :].tolist()
+
+
+def ask(installed: Path, checkpoint: Path, workdir: Path, level: int) -> Answers:
+    q.export_onnx(checkpoint, workdir / "onnx", q.OnnxSettings(accuracy_level=level))
+    job = {"texts": TEXTS, "chats": CHATS, "answer": ANSWER, "new_tokens": NEW_TOKENS}
+    return run(installed, workdir / "onnx", workdir / "work", job)
+
+
+@pytest.mark.parametrize("level", [1, 4])
+def test_the_fine_tuned_sample(level: int, tuned: Path, installed: Path, tmp_path: Path) -> None:
+    found = ask(installed, tuned, tmp_path, level)
+    tokenizer = load_tokenizer(tuned)
+    assert found.said["ids"] == [tokenizer(text)["input_ids"] for text in TEXTS]
+    rendered = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in CHATS]
+    assert found.said["rendered"] == rendered
+    assert found.said["rendered_ids"] == [tokenizer(text, add_special_tokens=False)["input_ids"] for text in rendered]
+    logits, greedy = expected(tuned, ANSWER, NEW_TOKENS)
+    assert found.said["greedy"] == found.said["wasm_greedy"] == greedy
+    assert found.said["text"] == '{"action":"on","device":"lamp","room":"kitchen"}'
+    ids = np.array(tokenizer.apply_chat_template(ANSWER, add_generation_prompt=True)["input_ids"])[None]
+    bound = G2_NMSE if level == 1 else G3_FACTOR * worst_nmse(prefill(tmp_path / "onnx", ids), logits)
+    away = {name: worst_nmse(values[None], logits) for name, values in (("node", found.node), ("wasm", found.wasm))}
+    assert max(away.values()) <= bound, (away, bound)
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_every_family_computes_what_pytorch_does(family: str, installed: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base.qalora"
+    q.quantize(make_small(tmp_path / "model", family), base, q.QuantizeSettings(method="rtn", bits=4))
+    found = ask(installed, base, tmp_path, 1)
+    logits, greedy = expected(base, ANSWER, NEW_TOKENS)
+    away = {name: worst_nmse(values[None], logits) for name, values in (("node", found.node), ("wasm", found.wasm))}
+    assert max(away.values()) <= G2_NMSE, away
+    assert found.said["greedy"] == found.said["wasm_greedy"] == greedy
