@@ -9,6 +9,7 @@ import torch
 
 from qalora_export.errors import InputError, refused_by
 from qalora_export.models.templates import BoundedTemplate
+from qalora_export.models.tokenizers import FILE, Bounds, bind, bounds_of
 from qalora_export.safety import StrPath
 
 
@@ -48,20 +49,22 @@ def load_model(folder: StrPath, *, dtype: torch.dtype = torch.float32, attention
 
 
 def load_tokenizer(folder: StrPath) -> Any:
-    """The model's fast tokenizer from local files: its tokenizer.json as it is, where there is one;
-    its chat template is bounded in time and memory.
+    """The model's fast tokenizer from local files: its tokenizer.json as it is, where there is one; its expressions
+    and its chat template are bounded in time and memory.
 
     AutoTokenizer of Transformers 5 builds the tokenizer of some classes anew instead of reading tokenizer.json: with
     `LlamaTokenizer` the ids of Yi and Llama 2 were others than those the model was trained on.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    kind = PreTrainedTokenizerFast if (Path(folder) / "tokenizer.json").is_file() else AutoTokenizer
     folder = Path(folder)
+    ours = (folder / FILE).is_file()
+    kind, bounds = (PreTrainedTokenizerFast, bounds_of(folder)) if ours else (AutoTokenizer, Bounds(False, False))
     with refused_by("Transformers", where=f"{folder}: tokenizer", doing="load the tokenizer"):
         tokenizer: Any = kind.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False, use_fast=True
         )
+        bind(tokenizer, bounds, folder)
         tokenizer.decode(tokenizer("a").input_ids)  # some damage shows only in use
     tokenizer.apply_chat_template = BoundedTemplate(tokenizer, folder)
     return tokenizer

@@ -141,8 +141,9 @@ def read_adapter(
             why=f"adapter: {', '.join(unknown[:4])}; base: {', '.join(list(shapes)[:4])}",
             fix="merge with the base it was trained on",
         )
-    modules = {}
-    for module in (m for m in shapes if m in pairs):
+    modules, adapted = {}, [module for module in shapes if module in pairs]
+    scales = config.alpha_over_r(adapted) if own is None else {}
+    for module in adapted:
         a, b = pairs[module]
         where = f"{folder}: {module}"
         pool = _pool(a, shapes[module], config.pool if own is None else None, where)
@@ -150,7 +151,7 @@ def read_adapter(
             repeat, scaling = _own_module(own, module, pool, where)
             a, pool = a[:, ::repeat].contiguous(), pool * repeat
         else:
-            rank, alpha_over_r = config.alpha_over_r(module)
+            rank, alpha_over_r = scales[module]
             if a.shape[0] != rank:
                 raise InputError(f"adapter_config.json says rank {rank}, lora_A has {a.shape[0]}", where=where)
             scaling = sum_scaling(name, alpha_over_r, shapes[module].in_features, pool)

@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from qalora_export.errors import InputError, UnsafeInputError
+from qalora_export.safety.confined import Confined, FailedError, OutOfBoundsError
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+NAME = re.compile(r"[\w.-]+")  # as an expression: no repetition
+MOST_MATCHES = 10**6  # keys × modules
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight")
 
 # LoraConfig field -> (values that leave our formula intact, why any other cannot be imported)
@@ -79,11 +82,14 @@ class PeftConfig:
     rslora: bool
     pool: int | None
 
-    def alpha_over_r(self, module: str) -> tuple[int, float]:
-        """(rank, alpha/r or alpha/√r) of one module, patterns honoured."""
-        rank = _by_pattern(self.rank_pattern, module, self.rank)
-        alpha = _by_pattern(self.alpha_pattern, module, self.alpha)
-        return rank, alpha / (rank**0.5 if self.rslora else rank)
+    def alpha_over_r(self, modules: list[str]) -> dict[str, tuple[int, float]]:
+        """module -> (rank, alpha/r or alpha/√r), patterns honoured."""
+        ranks = _by_pattern(self.rank_pattern, modules, self.rank)
+        alphas = _by_pattern(self.alpha_pattern, modules, self.alpha)
+        return {
+            module: (rank, alpha / (rank**0.5 if self.rslora else rank))
+            for module, rank, alpha in zip(modules, ranks, alphas, strict=True)
+        }
 
 
 def parse_config(raw: Any, *, where: object) -> PeftConfig:
@@ -120,18 +126,32 @@ def parse_config(raw: Any, *, where: object) -> PeftConfig:
     return PeftConfig(raw["r"], float(raw["lora_alpha"]), ranks, alphas, bool(raw.get("use_rslora")), pool)
 
 
-def _by_pattern(table: dict[str, Any], module: str, default: Any) -> Any:
-    """PEFT's get_pattern_key: the first key that, as a regular expression, matches a dotted suffix of the name."""
-    for key, value in table.items():
-        # A pattern is input: nested repeats could match for ever, so only short, flat ones are run.
-        if len(key) > 300 or re.search(r"\)[*+?{]", key) or len(re.findall(r"[*+{]", key)) > 3:
-            raise UnsafeInputError("a rank or alpha pattern is too complex", where=key[:200])
-        try:
-            if re.match(rf"(.*\.)?({key})$", module):
-                return value
-        except re.error as error:
-            raise InputError("a rank or alpha pattern is no regular expression", where=key, why=str(error)) from error
-    return default
+def _first_matches(keys: list[str], modules: list[str]) -> list[int | None]:
+    """PEFT's get_pattern_key: the first key that, as a regular expression, matches a dotted suffix of each name."""
+    patterns = [re.compile(rf"(.*\.)?({key})$") for key in keys]
+    return [next((number for number, pattern in enumerate(patterns) if pattern.match(name)), None) for name in modules]
+
+
+def _by_pattern(table: dict[str, Any], modules: list[str], default: Any) -> list[Any]:
+    """The value of each module: of the first key that matches, or the default.
+
+    A few plain names match in no time. Any other expression came with the adapter and may take for ever, so it is
+    tried in a confined process.
+    """
+    keys = list(table)
+    plain = len(keys) * len(modules) <= MOST_MATCHES and all(NAME.fullmatch(key) for key in keys)
+    try:
+        found = (_first_matches if plain else Confined(_first_matches))(keys, modules)
+    except FailedError as error:
+        raise InputError("a rank or alpha pattern is no regular expression", where=CONFIG, why=str(error)) from error
+    except OutOfBoundsError as error:
+        raise UnsafeInputError(
+            "the rank or alpha patterns do not come to an end",
+            where=CONFIG,
+            why=str(error),
+            fix="they are regular expressions that came with the adapter: look at them",
+        ) from error
+    return [default if number is None else table[keys[number]] for number in found]
 
 
 def make_config(

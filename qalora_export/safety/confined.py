@@ -7,6 +7,7 @@ a forked process with a limit on memory and on CPU time, which a busy or sleepin
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import resource
@@ -19,7 +20,14 @@ from typing import IO, Any, NoReturn
 
 SECONDS = 4.0  # of CPU time for one call
 MEMORY = 512 * 2**20  # bytes above what the process has when it starts
+PER_SECOND = 100_000  # bytes of a question for which a call may take one second more
 LARGEST = 64 * 2**20  # bytes of an answer
+_inside = False  # whether this process is a confined one
+
+
+def is_confined() -> bool:
+    """Whether this process is one in which a Confined answers."""
+    return _inside
 
 
 class OutOfBoundsError(Exception):
@@ -34,7 +42,9 @@ class Confined:
     """`function` in a process of its own: JSON in, JSON out, one call after the other.
 
     The process starts with the first call, sees memory as it was then, serves until a call breaks a limit and ends
-    with this object or with the process that made it. Raises OutOfBoundsError and FailedError.
+    with this object or with the process that made it. seconds: of CPU time, beside those that a long question adds.
+    Raises OutOfBoundsError and FailedError; inside another confined process, whose limits hold already, whatever
+    `function` raises.
     """
 
     def __init__(self, function: Callable[..., Any], *, seconds: float | None = None, memory: int = MEMORY) -> None:
@@ -42,6 +52,8 @@ class Confined:
         self._child: _Child | None = None
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
+        if _inside:
+            return self._function(*arguments, **options)
         if self._child is None:
             self._child = _Child(self._function, self._seconds, self._memory)
         try:
@@ -105,11 +117,14 @@ def _end(pid: int, ask: IO[bytes], answer: IO[bytes]) -> int:
 
 def _serve(function: Callable[..., Any], seconds: float, memory: int, asked: int, answered: int) -> NoReturn:
     """In the child: answer until the parent is gone."""
+    global _inside
     try:
+        _inside = True
         _limit(memory)
         with os.fdopen(asked, "rb") as questions:
             for line in questions:
-                signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends the process, whatever it is doing
+                allowed = seconds + len(line) / PER_SECOND
+                signal.setitimer(signal.ITIMER_PROF, allowed)  # its signal ends the process, whatever it is doing
                 answer = _answer(function, line)
                 signal.setitimer(signal.ITIMER_PROF, 0)
                 _write_all(answered, answer)
@@ -118,6 +133,10 @@ def _serve(function: Callable[..., Any], seconds: float, memory: int, asked: int
 
 
 def _limit(memory: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork
+    faulthandler.disable()
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)  # a panic of a Rust library prints its stack; the answer says what it was
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # sent to the whole group: the parent decides
         signal.signal(number, signal.SIG_IGN)

@@ -32,7 +32,7 @@ def parse(**changes: object) -> object:
 def test_reads_peft_defaults() -> None:
     config = parse_config(LoraConfig(use_qalora=True).to_dict() | {"peft_type": "LORA"}, where="x")
     assert (config.rank, config.alpha, config.pool) == (8, 8.0, 16)
-    assert config.alpha_over_r("m") == (8, 1.0)
+    assert config.alpha_over_r(["m"])["m"] == (8, 1.0)
 
 
 def test_without_use_qalora_the_group_size_means_nothing() -> None:
@@ -40,7 +40,7 @@ def test_without_use_qalora_the_group_size_means_nothing() -> None:
 
 
 def test_rslora_divides_by_the_root() -> None:
-    assert parse(use_rslora=True, r=16).alpha_over_r("m") == (16, 4.0)
+    assert parse(use_rslora=True, r=16).alpha_over_r(["m"])["m"] == (16, 4.0)
 
 
 PATTERNS = {"q_proj": 1, r"^model.layers.1.mlp.down_proj": 2, r"layers\.\d+\.mlp\.up_proj": 3, "mlp.gate_proj": 4}
@@ -57,9 +57,9 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_patterns_match_as_in_peft(name: str) -> None:
     expected = PATTERNS.get(get_pattern_key(PATTERNS.keys(), name), 16)
-    assert parse(alpha_pattern=PATTERNS).alpha_over_r(name) == (8, expected / 8)
+    assert parse(alpha_pattern=PATTERNS).alpha_over_r([name])[name] == (8, expected / 8)
     expected = PATTERNS.get(get_pattern_key(PATTERNS.keys(), name), 8)
-    assert parse(rank_pattern=PATTERNS).alpha_over_r(name)[0] == expected
+    assert parse(rank_pattern=PATTERNS).alpha_over_r([name])[name][0] == expected
 
 
 REFUSED = {
@@ -117,14 +117,32 @@ def test_a_list_is_no_config() -> None:
         parse_config([], where="x")
 
 
-@pytest.mark.parametrize("key", ["(a+)+b", "(x*)*", "a*b*c*d*", "x" * 400, "["])
-def test_patterns_that_could_hang_or_fail_are_refused(key: str) -> None:
-    with pytest.raises(QaloraError):
-        parse(rank_pattern={key: 2}).alpha_over_r("a" * 60)
+@pytest.mark.parametrize(
+    ("key", "error"), [("(a+)+b", UnsafeInputError), ("(a|aa)*c", UnsafeInputError), ("[", InputError)]
+)
+def test_patterns_that_hang_or_fail_are_refused(
+    key: str, error: type[QaloraError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qalora_export.safety.confined.SECONDS", 0.3)
+    with pytest.raises(error, match="pattern"):
+        parse(rank_pattern={key: 2}).alpha_over_r(["a" * 60])
+
+
+def test_a_long_but_harmless_pattern_is_read() -> None:
+    names = [f"model.layers.{n}.self_attn.q_proj" for n in range(40)]
+    key = r"model\.layers\.(" + "|".join(str(n) for n in range(0, 40, 2)) + r")\.(self_attn\.[qkvo]_proj)+"
+    found = parse(rank_pattern={key: 2}).alpha_over_r(names)
+    assert [rank for rank, _ in found.values()] == [2, 8] * 20
+
+
+def test_many_names_are_matched_in_bounded_time() -> None:
+    names = [f"model.layers.{n}.mlp.up_proj" for n in range(1100)]
+    found = parse(alpha_pattern={name: n + 1 for n, name in enumerate(names)}).alpha_over_r(names)
+    assert [alpha * 8 for _, alpha in found.values()] == list(range(1, 1101))
 
 
 def test_lora_dropout_is_a_training_setting() -> None:
-    assert parse(lora_dropout=0.5).alpha_over_r("m") == (8, 2.0)
+    assert parse(lora_dropout=0.5).alpha_over_r(["m"])["m"] == (8, 2.0)
 
 
 def test_peft_reads_our_config_without_a_warning(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
@@ -143,7 +161,7 @@ def test_peft_reads_our_config_without_a_warning(tmp_path: Path, recwarn: pytest
     for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_qalora", "qalora_group_size", "bias"):
         assert getattr(theirs, field) == ours[field]
     assert theirs.target_modules == {"b", "c"}
-    assert parse_config(ours, where="x").alpha_over_r("a.b") == (2, 0.75)
+    assert parse_config(ours, where="x").alpha_over_r(["a.b"])["a.b"] == (2, 0.75)
 
 
 def test_tensor_names() -> None:
