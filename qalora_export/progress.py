@@ -37,7 +37,9 @@ class Reporter(Protocol):
 
 
 class Lines:
-    """One line every `interval` seconds for the innermost open task, from a thread that lives while one is open."""
+    """One line every `interval` seconds: the innermost open task, behind the counted ones it is part of, from a thread
+    that lives while one is open.
+    """
 
     def __init__(self, interval: float = INTERVAL) -> None:
         self._interval = interval
@@ -60,8 +62,14 @@ class Lines:
 
     def _beat(self, ended: threading.Event) -> None:
         while not ended.wait(self._interval):
-            if task := next(iter(self._open[-1:]), None):
-                logger.info("%s", task.line())
+            if line := self.line():
+                logger.info("%s", line)
+
+    def line(self) -> str:
+        """What to say now; empty when nothing is open."""
+        opened = list(self._open)
+        around = [task.place() for task in opened[:-1] if task.counted]
+        return " · ".join([*around, *(task.line() for task in opened[-1:])])
 
 
 class _LineTask:
@@ -75,14 +83,24 @@ class _LineTask:
     def close(self) -> None:
         self._lines.end(self)
 
+    @property
+    def counted(self) -> bool:
+        return self._total is not None
+
     def line(self) -> str:
         elapsed = time.monotonic() - self._began
         parts = [f"{duration(elapsed)} elapsed"]
         if self._total is not None:
-            here = self._done - self._first
-            left = duration(elapsed * (self._total - self._done) / here) if here else "unknown"
-            parts = [f"{self._done}/{self._total}", *parts, f"ETA {left}"]
+            parts = [f"{self._done}/{self._total}", *parts, f"ETA {self._left(elapsed)}"]
         return f"{self._description}: {', '.join([*parts, *filter(None, [self._detail])])}"
+
+    def place(self) -> str:
+        """In front of the line of a task that is part of this one."""
+        return f"{self._description} {self._done}/{self._total}, ETA {self._left(time.monotonic() - self._began)}"
+
+    def _left(self, elapsed: float) -> str:
+        here = self._done - self._first
+        return duration(elapsed * ((self._total or 0) - self._done) / here) if here else "unknown"
 
 
 _reporter: Reporter = Lines()

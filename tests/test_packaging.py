@@ -28,7 +28,7 @@ ALLOWED = {
     "console": {"errors", "progress"},
     "checkpoint": {*NUMBERS, "progress", "safety", "version"},
     "data": {"errors", "progress", "safety"},
-    "models": {"errors", "checkpoint", "recipe", "safety"},
+    "models": {"errors", "checkpoint", "progress", "recipe", "safety"},
     "formats": {*BYTES, "models"},
     "quantization": {*BYTES, "data", "formats", "models"},
     "qalora": {*BYTES, "data", "formats", "models"},

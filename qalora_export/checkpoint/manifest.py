@@ -46,7 +46,10 @@ def parent_of(folder: Path, role: str, *, hash_of: HashFile = sha256_file) -> Pa
         return Parent(role, folder.name, hash_of(folder))
     if role != "source" and is_ours(folder / MANIFEST):
         return Parent(role, folder.name, hash_of(folder / MANIFEST))
-    listing = "".join(f"{name} {hash_of(folder / name)}\n" for name in steering_files(folder))
+    names = steering_files(folder)
+    large = sum((folder / name).stat().st_size for name in names) >= SHOW_PROGRESS
+    shown = track(names, f"hash {folder.name}") if large else names
+    listing = "".join(f"{name} {hash_of(folder / name)}\n" for name in shown)
     return Parent(role, folder.name, sha256_bytes(listing.encode()))
 
 

@@ -1,7 +1,8 @@
 """Fetch one model from the Hugging Face hub into its cache: python -m qalora_export.models.hub_download ID [REVISION].
 
 Only safetensors weights and the files that go along with a model (config, tokenizer, chat template) are fetched: never
-pickles, never code. The last line on stdout is JSON: {"folder": …}, or {"error": …, "fix": …}.
+pickles, never code. Lines on stdout are JSON: what will be fetched, {"bytes": …, "blobs": folder it grows in}, and last
+{"folder": …} or {"error": …, "fix": …}.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ def fetch(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(SMALL)))
-    snapshot_download(hub_id, revision=folder.name, allow_patterns=weights(folder))  # the same commit
+    wanted: dict[str, Any] = {"revision": folder.name, "allow_patterns": weights(folder)}  # the same commit
+    sizes = [file.file_size for file in snapshot_download(hub_id, dry_run=True, **wanted) if file.will_download]
+    announce({"bytes": sum(sizes), "blobs": str(folder.parent.parent / "blobs")})
+    snapshot_download(hub_id, **wanted)
     if main_file(folder) is None:
         raise ValueError(f"it has neither {SINGLE} nor {INDEX}")
     return folder
@@ -58,12 +62,17 @@ def explained(error: Exception) -> dict[str, str]:
     return {"error": text, "fix": "check the network, or fetch it on another machine and give its folder"}
 
 
+def announce(line: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
 def main(hub_id: str, revision: str) -> int:
     try:
         answer = {"folder": str(fetch(hub_id, revision or None))}
     except Exception as error:  # whatever it is, the caller must learn of it
         answer = explained(error)
-    sys.stdout.write(json.dumps(answer) + "\n")
+    announce(answer)
     return 0 if "folder" in answer else 1
 
 

@@ -7,15 +7,13 @@ reach for the network; everything after that reads local files. HF_HUB_OFFLINE=1
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from qalora_export.checkpoint.weight_files import INDEX_SUFFIX, SINGLE, main_file
 from qalora_export.errors import InputError
+from qalora_export.models.hub_process import download
 from qalora_export.recipe import HUB_ID
 from qalora_export.safety import StrPath, read_json
 
@@ -94,7 +92,7 @@ def _on_hub(hub_id: str, revision: str | None) -> Located:
             fix="check the spelling; or unset HF_HUB_OFFLINE and run the command again; or fetch the model on another "
             f"machine (hf download {hub_id}) and give its folder",
         )
-    return _found(hub_id, _download(hub_id, revision), "from the hub")
+    return _found(hub_id, download(hub_id, revision, without=OFFLINE), "from the hub")
 
 
 def _found(hub_id: str, folder: Path, origin: str) -> Located:
@@ -107,22 +105,3 @@ def _cached(hub_id: str, revision: str | None) -> Path | None:
 
     config = try_to_load_from_cache(hub_id, "config.json", revision=revision)
     return Path(config).parent if isinstance(config, str) else None
-
-
-def _download(hub_id: str, revision: str | None) -> Path:
-    environment = {name: value for name, value in os.environ.items() if name not in OFFLINE}
-    command = [sys.executable, "-m", "qalora_export.models.hub_download", hub_id, revision or ""]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
-    try:
-        answer = json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, json.JSONDecodeError):
-        answer = {"error": f"the download process ended with exit code {done.returncode}", "fix": "try again"}
-    if "folder" not in answer:
-        where = hub_id if revision is None else f"{hub_id} at revision {revision}"
-        raise InputError(
-            f"cannot fetch the model from the hub: {answer['error']}",
-            where=where,
-            why="no path of that name exists on this machine either",
-            fix=answer["fix"],
-        )
-    return Path(answer["folder"])

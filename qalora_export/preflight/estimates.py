@@ -1,8 +1,9 @@
 """What each stage takes: bytes left on disk, bytes for a while, memory, rough seconds.
 
-Time is counted work divided by what the machine did in a moment's trial (machine.py); the factors say how much longer
-a stage took than its matrix products alone (this repository's sample and benchmarks, two CPU cores). So it is right
-about the order of magnitude, and the end of a run shows it beside what was needed.
+Time is counted work divided by what the machine did in a moment's trial (machine.py). The factors say how much longer
+a stage took than its matrix products alone, in CPU seconds of the sample on one core (AVX-512), and in the benchmark of
+verify-parity (README) up to 231 M parameters. So it is right about the order of magnitude, and the end of a run shows
+it beside what was needed.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
     from qalora_export.verify.check import VerifyForecast
 
 FP32, FP64 = 4, 8  # bytes
-GPTQ_FACTOR, TRAIN_FACTOR, ANSWER_FACTOR = 3.0, 2.0, 4.0
+GPTQ_FACTOR, TRAIN_FACTOR, ANSWER_FACTOR = 1.2, 2.0, 3.0
 ROUNDING_PER_VALUE = 40.0  # operations of rounding to nearest, as products of this machine
 REBUILT_PER_SECOND = 2e9  # codes that training turns into weights, every step anew, by the torch path of two cores
-START_SECONDS = 2.0  # of any stage: imports, config, tokenizer
-RUN_SECONDS = 5.0  # of one process of verify-parity: start, load, answer the text gate
+START_SECONDS = 0.5  # of any stage: imports, config, tokenizer
+RUN_SECONDS = 1.0  # of one process of verify-parity: start, load, answer the text gate
 RUNS_PER_RUNTIME = 8  # prefill and decode of exact and shipped path, noise floor on base and model, text
 KEPT, SCORE, REPORT = 2, 2**12, 2**20  # checkpoints of training at one time; bytes of a score and of a report
 

@@ -20,7 +20,7 @@ from qalora_export.errors import InputError, ParityError
 from qalora_export.formats.contents import FolderContents, compare
 from qalora_export.grid import GroupAffine, differing
 from qalora_export.models.loading import load_model
-from qalora_export.progress import track
+from qalora_export.progress import status, track
 from qalora_export.qalora.adapter_files import Adapter, ModuleAdapter, ModuleShape, load_adapter, read_adapter
 from qalora_export.qalora.layer import effective_offset
 from qalora_export.safety import StrPath, atomic_directory, local_path
@@ -81,7 +81,8 @@ def _merge(base: Path, adapter: Path, out: Path, *, convention: str, force: bool
         found = compare(FolderContents(checkpoint), FolderContents(CanonicalCheckpoint(staged)), progress="read back")
         compared = unequal = None
         if compare_logits:
-            compared, unequal = _compare_logits(base, adapter, staged, convention)
+            with status("comparing the logits of base + adapter and merged"):
+                compared, unequal = _compare_logits(base, adapter, staged, convention)
         report = MergeReport(
             len(checkpoint.modules),
             len(read.modules),

@@ -164,7 +164,7 @@ class _Run:
         """Copy every tensor that is not quantized bit for bit; returns how many."""
         quantized = {f"{name}.weight" for name in self.plans}
         rest = [name for name in self.skeleton.folder.names() if name not in quantized]
-        for name in rest:
+        for name in track(rest, "copy what is not quantized"):
             self.writer.add(name, np.asarray(self.skeleton.folder.tensor(name)))
         return len(rest)
 

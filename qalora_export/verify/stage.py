@@ -18,7 +18,7 @@ from qalora_export.checkpoint.output import claim_output
 from qalora_export.checkpoint.provenance import checkpoint_links
 from qalora_export.errors import InputError, RuntimeUnavailableError
 from qalora_export.models.loading import load_tokenizer
-from qalora_export.progress import status
+from qalora_export.progress import status, track
 from qalora_export.recipe import VerifySettings
 from qalora_export.safety import HashedOnce, StrPath, atomic_directory, local_path
 from qalora_export.verify.bisect.search import Bisection, bisect_failures, explain
@@ -95,7 +95,8 @@ def verify_parity(
         targets = [Target(session, all_runtimes()[name], artifact) for name, artifact in artifacts.items()]
         with status("hashing the files"):
             session.files = identities(*_roots(targets), hashed=hashed)
-        entries = [_measure(gate, target) for target in targets for gate in registered()]
+        work = [(gate, target) for target in targets for gate in registered()]
+        entries = [_measure(gate, target) for gate, target in track(work, "verify-parity, gates")]
         positions = {(target.name, path): found for target in targets for path, found in target.positions.items()}
         bisections = dict[str, Bisection]()
         if bisect and (taps or launch is None):

@@ -19,6 +19,7 @@ from qalora_export.errors import InputError
 from qalora_export.models.sources import MAY_DOWNLOAD, lacking, locate
 from qalora_export.recipe import load_recipe
 from tests.models import make_tiny_model
+from tests.progress_record import recorded
 
 HUB_ID, COMMIT = "Someone/Tiny-1", "0123456789abcdef0123456789abcdef01234567"
 PICKLE, CODE, OTHER = "pytorch_model.bin", "modeling_tiny.py", "consolidated.safetensors"
@@ -207,6 +208,14 @@ def test_the_command_line_fetches_safetensors_and_tokenizer_and_pins_the_commit(
     online.asked.clear()
     assert locate(HUB_ID).commit == COMMIT  # from the cache now
     assert not online.asked
+
+
+def test_a_download_shows_how_far_it_is(remote: Path, online: type[Hub]) -> None:
+    with recorded() as tasks:
+        locate(HUB_ID)
+    fetched = next(task for task in tasks if task.description == f"fetch {HUB_ID}, MiB")
+    weights = sum(path.stat().st_size for path in remote.glob("model*.safetensors"))
+    assert fetched.total == -(-weights // 2**20) == fetched.done and fetched.closed
 
 
 def test_no_download_when_the_user_is_offline(online: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:

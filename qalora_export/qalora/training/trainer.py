@@ -19,6 +19,7 @@ from transformers.trainer import SCHEDULER_NAME
 from qalora_export.data.samples import IGNORED
 from qalora_export.data.sequence_packing import Row, collate
 from qalora_export.errors import InputError
+from qalora_export.progress import track
 from qalora_export.qalora.training import folder as training_folder
 from qalora_export.qalora.training.sharding import fill, save_optimizer, whole
 from qalora_export.safety import could_not_write
@@ -112,7 +113,7 @@ class AdapterTrainer(Trainer):
         total = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of tokens
         training, processes = self.model.training, self.args.world_size
         self.model.eval()
-        for first in range(0, len(batches), processes):
+        for first in track(range(0, len(batches), processes), "validation, batches"):
             mine = first + self.args.process_index
             # A process without a batch in the last turn takes part all the same: FSDP gathers with everyone.
             batch = self._prepare_inputs(collate([rows[i] for i in batches[min(mine, len(batches) - 1)]]))

@@ -28,6 +28,7 @@ from qalora_export.checkpoint.safetensors_file import TensorEntry
 from qalora_export.errors import InputError
 from qalora_export.grid import differing
 from qalora_export.models.skeleton import Skeleton, layer_output
+from qalora_export.progress import track
 from qalora_export.qalora.dequant import dequantize
 from qalora_export.verify.kernels.products import linear_modules
 
@@ -130,7 +131,7 @@ class LayerwiseModel:
         with skeleton.materialized(f"{skeleton.prefix}embed_tokens"):
             prompts = [[_Step(*skeleton.enter(tokens))] for tokens in ids] if prefill else []
             walks = [self._embed_by_token(tokens) for tokens in ids] if decode else []
-        for index, layer in enumerate(skeleton.base.layers):
+        for index, layer in enumerate(track(skeleton.base.layers, f"{self._checkpoint.path.name} in PyTorch, layers")):
             with skeleton.materialized(skeleton.layer_name(index)):
                 for steps in prompts:
                     _advance(layer, index, steps, None)
