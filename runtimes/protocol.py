@@ -4,7 +4,8 @@ job.npz
     ids      int32 (total,)   token ids of all sequences, one after the other
     lengths  int32 (n,)       length of each sequence, each at least 1, sum = total
     mode     unicode, 0-d     "prefill" (a prompt is one batch), "decode" (token by token with the KV cache) or "both"
-    text     uint8 (bytes,)   optional JSON {"texts": [str], "chats": [[{"role": str, "content": str}]]}
+    text     uint8 (bytes,)   optional JSON {"texts": [str], "chats": [chat]}, a chat being a list of turns
+                              [{"role": str, "content": str, …}] or {"messages": turns, "tools": [object]}
 logits.npz
     logprobs      float32 (total, vocab)   row i = log softmax after seeing this sequence's ids up to and including i
     decoded       float32 (total, vocab)   in mode "both": logprobs are those of prefill, these those of decode
@@ -41,6 +42,8 @@ MAX_TEXT_BYTES = 16 << 20
 
 Ids = NDArray[np.int32]
 Logprobs = NDArray[np.float32]
+Turns = tuple[Mapping[str, Any], ...]
+Chat = Turns | Mapping[str, Any]  # the mapping has "messages" and "tools", as chat templates call them
 
 
 class ProtocolError(ValueError):
@@ -52,7 +55,14 @@ class TextRequest:
     """What gate G5 asks: texts to tokenize and chats to render."""
 
     texts: tuple[str, ...] = ()
-    chats: tuple[tuple[Mapping[str, str], ...], ...] = ()
+    chats: tuple[Chat, ...] = ()
+
+
+def conversation(chat: Chat) -> dict[str, Any]:
+    """A chat as {"messages": [turns]} and, where it has them, "tools"."""
+    if isinstance(chat, Mapping):
+        return {key: list(value) for key, value in chat.items()}
+    return {"messages": list(chat)}
 
 
 @dataclass(frozen=True)
@@ -147,12 +157,20 @@ def read_answers(path: Path, *, positions: int) -> Answers:
 def _text_request(raw: Any) -> TextRequest:
     texts, chats = (raw.get("texts", []), raw.get("chats", [])) if isinstance(raw, dict) else (None, None)
     if not isinstance(texts, list) or not isinstance(chats, list) or not all(isinstance(t, str) for t in texts):
-        raise ProtocolError('text must be {"texts": [string], "chats": [[{"role", "content"}]]}')
+        raise ProtocolError('text must be {"texts": [string], "chats": [list of turns, or {"messages", "tools"}]}')
     for chat in chats:
-        turns = chat if isinstance(chat, list) else [None]
-        if not all(isinstance(turn, dict) and all(isinstance(v, str) for v in turn.values()) for turn in turns):
-            raise ProtocolError("every chat must be a list of objects with string values")
-    return TextRequest(tuple(texts), tuple(tuple(chat) for chat in chats))
+        parts = conversation(chat) if isinstance(chat, list) or _lists(chat) else {}
+        if not parts.get("messages") or not parts.keys() <= {"messages", "tools"}:
+            raise ProtocolError("every chat must be a list of turns, or have messages and perhaps tools")
+        if not all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in parts["messages"]):
+            raise ProtocolError("every turn of a chat must be an object with a role")
+        if not all(isinstance(tool, dict) for tool in parts.get("tools", [])):
+            raise ProtocolError("every tool of a chat must be an object")
+    return TextRequest(tuple(texts), tuple(tuple(chat) if isinstance(chat, list) else chat for chat in chats))
+
+
+def _lists(chat: Any) -> bool:
+    return isinstance(chat, dict) and all(isinstance(value, list) for value in chat.values())
 
 
 def _json_bytes(value: Any) -> NDArray[np.uint8]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from qalora_runtimes import heartbeat
-from qalora_runtimes.protocol import Ids, Job, TextRequest
+from qalora_runtimes.protocol import Ids, Job, TextRequest, conversation
 from qalora_runtimes.runner import check_vocabulary
 from qalora_runtimes.scoring import MissingRuntimeError, Rows, RunnerError, every_position
 
@@ -72,7 +72,8 @@ class GenaiRuntime:
         rendered, errors = [], []
         for index, chat in enumerate(request.chats):
             try:
-                text = tokenizer.apply_chat_template(json.dumps(list(chat)), add_generation_prompt=True)
+                parts = {key: json.dumps(value, ensure_ascii=False) for key, value in conversation(chat).items()}
+                text = tokenizer.apply_chat_template(**parts, add_generation_prompt=True)
             except RuntimeError as error:
                 text = None
                 errors.append(f"chat {index}: {error}")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from qalora_runtimes import heartbeat
-from qalora_runtimes.protocol import Ids, TextRequest
+from qalora_runtimes.protocol import Ids, TextRequest, conversation
 from qalora_runtimes.scoring import Rows, RunnerError
 
 TIMEOUT = 600  # seconds for one answer
@@ -94,7 +94,7 @@ class Client:
         rendered, rendered_ids, errors = [], [], []
         for index, chat in enumerate(request.chats):
             try:
-                text = str(self._field("/apply-template", {"messages": list(chat)}, "prompt"))
+                text = str(self._field("/apply-template", conversation(chat), "prompt"))
             except RunnerError as error:
                 text = None
                 errors.append(f"chat {index}: {error}")

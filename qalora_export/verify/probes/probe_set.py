@@ -5,6 +5,8 @@ Every position of every sequence is compared, never only the last token of one p
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +14,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from qalora_runtimes.protocol import Chat, conversation
 
 from qalora_export.data.prompts import canonical_json, read_prompts, token_ids
 from qalora_export.errors import InputError
+from qalora_export.models.templates import TemplateRefusal
 from qalora_export.recipe import VerifySettings
 from qalora_export.safety import sha256_bytes
-from qalora_export.verify.probes.text import CHATS, EDGE_TEXTS, LONG_TEXT, TEXTS
+from qalora_export.verify.probes.text import CHATS, EDGE_TEXTS, LONG_TEXT, TEXTS, TOOL_CHATS
 
 TOKENS_PER_TEXT = 1000
 
@@ -33,7 +37,7 @@ class ProbeSet:
     lengths: NDArray[np.int32]
     names: tuple[str, ...]
     texts: tuple[str, ...] = TEXTS
-    chats: tuple[tuple[dict[str, str], ...], ...] = CHATS
+    chats: tuple[Chat, ...] = CHATS
 
     @property
     def sha256(self) -> str:
@@ -55,12 +59,21 @@ class ProbeSet:
 
     def text_job(self) -> bytes:
         """Gate G5's questions as the JSON a runner reads."""
-        return canonical_json({"texts": list(self.texts), "chats": [list(chat) for chat in self.chats]})
+        return canonical_json({"texts": list(self.texts), "chats": list(self.chats)})
 
     def place(self, position: int) -> str:
         """Human-readable place of a position: sequence name and index inside it."""
         sequence = int(np.searchsorted(self.starts, position, side="right")) - 1
         return f"{self.names[sequence]}[{position - int(self.starts[sequence])}]"
+
+
+def rendered(tokenizer: Any, chat: Chat) -> str:
+    """A conversation by the checkpoint's own template, with the generation prompt behind it."""
+    parts = conversation(chat)
+    tools = parts.get("tools")
+    return str(
+        tokenizer.apply_chat_template(parts["messages"], tools=tools, tokenize=False, add_generation_prompt=True)
+    )
 
 
 def make_probes(tokenizer: Any, config: dict[str, Any], settings: VerifySettings) -> ProbeSet:
@@ -87,22 +100,53 @@ def make_probes(tokenizer: Any, config: dict[str, Any], settings: VerifySettings
         lengths,
         tuple(name for name, _ in chosen),
         texts=(*TEXTS, *_vocabulary_texts(tokenizer)),
-        chats=CHATS if tokenizer.chat_template else (),
+        chats=_chats(tokenizer),
     )
+
+
+def _chats(tokenizer: Any) -> tuple[Chat, ...]:
+    """The conversations that the chat template accepts (Gemma's wants no system turn), all if it accepts none.
+
+    Those with tools are for a template that knows of tools.
+    """
+    if not tokenizer.chat_template:
+        return ()
+    knows_tools = re.search(r"\btools\b", tokenizer.get_chat_template(tools=[{}]))
+    asked: tuple[Chat, ...] = (*CHATS, *TOOL_CHATS) if knows_tools else CHATS
+    return tuple(chat for chat in asked if _accepted(tokenizer, chat)) or asked
+
+
+def _accepted(tokenizer: Any, chat: Chat) -> bool:
+    try:
+        rendered(tokenizer, chat)
+    except TemplateRefusal:
+        return False
+    return True
 
 
 def _vocabulary_texts(tokenizer: Any) -> Iterator[str]:
     """Every token's own text, alone and doubled, a line each: a lost merge rule shows in one of them.
 
     Doubled because many tokenizers look a whole word up before they apply any rule. Tokens that are no whole
-    characters, and NUL, which C strings cannot hold, are left out.
+    characters, and NUL, which C strings cannot hold, are left out. Lines that NFC would change come last, so that a
+    runtime that does not normalize differs in their texts alone.
     """
     special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
     ids = [[i] for i in range(len(tokenizer)) if i not in special]
-    lines = [text for text in tokenizer.batch_decode(ids) if text and "\ufffd" not in text and "\0" not in text]
-    for start in range(0, len(lines), TOKENS_PER_TEXT):
-        chosen = lines[start : start + TOKENS_PER_TEXT]
-        yield "\n".join([*chosen, *(text + text.lstrip() for text in chosen)])
+    lines = [
+        (text, text + text.lstrip())
+        for text in tokenizer.batch_decode(ids)
+        if text and "\ufffd" not in text and "\0" not in text
+    ]
+    for normalized in (True, False):
+        same = [pair for pair in lines if all(map(_is_normalized, pair)) == normalized]
+        for start in range(0, len(same), TOKENS_PER_TEXT):
+            alone, doubled = zip(*same[start : start + TOKENS_PER_TEXT], strict=True)
+            yield "\n".join([*alone, *doubled])
+
+
+def _is_normalized(text: str) -> bool:
+    return unicodedata.is_normalized("NFC", text)
 
 
 def _edge_cases(tokenizer: Any, vocabulary: int, limit: int, seed: int) -> Iterator[tuple[str, list[int]]]:

@@ -1,5 +1,7 @@
 """Fixed texts and conversations on which tokenizers, chat templates and models have been seen to disagree."""
 
+from typing import Any
+
 EDGE_TEXTS: dict[str, str] = {
     "unicode": "naïve café — 東京 🙂 Ω≈ç √∫ 한국어 ñandú",
     "right to left": "שלום עולם. مرحبا بالعالم.",
@@ -66,4 +68,42 @@ CHATS: tuple[tuple[dict[str, str], ...], ...] = (
     ({"role": "user", "content": "  spaces and\nnew lines\n\n  "},),
     ({"role": "user", "content": 'naïve 東京 שלום "quoted" \\ {{ braces }} {% raw %} <|end|>'},),
     ({"role": "user", "content": "x"}, {"role": "assistant", "content": ""}, {"role": "user", "content": "0"}),
+)
+
+TOOLS: tuple[dict[str, Any], ...] = (
+    {
+        "type": "function",
+        "function": {
+            "name": "set_lamp",
+            "description": 'Switch a lamp. Räume: 1 < 2 & "3"',
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "room": {"type": "string", "enum": ["kitchen", "küche"], "description": "which room"},
+                    "level": {"type": "number"},
+                },
+                "required": ["room"],
+            },
+        },
+    },
+)
+_CALL = {
+    "id": "call_0001",
+    "type": "function",
+    "function": {"name": "set_lamp", "arguments": {"room": "küche", "level": 0.5, "on": True, "tags": ["a", 1]}},
+}
+# A question with a tool on offer; a call, its result and the next question.
+TOOL_CHATS: tuple[dict[str, Any], ...] = (
+    {"messages": [{"role": "user", "content": "dim the light"}], "tools": list(TOOLS)},
+    {
+        "messages": [
+            {"role": "system", "content": "You are terse."},
+            {"role": "user", "content": "dim the light"},
+            {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+            {"role": "tool", "name": "set_lamp", "tool_call_id": "call_0001", "content": '{"ok": true}'},
+            {"role": "assistant", "content": "Done."},
+            {"role": "user", "content": "thanks"},
+        ],
+        "tools": list(TOOLS),
+    },
 )

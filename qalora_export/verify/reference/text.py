@@ -7,23 +7,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qalora_runtimes.protocol import conversation
+
 from qalora_export.formats.gguf.tokenizer.reading import as_llama_cpp_reads, shows_the_difference
 from qalora_export.models.loading import load_tokenizer
-from qalora_export.verify.probes.probe_set import ProbeSet
+from qalora_export.verify.probes.probe_set import ProbeSet, rendered
 
 
 def folder_answers(folder: Path, probes: ProbeSet) -> dict[str, Any]:
     """Answers by the tokenizer files in `folder`.
 
     texts: ids of each text, special tokens added as for a prompt; plain_texts: nothing added; rendered: each
-    conversation as a string that ends with the generation prompt; rendered_ids: its ids, nothing added; bos: BOS text;
+    conversation as a string that ends with the generation prompt; rendered_ids: its ids, nothing added; bos: BOS text
+    where the tokenizer puts it before a text, else "";
+    with_tools: indices of the conversations with tools;
     by_design: kind → {index: (ids, reason)} where llama.cpp answers otherwise because GGUF cannot say it.
     """
     tokenizer = load_tokenizer(folder)
-    rendered = [
-        tokenizer.apply_chat_template([dict(turn) for turn in chat], tokenize=False, add_generation_prompt=True)
-        for chat in probes.chats
-    ]
+    conversations = [rendered(tokenizer, chat) for chat in probes.chats]
 
     def ids(text: str, *, special: bool) -> list[int]:
         return [int(i) for i in tokenizer(text, add_special_tokens=special)["input_ids"]]
@@ -31,10 +32,11 @@ def folder_answers(folder: Path, probes: ProbeSet) -> dict[str, Any]:
     return {
         "texts": [ids(text, special=True) for text in probes.texts],
         "plain_texts": [ids(text, special=False) for text in probes.texts],
-        "rendered": rendered,
-        "rendered_ids": [ids(text, special=False) for text in rendered],
-        "bos": tokenizer.bos_token or "",
-        "by_design": _by_design(tokenizer, {"texts": probes.texts, "rendered_ids": rendered}),
+        "rendered": conversations,
+        "rendered_ids": [ids(text, special=False) for text in conversations],
+        "bos": tokenizer.bos_token if tokenizer.bos_token_id in ids("", special=True) else "",
+        "with_tools": [index for index, chat in enumerate(probes.chats) if "tools" in conversation(chat)],
+        "by_design": _by_design(tokenizer, {"texts": probes.texts, "rendered_ids": conversations}),
     }
 
 

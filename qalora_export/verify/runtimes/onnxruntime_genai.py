@@ -32,7 +32,7 @@ GENAI_SIZES = {
 @register
 class OnnxRuntimeGenai(OnnxRuntime):
     name = "onnxruntime-genai"
-    habits = TextHabits(adds_specials=False)
+    habits = TextHabits(adds_specials=False, rewrites_tools=True)
     own_tokenizer = True
 
     def expected(self, checkpoint: CanonicalCheckpoint, frequencies: NDArray[Any]) -> Facts:

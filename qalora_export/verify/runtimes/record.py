@@ -48,12 +48,14 @@ class TextHabits:
     """What a runtime does by design. adds_specials: puts BOS/EOS around plain text as Hugging Face's tokenizer does.
 
     cuts_bos: renders conversations without the leading BOS text that its tokenizer will add as an id.
+    rewrites_tools: changes the descriptions of tools before the chat template sees them.
     reads_gguf: has the tokenizer from a GGUF file, which cannot say everything (formats/gguf/tokenizer/reading.py).
     """
 
     adds_specials: bool = True
     cuts_bos: bool = False
     reads_gguf: bool = False
+    rewrites_tools: bool = False
 
 
 class RuntimeRecord(ABC):

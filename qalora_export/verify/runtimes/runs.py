@@ -25,6 +25,7 @@ from qalora_export.verify.store import Arrays, remembered
 
 Mode = Literal["prefill", "decode"]
 BASE, SHIPPED, TEXT = "base", "shipped", "text"  # labels of runs; others are "exact"
+LOG_SHOWN = 600  # characters
 logger = logging.getLogger(__name__)
 
 
@@ -158,11 +159,17 @@ class Runs:
             raise kind(
                 f"{runtime} {result.status}: {result.message}",
                 where=artifact.path,
-                why=f"signal {result.signal_name}" if result.signal_name else "",
+                why=f"signal {result.signal_name}" if result.signal_name else _end_of(result.log),
             )
         for each in job.passes:
             self.fingerprints[f"{runtime}/{label}/{each}"] = dict(result.fingerprint or {})
         return result
+
+
+def _end_of(log: str) -> str:
+    """What the runtime's library said last: the runner's own last line is in its message."""
+    said = "\n".join(log.strip().splitlines()[:-1])[-LOG_SHOWN:]
+    return f"its log ends: {said}" if said else ""
 
 
 def watch_of(runtime: str, model: Path, job: Job, shown: Task) -> Watch:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from qalora_runtimes.launch import run_runner
+from qalora_runtimes.protocol import TextRequest, make_job
 
+from qalora_export.formats.gguf.export import export_gguf
 from qalora_export.verify.gates.g5_text import expected_answers, text_entry
 from qalora_export.verify.probes.probe_set import ProbeSet
+from qalora_export.verify.probes.text import CHATS, TOOL_CHATS
 from qalora_export.verify.reference.text import folder_answers
-from qalora_export.verify.runtimes.record import TextHabits
+from qalora_export.verify.runtimes.record import TextHabits, all_runtimes
 from tests.formats.gguf.tokenizer.synthetic import byte_level
+from tests.models import make_tiny_canonical
 
 GGUF = TextHabits(reads_gguf=True)
 PROBES = ProbeSet(np.zeros(1, np.int32), np.ones(1, np.int32), ("x",), texts=("plain", "cafe\u0301"), chats=())
@@ -45,7 +51,7 @@ def test_ids_without_nfc_on_a_text_that_nfc_changes_are_a_warning(folder: Path) 
     right = folder_answers(folder, PROBES)["texts"]
     entry = gate(folder, GGUF, [right[0], unnormalized(folder, PROBES.texts[1])])
     assert entry.status == "pass"
-    assert "1 of the texts differ by design (llama.cpp does not normalize to NFC)" in entry.detail
+    assert "1 differ by design (llama.cpp does not normalize to NFC)" in entry.detail
     assert len(entry.figures["warnings"]) == 1
 
 
@@ -64,3 +70,63 @@ def test_a_runtime_that_reads_tokenizer_json_has_no_such_excuse(folder: Path) ->
     habits = replace(GGUF, reads_gguf=False)
     assert gate(folder, habits, [right[0], unnormalized(folder, PROBES.texts[1])]).status == "fail"
     assert gate(folder, habits, right).status == "pass"
+
+
+# As Qwen 2.5 writes tools and calls; arguments are an object.
+TOOL_TEMPLATE = """{{ bos_token }}{%- if tools %}<|user|>system
+{%- for tool in tools %}
+{{ tool | tojson }}
+{%- endfor %}<|end|>{% endif %}
+{%- for message in messages %}<|user|>{{ message.role }}
+{{ message.content }}
+{%- for call in message.tool_calls or [] %}
+<tool_call>{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}</tool_call>
+{%- endfor %}<|end|>{% endfor %}
+{%- if add_generation_prompt %}<|user|>assistant
+{% endif %}"""
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("template_has_bos", [True, False])
+def test_conversations_have_the_bos_that_transformers_gives_them(
+    adds_bos: bool, template_has_bos: bool, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Tools, calls and their results are rendered alike; BOS is there once, where the template puts it."""
+    source = shutil.copytree(tiny_model, tmp_path / "hf")
+    template = TOOL_TEMPLATE if template_has_bos else TOOL_TEMPLATE.removeprefix("{{ bos_token }}")
+    (source / "chat_template.jinja").write_text(template)
+    if not adds_bos:
+        raw = json.loads((source / "tokenizer.json").read_text())
+        (source / "tokenizer.json").write_text(json.dumps(raw | {"post_processor": None}))
+    checkpoint = make_tiny_canonical(tmp_path / "c", source)
+    export_gguf(checkpoint, tmp_path / "m.gguf")
+    probes = ProbeSet(np.zeros(1, np.int32), np.ones(1, np.int32), ("",), texts=("on",), chats=(*CHATS, *TOOL_CHATS))
+    job = make_job([[1]], text=TextRequest(probes.texts, probes.chats))
+    result = run_runner("llama.cpp", model=tmp_path / "m.gguf", job=job, workdir=tmp_path / "run", exact=True)
+    assert result.text_answers is not None, result.message
+    expected = expected_answers(folder_answers(checkpoint, probes), all_runtimes()["llama.cpp"].habits)
+    assert expected["rendered"] == result.text_answers["rendered"]
+    entry = text_entry("llama.cpp", probes, expected, result.text_answers)
+    if adds_bos and not template_has_bos:  # llama.cpp puts one before every prompt
+        assert entry.status == "fail"
+        assert "begin the chat template with {{ bos_token }}" in entry.where[0]
+    else:
+        assert entry.status == "pass", entry.where
+
+
+def test_a_runtime_that_rewrites_tools_is_warned_about_and_nothing_else_is_excused() -> None:
+    right = {"texts": [], "plain_texts": [], "rendered": ["a", "b"], "rendered_ids": [[1], [2]], "bos": ""}
+    right |= {"by_design": {}, "with_tools": [1]}
+    probes = replace(PROBES, texts=(), chats=(CHATS[0], TOOL_CHATS[0]))
+
+    def status(habits: TextHabits, **answers: Any) -> Any:
+        return text_entry("r", probes, expected_answers(right, habits), {"texts": [], **answers})
+
+    rewrites = TextHabits(rewrites_tools=True)
+    entry = status(rewrites, rendered=["a", "other"], rendered_ids=[[1], [3]])
+    assert entry.status == "pass"
+    assert "tools in its own way" in entry.detail
+    assert status(rewrites, rendered=["other", "b"], rendered_ids=[[3], [2]]).status == "fail"
+    assert status(rewrites, rendered=["a", None], rendered_ids=[[1], None]).status == "fail"
+    assert status(rewrites, rendered=["a", "b"], rendered_ids=[[1], [3]]).status == "fail"
+    assert status(TextHabits(), rendered=["a", "other"], rendered_ids=[[1], [3]]).status == "fail"

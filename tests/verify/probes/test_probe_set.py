@@ -9,7 +9,8 @@ import pytest
 from qalora_export.errors import InputError
 from qalora_export.models.loading import load_tokenizer
 from qalora_export.recipe import VerifySettings
-from qalora_export.verify.probes.probe_set import ProbeSet, make_probes
+from qalora_export.verify.probes.probe_set import ProbeSet, _vocabulary_texts, make_probes
+from qalora_export.verify.probes.text import CHATS, TOOL_CHATS
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,46 @@ def test_chats_go_through_the_template(tokenizer, config: dict, tmp_path: Path) 
     ]
     assert len(texts) == 3
     assert all(text.startswith("<|begin_of_text|><|user|>") and "<|assistant|>" in text for text in texts)
+
+
+def test_conversations_are_those_that_the_template_accepts(tokenizer, config: dict) -> None:
+    """Tools for a template that knows of tools; no turn that it refuses; all turns if it refuses every one."""
+    loop = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + loop
+    before = tokenizer.chat_template
+    try:
+        chats = {}
+        for name, template in (
+            ("plain", loop),
+            ("tools", "{% if tools %}{{ tools | tojson }}{% endif %}" + loop),
+            ("no system", no_system),
+            ("nothing", "{{ raise_exception('never') }}"),
+        ):
+            tokenizer.chat_template = template
+            chats[name] = make_probes(tokenizer, config, VerifySettings()).chats
+    finally:
+        tokenizer.chat_template = before
+    assert chats["plain"] == chats["nothing"] == CHATS
+    assert chats["tools"] == (*CHATS, *TOOL_CHATS)
+    assert len(chats["no system"]) == len(CHATS) - 1
+
+
+def test_lines_that_nfc_changes_are_in_texts_of_their_own() -> None:
+    class Words:
+        """Two tokens, of which one is not in NFC."""
+
+        all_special_ids = ()
+
+        def __len__(self) -> int:
+            return 2
+
+        def get_added_vocab(self) -> dict:
+            return {}
+
+        def batch_decode(self, ids: list) -> list[str]:
+            return ["lamp", "e\u0301"]
+
+    assert list(_vocabulary_texts(Words())) == ["lamp\nlamplamp", "e\u0301\ne\u0301e\u0301"]
 
 
 def test_place_names_sequence_and_index() -> None:
