@@ -99,7 +99,7 @@ def make_probes(tokenizer: Any, config: dict[str, Any], settings: VerifySettings
         np.concatenate(sequences),
         lengths,
         tuple(name for name, _ in chosen),
-        texts=(*TEXTS, *_vocabulary_texts(tokenizer)),
+        texts=(*TEXTS, *_added_token_texts(tokenizer), *_vocabulary_texts(tokenizer)),
         chats=_chats(tokenizer),
     )
 
@@ -122,6 +122,13 @@ def _accepted(tokenizer: Any, chat: Chat) -> bool:
     except TemplateRefusal:
         return False
     return True
+
+
+def _added_token_texts(tokenizer: Any) -> Iterator[str]:
+    """Every added token inside a word, between spaces and doubled: what a tokenizer strips around it shows."""
+    added = [text for text in tokenizer.get_added_vocab() if "\0" not in text]
+    for start in range(0, len(added), TOKENS_PER_TEXT // 4):
+        yield "".join(f"a{text}b {text} c{text}{text}\n" for text in added[start : start + TOKENS_PER_TEXT // 4])
 
 
 def _vocabulary_texts(tokenizer: Any) -> Iterator[str]:

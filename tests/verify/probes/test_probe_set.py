@@ -116,6 +116,12 @@ def test_lines_that_nfc_changes_are_in_texts_of_their_own() -> None:
     assert list(_vocabulary_texts(Words())) == ["lamp\nlamplamp", "e\u0301\ne\u0301e\u0301"]
 
 
+def test_every_added_token_is_asked_for_inside_words_and_doubled(tokenizer, config: dict) -> None:
+    texts = "".join(make_probes(tokenizer, config, VerifySettings()).texts)
+    for token in tokenizer.get_added_vocab():
+        assert f"a{token}b {token} c{token}{token}\n" in texts
+
+
 def test_place_names_sequence_and_index() -> None:
     probes = ProbeSet(np.arange(5, dtype=np.int32), np.array([2, 3], np.int32), ("a", "b"))
     assert [probes.place(i) for i in range(5)] == ["a[0]", "a[1]", "b[0]", "b[1]", "b[2]"]
