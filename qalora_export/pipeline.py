@@ -49,13 +49,14 @@ OnPlan = Callable[["RunPlan"], None]
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One step: what it reads, its settings, what it writes, and how."""
+    """One step: what it reads, its settings, what it writes, and how. beside: what it writes next to its output."""
 
     name: str
     inputs: tuple[Path, ...]
     settings: Settings | None
     output: Path
     action: Callable[[bool], Any]  # argument: replace what is there
+    beside: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,17 +153,21 @@ def _check(recipe: Recipe, state: _State, *, force: bool) -> RunPlan:
 
 
 def _check_output(stage: Stage, *, ours: bool) -> None:
-    """Raise InputError, as the stage would, when its output must not be written."""
-    refuse_place(stage.output, stage.inputs)
-    if not stage.output.exists():
-        return
-    if not ours:
-        raise InputError(
-            "an output exists that this run did not make",
-            where=stage.output,
-            fix="choose another `out`, delete it, or pass --force",
-        )
-    refuse_foreign(stage.output)
+    """Raise InputError, as the stage would, when one of its outputs must not be written."""
+    for path in (stage.output, *stage.beside):
+        refuse_place(path, stage.inputs)
+        if path.exists() and not ours:
+            raise InputError(
+                "an output exists that this run did not make",
+                where=path,
+                fix="choose another `out`, delete it, or pass --force",
+            )
+        refuse_foreign(path)
+    if stage.name == "train":
+        from qalora_export.qalora.training.folder import folder_for, refuse_strangers
+
+        refuse_place(folder_for(stage.output), stage.inputs)
+        refuse_strangers(folder_for(stage.output))
 
 
 def _run(recipe: Recipe, out: Path, planned: RunPlan, state: _State, *, force: bool, on_stage: OnStage) -> RunReport:
@@ -204,7 +209,9 @@ def _relative_to(recipe: Recipe, out: Path) -> Recipe:
 
 def plan(recipe: Recipe) -> list[Stage]:
     """The stages of a recipe in order, with paths under recipe.out."""
+    from qalora_export.checkpoint.manifest import sidecar_path
     from qalora_export.formats.gguf.export import export_gguf
+    from qalora_export.formats.gguf.split import adapter_path
     from qalora_export.formats.onnx.export import export_onnx
     from qalora_export.models.sources import locate
     from qalora_export.qalora.merge import merge
@@ -233,7 +240,8 @@ def plan(recipe: Recipe) -> list[Stage]:
         stages += [_score_stage("evaluate base", base, e, out), _score_stage("evaluate merged", merged, e, out)]
     if recipe.export.gguf is not None and gguf is not None:
         g = recipe.export.gguf
-        stages.append(Stage("export gguf", (merged,), g, gguf, lambda f: export_gguf(merged, gguf, g, force=f)))
+        beside = (sidecar_path(gguf), *([adapter_path(gguf)] if g.layout == "split" else []))
+        stages.append(Stage("export gguf", (merged,), g, gguf, lambda f: export_gguf(merged, gguf, g, force=f), beside))
     if recipe.export.onnx is not None and onnx is not None:
         o = recipe.export.onnx
         stages.append(Stage("export onnx", (merged,), o, onnx, lambda f: export_onnx(merged, onnx, o, force=f)))

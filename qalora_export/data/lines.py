@@ -10,8 +10,9 @@ UTF-8, with or without a byte order mark; lines end in LF or CRLF; blank lines a
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,23 +47,45 @@ def is_text(path: Path) -> bool:
     return not begin.removeprefix(BOM).lstrip().startswith(b"{")
 
 
-def rows(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+OnBad = Callable[[InputError], None]  # told of a row that cannot be used; reading goes on behind it
+
+
+def rows(path: Path, on_bad: OnBad | None = None) -> Iterator[tuple[int, str, dict[str, Any]]]:
     """(number, place for messages, JSON object) of every row of a JSON file, one in memory at a time.
 
-    Raises InputError, with the line, for what is not a JSON object or not UTF-8, UnsafeInputError for a line above
-    MAX_LINE_BYTES and for JSON that two readers could read differently.
+    Raises InputError, with the line, for what is not a JSON object or not UTF-8 (unless on_bad takes it),
+    UnsafeInputError for a line above MAX_LINE_BYTES and for JSON that two readers could read differently.
     """
     if path.suffix.lower() == ".json" and (items := _array(path)) is not None:
         for number, item in enumerate(items, 1):
             where = f"{path}, item {number}"
-            yield number, where, _object(item, where, json.dumps(item)[:40])
+            row = None
+            with passed_on(on_bad):
+                row = _object(item, where, json.dumps(item)[:40])
+            if row is not None:
+                yield number, where, row
         return
     for number, raw in _lines(path):
         where = f"{path}, line {number}"
-        row = parse_json(raw, where=where)
-        if b"\\ud" in raw.lower():
-            _check_text(row, where)
-        yield number, where, _object(row, where, raw[:40].decode(errors="replace"))
+        row = None
+        with passed_on(on_bad):
+            parsed = parse_json(raw, where=where)
+            if b"\\ud" in raw.lower():
+                _check_text(parsed, where)
+            row = _object(parsed, where, raw[:40].decode(errors="replace"))
+        if row is not None:
+            yield number, where, row
+
+
+@contextlib.contextmanager
+def passed_on(on_bad: OnBad | None) -> Iterator[None]:
+    """An InputError of the block goes to on_bad, where there is one, and the block ends there."""
+    try:
+        yield
+    except InputError as error:
+        if on_bad is None:
+            raise
+        on_bad(error)
 
 
 def count(path: Path) -> int | None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ ANSWER_KEYS = ("output", "response", "completion", "answer")
 SYSTEM_KEYS = ("system", "system_prompt")
 # What one conversation may hold; more cannot be a sample of any model and would take minutes to tokenize.
 MAX_CHARACTERS, MAX_MESSAGES = 2**20, 1024
+SHOWN = 5  # rows of a file that an error names
 HELP = {
     "chat": 'chat lines look like {"messages": [{"role": "user", "content": "..."}, '
     '{"role": "assistant", "content": "..."}]}',
@@ -111,14 +113,46 @@ def iter_records(path: Path, format: str = "auto") -> Iterator[Record]:
         raise InputError("the data set is empty", where=path, fix="give text, or at least one JSON object per line")
 
 
-def _rows(path: Path, format: str) -> Iterator[Record]:
-    for number, where, values in lines.rows(path):
+def unusable(
+    path: Path, format: str = "auto", *, need: Callable[[Record], object] = lambda _: None, limit: int | None = None
+) -> list[InputError]:
+    """One error for every row of the first `limit` that `need` or the grammar refuses.
+
+    need: what the reader asks of a record (Record.need_answer, Record.expected). Raises what concerns the whole file.
+    """
+    bad = list[InputError]()
+    records = _document(path, format) if lines.is_text(path) else _rows(path, format, bad.append)
+    for record in islice(records, limit):
+        with lines.passed_on(bad.append):
+            need(record)
+    return bad
+
+
+def in_one(path: Path, bad: list[InputError]) -> InputError:
+    """The errors of several rows as one that names the first few."""
+    if len(bad) == 1:
+        return bad[0]
+    shown = [f"{error.where.removeprefix(f'{path}, ')}: {error.what}" for error in bad[:SHOWN]]
+    more = [f"and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
+    return InputError(f"{len(bad)} lines cannot be used", where=path, why="; ".join([*shown, *more]), fix=bad[0].fix)
+
+
+def _rows(path: Path, format: str, on_bad: lines.OnBad | None = None) -> Iterator[Record]:
+    for number, where, values in lines.rows(path, on_bad):
         row = _Row(number, where, {key: value for key, value in values.items() if value is not None})
-        chosen = row.detect() if format == "auto" else format
-        try:
-            yield FORMATS[chosen](row)
-        except Malformed as error:
-            raise row.error(error.what, error.why, chosen) from error
+        record = None
+        with lines.passed_on(on_bad):
+            record = _record(row, format)
+        if record is not None:
+            yield record
+
+
+def _record(row: _Row, format: str) -> Record:
+    chosen = row.detect() if format == "auto" else format
+    try:
+        return FORMATS[chosen](row)
+    except Malformed as error:
+        raise row.error(error.what, error.why, chosen) from error
 
 
 def _document(path: Path, format: str) -> Iterator[Record]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
+from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from qalora_export.checkpoint.forecast import Forecast
 from qalora_export.errors import InputError
 from qalora_export.preflight import estimates
 from qalora_export.preflight.estimates import StageForecast
 from qalora_export.preflight.findings import Findings
-from qalora_export.preflight.machine import Machine, measure
+from qalora_export.preflight.machine import Machine, gpu_note, measure
 from qalora_export.recipe import Recipe
 
 SPARE = 1.1  # of the disk: file systems and estimates are not exact
@@ -57,12 +60,12 @@ def examine(recipe: Recipe, pending: Collection[str], findings: Findings) -> Pre
             if pending and forecast is None:
                 _without_model(recipe, pending, findings)
             return None if machine is None else Preflight({}, machine, tuple(findings.notes))
-        for note in forecast.notes:
+        for note in (*forecast.notes, _left(forecast), gpu_note(machine)):
             findings.note(note)
         found = _Checks(recipe, pending, forecast, machine, findings).run()
     result = Preflight({name: found[name] for name in pending if name in found}, machine, tuple(findings.notes))
     _check_room(result, recipe, findings)
-    return result
+    return replace(result, notes=tuple(findings.notes))
 
 
 @contextlib.contextmanager
@@ -79,24 +82,46 @@ def _base(recipe: Recipe, quantizes: bool, scratch: Path) -> Iterator[Forecast]:
         yield Forecast.of(CanonicalCheckpoint(Path(recipe.out) / "base.qalora"))
 
 
+def _left(forecast: Forecast) -> str:
+    """Which matrices are not quantized, by kind."""
+    matrices = {name.removesuffix(".weight"): e for name, e in forecast.plain.items() if len(e.shape) == 2}
+    kinds = Counter(name.rpartition(".")[2] for name in matrices)
+    listed = ", ".join(kind if count == 1 else f"{count} × {kind}" for kind, count in kinds.items())
+    values = sum(math.prod(entry.shape) for entry in matrices.values())
+    dtypes = " and ".join(sorted({entry.dtype.name for entry in matrices.values()}))
+    return f"not quantized: {listed} ({values:,} weights, {dtypes})" if matrices else "every matrix is quantized"
+
+
 def _without_model(recipe: Recipe, pending: Collection[str], findings: Findings) -> None:
     """What can be said when the model cannot be opened: whether every data file parses, and the runtimes."""
-    from qalora_export.data.records import iter_records
-
-    files = {
-        "quantize": [recipe.quantize.calibration if recipe.quantize.method == "gptq" else None],
-        "train": [recipe.train.data, recipe.train.validation],
-        "evaluate merged": [recipe.evaluate.data if recipe.evaluate else None],
-        "verify-parity": [recipe.verify.prompts],
-    }
-    for stage, paths in files.items():
-        for path in paths if stage in pending else []:
-            if path is not None:
-                with findings.during(stage):
-                    for _ in iter_records(Path(path)):
-                        pass
+    for stage in ("quantize", "train", "evaluate base", "evaluate merged", "verify-parity"):
+        if stage in pending:
+            _every_line(recipe, stage, findings)
     if "verify-parity" in pending:
         _runtimes(recipe, findings)
+
+
+def _every_line(recipe: Recipe, stage: str, findings: Findings) -> None:
+    """Every line of the stage's files that cannot be used; a stage itself stops at the first."""
+    from qalora_export.data.records import Record, in_one, unusable
+
+    train, evaluate = recipe.train, recipe.evaluate
+    learned: dict[str, Any] = {"need": Record.need_answer, "format": train.format}
+    score: list[tuple[str | None, dict[str, Any]]] = []
+    if evaluate is not None:
+        score = [(evaluate.data, {"need": Record.expected, "limit": evaluate.limit})]
+    files: dict[str, list[tuple[str | None, dict[str, Any]]]] = {
+        "quantize": [(recipe.quantize.calibration if recipe.quantize.method == "gptq" else None, {})],
+        "train": [(train.data, learned), (train.validation, learned)],
+        "evaluate base": score,
+        "evaluate merged": score,
+        "verify-parity": [(recipe.verify.prompts, {})],
+    }
+    for path, options in files.get(stage, []):
+        if path is not None:
+            with findings.during(stage):
+                if bad := unusable(Path(path), **options):
+                    findings.replace(stage, bad, in_one(Path(path), bad))
 
 
 @dataclass(slots=True)
@@ -124,10 +149,14 @@ class _Checks:
                 with self.findings.during(name):
                     if (made := step()) is not None:
                         found[name] = made
+                if self.findings.of(name):
+                    _every_line(self.recipe, name, self.findings)
         if "verify-parity" in self.pending:
             artifacts = {name.rpartition(" ")[2]: s.disk for name, s in found.items() if name.startswith("export ")}
             with self.findings.during("verify-parity"):
                 found["verify-parity"] = self._verify(artifacts)
+            if self.findings.of("verify-parity"):
+                _every_line(self.recipe, "verify-parity", self.findings)
         return found
 
     def _quantize(self) -> StageForecast:
@@ -186,7 +215,7 @@ class _Checks:
 
 def _runtimes(recipe: Recipe, findings: Findings) -> list[str]:
     """The runtimes that will be verified, every one of them tried."""
-    from qalora_export.verify.check import check_runtime, wanted_runtimes
+    from qalora_export.verify.check import check_runtime, untried_version, wanted_runtimes
 
     formats = {name for name in ("gguf", "onnx") if getattr(recipe.export, name) is not None}
     wanted = list[str]()
@@ -195,6 +224,8 @@ def _runtimes(recipe: Recipe, findings: Findings) -> list[str]:
     for name in wanted:
         with findings.during("verify-parity"):
             check_runtime(name)
+            if note := untried_version(name):
+                findings.note(note)
     return wanted
 
 

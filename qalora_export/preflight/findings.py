@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -36,6 +36,12 @@ class Findings:
         error = error if where == error.where else kind(error.what, where=where, why=error.why, fix=error.fix)
         if str(error) not in {str(known) for _, known in self.problems}:
             self.problems.append((stage, error))
+
+    def replace(self, stage: str, parts: Sequence[QaloraError], whole: QaloraError) -> None:
+        """`whole` takes the place of those of its parts that are here."""
+        texts = {str(part) for part in parts}
+        self.problems = [known for known in self.problems if str(known[1]) not in texts]
+        self.add(stage, whole)
 
     def note(self, text: str) -> None:
         if text not in self.notes:

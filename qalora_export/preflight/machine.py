@@ -17,6 +17,7 @@ from qalora_export.safety import sha256_bytes
 MATRIX, GPU_MATRIX = 512, 4096
 PRODUCT_SECONDS, TRIALS = 0.5, 3
 WRITTEN = 16 * 2**20
+NVIDIA = Path("/dev/nvidiactl")  # there when the driver is loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,18 @@ def measure(out: Path) -> Machine:
     write, digest = _disk(folder)
     free = shutil.disk_usage(folder).free
     return Machine(flops, write, digest, free, total_bytes(), available_bytes(), gpu)
+
+
+def gpu_note(machine: Machine) -> str:
+    """What a user should know about the GPU that is used, or is not."""
+    if machine.gpu is not None:
+        return f"quantization and training run on {machine.gpu}"
+    if NVIDIA.exists():
+        return (
+            "quantization and training run on the CPU: there is an NVIDIA device, but this torch cannot use it "
+            "(a build without CUDA, CUDA_VISIBLE_DEVICES, or the driver)"
+        )
+    return "quantization and training run on the CPU: no CUDA device"
 
 
 def nearest(path: Path) -> Path:

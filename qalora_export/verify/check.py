@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
+from packaging.requirements import Requirement
 from qalora_runtimes.launch import RUNNERS
 
 from qalora_export.checkpoint.forecast import Forecast
@@ -17,6 +19,7 @@ from qalora_export.recipe import VerifySettings
 from qalora_export.verify.probes.probe_set import make_probes
 from qalora_export.verify.runtimes.record import all_runtimes
 
+OURS = "qalora-export"
 IMPORT_SECONDS = 120
 LOGITS_KEPT = 4  # arrays of log-probabilities at one time: reference, a run, noise floor, the base's
 
@@ -58,6 +61,21 @@ def check_runtime(name: str) -> None:
             why=problem,
             fix=f"pip install --force-reinstall {package}, or leave it out of [verify] runtimes",
         )
+
+
+def untried_version(name: str) -> str | None:
+    """A note when the runtime's package is outside the versions that this one declares; None when it is among them, or
+    nothing is declared here (a source tree that was never installed).
+    """
+    package = RUNNERS[name].package
+    try:
+        version, declared = importlib.metadata.version(package), importlib.metadata.requires(OURS) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    found = next((want for want in map(Requirement, declared) if want.name == package), None)
+    if found is None or found.specifier.contains(version, prereleases=True):
+        return None
+    return f"{package} {version} is installed; qalora-export is tested with {package}{found.specifier}"
 
 
 def check_probes(

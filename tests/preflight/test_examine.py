@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 import shutil
@@ -11,16 +12,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.forecast import Forecast
+from qalora_export.cli.main import main
+from qalora_export.console import results
 from qalora_export.errors import InputError, QaloraError, RuntimeUnavailableError
 from qalora_export.formats.gguf.check import check_gguf
 from qalora_export.formats.onnx.check import check_onnx
 from qalora_export.formats.onnx.export import export_onnx
 from qalora_export.pipeline import check, run
 from qalora_export.quantization.check import open_forecast
-from qalora_export.recipe import GgufSettings, QuantizeRule, QuantizeSettings, Recipe, validated
+from qalora_export.recipe import GgufSettings, QuantizeRule, QuantizeSettings, Recipe, dump_toml, validated
+from qalora_export.verify.check import untried_version
 from tests.data.files import write
 from tests.models import TEXT, make_tiny_canonical, make_tiny_model
 from tests.verify.exports import Exported
@@ -219,3 +224,79 @@ def test_heads_that_onnx_runtime_cannot_run_are_refused(tiny_model: Path, tmp_pa
     with pytest.raises(InputError, match="multiples of 16"):
         export_onnx(make_tiny_canonical(tmp_path / "base", narrow), tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
+
+
+def test_every_bad_line_of_a_file_is_named(raw: Raw, tmp_path: Path) -> None:
+    """Those that do not parse, that fit no format, that have no answer; what concerns one line stays as it is."""
+    raw["train"]["data"] = str(write(tmp_path / "t.jsonl", ROW, "{\n", ROW, {"x": 1}, {"prompt": "only asked"}))
+    with pytest.raises(InputError, match="3 lines cannot be used") as caught:
+        run(recipe_of(raw, tmp_path))
+    for text in ("line 2: not valid JSON", "line 4: the line fits no known format", "line 5: the conversation has no"):
+        assert text in str(caught.value)
+
+
+def test_what_stands_beside_an_output_counts_too(raw: Raw, tmp_path: Path) -> None:
+    (tmp_path / "out/adapter.training").mkdir(parents=True)
+    (tmp_path / "out/adapter.training/notes.txt").write_text("mine")
+    (tmp_path / "out/model.gguf.manifest.json").write_text("{}")
+    with pytest.raises(InputError) as caught:
+        run(recipe_of(raw, tmp_path))
+    found = "\n".join(str(error) for error in caught.value.several)
+    assert "not a training record is in the way" in found
+    assert re.search(r"did not make.*model\.gguf\.manifest\.json", found)
+
+
+@pytest.mark.parametrize(("total", "free"), [(2**20, 2**20), (2**40, 2**20)])
+def test_memory_is_held_against_what_there_is(
+    raw: Raw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, total: int, free: int
+) -> None:
+    """More than the machine has stops the run; more than is free now is said."""
+    monkeypatch.setattr("qalora_export.preflight.machine.total_bytes", lambda: total)
+    monkeypatch.setattr("qalora_export.preflight.machine.available_bytes", lambda: free)
+    if free < total:
+        notes = check(recipe_of(raw, tmp_path)).preflight.notes
+        assert any(re.search(r"train needs about .* MiB of memory, 1.0 MiB are free now", note) for note in notes)
+        return
+    with pytest.raises(InputError, match=r"train needs about .* MiB of memory, this machine has 1\.0 MiB"):
+        run(recipe_of(raw, tmp_path))
+
+
+def test_the_plan_says_what_is_not_quantized_and_where_it_runs(raw: Raw, tmp_path: Path) -> None:
+    raw["quantize"]["rules"] = [{"match": "*.down_proj", "skip": True}]
+    raw["quantize"]["group_size"] = 64
+    notes = check(recipe_of(raw, tmp_path)).preflight.notes
+    assert any(note.startswith("not quantized: lm_head, embed_tokens, 2 × down_proj (") for note in notes), notes
+    assert any(note.startswith("quantization and training run on ") for note in notes)
+
+
+def test_a_runtime_of_another_version_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    version = importlib.metadata.version
+    monkeypatch.setattr("importlib.metadata.requires", lambda _: ["numpy>=2", 'onnxruntime>=1.31; extra == "runtimes"'])
+    for installed, expected in (("1.20.1", "onnxruntime 1.20.1 is installed"), ("1.31.0", None), ("1.32.0.dev1", None)):
+        monkeypatch.setattr(
+            "importlib.metadata.version", lambda name, v=installed: v if name == "onnxruntime" else version(name)
+        )
+        note = untried_version("onnxruntime")
+        assert note is None if expected is None else note is not None and expected in note
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_command_line_prints_the_plan_or_every_finding(
+    raw: Raw, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    monkeypatch.setattr(results, "width", 80)
+    if broken:
+        raw["train"]["data"], raw["evaluate"]["data"] = "none.jsonl", "nothing.jsonl"
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(dump_toml(recipe_of(raw, tmp_path)))
+    with pytest.raises(SystemExit) as ended:
+        main(["run", str(recipe), "--dry-run"])
+    out, err = capfd.readouterr()
+    assert not (tmp_path / "out").exists()
+    assert ended.value.code == (2 if broken else 0)
+    if broken:
+        assert err.count("error:") == 2 and "2 findings" in err and "none.jsonl" in err and "nothing.jsonl" in err
+        return
+    table = [line for line in out.splitlines() if line.startswith(("│", "┃"))]
+    assert len(table) >= 8 and all(cell_len(line) <= 80 for line in table)
+    assert re.search(r"about \d+ (s|min) in all \(rough\); up to [\d.]+ MiB of disk", out)

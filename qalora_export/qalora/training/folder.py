@@ -35,14 +35,8 @@ def prepare(folder: Path, fingerprint: dict[str, Any], *, resume: bool, force: b
     Raises InputError when it holds checkpoints of a different run (unless `force`), is not one of ours, or would have
     to be emptied and holds something that no run writes.
     """
-    if folder.exists() and not (folder / RUN).is_file():
-        if any(folder.iterdir()):
-            raise InputError(
-                "a folder that is not a training record is in the way",
-                where=folder,
-                fix="move it, or choose another --out",
-            )
-    elif folder.exists() and resume and last_checkpoint(folder):
+    refuse_others(folder)
+    if (folder / RUN).is_file() and resume and last_checkpoint(folder):
         changed = _differences(read_json(folder / RUN), fingerprint)
         if not changed:
             return
@@ -53,6 +47,24 @@ def prepare(folder: Path, fingerprint: dict[str, Any], *, resume: bool, force: b
                 why="changed since then: " + ", ".join(changed),
                 fix="restore what changed, or pass --no-resume to start again from step 0",
             )
+    refuse_strangers(folder)
+    with atomic_directory(folder, force=True) as fresh:  # a kill must not leave a folder without its run.json
+        write_json(fresh / RUN, fingerprint)
+
+
+def refuse_others(folder: Path) -> None:
+    """Raise InputError for a folder with content that is not a training record."""
+    if folder.exists() and not (folder / RUN).is_file() and any(folder.iterdir()):
+        raise InputError(
+            "a folder that is not a training record is in the way",
+            where=folder,
+            fix="move it, or choose another --out",
+        )
+
+
+def refuse_strangers(folder: Path) -> None:
+    """Raise InputError as refuse_others does, and for a record that holds something that no run writes."""
+    refuse_others(folder)
     if folder.exists() and (foreign := sorted(path.name for path in folder.iterdir() if not _is_record(path.name))):
         raise InputError(
             "the training record holds files that no run wrote",
@@ -60,8 +72,6 @@ def prepare(folder: Path, fingerprint: dict[str, Any], *, resume: bool, force: b
             why=f"not ours: {', '.join(foreign[:4])}",
             fix="move them, or choose another --out",
         )
-    with atomic_directory(folder, force=True) as fresh:  # a kill must not leave a folder without its run.json
-        write_json(fresh / RUN, fingerprint)
 
 
 def _is_record(name: str) -> bool:
