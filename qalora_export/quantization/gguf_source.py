@@ -43,7 +43,7 @@ class GgufModel(ModelFolder):
     def __init__(self, file: Path, folder: Path, *, dequantize: bool) -> None:
         self.file, self.path = file, folder
         self._gguf = GgufContents(file)
-        exact = set(self._gguf.modules)
+        exact = set(self._gguf.modules) | {name.removesuffix(".weight") for name in self._gguf.others}
         self.foreign = {  # tensors in a type with no canonical form: name -> type
             name: kind
             for name, kind in self._gguf.types.items()

@@ -34,7 +34,7 @@ def check_gguf(forecast: Forecast, settings: GgufSettings, trained: Collection[s
     for name, entry in forecast.plain.items():
         if name not in optional:
             names.to_gguf(name)
-            size += plain_type(entry, where=f"{forecast.path}: {name}").nbytes(entry.shape)
+            size += plain_type(forecast.folder, name).nbytes(entry.shape)
     for name, (bits, group) in forecast.modules.items():
         names.to_gguf(f"{name}.weight")
         check_group(group, where=f"{forecast.path}: {name}")

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.errors import InputError, UnsafeInputError
+from qalora_export.formats.contents import EMBEDDING
 from qalora_export.formats.gguf.file import GgufFile, StoredTensor
 from qalora_export.formats.gguf.names import SUFFIXES, NameMap
 from qalora_export.formats.gguf.permute import hf_order
@@ -31,7 +32,8 @@ class GgufContents:
     """A GGUF file in the vocabulary of the checkpoint; matrices are decoded when asked for, one at a time.
 
     It is formats.contents.Contents, and: types: tensor name -> GGUF type; metadata. An implied offset is −z·s, or what
-    a remainder in the adapter makes of it.
+    a remainder in the adapter makes of it. An embedding is never a quantized matrix, whatever blocks hold it: the
+    canonical form has none for it.
     """
 
     def __init__(self, path: Path, adapter: Path | None = None) -> None:
@@ -42,10 +44,12 @@ class GgufContents:
             _check_adapter(self._adapter)
         self.metadata = self._source.metadata
         self.types = {name: tensor.kind for name, tensor in self._source.tensors.items()}
-        quantized = {n.removesuffix(".weight"): k for n, k in self.types.items() if k in BLOCK_TYPES}
+        in_blocks = {n for n, k in self.types.items() if k in BLOCK_TYPES}
+        quantized = {n.removesuffix(".weight"): self.types[n] for n in self.types if n in in_blocks - {EMBEDDING}}
         declared = self._source.declared()
         self.modules = {m: declared.get(m, _native(kind)) for m, kind in quantized.items()}
-        self.others = [name for name, kind in self.types.items() if kind in PLAIN_TYPES]
+        plain = {n for n, k in self.types.items() if k in PLAIN_TYPES} | (in_blocks & {EMBEDDING})
+        self.others = [name for name in self.types if name in plain]
         known = {*PLAIN_TYPES, *BLOCK_TYPES}
         self.opaque = {name: kind for name, kind in self.types.items() if kind not in known}
         self.optional = frozenset[str]()
@@ -82,12 +86,15 @@ class GgufContents:
         return PLAIN_TYPES[tensor.kind].dtype.name if tensor.kind in PLAIN_TYPES else tensor.kind, tensor.rows.nbytes
 
     def tensor(self, name: str, rows: slice = slice(None)) -> NDArray[Any]:
-        """One tensor that is not quantized, in its stored dtype (vectors are F32 in GGUF), in Transformers order.
+        """One tensor that is not quantized, in its stored dtype (vectors are F32 in GGUF), in Transformers order; an
+        embedding in blocks as float32.
 
         Some of its rows, when asked for; what is returned may be a view of the mapped file.
         """
         if name not in self.others:
             raise InputError(f"the file has no plain tensor {name!r}", where=self._source.path)
+        if self.types[name] in BLOCK_TYPES:
+            return self.dequantized(name, rows)
         return self._source.plain(name, rows)
 
     def carried(self, name: str, tensor: NDArray[Any]) -> NDArray[Any]:

@@ -11,18 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
-from qalora_export.checkpoint.model_folder import as_float32
-from qalora_export.checkpoint.safetensors_file import TensorEntry
+from qalora_export.checkpoint.model_folder import ModelFolder, as_float32
 from qalora_export.errors import InputError
 from qalora_export.formats.contents import exported_names
 from qalora_export.formats.gguf.names import NameMap
 from qalora_export.formats.gguf.permute import row_order
+from qalora_export.formats.gguf.plain_blocks import blocks_of, lies_on_blocks
 from qalora_export.formats.gguf.types import (
     F32,
     PLAIN_TYPES,
+    Q8_0,
     BlockType,
     GgufType,
-    PlainType,
     base_type,
     check_group,
     exact_type,
@@ -99,29 +99,35 @@ def _matrix_type(checkpoint: CanonicalCheckpoint, module: str, layout: str) -> t
 
 
 def _plain(checkpoint: CanonicalCheckpoint, family: Family, names: NameMap, name: str, layout: str) -> TensorPlan:
-    """A tensor that is not quantized: matrices keep their dtype, vectors become F32 (exact from any of the three)."""
+    """A tensor that is not quantized: see plain_type. From any of three dtypes F32 is exact."""
     entry = checkpoint.entry(name)
-    same = plain_type(entry, where=f"{checkpoint.path}: {name}")
-    kind = F32 if layout == "f32" else same
+    kind = F32 if layout == "f32" else plain_type(checkpoint, name)
     heads = family.permuted_heads(name.rpartition(".")[0], checkpoint.config)
 
     def load(wanted: slice) -> NDArray[Any]:
         tensor = checkpoint.tensor(name)
         tensor = tensor[wanted] if heads is None else tensor[row_order(tensor.shape[0], heads)[wanted]]
+        if kind is Q8_0:
+            return blocks_of(tensor)
         return as_stored(family, name, as_float32(tensor)) if kind is F32 else tensor
 
     return TensorPlan(names.to_gguf(name), kind, entry.shape, load)
 
 
-def plain_type(entry: TensorEntry, *, where: str) -> type[PlainType]:
-    """The type of a tensor that is not quantized: its own for a matrix, F32 for a vector. InputError without one."""
+def plain_type(folder: ModelFolder, name: str) -> type[GgufType]:
+    """The type of a tensor that is not quantized: its own for a matrix, F32 for a vector, Q8_0 for an embedding whose
+    numbers are such blocks already (plain_blocks). InputError without one.
+    """
+    entry = folder.entry(name)
     same = next((kind for kind in PLAIN_TYPES.values() if kind.dtype == entry.dtype), None)
     if same is None or len(entry.shape) not in (1, 2):
         raise InputError(
             f"{entry.dtype}{entry.shape} has no exact GGUF type",
-            where=where,
+            where=f"{folder.path}: {name}",
             why="expected a matrix or vector of F32, F16 or BF16",
         )
+    if lies_on_blocks(folder, name):
+        return Q8_0
     return F32 if len(entry.shape) == 1 else same
 
 

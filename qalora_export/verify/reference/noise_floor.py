@@ -94,25 +94,28 @@ class NoiseFloor:
     workdir: Path
     _exported: dict[str, Artifact] = field(default_factory=dict)
     _references: dict[Path, NDArray[np.float32]] = field(default_factory=dict)
-    _simulated: dict[tuple[Path, int | None], PositionMetrics] = field(default_factory=dict)
+    _simulated: dict[tuple[Path, int | None, int | None], PositionMetrics] = field(default_factory=dict)
 
     def of(self, runtime: RuntimeRecord, shipped: Artifact) -> Floor:
         """Raises RuntimeUnavailableError when the base cannot be run, InputError when it is not this model's."""
-        expected = self.simulation(self.checkpoint, runtime.int8_block)
+        head = runtime.head_block(shipped.path)
+        expected = self.simulation(self.checkpoint, runtime.int8_block, head)
         base = self.base
         if base is None:
             source = f"int8 rounding simulated in PyTorch, times {ASSUMED_GAIN} (no base to measure kernels on)"
             return _scaled(source, expected, ASSUMED_GAIN)
         measured = self._base_in(runtime, shipped, base)
-        gain = measured.summary().nmse_mean / self.simulation(base, runtime.int8_block).summary().nmse_mean
+        gain = measured.summary().nmse_mean / self.simulation(base, runtime.int8_block, head).summary().nmse_mean
         source = f"int8 rounding simulated in PyTorch, times {gain:.3f} as measured on the unadapted base {base.name}"
         return _scaled(source, expected, gain, on_base=measured)
 
-    def simulation(self, checkpoint: Path, block: int | None) -> PositionMetrics:
-        """Simulated int8 against the reference of the same checkpoint; `block` as in simulated_int8_logprobs."""
-        key = (checkpoint, block)
+    def simulation(self, checkpoint: Path, block: int | None, head_block: int | None = None) -> PositionMetrics:
+        """Simulated int8 against the reference of the same checkpoint; blocks as in simulated_int8_logprobs."""
+        key = (checkpoint, block, head_block)
         if key not in self._simulated:
-            found = simulated_int8_logprobs(checkpoint, self.probes, threads=self.threads, block=block)
+            found = simulated_int8_logprobs(
+                checkpoint, self.probes, threads=self.threads, block=block, head_block=head_block
+            )
             self._simulated[key] = position_metrics(self._reference(checkpoint), found, self._following)
         return self._simulated[key]
 

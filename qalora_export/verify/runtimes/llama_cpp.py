@@ -11,11 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.formats.contents import EMBEDDING, HEAD
 from qalora_export.formats.gguf.file import GgufFile
 from qalora_export.formats.gguf.read import GgufContents, read_back, runtime_dequantized
 from qalora_export.formats.gguf.split import adapter_path
 from qalora_export.formats.gguf.tokenizer.sentencepiece import NEVER_JOINED
 from qalora_export.formats.gguf.tokenizer.unigram import UNUSED_SCORE
+from qalora_export.formats.gguf.types import PLAIN_TYPES
 from qalora_export.models.families import FAMILIES
 from qalora_export.recipe import GgufSettings
 from qalora_export.verify.runtimes.facts import (
@@ -62,6 +64,10 @@ class LlamaCpp(RuntimeRecord):
         twin = workdir / "twin-f32.gguf"
         write_twin(artifact, twin)
         return Artifact(twin, adapter_of(artifact))
+
+    def head_block(self, artifact: Path) -> int | None:
+        types = self.read_back(artifact).types
+        return None if types.get(HEAD, types.get(EMBEDDING)) in PLAIN_TYPES else self.int8_block
 
     def export_settings(self, artifact: Path) -> GgufSettings:
         return GgufSettings(layout=self.read_back(artifact).metadata.get("qalora.layout", "q4_1"))

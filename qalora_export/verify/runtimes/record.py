@@ -101,6 +101,12 @@ class RuntimeRecord(ABC):
     def exact(self, artifact: Path, workdir: Path) -> Artifact:
         """What to run for gate G2: the same numbers for rounding-free kernels, written into `workdir`."""
 
+    def head_block(self, artifact: Path) -> int | None:
+        """Activations that share an int8 step in front of an output head that is not quantized in the checkpoint but
+        lies in the artifact as int8 blocks; None where the head is plain numbers.
+        """
+        return None
+
     @abstractmethod
     def export_settings(self, artifact: Path) -> Any:
         """The settings that `artifact` was exported with, as far as they change its kernels."""
