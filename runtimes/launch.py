@@ -27,9 +27,9 @@ from qalora_runtimes.protocol import (
     write_job,
 )
 from qalora_runtimes.records import Runner
-from qalora_runtimes.runner import EXIT_MISSING, EXIT_OK
+from qalora_runtimes.runner import EXIT_MISSING, EXIT_OK, EXIT_REFUSED
 
-Status = Literal["ok", "missing", "crashed"]
+Status = Literal["ok", "missing", "refused", "crashed"]  # refused: it said that it cannot run this
 MAX_VOCABULARY = 1 << 20  # tokens, where the caller does not know better
 MAX_FINGERPRINT = 1 << 20  # bytes
 
@@ -161,6 +161,8 @@ def failure(name: str, ended: Ended) -> RunnerResult:
         return RunnerResult("crashed", f"{name} {ended.why} and was ended", log=log)
     if code == EXIT_MISSING:
         return RunnerResult("missing", f"{name}: {_last_line(log)}", log=log)
+    if code == EXIT_REFUSED:
+        return RunnerResult("refused", f"{name} refuses (exit code {code}): {_last_line(log)}", log=log)
     if code > 0:
         return RunnerResult("crashed", f"{name} failed (exit code {code}): {_last_line(log)}", log=log)
     signal_name = _signal_name(-code)

@@ -190,6 +190,14 @@ def verify_manifest(folder: Path, *, hash_of: HashFile = sha256_file) -> list[st
     return verify_files(folder, files, hash_of=hash_of) + unlisted
 
 
+def is_unchanged(path: Path) -> bool:
+    """Whether an artifact, a folder or a file with its manifest beside it, is of our making and as we wrote it."""
+    beside = sidecar_path(path)
+    if path.is_dir():
+        return is_ours(path / MANIFEST) and not verify_manifest(path)
+    return is_ours(beside) and not verify_files(path.parent, manifest_at(beside)["files"])
+
+
 def verify_files(folder: Path, files: dict[str, dict[str, Any]], *, hash_of: HashFile = sha256_file) -> list[str]:
     """Those of a table of files (name -> {"bytes", "sha256"}) whose size or sha256 differs, or which are missing."""
     large = sum(size for entry in files.values() if isinstance(size := entry.get("bytes"), int)) > SHOW_PROGRESS

@@ -44,14 +44,14 @@ class GenaiRuntime:
 
     def _prompt(self, ids: Ids) -> Rows:
         generator = self._generator()
-        generator.append_tokens(ids)
+        _append(generator, ids)
         return _rows(generator.get_output("logits"))
 
     def decode(self, ids: Ids) -> Rows:
         """One append_tokens per token on the generator's KV cache; get_logits is what GenAI samples from."""
         generator, rows = self._generator(), []
         for at in range(len(ids)):
-            generator.append_tokens(ids[at : at + 1])
+            _append(generator, ids[at : at + 1])
             rows.append(_rows(generator.get_logits()))
             heartbeat.advance()
             if generator.token_count() != at + 1 or len(rows[-1]) != 1:
@@ -101,6 +101,14 @@ class GenaiRuntime:
                 "past_present_share_buffer": search.get("past_present_share_buffer"),
             },
         }
+
+
+def _append(generator: Any, ids: Ids) -> None:
+    """Run the model on more tokens. Raises RunnerError for shapes and settings that an operator does not take."""
+    try:
+        generator.append_tokens(ids)
+    except RuntimeError as error:
+        raise RunnerError(f"ONNX Runtime GenAI cannot run the graph: {error}") from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -126,11 +126,18 @@ class Decoder:
     def _run(self, ids: Ids, start: int, cache: dict[str, Any]) -> tuple[Rows, dict[str, Any]]:
         """Rows (len(ids) or 1, vocab) and the next cache, after `start` tokens that are in `cache`."""
         names = ["logits", *(slot.present for slot in self._slots)]
-        logits, *present = self._session.run_with_ort_values(names, {**self._feeds(ids, start), **cache})
+        logits, *present = self._outputs_of(names, {**self._feeds(ids, start), **cache})
         rows = logits.numpy().astype(np.float32)
         return rows.reshape(-1, rows.shape[-1]), {
             slot.past: value for slot, value in zip(self._slots, present, strict=True)
         }
+
+    def _outputs_of(self, names: list[str], feeds: dict[str, Any]) -> list[Any]:
+        """One run of the graph. Raises RunnerError for shapes and settings that an operator does not take."""
+        try:
+            return self._session.run_with_ort_values(names, feeds)
+        except Exception as error:  # its exception classes have no other base in common
+            raise RunnerError(f"ONNX Runtime cannot run the graph: {error}") from error
 
     def _feeds(self, ids: Ids, start: int) -> dict[str, Any]:
         end = start + len(ids)

@@ -36,7 +36,7 @@ class TappedDecoder(Decoder):
 
     def _run(self, ids: Ids, start: int, cache: dict[str, Any]) -> tuple[Rows, dict[str, Any]]:
         outputs = [*self._names, *(slot.present for slot in self._slots)]
-        values = self._session.run_with_ort_values(outputs, {**self._feeds(ids, start), **cache})
+        values = self._outputs_of(outputs, {**self._feeds(ids, start), **cache})
         read, present = values[: len(self._names)], values[len(self._names) :]
         self._read.append(
             {name: v.numpy().astype(np.float32)[0] for name, v in zip(self._names, read, strict=True)}

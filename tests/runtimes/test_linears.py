@@ -78,7 +78,7 @@ def test_a_segfault_names_the_signal_a_remedy_and_the_graph(tmp_path: Path, monk
 
 def test_a_graph_that_does_not_load_is_one_line(tmp_path: Path) -> None:
     result = run_linears([graph_of(np.eye(2, dtype=np.float32)), b"no graph"], tmp_path)
-    assert (result.status, result.last) == ("crashed", 1)
+    assert (result.status, result.last) == ("refused", 1)
     assert "cannot run a linear layer" in result.message
 
 

@@ -102,7 +102,7 @@ def test_what_cannot_be_run_is_one_line_and_no_answer(tiny_gguf, tmp_path, case)
     model = {"absent": tmp_path / "absent.gguf", "no gguf": Path(__file__)}.get(case, tiny_gguf)
     changes = {name: tiny_gguf if value == "model" else value for name, value in changes.items()}
     result = run_runner("llama.cpp", **({"model": model, "job": make_job([[1, 2]]), "workdir": tmp_path} | changes))
-    assert result.status == "crashed"
+    assert result.status == "refused"
     assert words in result.message
     assert "exit code 2" in result.message
     assert result.logprobs is None

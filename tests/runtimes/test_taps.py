@@ -60,7 +60,7 @@ def test_onnx_runtime_shows_outputs_of_a_graph_beside_its_data(
 def test_a_file_that_does_not_load_is_a_message(runtime: str, job: Job, tmp_path: Path) -> None:
     (tmp_path / "model").write_bytes(b"not a model")
     result = run_taps(runtime, model=tmp_path / "model", job=job, names=["logits"], workdir=tmp_path, threads=1)
-    assert (result.status, result.taps) == ("crashed", {})
+    assert (result.status, result.taps) == ("refused", {})
     assert "cannot load" in result.message
 
 

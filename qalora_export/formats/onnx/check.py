@@ -14,7 +14,9 @@ from qalora_export.models.families import family_of
 from qalora_export.models.families.family import head_dim
 
 FP16, ZERO = 2, 1  # bytes of a scale or an offset, and at most of a zero point
-# onnxruntime/contrib_ops/cpu/bert/group_query_attention_helper.h, CheckRotaryCaches; seen with 1.31.
+# onnxruntime/contrib_ops/cpu/bert/group_query_attention_helper.h: CheckRotaryCaches says "head_size shall be a multiple
+# of 16". tests/formats/onnx/test_check.py holds every rule here against the installed version, and that MatMulNBits
+# takes every width and group size of the canonical form.
 HEAD_MULTIPLE = 16
 
 
@@ -28,13 +30,24 @@ def check_runnable(config: Mapping[str, Any], *, where: object) -> None:
             why=family.onnx_refused,
             fix="export gguf holds this family",
         )
-    if size % HEAD_MULTIPLE:
-        raise InputError(
-            f"ONNX Runtime cannot run attention heads of {size} features",
-            where=f"{where}: config.json",
-            why=f"its GroupQueryAttention takes head sizes that are multiples of {HEAD_MULTIPLE}",
-            fix="export gguf holds this model",
-        )
+    heads = config["num_attention_heads"]
+    shared = config.get("num_key_value_heads") or heads
+    findings = {
+        f"attention heads of {size} features": f"head sizes that are multiples of {HEAD_MULTIPLE}"
+        if size % HEAD_MULTIPLE
+        else "",
+        f"{heads} heads on {shared} of keys and values": "whole numbers of heads for each head of keys and values"
+        if heads % shared
+        else "",
+    }
+    for found, takes in findings.items():
+        if takes:
+            raise InputError(
+                f"ONNX Runtime cannot run {found}",
+                where=f"{where}: config.json",
+                why=f"its GroupQueryAttention takes {takes}",
+                fix="export gguf holds this model",
+            )
 
 
 def check_onnx(forecast: Forecast) -> int:

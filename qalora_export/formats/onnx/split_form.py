@@ -25,7 +25,6 @@ from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.grid import fp16_is_finite, implied_offset, pack_codes, unpack_codes
 
 CONTAINER_BITS = {2: 2, 3: 4, 4: 4, 8: 8}  # code bits -> bits of one MatMulNBits element
-MIN_BLOCK = 16  # MatMulNBits: block_size is a power of two, at least 16
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from qalora_runtimes.launch import RUNNERS
 from qalora_runtimes.process import Watch, patience_for
 from qalora_runtimes.protocol import Job, TextRequest, write_job
 
+from qalora_export.checkpoint.manifest import is_unchanged
 from qalora_export.errors import RuntimeUnavailableError
 from qalora_export.progress import Task, task
 from qalora_export.safety import sha256_file
@@ -155,12 +156,7 @@ class Runs:
                 watch=watch_of(runtime, artifact.path, job, shown),
             )
         if result.status != "ok":
-            kind = CrashedError if result.status == "crashed" else RuntimeUnavailableError
-            raise kind(
-                f"{runtime} {result.status}: {result.message}",
-                where=artifact.path,
-                why=f"signal {result.signal_name}" if result.signal_name else _end_of(result.log),
-            )
+            raise _error(runtime, artifact.path, result)
         for each in job.passes:
             self.fingerprints[f"{runtime}/{label}/{each}"] = dict(result.fingerprint or {})
         return result
@@ -170,6 +166,20 @@ def _end_of(log: str) -> str:
     """What the runtime's library said last: the runner's own last line is in its message."""
     said = "\n".join(log.strip().splitlines()[:-1])[-LOG_SHOWN:]
     return f"its log ends: {said}" if said else ""
+
+
+def _error(runtime: str, path: Path, result: Any) -> RuntimeUnavailableError:
+    """What a run without an answer is called; a runtime that refuses what we wrote has found a defect of ours."""
+    if result.status == "refused" and is_unchanged(path):
+        return CrashedError(
+            f"{runtime} refuses an artifact that qalora-export wrote",
+            where=path,
+            why="; ".join(part for part in (result.message, _end_of(result.log)) if part),
+            fix="this is a defect of qalora-export, not of the runtime: please report it with this message",
+        )
+    kind = RuntimeUnavailableError if result.status == "missing" else CrashedError
+    why = f"signal {result.signal_name}" if result.signal_name else _end_of(result.log)
+    return kind(f"{runtime} {result.status}: {result.message}", where=path, why=why)
 
 
 def watch_of(runtime: str, model: Path, job: Job, shown: Task) -> Watch:
