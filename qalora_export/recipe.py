@@ -62,6 +62,9 @@ class QuantizeSettings(Settings):
     sequence_length: Positive = 512
     damp: Annotated[float, Field(gt=0, lt=1)] = 0.01
     block_size: Positive = 128
+    sweeps: Annotated[int, Field(ge=0, le=100)] = Field(
+        default=2, description="GPTQ: passes that solve scales and offsets of a row together and choose codes anew"
+    )
     seed: int = 0
     rules: tuple[QuantizeRule, ...] = ()
     checkpoint_format: Literal["gptq", "gptq_v2"] | None = Field(default=None, description="when importing GPTQ")

@@ -70,6 +70,9 @@ def command(
     block_size: int | None = typer.Option(
         None, help=f"Columns between lazy updates: speed only. \\[default: {D.block_size}]", rich_help_panel=GPTQ
     ),
+    sweeps: int | None = typer.Option(
+        None, help=f"Passes that choose grid and codes anew; 0: none. \\[default: {D.sweeps}]", rich_help_panel=GPTQ
+    ),
     seed: int | None = typer.Option(
         None, help=f"Chooses the calibration sequences. \\[default: {D.seed}]", rich_help_panel=GPTQ
     ),

@@ -17,6 +17,7 @@ from torch import Tensor
 from qalora_export.errors import InputError
 from qalora_export.grid import GroupAffine
 from qalora_export.quantization.grid_fit import Grid, checked_weight, fit_min_max, fit_weighted, to_group_affine
+from qalora_export.quantization.refine import refine
 from qalora_export.quantization.rules import Plan
 
 
@@ -29,15 +30,18 @@ def gptq(
     damp: float = 0.01,
     block_size: int = 128,
     search: bool = True,
+    sweeps: int = 0,
 ) -> GroupAffine:
     """Weight (out, in), Hessian (in, in) = 2 X Xᵀ up to a factor -> canonical form; all arithmetic in float64.
 
-    `search` looks for the grid with the least error weighted by 1/U_ii², the cost that column i's rounding has;
-    without it the grid is plain min/max. Raises InputError naming `where` for weights or a Hessian that are not finite.
+    search: look for the grid with the least error weighted by 1/U_ii², the cost that column i's rounding has; without
+    it the grid is plain min/max. sweeps: of `refine`, afterwards. Raises InputError naming `where` for weights or a
+    Hessian that are not finite.
     """
     bits, size = plan.bits, plan.group_size
-    work = checked_weight(weight, size, where=where).clone()
-    factor = inverse_cholesky(hessian, damp, where=where)
+    target = checked_weight(weight, size, where=where)
+    work, damped = target.clone(), damped_hessian(hessian, damp)
+    factor = inverse_cholesky(damped, where=where)
     cost = factor.diagonal().pow(-2)
     codes = torch.empty_like(work)
     scales = work.new_empty(work.shape[0], work.shape[1] // size)
@@ -59,7 +63,11 @@ def gptq(
                 work[:, start:end], factor[start:stop, start:end], grid, bits
             )
         work[:, end:] -= errors @ factor[begin:end, end:]
-    return to_group_affine(codes, Grid(scales, offsets), bits, where=where)
+    grid = Grid(scales, offsets)
+    if sweeps and scales.isfinite().all() and offsets.isfinite().all():
+        del factor, work
+        codes, grid = refine(target, damped, codes, grid, bits, sym=plan.sym, sweeps=sweeps, block=block)
+    return to_group_affine(codes, grid, bits, where=where)
 
 
 def _round_group(work: Tensor, factor: Tensor, grid: Grid, bits: int) -> tuple[Tensor, Tensor]:
@@ -79,19 +87,28 @@ def _round_group(work: Tensor, factor: Tensor, grid: Grid, bits: int) -> tuple[T
     return codes, errors
 
 
-def inverse_cholesky(hessian: Tensor, damp: float, *, where: str) -> Tensor:
-    """U upper triangular, float64 (in, in), with (H + λI)⁻¹ = Uᵀ U and λ = damp · mean(diag H).
+def damped_hessian(hessian: Tensor, damp: float) -> Tensor:
+    """H + λI, float64 (in, in), with λ = damp · mean(diag H).
 
     An input that was always zero says nothing about its column: it gets H_ii = 1, so the column is rounded to nearest
-    and compensates nobody. The factor comes from one Cholesky of H taken backwards, H = R Rᵀ with R upper, U = R⁻¹,
-    which avoids forming the inverse.
+    and compensates nobody.
     """
-    h = hessian.to(torch.float64).flip(0, 1)  # flip copies
+    h = hessian.to(torch.float64, copy=True)
     diagonal = h.diagonal()
     diagonal[diagonal == 0] = 1
     diagonal += damp * diagonal.mean()
+    return h
+
+
+def inverse_cholesky(damped: Tensor, *, where: str) -> Tensor:
+    """U upper triangular, float64 (in, in), with damped⁻¹ = Uᵀ U.
+
+    The factor comes from one Cholesky of H taken backwards, H = R Rᵀ with R upper, U = R⁻¹, which avoids forming the
+    inverse.
+    """
+    h = damped.flip(0, 1)  # flip copies
     factor, failed = torch.linalg.cholesky_ex(h)
-    del h, diagonal  # at 11,008 in-features each matrix is 1 GB
+    del h  # at 11,008 in-features each matrix is 1 GB
     if int(failed) or not factor.isfinite().all():
         raise InputError(
             "the calibration Hessian is not positive definite",

@@ -205,8 +205,8 @@ class _Run:
         elif hessian is None:
             matrix = round_to_nearest(weight, plan, where=where)
         else:
-            damp, block_size = self.settings.damp, self.settings.block_size
-            matrix = gptq(weight, hessian, plan, where=where, damp=damp, block_size=block_size)
+            damp, block_size, sweeps = self.settings.damp, self.settings.block_size, self.settings.sweeps
+            matrix = gptq(weight, hessian, plan, where=where, damp=damp, block_size=block_size, sweeps=sweeps)
         self.writer.add_quantized(name, matrix)
         result = torch.from_numpy(matrix.dequantize()).to(weight.device)
         report = _report(name, plan, weight, result, hessian)

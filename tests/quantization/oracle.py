@@ -44,6 +44,39 @@ def naive_gptq(weight: np.ndarray, hessian: np.ndarray, bits: int, group: int, *
     return codes, scale, offset
 
 
+def naive_sweep(weight, hessian, codes, scale, offset, bits: int, *, sym: bool):
+    """One sweep of refine, row by row: dense least squares, descent one column at a time, least squares again."""
+    codes, scale, offset = codes.copy(), scale.copy(), offset.copy()
+    out, width = weight.shape
+    size, middle = width // scale.shape[1], 2 ** (bits - 1)
+    member = np.repeat(np.eye(scale.shape[1]), size, axis=0)  # (in, groups)
+    expanded = member.T  # scale @ expanded: one number per column
+
+    def error_of(row: int) -> np.ndarray:
+        return (scale[row] @ expanded) * codes[row] + offset[row] @ expanded - weight[row]
+
+    def solve(row: int) -> None:
+        error = error_of(row)
+        columns = (codes[row] - middle)[:, None] * member if sym else np.hstack([codes[row][:, None] * member, member])
+        step = np.linalg.lstsq(columns.T @ hessian @ columns, columns.T @ hessian @ error, rcond=1e-12)[0]
+        was = scale[row].copy(), offset[row].copy()
+        scale[row] = (scale[row] - step[: len(scale[row])]).astype(np.float16)
+        offset[row] = -middle * scale[row] if sym else (offset[row] - step[len(scale[row]) :]).astype(np.float16)
+        now = error_of(row)
+        if (scale[row] < 0).any() or now @ hessian @ now >= error @ hessian @ error:
+            scale[row], offset[row] = was
+
+    for row in range(out):
+        solve(row)
+        for i in range(width):
+            error = error_of(row)
+            wanted = weight[row, i] + error[i] - hessian[i] @ error / hessian[i, i]
+            g = i // size
+            codes[row, i] = nearest(np.array([wanted]), scale[row, g : g + 1], offset[row, g : g + 1], bits)[0]
+        solve(row)
+    return codes, scale, offset
+
+
 def weighted_error(weight: np.ndarray, result: np.ndarray, hessian: np.ndarray) -> float:
     """tr(E H Eᵀ), E = Ŵ − W"""
     error = result.astype(np.float64) - weight

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from qalora_export.errors import InputError
-from qalora_export.quantization.gptq import gptq, inverse_cholesky
+from qalora_export.quantization.gptq import damped_hessian, gptq, inverse_cholesky
 from qalora_export.quantization.rtn import round_to_nearest
 from qalora_export.quantization.rules import Plan
 from tests.quantization.oracle import naive_gptq, weighted_error
@@ -75,6 +75,20 @@ def test_the_grid_search_pays(bits: int) -> None:
     assert errors[0] < 0.8 * errors[1]
 
 
+@pytest.mark.parametrize("sym", [False, True])
+@pytest.mark.parametrize("bits", BITS)
+def test_sweeps_lower_the_output_error(bits: int, sym: bool) -> None:
+    weight, hessian = problem(64, 256, seed=bits)
+    errors = []
+    for sweeps in (0, 2):
+        result = gptq(
+            torch.from_numpy(weight), torch.from_numpy(hessian), Plan(bits, 32, sym), where="w", sweeps=sweeps
+        )
+        errors.append(weighted_error(weight, result.dequantize(), hessian))
+        assert not sym or result.is_symmetric
+    assert errors[1] < 0.8 * errors[0]
+
+
 def test_an_input_that_is_always_zero_is_rounded_to_nearest() -> None:
     weight, hessian = problem(8, 64)
     dead = [3, 40]
@@ -87,7 +101,7 @@ def test_an_input_that_is_always_zero_is_rounded_to_nearest() -> None:
 
 def test_the_factor_is_the_upper_cholesky_of_the_inverse() -> None:
     _, hessian = problem(1, 64)
-    factor = inverse_cholesky(torch.from_numpy(hessian), 0.01, where="w").numpy()
+    factor = inverse_cholesky(damped_hessian(torch.from_numpy(hessian), 0.01), where="w").numpy()
     damped = hessian + 0.01 * np.mean(np.diag(hessian)) * np.eye(64)
     assert np.allclose(factor, np.triu(factor))
     np.testing.assert_allclose(factor.T @ factor, np.linalg.inv(damped), rtol=1e-9, atol=1e-12)

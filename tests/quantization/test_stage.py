@@ -61,7 +61,7 @@ def whole_model_gptq(folder: Path, chosen: QuantizeSettings) -> dict:
         for handle in handles:
             handle.remove()
         for name, module in linears.items():
-            matrix = gptq(module.weight.data, hessians[name].value(), plan, where=name)
+            matrix = gptq(module.weight.data, hessians[name].value(), plan, where=name, sweeps=chosen.sweeps)
             results[f"model.layers.{index}.{name}"] = matrix
             module.weight.data = torch.from_numpy(matrix.dequantize())
     return results
