@@ -24,9 +24,10 @@ def command(
 ) -> None:
     """Quantize, train, merge, export and verify from one recipe file.
 
-    Every input of every stage is checked before the first one starts, and the plan is printed with disk, memory and
-    rough time. Stages whose inputs, settings and code are unchanged are skipped; a killed run goes on where it
-    stopped. The resolved recipe is saved beside the outputs.
+    Every input of every stage is checked before the first one starts; all findings are told together, else the plan:
+    disk, memory, rough time. A hub model that is not in the cache is fetched for it. Stages whose inputs, settings and
+    code are unchanged are skipped; a killed run goes on where it stopped. The resolved recipe is saved beside the
+    outputs.
 
     [bold]Examples[/bold]
 
