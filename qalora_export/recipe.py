@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from qalora_export.errors import InputError
 from qalora_export.safety.paths import local_path
+from qalora_export.safety.regular import regular_file
 
 Bits = Literal[2, 3, 4, 8]
 GroupSize = Literal[32, 64, 128]
@@ -179,9 +180,7 @@ def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
     Relative paths in the recipe are relative to the recipe's own folder. Raises InputError with "did you mean".
     """
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError as error:
-        raise InputError("recipe not found", where=path, fix="check the path") from error
+        raw = tomllib.loads(regular_file(path, "recipe").read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError("the recipe is not valid TOML", where=path, why=str(error)) from error
     _resolve_paths(raw, path.parent)

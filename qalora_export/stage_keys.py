@@ -24,9 +24,8 @@ from qalora_export.checkpoint.manifest import (
     verify_files,
     verify_manifest,
 )
-from qalora_export.errors import InputError
 from qalora_export.installed import code_version, kernels, package_version
-from qalora_export.safety import sha256_bytes, sha256_file
+from qalora_export.safety import regular_file, sha256_bytes, sha256_file
 
 # Distribution names. A model passes through the first group in every stage: weights, tokenizer, chat template.
 MODEL = ("jinja2", "ml-dtypes", "numpy", "safetensors", "sentencepiece", "tokenizers", "torch", "transformers")
@@ -69,9 +68,7 @@ def _input_hash(path: Path, stage: str) -> str:
     """An earlier stage's output counts by its manifest (`run` has held it against the files), all else by content."""
     if path.is_dir():
         return parent_of(path, "source" if stage == SOURCE_STAGE else "input").sha256
-    if not path.is_file():
-        raise InputError("input not found", where=path, fix="check the path in the recipe")
-    return output_hash(path)
+    return output_hash(regular_file(path, "input", fix="check the path in the recipe"))
 
 
 def output_hash(path: Path) -> str:

@@ -6,6 +6,7 @@ path, so equal inputs and settings give equal bytes. That of a single file lies 
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -126,9 +127,14 @@ def files_of(path: Path) -> set[str]:
         return set()
 
 
+def has_manifest(folder: Path) -> bool:
+    """Whether something of that name is in a folder: a pipe or a broken link there is no folder without a manifest."""
+    return os.path.lexists(folder / MANIFEST)
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a stage output. Raises InputError when the folder has none (the stage did not finish)."""
-    if not (folder / MANIFEST).is_file():
+    if not has_manifest(folder):
         raise InputError(
             "no manifest.json",
             where=folder,
@@ -171,7 +177,7 @@ def require_intact(folder: Path, what: str, *, hash_of: HashFile = sha256_file) 
     takes (tests/benchmarks/hash_inputs.py); within one run, `hash_of` may remember. Raises InputError naming the
     files, UnsafeInputError when the manifest is not one of ours.
     """
-    if (folder / MANIFEST).is_file() and (wrong := verify_manifest(folder, hash_of=hash_of)):
+    if has_manifest(folder) and (wrong := verify_manifest(folder, hash_of=hash_of)):
         raise InputError(
             f"{what} differs from its manifest",
             where=f"{folder}: {', '.join(wrong)}",

@@ -1,5 +1,6 @@
 """Any Transformers model folder as a stream of tensors: one file or indexed shards, every name exactly once."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ class ModelFolder:
 
     def companions(self) -> list[Path]:
         """Tokenizer, chat template and generation files that exist."""
-        return [inside(self.path, name) for name in COMPANIONS if (self.path / name).exists()]
+        return [inside(self.path, name) for name in COMPANIONS if os.path.lexists(self.path / name)]
 
     def _find(self, name: str) -> tuple[Path, TensorEntry]:
         if name not in self._where:

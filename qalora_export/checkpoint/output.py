@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qalora_export.checkpoint.manifest import MANIFEST, files_of, sidecar_path
 from qalora_export.errors import InputError, QaloraError
-from qalora_export.safety import atomic_file, exclusive, read_json, refuse_existing, sha256_bytes
+from qalora_export.safety import atomic_file, exclusive, local_path, read_json, refuse_existing, sha256_bytes
 
 OWN_FORMAT = "qalora-"  # how the "format" of every JSON file of ours begins
 GGUF_MAGIC, GGUF_KEY = b"GGUF", b"qalora.version"
@@ -56,7 +56,7 @@ def refuse_place(target: Path, inputs: Iterable[Path | str | None] = ()) -> None
     for given in inputs:
         if given is None:
             continue
-        source = Path(given).resolve()
+        source = local_path(given).resolve()
         if here == source or (target.exists() and source.exists() and target.samefile(source)):
             raise InputError("the output is an input", where=target, fix="choose another path")
         if here in source.parents:

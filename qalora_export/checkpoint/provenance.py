@@ -7,12 +7,20 @@ base than the one it was merged into are broken links, and gate G0 fails on them
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qalora_export.checkpoint.manifest import MANIFEST, parent_of, read_manifest, sidecar_path, verify_manifest
+from qalora_export.checkpoint.manifest import (
+    MANIFEST,
+    has_manifest,
+    parent_of,
+    read_manifest,
+    sidecar_path,
+    verify_manifest,
+)
 from qalora_export.errors import InputError
 from qalora_export.safety import HashFile, inside, read_json, sha256_file
 
@@ -43,7 +51,7 @@ def artifact_manifest(artifact: Path) -> Path:
 def artifact_links(artifact: Path, checkpoint: Path, *, hash_of: HashFile = sha256_file) -> list[Link]:
     """Links of an exported artifact: its own files, then the checkpoint it says it was made from."""
     manifest = artifact_manifest(artifact)
-    if not manifest.is_file():
+    if not os.path.lexists(manifest):
         return [Link(artifact.name, "manifest", manifest.name, "", "not found", "no manifest beside the artifact")]
     content = read_json(manifest)
     return [*_file_links(artifact, content, hash_of), *_checkpoint_links(artifact, content, checkpoint)]
@@ -66,7 +74,7 @@ def _hash_inside(folder: Path, name: str, hash_of: HashFile) -> str | None:
 
 
 def _checkpoint_links(artifact: Path, content: Any, checkpoint: Path) -> Iterator[Link]:
-    actual = sha256_file(checkpoint / MANIFEST) if (checkpoint / MANIFEST).is_file() else ""
+    actual = sha256_file(checkpoint / MANIFEST) if has_manifest(checkpoint) else ""
     for parent in _parents(content):
         if parent["role"] == "checkpoint":
             same = parent["sha256"] == actual
@@ -85,7 +93,7 @@ def checkpoint_links(checkpoint: Path, *, base: Path | None = None, hash_of: Has
     links: list[Link] = []
     queue = [(checkpoint, 0)]
     for folder, depth in queue:
-        if not (folder / MANIFEST).is_file() or depth > MAX_DEPTH:
+        if not has_manifest(folder) or depth > MAX_DEPTH:
             continue
         links += [
             Link(folder.name, "file", name, "", "broken", "changed since its manifest was written")
@@ -108,7 +116,7 @@ def base_of(checkpoint: Path) -> Path | None:
 
 def parent_folder(checkpoint: Path, role: str) -> Path | None:
     """The parent in `role` beside a checkpoint, by name and manifest hash; None when it is not there."""
-    if not (checkpoint / MANIFEST).is_file():
+    if not has_manifest(checkpoint):
         return None
     for parent in _parents(read_manifest(checkpoint)):
         found = _find(checkpoint, parent, None)
@@ -119,7 +127,7 @@ def parent_folder(checkpoint: Path, role: str) -> Path | None:
 
 def kind_of(checkpoint: Path) -> str:
     """ "base", "merged", …; empty without a manifest."""
-    return str(read_manifest(checkpoint).get("kind", "")) if (checkpoint / MANIFEST).is_file() else ""
+    return str(read_manifest(checkpoint).get("kind", "")) if has_manifest(checkpoint) else ""
 
 
 def _find(folder: Path, parent: dict[str, str], given: Path | None) -> Path | None:
@@ -144,7 +152,7 @@ def _link(folder: Path, parent: dict[str, str], found: Path | None, hash_of: Has
 
 def _adapter_base(adapter: Path, parent: dict[str, str], siblings: list[dict[str, str]]) -> list[Link]:
     """An adapter must have been trained on the very base it was merged into."""
-    if parent["role"] != "adapter" or not (adapter / MANIFEST).is_file():
+    if parent["role"] != "adapter" or not has_manifest(adapter):
         return []
     merged_into = {p["sha256"] for p in siblings if p["role"] == "base"}
     trained_on = {p["sha256"] for p in _parents(read_manifest(adapter)) if p["role"] == "base"}

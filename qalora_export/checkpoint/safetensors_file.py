@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.grid.narrow import BFLOAT16
 from qalora_export.safety.limits import MAX_HEADER_BYTES, parse_json
+from qalora_export.safety.regular import regular_file
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
@@ -48,7 +49,7 @@ class TensorEntry:
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """Validate the whole header against the file size. Raises UnsafeInputError when anything is off."""
-    size = path.stat().st_size
+    size = regular_file(path).stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little") if len(prefix) == 8 else 0

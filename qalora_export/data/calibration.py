@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from qalora_export.data.records import iter_records
 from qalora_export.data.rendering import conversation_text, plain_ids
 from qalora_export.errors import InputError
+from qalora_export.safety.regular import regular_file
 
 MIN_TOKENS = 32
 
@@ -24,8 +25,7 @@ def calibration_windows(path: Path, tokenizer: Any, *, samples: int, length: int
     A text shorter than one window gives one shorter window. Raises InputError as records.iter_records does, for
     conversations without a chat template, and for a text of fewer than 32 tokens.
     """
-    if not path.is_file():
-        raise InputError("calibration file not found", where=path, fix="give a text or JSONL file, or use method rtn")
+    regular_file(path, "calibration file", fix="give a text or JSONL file, or use method rtn")
     prefix = _added_prefix(tokenizer)
     ids = array("i")
     for document in _documents(path, tokenizer):

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.safety.limits import MAX_JSON_BYTES, parse_json
+from qalora_export.safety.regular import regular_file
 
 MAX_LINE_BYTES = 16 * 2**20  # a line is parsed in memory as a whole; a longer document belongs into a .txt file
 PIECE = 2**18  # characters of running text: tokenizing takes some 200 bytes of memory per character
@@ -29,8 +30,7 @@ FOREIGN = {".parquet", ".arrow", ".csv", ".tsv", ".gz", ".zst", ".xz", ".bz2", "
 
 def is_text(path: Path) -> bool:
     """Whether the file is running text. Raises InputError for one that is missing or of a kind nothing here reads."""
-    if not path.is_file():
-        raise InputError("data file not found", where=path, fix="check the path")
+    regular_file(path, "data file")
     suffix = path.suffix.lower()
     if suffix in FOREIGN:
         raise InputError(

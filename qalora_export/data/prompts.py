@@ -11,14 +11,14 @@ from qalora_export.data import lines
 from qalora_export.data.records import Record, iter_records
 from qalora_export.data.rendering import conversation_text, plain_ids
 from qalora_export.errors import InputError, UnsafeInputError
+from qalora_export.safety.regular import regular_file
 
 MAX_PROMPT_BYTES = 512 * 2**20
 
 
 def read_prompts(path: Path) -> list[Record]:
     """Prompts in file order. Raises InputError as records.iter_records does, and for a file without prompts."""
-    if not path.is_file():
-        raise InputError("prompts file not found", where=path, fix="check --prompts")
+    regular_file(path, "prompts file", fix="check --prompts")
     if path.stat().st_size > MAX_PROMPT_BYTES:
         raise UnsafeInputError(f"prompts file is larger than {MAX_PROMPT_BYTES} bytes", where=path)
     if not lines.is_text(path):

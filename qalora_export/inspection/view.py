@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import QUANT_METHOD, CanonicalCheckpoint
-from qalora_export.checkpoint.manifest import MANIFEST, manifest_at, read_manifest
+from qalora_export.checkpoint.manifest import has_manifest, manifest_at, read_manifest
 from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.checkpoint.safetensors_file import map_tensor, read_header
 from qalora_export.errors import InputError, UnsafeInputError
@@ -46,7 +47,7 @@ def open_view(path: StrPath) -> View:
     that lie.
     """
     path = Path(path)
-    if path.is_file() and path.suffix == ".gguf":
+    if path.suffix == ".gguf" and not path.is_dir():
         return _gguf(path)
     if not path.is_dir():
         raise InputError(
@@ -66,7 +67,7 @@ def _gguf(path: Path) -> View:
     contents = read_back(path)
     facts = {key: _short(value) for key, value in contents.metadata.items() if not key.startswith("qalora.modules")}
     sidecar = sidecar_path(path)
-    return View("GGUF", path, contents, facts, manifest_at(sidecar) if sidecar.is_file() else None)
+    return View("GGUF", path, contents, facts, manifest_at(sidecar) if os.path.lexists(sidecar) else None)
 
 
 def _onnx(path: Path) -> View:
@@ -124,7 +125,7 @@ def _folder(path: Path) -> View:
 
 
 def _manifest(path: Path) -> dict[str, Any] | None:
-    return read_manifest(path) if (path / MANIFEST).is_file() else None
+    return read_manifest(path) if has_manifest(path) else None
 
 
 def _short(value: object, limit: int = 80) -> str:

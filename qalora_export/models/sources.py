@@ -15,7 +15,7 @@ from qalora_export.checkpoint.weight_files import INDEX_SUFFIX, SINGLE, main_fil
 from qalora_export.errors import InputError
 from qalora_export.models.hub_process import download
 from qalora_export.recipe import HUB_ID
-from qalora_export.safety import StrPath, read_json
+from qalora_export.safety import StrPath, local_path, read_json
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 # Set by the command line beside its own HF_HUB_OFFLINE=1: being offline is our habit then, not the user's wish.
@@ -39,7 +39,7 @@ def locate(model: StrPath, revision: str | None = None) -> Located:
 
     Raises InputError when there is none, when it is neither cached nor reachable, and for a revision of a local path.
     """
-    path = Path(model).expanduser()
+    path = local_path(model)
     hub_like = HUB_ID.fullmatch(str(model)) is not None  # pathlib changes nothing about owner/name
     if path.exists():
         if revision is not None:

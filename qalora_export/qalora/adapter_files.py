@@ -20,7 +20,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qalora_export.checkpoint.manifest import MANIFEST, parent_of, read_manifest, verify_manifest, write_manifest
+from qalora_export.checkpoint.manifest import (
+    MANIFEST,
+    has_manifest,
+    parent_of,
+    read_manifest,
+    verify_manifest,
+    write_manifest,
+)
 from qalora_export.checkpoint.model_folder import as_float32
 from qalora_export.checkpoint.safetensors_file import map_tensor, read_header
 from qalora_export.errors import InputError, UnsafeInputError
@@ -129,7 +136,7 @@ def read_adapter(
     """
     if not folder.is_dir():
         raise InputError("adapter folder not found", where=folder, fix="give the folder with adapter_config.json")
-    own = _own_settings(folder, base) if (folder / MANIFEST).exists() else None
+    own = _own_settings(folder, base) if has_manifest(folder) else None
     raw = read_json(inside(folder, CONFIG))
     config = parse_config(raw, where=folder / CONFIG)
     name = resolve(convention, own=own is not None, use_qalora=config.pool is not None, where=folder)

@@ -13,6 +13,7 @@ from qalora_export.safety.atomic import (
 from qalora_export.safety.hashing import FileIdentity, HashedOnce, HashFile, sha256_bytes, sha256_file
 from qalora_export.safety.limits import MAX_HEADER_BYTES, MAX_JSON_BYTES, read_json
 from qalora_export.safety.paths import StrPath, inside, local_path
+from qalora_export.safety.regular import regular_file
 
 __all__ = [
     "MAX_HEADER_BYTES",
@@ -30,6 +31,7 @@ __all__ = [
     "local_path",
     "read_json",
     "refuse_existing",
+    "regular_file",
     "scratch_folder",
     "sha256_bytes",
     "sha256_file",

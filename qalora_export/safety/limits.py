@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qalora_export.errors import InputError, UnsafeInputError
+from qalora_export.safety.regular import regular_file
 
 MAX_HEADER_BYTES = 100 * 1024 * 1024  # the safetensors format caps its header here
 MAX_JSON_BYTES = 256 * 1024 * 1024  # tokenizer.json of a 256k vocabulary is about 35 MB
@@ -16,8 +17,7 @@ def read_json(path: Path) -> Any:
     Raises InputError when it is missing or does not parse, UnsafeInputError when it is too large, nests too deeply or
     repeats a key (two readers could disagree about which one counts).
     """
-    if not path.is_file():
-        raise InputError("file not found", where=path, fix="check the path; is this the folder of a model?")
+    regular_file(path, fix="check the path; is this the folder of a model?")
     if path.stat().st_size > MAX_JSON_BYTES:
         raise UnsafeInputError(f"JSON file is larger than {MAX_JSON_BYTES} bytes", where=path)
     return parse_json(path.read_bytes(), where=path)

@@ -4,6 +4,7 @@ import os
 from pathlib import Path, PurePosixPath
 
 from qalora_export.errors import InputError, UnsafeInputError
+from qalora_export.safety.regular import regular_file
 
 StrPath = str | os.PathLike[str]  # what every public function takes for a file or folder
 
@@ -11,15 +12,23 @@ StrPath = str | os.PathLike[str]  # what every public function takes for a file 
 def local_path(given: StrPath) -> Path:
     """A file or folder that a user named; `~` and `~name` are home folders.
 
-    Raises InputError for a home folder that this machine does not have and for characters no file name can hold.
+    Raises InputError for a home folder that this machine does not have, for characters no file name can hold and for
+    a link to itself.
     """
     path = Path(given)
     if "\0" in str(path):
         raise InputError("a path holds a NUL character", where=repr(str(path)), fix="check the path")
     try:
-        return path.expanduser()
+        path = path.expanduser()
     except RuntimeError as error:
         raise InputError("a path begins with an unknown user", where=path, why=str(error)) from error
+    try:
+        path.resolve()
+    except RuntimeError as error:
+        raise InputError("a path is a link to itself", where=path, fix="check the path") from error
+    except OSError as error:
+        raise InputError(f"a path cannot be followed: {error.strerror}", where=path, fix="check the path") from error
+    return path
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -36,8 +45,7 @@ def inside(folder: Path, name: str) -> Path:
         path = path / part
         if path.is_symlink() and not _is_hub_blob(folder, path):
             raise UnsafeInputError("a model file is a symbolic link", where=path, fix="copy the real file there")
-    if not path.is_file():
-        raise InputError("file not found", where=path, why=f"it is named in {folder}", fix="the download is incomplete")
+    regular_file(path, why=f"it is named in {folder}", fix="the download is incomplete")
     if path.stat().st_nlink > 1:
         raise UnsafeInputError("a model file is a hard link", where=path, fix="copy the real file there")
     return path

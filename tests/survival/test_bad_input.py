@@ -192,7 +192,7 @@ CASES = (
     Case("no calibration", ("quantize", "model", "--out", "new"), BAD, ("calibration", "--calibration FILE")),
     Case("no calibration file", ("quantize", "model", "--out", "new", "--calibration", "none.txt"), BAD, ("none.txt",)),
     Case("no adapter", ("merge", "base.qalora", "none", "--out", "new"), BAD, ("adapter folder not found", "none")),
-    Case("no artifact", ("inspect", "none.gguf"), BAD, ("nothing to inspect", "none.gguf")),
+    Case("no artifact", ("inspect", "none.gguf"), BAD, ("GGUF file not found", "none.gguf")),
     Case("no artifact to verify", (*VERIFY, "--gguf", "none.gguf"), BAD, ("none.gguf", "--gguf")),
     Case("no data to evaluate", ("evaluate", "base.qalora", "--data", "none.jsonl"), BAD, ("none.jsonl",)),
     Case(

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qalora_export.errors import InputError, UnsafeInputError
-from qalora_export.safety import MAX_HEADER_BYTES
+from qalora_export.errors import UnsafeInputError
+from qalora_export.safety import MAX_HEADER_BYTES, regular_file
 
 VERSIONS = (2, 3)
 ALIGNMENT = 32
@@ -97,9 +97,7 @@ def validate_gguf(path: Path) -> list[TensorInfo]:
 
 def read_header(path: Path) -> Header:
     """Parse and check. Raises InputError when the file is missing, UnsafeInputError when anything is off."""
-    if not path.is_file():
-        raise InputError("GGUF file not found", where=path, fix="check the path")
-    with path.open("rb") as file:
+    with regular_file(path, "GGUF file").open("rb") as file:
         if file.read(4) != b"GGUF":
             raise UnsafeInputError("not a GGUF file", where=path, why="it does not begin with the magic 'GGUF'")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as raw:

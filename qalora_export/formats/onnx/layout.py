@@ -10,6 +10,7 @@ transformers.js.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from qalora_export.errors import InputError, UnsafeInputError
@@ -26,7 +27,7 @@ def graph_name(folder: Path) -> str:
 
     Raises InputError when there is none, UnsafeInputError when there are two: hosts would run different ones.
     """
-    there = [name for name in GRAPHS if (folder / name).is_symlink() or (folder / name).exists()]
+    there = [name for name in GRAPHS if os.path.lexists(folder / name)]
     if len(there) > 1:
         raise UnsafeInputError(
             "two graphs in one folder", where=folder, why=" and ".join(there), fix="export the folder again"
@@ -43,4 +44,4 @@ def graph_file(folder: Path) -> Path:
 
 def is_onnx_folder(folder: Path) -> bool:
     """Whether a folder is an ONNX artifact; a model folder that has safetensors beside an onnx/ is none."""
-    return any((folder / name).is_file() for name in GRAPHS) and not any(folder.glob("*.safetensors"))
+    return any(os.path.lexists(folder / name) for name in GRAPHS) and not any(folder.glob("*.safetensors"))
