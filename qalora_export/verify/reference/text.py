@@ -9,7 +9,7 @@ from typing import Any
 
 from qalora_runtimes.protocol import conversation
 
-from qalora_export.formats.gguf.tokenizer.reading import as_llama_cpp_reads, shows_the_difference
+from qalora_export.formats.gguf.tokenizer.reading import LlamaCppReading, shows_the_difference
 from qalora_export.models.loading import load_tokenizer
 from qalora_export.verify.probes.probe_set import ProbeSet, rendered
 
@@ -41,16 +41,14 @@ def folder_answers(folder: Path, probes: ProbeSet) -> dict[str, Any]:
 
 
 def _by_design(tokenizer: Any, asked: Mapping[str, Sequence[str]]) -> dict[str, dict[int, tuple[list[int], str]]]:
-    from tokenizers import Tokenizer
-
     raw = json.loads(tokenizer.backend_tokenizer.to_str())
     reasons = {kind: [shows_the_difference(raw, text) for text in texts] for kind, texts in asked.items()}
     if not any(reason for found in reasons.values() for reason in found):
         return {kind: {} for kind in asked}
-    reader = Tokenizer.from_str(json.dumps(as_llama_cpp_reads(raw)))
+    reader = LlamaCppReading(raw)
     return {
         kind: {
-            index: (reader.encode(asked[kind][index], add_special_tokens=kind == "texts").ids, reason)
+            index: (reader.ids(asked[kind][index], special=kind == "texts"), reason)
             for index, reason in enumerate(found)
             if reason
         }
