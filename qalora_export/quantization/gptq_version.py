@@ -50,14 +50,15 @@ class ZeroFormat:
 @dataclass(frozen=True, slots=True)
 class _Evidence:
     """What the values of all layers say. votes: by symmetric layers; differing: the first layer that is not one;
-    wraps: at 3 bits, and at others; old: a symmetric 3-bit layer as GPTQModel before 6.1 wrote it.
+    wraps: at 3 bits, and at others; words_at_3_bits: whether symmetric 3-bit layers are as GPTQModel before 6.1 wrote
+    them, None when there are none.
     """
 
     votes: frozenset[str]
     differing: str | None
     wraps: Wraps
     wraps_at_3_bits: Wraps
-    old: bool
+    words_at_3_bits: bool | None
 
 
 def choose_version(
@@ -77,7 +78,9 @@ def choose_version(
     if not evidence.votes and (other := _by_codes(folder, layers, version)):
         against, looks = [other[0]], other[1]
     maker = _gptqmodel(gptq)
-    old = evidence.old or (maker or WORDS_UNTIL) < WORDS_UNTIL
+    old = evidence.words_at_3_bits
+    if old is None:  # no layer tells
+        old = maker is not None and maker < WORDS_UNTIL
     if chosen is not None:
         said = [f"format {chosen} as told, although {looks}"] if against else []
         result = ZeroFormat(chosen, old, f"{chosen}, as told by {OPTION}", said)
@@ -116,14 +119,16 @@ def _gptqmodel(gptq: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _look(folder: ModelFolder, layers: Mapping[str, Layer]) -> _Evidence:
-    votes, differing, old = set(), None, False
+    votes, differing = set(), None
+    old: bool | None = None
     wraps = {False: Wraps(), True: Wraps()}
     for name, layer in layers.items():
         qzeros, middle = np.asarray(folder.tensor(f"{name}.qzeros")), 2 ** (layer.bits - 1)
         readings: dict[str, Rule] = {"gptq": "per value", "gptq_v2": "stored", "old": "per word"}
         read = {vote: zero_points(qzeros, layer.bits, rule) for vote, rule in readings.items()}
         vote = next((vote for vote, zeros in read.items() if (zeros == middle).all()), None)
-        old |= vote == "old"
+        if layer.bits == 3 and vote in ("gptq", "old"):
+            old = vote == "old"
         if vote is None:
             differing = differing or name
             wraps[layer.bits == 3] += find_wraps(qzeros, layer.bits)

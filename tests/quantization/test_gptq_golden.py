@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 import qalora_export as q
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.model_folder import ModelFolder
-from qalora_export.errors import InputError
+from qalora_export.errors import InputError, QaloraError
 from qalora_export.grid import unpack_codes
 from qalora_export.quantization.gptq_import import convert
 from qalora_export.quantization.gptq_layer import Stored, check_layer, read_layer
@@ -114,9 +114,11 @@ def test_three_bits_of_gptqmodel_before_6_1(tmp_path: Path, case: str) -> None:
     old = {"qzeros": "qzeros_before_6_1", "meta": {"quantizer": ["gptqmodel:5.6.0"]}}
     stored = read(tmp_path, "gptqmodel", case, **old)
     assert np.count_nonzero(fp16(stored) != expected("gptqmodel", case)) == 0
-    if "-sym-" in case:  # the values alone tell
-        again = read(tmp_path, "gptqmodel", case, **old | {"meta": None})
-        assert np.array_equal(again.zeros, stored.zeros)
+    if "-sym-" in case:  # the values alone tell, whatever the name says
+        for qzeros in ("qzeros_before_6_1", "qzeros"):
+            for meta in (None, {"quantizer": ["gptqmodel:5.6.0"]}, {"quantizer": "gptqmodel:7.3.6"}):
+                again = read(tmp_path, "gptqmodel", case, qzeros=qzeros, meta=meta)
+                assert np.array_equal(again.zeros, stored.zeros)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -170,3 +172,21 @@ def test_a_model_of_the_real_autogptq_goes_all_the_way(tmp_path: Path, tiny_mode
     gates = {(entry.gate, entry.runtime): entry.status for entry in parity.entries}
     assert len(gates) == 18
     assert {key for key, status in gates.items() if status != "pass"} == set()
+
+
+ODD = [None, [], {}, "x", -1, 0, 3, 1e9, True, ["gptq"], {"a": 1}, {"quantizer": [None, 3]}, {"quantizer": {"a": 1}}]
+
+
+@pytest.mark.parametrize(
+    "key", ["bits", "group_size", "desc_act", "sym", "checkpoint_format", "pack_dtype", "meta", "dynamic"]
+)
+def test_a_config_of_odd_values_is_read_right_or_refused(tmp_path: Path, key: str) -> None:
+    read_right = 0
+    for value in ODD:
+        try:
+            stored = read(tmp_path, "gptqmodel", "4-asym-g64", **{key: value})
+        except QaloraError:
+            continue
+        assert np.array_equal(fp16(stored), expected("gptqmodel", "4-asym-g64"))
+        read_right += 1
+    assert read_right or key in ("bits", "checkpoint_format", "pack_dtype")
