@@ -15,7 +15,7 @@ from qalora_export.checkpoint.manifest import MANIFEST, is_ours, require_intact
 from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.checkpoint.output import claim_output
 from qalora_export.data.records import Record, iter_records
-from qalora_export.data.rendering import render
+from qalora_export.data.rendering import render, require_template
 from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.progress import track
 from qalora_export.recipe import EvaluateSettings
@@ -70,7 +70,7 @@ def _evaluate(model: Path, settings: EvaluateSettings, out: Path | None, *, forc
     from qalora_export.models.loading import load_model, load_tokenizer
 
     tokenizer = load_tokenizer(model)
-    prompts = read_prompts(tokenizer, settings, context=ModelFolder(model).config.get("max_position_embeddings"))
+    prompts = questions(tokenizer, settings, context=ModelFolder(model).config.get("max_position_embeddings"))
     network = load_model(model)
     ends = end_ids(model, tokenizer)
     exact, misses = 0, list[Miss]()
@@ -90,7 +90,7 @@ def _evaluate(model: Path, settings: EvaluateSettings, out: Path | None, *, forc
     return score
 
 
-def read_prompts(tokenizer: Any, settings: EvaluateSettings, *, context: int | None) -> list[Prompt]:
+def questions(tokenizer: Any, settings: EvaluateSettings, *, context: int | None) -> list[Prompt]:
     """What the model is asked, tokenized, and the record each came from: the first settings.limit.
 
     Raises InputError, with the line, as data.records does, for a record that does not end in an answer, and for a
@@ -100,13 +100,7 @@ def read_prompts(tokenizer: Any, settings: EvaluateSettings, *, context: int | N
     longest = None if context is None else context - settings.max_new_tokens
     for record in islice(iter_records(path), settings.limit):
         record.expected()
-        if not tokenizer.chat_template:
-            raise InputError(
-                "the tokenizer has no chat template",
-                where=record.where,
-                why="questions are asked through the model's own template",
-                fix="put chat_template.jinja into the model's folder",
-            )
+        require_template(record, tokenizer, otherwise="")
         options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
         ids = [] if record.oversize else list(render(record, tokenizer, until=-1, **options)["input_ids"])
         if record.oversize or (longest is not None and len(ids) > longest):

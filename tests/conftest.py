@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,6 +13,7 @@ if shutil.which("nvidia-smi") is None:  # before anything imports Triton: the ke
 sys.path.insert(0, str(Path(__file__).parent.parent))  # tests use samples/ and each other
 
 import pytest
+from filelock import FileLock
 
 from qalora_export.verify.store import FOLDER
 from tests.models import make_tiny_canonical, make_tiny_model
@@ -29,25 +31,63 @@ def _kept_answers(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> N
     os.environ[FOLDER] = str(shared_folder(tmp_path_factory, worker_id) / "kept")
 
 
+PLOTS = {
+    "qalora_export.qalora.training.plots": ("plot_losses",),
+    "qalora_export.verify.report.plots": ("error_by_position", "kl_histogram", "agreement"),
+}
+NO_PICTURE = "data:image/png;base64,"
+
+
+@pytest.fixture(autouse=True)
+def _pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report's pictures are a third of a small run: they are drawn where a test is about them (marker `pictures`)."""
+    if request.node.get_closest_marker("pictures") is None:
+        for module, names in PLOTS.items():
+            for name in names if module in sys.modules else ():
+                monkeypatch.setattr(sys.modules[module], name, lambda *_, **__: NO_PICTURE)
+
+
 def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """A temporary folder that all workers of this test run have in common."""
     base = tmp_path_factory.getbasetemp()
     return base if worker_id == "master" else base.parent
 
 
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
+
+
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> MadeOnce:
+    """made_once(name, make): a folder that `make` has filled, once for all workers of this test run; read-only."""
+    root = shared_folder(tmp_path_factory, worker_id)
+
+    def folder_of(name: str, make: Callable[[Path], object]) -> Path:
+        folder, made = root / f"shared-{name}", root / f"shared-{name}.made"
+        with FileLock(root / f"shared-{name}.lock"):
+            if not made.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # what a worker that failed has left
+                folder.mkdir()
+                make(folder)
+                made.touch()
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def tiny_model(made_once: MadeOnce) -> Path:
     """A 2-layer random Llama, hidden 128, vocabulary 512, fp16, untied lm_head."""
-    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+    return made_once("tiny", lambda folder: make_tiny_model(folder / "model")) / "model"
 
 
 @pytest.fixture(scope="session")
-def tiny_canonical(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_canonical(tiny_model: Path, made_once: MadeOnce) -> Path:
     """tiny_model in canonical form, 4 bits, g 32, asymmetric."""
-    return make_tiny_canonical(tmp_path_factory.mktemp("tiny") / "base.qalora", tiny_model)
+    return made_once("base", lambda folder: make_tiny_canonical(folder / "base.qalora", tiny_model)) / "base.qalora"
 
 
 @pytest.fixture(scope="session")
-def exported(tiny_canonical: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def exported(tiny_canonical: Path, made_once: MadeOnce) -> Exported:
     """GGUF and ONNX artifacts of the tiny checkpoint, made once; a test that damages one copies it first."""
-    return export_both(tiny_canonical, tmp_path_factory.mktemp("exported"))
+    folder = made_once("exported", lambda folder: export_both(tiny_canonical, folder))
+    return Exported(tiny_canonical, folder / "model.gguf", folder / "onnx")

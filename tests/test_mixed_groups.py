@@ -8,6 +8,7 @@ import pytest
 import qalora_export as q
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.errors import InputError
+from tests.conftest import MadeOnce
 from tests.models import make_tiny_model
 
 # Asked for 128: 160 in-features fall to 32, 4 heads of 32 keep 128, and nothing divides 208.
@@ -16,9 +17,12 @@ GROUPS = {"q_proj": 32, "k_proj": 32, "v_proj": 32, "o_proj": 128, "gate_proj": 
 
 
 @pytest.fixture(scope="module")
-def line(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def line(made_once: MadeOnce) -> Path:
     """model, base and its adapter, trained for two steps with a pool of 64 where the width allows it."""
-    folder = tmp_path_factory.mktemp("mixed")
+    return made_once("mixed", make_line)
+
+
+def make_line(folder: Path) -> None:
     make_tiny_model(folder / "model", **WIDTHS)
     report = q.quantize(folder / "model", folder / "base", q.QuantizeSettings(method="rtn", group_size=128))
     assert any("2 × down_proj: left in 16 bits, 208 in-features" in note for note in report.notes)
@@ -28,7 +32,6 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = q.TrainSettings(data=str(folder / "data.jsonl"), rank=2, max_steps=2, batch_size=4, learning_rate=1e-2)
     q.train(folder / "base", folder / "adapter", settings)
     q.merge(folder / "base", folder / "adapter", folder / "merged")
-    return folder
 
 
 def test_every_module_has_its_own_group_size(line: Path) -> None:

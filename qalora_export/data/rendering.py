@@ -81,15 +81,17 @@ def around(tokenizer: Any) -> tuple[list[int], list[int]]:
     return [], []
 
 
-def require_template(record: Record, tokenizer: Any, *, text_lines: str = "") -> None:
-    """Raise InputError for a tokenizer without a chat template. text_lines: what to add to the way out."""
+AS_TEXT = ', or render the conversations yourself into {"text": "..."} lines'
+
+
+def require_template(record: Record, tokenizer: Any, *, otherwise: str = AS_TEXT) -> None:
+    """Raise InputError for a tokenizer without a chat template. otherwise: the second way out, where there is one."""
     if not tokenizer.chat_template:
         raise InputError(
             "the tokenizer has no chat template",
             where=record.where,
             why="chat and instruction data are rendered with the model's own template",
-            fix="put chat_template.jinja into the model's folder, or render the conversations yourself into "
-            f'{{"text": "..."}} lines{text_lines}',
+            fix=f"put chat_template.jinja into the model's folder{otherwise}",
         )
 
 

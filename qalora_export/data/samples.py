@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 from qalora_export.data import lines
 from qalora_export.data.records import Record, iter_records
-from qalora_export.data.rendering import around, plain_ids, render, require_template
+from qalora_export.data.rendering import AS_TEXT, around, plain_ids, render, require_template
 from qalora_export.errors import InputError
 from qalora_export.progress import track
 
@@ -192,7 +192,7 @@ def _sample(ids: list[int], learned: list[bool], line: int) -> Sample:
 
 
 def _conversation(record: Record, tokenizer: Any) -> Sample:
-    require_template(record, tokenizer, text_lines=" and pass --format text (every token is then learned)")
+    require_template(record, tokenizer, otherwise=f"{AS_TEXT} and pass --format text (every token is then learned)")
     marked = MARKERS.search(tokenizer.get_chat_template()) and not record.unlearned
     ids, learned = (_marked if marked else _by_prefix)(record, tokenizer)
     sample = _sample(ids, learned, record.line)

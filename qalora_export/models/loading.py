@@ -15,23 +15,23 @@ from qalora_export.safety import StrPath
 
 def load_model(folder: StrPath, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Any:
     """A causal language model in eval mode from a local folder (canonical or plain safetensors)."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
-    from qalora_export.checkpoint.canonical import QUANT_METHOD, CanonicalCheckpoint
-    from qalora_export.checkpoint.model_folder import ModelFolder
+    from qalora_export.checkpoint.canonical import CanonicalCheckpoint, is_canonical
 
     folder = Path(folder)
     # Every header, and of a canonical checkpoint every shape, is checked before Transformers maps the files.
-    quantization = ModelFolder(folder).config.get("quantization_config")
-    if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
+    if is_canonical(folder):
         CanonicalCheckpoint(folder)
     logging.disable_progress_bar()  # stages have their own
     with refused_by("Transformers", where=folder, doing="load the model"):
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder),
+            config=config,
             dtype=dtype,
-            attn_implementation=attention_for(_config(folder), attention),
+            attn_implementation=attention_for(config, attention),
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
@@ -76,9 +76,3 @@ def attention_for(config: Any, wanted: str) -> str:
 
     model = AutoModelForCausalLM._model_mapping.get(type(config), None)
     return wanted if wanted != "sdpa" or getattr(model, "_supports_sdpa", True) else "eager"
-
-
-def _config(folder: Path) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)

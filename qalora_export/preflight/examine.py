@@ -184,12 +184,12 @@ class _Checks:
         return estimates.train(self.forecast, made, self.machine)
 
     def _evaluate(self) -> StageForecast:
-        from qalora_export.evaluation import read_prompts
+        from qalora_export.evaluation import questions
         from qalora_export.models.loading import load_tokenizer
 
         settings = self.recipe.evaluate
         assert settings is not None
-        prompts = read_prompts(load_tokenizer(self.forecast.path), settings, context=self.forecast.context)
+        prompts = questions(load_tokenizer(self.forecast.path), settings, context=self.forecast.context)
         return estimates.evaluate(self.forecast, settings, [len(ids) for ids, _ in prompts], self.machine)
 
     def _gguf(self) -> StageForecast:

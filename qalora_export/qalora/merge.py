@@ -6,7 +6,7 @@ with the base, and the logits of base + adapter are compared with those of the w
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -46,9 +46,6 @@ class MergeReport:
     changed_other_tensors: int
     logits_compared: int | None
     logits_differing: int | None
-
-    def to_dict(self) -> dict[str, object]:
-        return asdict(self)
 
 
 def merge(

@@ -10,15 +10,10 @@ import pytest
 from qalora_export.cli.main import main
 from qalora_export.formats.gguf.export import export_gguf
 from qalora_export.recipe import GgufSettings
-from tests.verify.exports import Exported, copy_of, export_both, float32, gguf_block, gguf_value, patch, read_at
+from tests.verify.exports import Exported, copy_of, float32, gguf_block, gguf_value, patch, read_at
 
 GATES = ["G0", "G1", "G2", "G3", "G4", "G5"]
 RUNTIMES = ["llama.cpp", "onnxruntime", "onnxruntime-genai"]
-
-
-@pytest.fixture(scope="module")
-def exported(tiny_canonical: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return export_both(tiny_canonical, tmp_path_factory.mktemp("cli-exported"))
 
 
 def run(*arguments: object) -> int:
@@ -32,6 +27,7 @@ def gates(report: Path) -> dict[tuple[str, str], str]:
 
 
 @pytest.mark.slow
+@pytest.mark.pictures
 def test_all_three_runtimes_pass_every_gate(
     exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,6 +50,12 @@ class Line:
         return replace(self, onnx=folder / self.onnx.name)
 
 
+def line_in(folder: Path) -> Line:
+    """Where make_line puts it."""
+    names = ("base.qalora", "adapter", "merged.qalora", "model.gguf", "onnx")
+    return Line(*(folder / name for name in names))
+
+
 def make_line(folder: Path) -> Line:
     make_tiny_model(folder / "model")
     base = make_tiny_canonical(folder / "base.qalora", folder / "model")

@@ -14,8 +14,9 @@ from qalora_export.errors import ExitCode
 from qalora_export.recipe import VerifySettings
 from qalora_export.verify.report.parity_report import ParityReport
 from qalora_export.verify.stage import verify_parity
+from tests.conftest import MadeOnce
 from tests.faults.cases import CASES, FAULTS, KIND, LLAMA, ORT, Fault
-from tests.faults.line import Line, make_line
+from tests.faults.line import Line, line_in, make_line
 from tests.faults.table import markdown
 from tests.faults.worker import Workers
 
@@ -43,8 +44,8 @@ REQUIRED = (
 
 
 @pytest.fixture(scope="module")
-def line(tmp_path_factory: pytest.TempPathFactory) -> Line:
-    return make_line(tmp_path_factory.mktemp("line"))
+def line(made_once: MadeOnce) -> Line:
+    return line_in(made_once("line", make_line))
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,7 @@ def verify(line: Line, runtime: str, out: Path, workers: Workers) -> ParityRepor
     return verify_parity(line.merged, out, settings, base=line.base, launch=workers, taps=run_taps, **artifact)
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("runtime", KIND)
 def test_the_undamaged_line_is_green(runtime: str, line: Line, workers: Workers, tmp_path: Path) -> None:
     report = verify(line, runtime, tmp_path / "report", workers)

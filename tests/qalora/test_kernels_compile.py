@@ -8,13 +8,20 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import MadeOnce
+
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
+def rows(made_once: MadeOnce) -> list[dict[str, object]]:
+    lines = (made_once("kernels", compile_kernels) / "rows.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def compile_kernels(folder: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    environment["TRITON_CACHE_DIR"] = str(folder / "triton")
     done = subprocess.run(
         [sys.executable, "tests/qalora/compile_kernels.py"],
         cwd=ROOT,
@@ -24,7 +31,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    (folder / "rows.jsonl").write_text(done.stdout)
 
 
 def instructions(rows: list[dict[str, object]], kernel: str) -> list[dict[str, int]]:

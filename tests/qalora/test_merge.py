@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import ml_dtypes
@@ -203,4 +204,4 @@ def test_logits_that_differ_are_a_parity_failure(
 def test_report_is_plain_data(tiny_canonical: Path, tmp_path: Path) -> None:
     own_adapter(tiny_canonical, tmp_path / "adapter")
     report = merge(tiny_canonical, tmp_path / "adapter", tmp_path / "out", compare_logits=False)
-    assert json.loads(json.dumps(report.to_dict()))["logits_compared"] is None
+    assert json.loads(json.dumps(asdict(report)))["logits_compared"] is None

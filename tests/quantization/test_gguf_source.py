@@ -21,8 +21,10 @@ from qalora_export.models.loading import load_model, load_tokenizer
 from qalora_export.quantization.stage import quantize
 from qalora_export.recipe import GgufSettings, QuantizeRule, QuantizeSettings
 from qalora_export.safety import sha256_file
+from tests.conftest import MadeOnce
 from tests.models import make_tiny_canonical, make_tiny_model
 from tests.quantization.gguf_files import K_QUANTS, rewritten, values_in_file
+from tests.verify.exports import Exported
 
 RTN = QuantizeSettings(method="rtn")
 LLAMA3 = {
@@ -36,21 +38,21 @@ LLAMA3 = {
 
 
 @pytest.fixture(scope="module")
-def file(tiny_canonical: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def file(exported: Exported) -> Path:
     """Our own export of the tiny checkpoint."""
-    out = tmp_path_factory.mktemp("gguf") / "m.gguf"
-    export_gguf(tiny_canonical, out, GgufSettings())
-    return out
+    return exported.gguf
 
 
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wide(made_once: MadeOnce) -> Path:
     """The export of a one-layer model whose widths are multiples of a K-quant's 256."""
-    folder = tmp_path_factory.mktemp("wide")
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
-    canonical = make_tiny_canonical(folder / "base.qalora", make_tiny_model(folder / "model", **sizes))
-    export_gguf(canonical, folder / "m.gguf", GgufSettings())
-    return folder / "m.gguf"
+
+    def make(folder: Path) -> None:
+        canonical = make_tiny_canonical(folder / "base.qalora", make_tiny_model(folder / "model", **sizes))
+        export_gguf(canonical, folder / "m.gguf", GgufSettings())
+
+    return made_once("wide", make) / "m.gguf"
 
 
 def check_values(checkpoint: CanonicalCheckpoint, file: Path) -> None:

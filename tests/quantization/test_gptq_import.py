@@ -12,6 +12,7 @@ from qalora_export.checkpoint.model_folder import ModelFolder, same_bytes
 from qalora_export.errors import InputError
 from qalora_export.quantization.stage import quantize
 from qalora_export.recipe import QuantizeRule, QuantizeSettings
+from tests.conftest import MadeOnce
 from tests.models import make_tiny_model
 from tests.quantization.gptq_packer import make_gptq_folder, pack, values
 
@@ -19,8 +20,8 @@ SETTINGS = QuantizeSettings()
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("source") / "model", num_hidden_layers=1)
+def source(made_once: MadeOnce) -> Path:
+    return made_once("layer", lambda folder: make_tiny_model(folder / "model", num_hidden_layers=1)) / "model"
 
 
 def edit(folder: Path, change) -> None:

@@ -9,19 +9,20 @@ import numpy as np
 import pytest
 from qalora_runtimes.protocol import Job, make_job
 
+from tests.conftest import MadeOnce
 from tests.runtimes.artifacts import write_gguf, write_onnx
 
 LENGTHS = (1, 2, 17, 40)
 
 
 @pytest.fixture(scope="session")
-def tiny_gguf(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_gguf(tiny_model, tmp_path_factory.mktemp("gguf") / "model.gguf")
+def tiny_gguf(tiny_model: Path, made_once: MadeOnce) -> Path:
+    return made_once("float-gguf", lambda folder: write_gguf(tiny_model, folder / "model.gguf")) / "model.gguf"
 
 
 @pytest.fixture(scope="session")
-def tiny_onnx(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_onnx(tiny_model, tmp_path_factory.mktemp("onnx") / "model")
+def tiny_onnx(tiny_model: Path, made_once: MadeOnce) -> Path:
+    return made_once("float-onnx", lambda folder: write_onnx(tiny_model, folder / "model")) / "model"
 
 
 @pytest.fixture(scope="session")

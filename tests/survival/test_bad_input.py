@@ -21,6 +21,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qalora_export.cli.main import INTERNAL_ERROR, main
+from tests.conftest import MadeOnce
 from tests.models import make_tiny_canonical
 from tests.qalora.adapters import own_adapter
 from tests.verify.exports import export_both
@@ -74,8 +75,11 @@ class Case:
 
 
 @pytest.fixture(scope="module")
-def original(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("original")
+def original(tiny_model: Path, made_once: MadeOnce) -> Path:
+    return made_once("original", lambda folder: make_original(folder, tiny_model))
+
+
+def make_original(folder: Path, tiny_model: Path) -> None:
     shutil.copytree(tiny_model, folder / "model")
     make_tiny_canonical(folder / "base.qalora", folder / "model")
     own_adapter(folder / "base.qalora", folder / "adapter")
@@ -83,7 +87,6 @@ def original(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     (folder / "data.jsonl").write_text(GOOD_CHAT + "\n", encoding="utf-8")
     (folder / "text.txt").write_text("Turn the lights in the kitchen on.\n" * 50, encoding="utf-8")
     (folder / "recipe.toml").write_text('model = "model"\nout = "new"\n[quantize]\nmethod = "rtn"\n', encoding="utf-8")
-    return folder
 
 
 @pytest.fixture

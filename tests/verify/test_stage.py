@@ -27,7 +27,6 @@ from qalora_export.verify.stage import verify_parity
 from tests.verify.exports import Exported, copy_of
 from tests.verify.fakes import Change, FakeRuntimes
 
-pytestmark = pytest.mark.usefixtures("no_plots")
 SETTINGS = VerifySettings(threads=1)
 ALL = ("llama.cpp", "onnxruntime", "onnxruntime-genai")
 GATES = ["G0", "G1", "G2", "G3", "G4", "G5"]

@@ -211,7 +211,6 @@ def test_outside_a_run_everything_is_computed(model: Path, tmp_path: Path) -> No
     assert compute.times == 2
 
 
-@pytest.mark.usefixtures("no_plots")
 def test_a_second_run_says_the_same_and_computes_no_reference(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

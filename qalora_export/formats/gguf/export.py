@@ -78,7 +78,8 @@ def _export(checkpoint: Path, out: Path, settings: GgufSettings, *, force: bool)
 def export_f32_twin(checkpoint: Path, out: Path, *, force: bool = False) -> ExportReport:
     """The same model with every tensor in F32 (quantized ones by GroupAffine.dequantize), for rounding-free kernels.
 
-    It is a tool of verify-parity, not an artifact, so it has no manifest.
+    Straight from the checkpoint, as the oracle of what verify-parity makes of a file (verify/runtimes/twin.py); it is
+    no artifact, so it has no manifest.
     """
     model = _open(checkpoint)
     plans = plan_model(model, "f32")

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.errors import InputError
-from qalora_export.grid import GroupAffine
 
 
 def row_order(rows: int, heads: int) -> NDArray[np.intp]:
@@ -24,8 +23,3 @@ def row_order(rows: int, heads: int) -> NDArray[np.intp]:
 def hf_order(rows: int, heads: int) -> NDArray[np.intp]:
     """The inverse: hf[i] = gguf[hf_order[i]]."""
     return np.argsort(row_order(rows, heads))
-
-
-def take_rows(matrix: GroupAffine, order: NDArray[np.intp]) -> GroupAffine:
-    """Codes, scale and offset rows in the given order."""
-    return GroupAffine(matrix.codes[order], matrix.scale[order], matrix.offset[order], matrix.bits)

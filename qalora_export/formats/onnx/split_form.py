@@ -98,9 +98,9 @@ def offset_of(
     """The inverse, m = R − z·s. Raises UnsafeInputError when a float16 does not hold it."""
     if remainder is None:
         return implied_offset(scale, zero)
-    product = zero * scale.astype(np.float64)
-    exact = np.where(product == 0, remainder, remainder.astype(np.float64) - product)  # R itself: −0 stays −0
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # a damaged scale or remainder may be infinite; both are refused
+        product = zero * scale.astype(np.float64)
+        exact = np.where(product == 0, remainder, remainder.astype(np.float64) - product)  # R itself: −0 stays −0
         offset = exact.astype(np.float16)
     if not np.array_equal(offset.astype(np.float64), exact, equal_nan=True):
         raise UnsafeInputError("a remainder does not come from a float16 offset", where=where, fix="export it again")

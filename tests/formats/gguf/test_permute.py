@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from qalora_export.errors import InputError
-from qalora_export.formats.gguf.permute import hf_order, row_order, take_rows
+from qalora_export.formats.gguf.permute import hf_order, row_order
+from qalora_export.grid import GroupAffine
 from tests.models import round_to_nearest
 
 
@@ -22,7 +23,8 @@ def test_row_order_is_llama_cpps(rows: int, heads: int) -> None:
 def test_permutation_commutes_with_dequantization() -> None:
     matrix = round_to_nearest(np.random.default_rng(0).normal(size=(64, 128)).astype(np.float32), 4, 32)
     order = row_order(64, 4)
-    np.testing.assert_array_equal(take_rows(matrix, order).dequantize(), matrix.dequantize()[order])
+    moved = GroupAffine(matrix.codes[order], matrix.scale[order], matrix.offset[order], matrix.bits)
+    np.testing.assert_array_equal(moved.dequantize(), matrix.dequantize()[order])
 
 
 def test_odd_heads_are_refused() -> None:

@@ -10,10 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qalora_export.errors import InputError, QaloraError, UnsafeInputError
-from qalora_export.formats.gguf.export import export_gguf
 from qalora_export.formats.gguf.read import read_back
 from qalora_export.formats.gguf.validate import validate_gguf
-from qalora_export.recipe import GgufSettings
+from tests.verify.exports import Exported
 
 
 def text(value: str) -> bytes:
@@ -124,20 +123,18 @@ def test_every_truncation_is_refused(tmp_path_factory: pytest.TempPathFactory, l
 
 
 @pytest.fixture(scope="module")
-def exported(tiny_canonical: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    out = tmp_path_factory.mktemp("fuzz") / "m.gguf"
-    export_gguf(tiny_canonical, out, GgufSettings())
-    return out.read_bytes()
+def content(exported: Exported) -> bytes:
+    return exported.gguf.read_bytes()
 
 
 @settings(max_examples=40, deadline=None)
 @given(position=st.integers(0, 2000), value=st.integers(0, 255), tail=st.booleans())
 def test_a_flipped_byte_gives_an_answer_or_one_of_our_errors(
-    exported: bytes, tmp_path_factory: pytest.TempPathFactory, position: int, value: int, tail: bool
+    content: bytes, tmp_path_factory: pytest.TempPathFactory, position: int, value: int, tail: bool
 ) -> None:
     """Header bytes, and with `tail` the bytes where tensor infos lie: never another exception, never a hang."""
-    damaged = bytearray(exported)
-    start = exported.find(b"token_embd.weight") - 8 if tail else 0
+    damaged = bytearray(content)
+    start = content.find(b"token_embd.weight") - 8 if tail else 0
     damaged[start + position] = value
     path = tmp_path_factory.mktemp("flip") / "f"
     path.write_bytes(damaged)

@@ -26,15 +26,14 @@ from qalora_export.recipe import OnnxSettings
 from qalora_export.safety import sha256_file
 from tests.formats.onnx.helpers import node_types, prefill, proto
 from tests.models import make_tiny_canonical, make_tiny_model
+from tests.verify.exports import Exported
 
 LINEARS, LAYERS = 7, 2
 
 
-@pytest.fixture(scope="module")
-def exported(tiny_canonical: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("onnx") / "onnx"
-    export_onnx(tiny_canonical, out, OnnxSettings())
-    return out
+@pytest.fixture
+def exported(exported: Exported) -> Path:
+    return exported.onnx
 
 
 def test_report_and_files(tiny_canonical: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from qalora_export.verify.bisect.search import bisect
 from qalora_export.verify.bisect.values import ReferenceModel, Suspect, reader_of
 from qalora_export.verify.runtimes.record import Artifact
 from qalora_export.verify.runtimes.twin import write_twin
+from tests.conftest import MadeOnce
 from tests.models.families.small import CONFIGS, make_small
 
 SUSPECT = Suspect("G2", "exact", "prefill", "a sequence", (np.arange(24, dtype=np.int32) * 17) % 300)
@@ -32,13 +33,15 @@ class Line:
 
 
 @pytest.fixture(scope="module", params=sorted(CONFIGS))
-def line(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Line:
-    folder = tmp_path_factory.mktemp("family")
-    made = Line(request.param, folder / "base.qalora", folder / "model.gguf", folder / "onnx")
-    q.quantize(make_small(folder / "model", request.param), made.base, q.QuantizeSettings(method="rtn", bits=4))
-    q.export_gguf(made.base, made.gguf, q.GgufSettings())
-    q.export_onnx(made.base, made.onnx, q.OnnxSettings())
-    return made
+def line(request: pytest.FixtureRequest, made_once: MadeOnce) -> Line:
+    def make(folder: Path) -> None:
+        model, base = make_small(folder / "model", request.param), folder / "base.qalora"
+        q.quantize(model, base, q.QuantizeSettings(method="rtn", bits=4))
+        q.export_gguf(base, folder / "model.gguf", q.GgufSettings())
+        q.export_onnx(base, folder / "onnx", q.OnnxSettings())
+
+    folder = made_once(f"family-{request.param}", make)
+    return Line(request.param, folder / "base.qalora", folder / "model.gguf", folder / "onnx")
 
 
 def test_every_family_has_a_small_model() -> None:

@@ -46,7 +46,6 @@ def verified(exported: Exported, out: Path) -> ParityReport:
     return verify_parity(exported.checkpoint, out, gguf=exported.gguf, launch=FakeRuntimes(exported.checkpoint))
 
 
-@pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize(
     ("measured", "status", "code"),
     [

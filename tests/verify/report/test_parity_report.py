@@ -122,6 +122,7 @@ def page(folder: Path, made_report: ParityReport) -> tuple[str, Links]:
     return text, parser
 
 
+@pytest.mark.pictures
 def test_the_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
     text, parser = page(tmp_path, made())
     assert parser.addresses
@@ -132,7 +133,6 @@ def test_the_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
     assert "url(" not in text and "@import" not in text
 
 
-@pytest.mark.usefixtures("no_plots")
 def test_the_page_has_a_row_for_every_gate_and_runtime(tmp_path: Path) -> None:
     text, _ = page(tmp_path, made())
     assert text.count(">✓ pass</span>") >= 2 * len(RUNTIMES) * len(all_gates())
@@ -140,7 +140,6 @@ def test_the_page_has_a_row_for_every_gate_and_runtime(tmp_path: Path) -> None:
         assert part in text, part
 
 
-@pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize(
     ("status", "word", "code"), [("fail", "FAIL", 1), ("not run", "NOT PROVEN", 3), ("pass", "PASS", 0)]
 )
@@ -152,6 +151,7 @@ def test_the_verdict_is_on_top(status: str, word: str, code: int, tmp_path: Path
     assert f"Exit code {code}." in text
 
 
+@pytest.mark.pictures
 def test_runs_that_gave_nothing_still_make_a_page(tmp_path: Path) -> None:
     empty = made({(g, r): "not run" for g in all_gates() for r in RUNTIMES})
     empty.positions.clear()
@@ -160,12 +160,14 @@ def test_runs_that_gave_nothing_still_make_a_page(tmp_path: Path) -> None:
     assert "NOT PROVEN" in text
 
 
+@pytest.mark.pictures
 def test_nan_positions_are_drawn(tmp_path: Path) -> None:
     clean, _ = page(tmp_path, made())
     broken, _ = page(tmp_path, made(bad=True))
     assert clean != broken
 
 
+@pytest.mark.pictures
 def test_equal_reports_make_equal_pages(tmp_path: Path) -> None:
     assert page(tmp_path, made())[0] == page(tmp_path, made())[0]
 

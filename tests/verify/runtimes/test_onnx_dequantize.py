@@ -68,7 +68,6 @@ def verify(exported: Exported, out: Path) -> ParityReport:
     )
 
 
-@pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize(
     ("body", "words"),
     [

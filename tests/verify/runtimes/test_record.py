@@ -17,7 +17,6 @@ from tests.verify.exports import Exported
 from tests.verify.fakes import FakeRuntimes
 
 
-@pytest.mark.usefixtures("no_plots")
 def test_a_new_runtime_is_verified_like_the_others(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
