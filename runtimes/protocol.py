@@ -38,7 +38,7 @@ TEXT_ANSWER_KEYS = {
     "errors": "one line for each chat that failed",
 }
 MAX_POSITIONS = 1 << 22
-MAX_TEXT_BYTES = 16 << 20
+MAX_TEXT_BYTES = 128 << 20  # a text for each of 262,144 tokens, twice, takes 25 MB
 
 Ids = NDArray[np.int32]
 Logprobs = NDArray[np.float32]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qalora_export.models.families import family_of
-from tests.models import TEXT
+from tests.models.families.tokenizers import save_tokenizer
 
 SIZES: Mapping[str, Any] = {
     "hidden_size": 128,
@@ -19,38 +19,34 @@ SIZES: Mapping[str, Any] = {
     "rms_norm_eps": 1e-5,
     "initializer_range": 0.15,
 }
-# Family name -> Transformers' model type and what its config says beside the sizes.
-CONFIGS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "Llama": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
-    "Mistral": ("mistral", {"head_dim": 48, "sliding_window": None}),
-    "Qwen2": ("qwen2", {"tie_word_embeddings": True}),
-    "Qwen3": ("qwen3", {"head_dim": 48, "tie_word_embeddings": True}),
-    "SmolLM3": ("smollm3", {"num_hidden_layers": 4}),
+WINDOWS = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64}  # shorter than the probe sequences
+# Family name -> Transformers' model type, form of its real tokenizer, and what its config says beside the sizes.
+CONFIGS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
+    "Llama": ("llama", "Llama 3", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
+    "Mistral": ("mistral", "SentencePiece", {"head_dim": 48, "sliding_window": None}),
+    "Qwen2": ("qwen2", "Qwen", {"tie_word_embeddings": True}),
+    "Qwen3": ("qwen3", "Qwen", {"head_dim": 48, "tie_word_embeddings": True}),
+    "SmolLM3": ("smollm3", "Llama 3", {"num_hidden_layers": 4}),
     "Granite": (
         "granite",
+        "StarCoder",
         {"embedding_multiplier": 12.0, "attention_multiplier": 0.1, "residual_multiplier": 0.22, "logits_scaling": 0.5},
     ),
-    "OLMo-2": ("olmo2", {}),
-    "Gemma 2": ("gemma2", {"num_hidden_layers": 4, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64}),
-    "Gemma 3": (
-        "gemma3_text",
-        {"num_hidden_layers": 6, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64},
-    ),
-    "Phi-3": ("phi3", {"sliding_window": None}),
+    "OLMo-2": ("olmo2", "cl100k", {}),
+    "Gemma 2": ("gemma2", "Gemma", {"num_hidden_layers": 4, **WINDOWS}),
+    "Gemma 3": ("gemma3_text", "Gemma", {"num_hidden_layers": 6, **WINDOWS}),
+    "Phi-3": ("phi3", "SentencePiece", {"sliding_window": None}),
 }
 
 
 def make_small(path: Path, family: str, **overrides: object) -> Path:
-    """Random weights in fp16, norms around 1, biases that matter, a byte-level BPE tokenizer of 512 tokens at most."""
+    """Random weights in fp16, norms around 1, biases that matter, a small tokenizer of the family's form."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from samples.base.make_base import train_tokenizer
-
-    tokenizer = train_tokenizer([TEXT], vocab_size=512)
-    model_type, own = CONFIGS[family]
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **SIZES, **own, **ids, **overrides})
+    model_type, form, own = CONFIGS[family]
+    tokens = save_tokenizer(form, path)
+    config = AutoConfig.for_model(model_type, **{**SIZES, **own, **tokens, **overrides})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -61,5 +57,4 @@ def make_small(path: Path, family: str, **overrides: object) -> Path:
             if name.endswith("bias"):
                 parameter.uniform_(-0.5, 0.5)
     model.to(torch.float16).save_pretrained(path)
-    tokenizer.save_pretrained(path)
     return path

@@ -20,6 +20,7 @@ from qalora_export.verify.runtimes.record import Artifact
 from qalora_export.verify.runtimes.twin import write_twin
 from tests.conftest import MadeOnce
 from tests.models.families.small import CONFIGS, make_small
+from tests.models.families.tokenizers import GENAI_DIFFERS
 
 SUSPECT = Suspect("G2", "exact", "prefill", "a sequence", (np.arange(24, dtype=np.int32) * 17) % 300)
 
@@ -53,7 +54,9 @@ def test_every_gate_passes_on_every_runtime(line: Line, tmp_path: Path) -> None:
     report = q.verify_parity(line.base, tmp_path / "report", settings, gguf=line.gguf, onnx=line.onnx)
     gates = {(entry.gate, entry.runtime): entry.status for entry in report.entries}
     assert len(gates) == 18
-    assert {key for key, status in gates.items() if status != "pass"} == set()
+    form = CONFIGS[line.family][1]
+    by_design = {("G5", "onnxruntime-genai")} if form in GENAI_DIFFERS else set()
+    assert {key for key, status in gates.items() if status != "pass"} == by_design
 
 
 @pytest.mark.parametrize("kind", ["gguf", "onnx"])
