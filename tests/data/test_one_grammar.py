@@ -12,7 +12,7 @@ from qalora_export.data.calibration import calibration_windows
 from qalora_export.data.prompts import read_prompts, token_ids
 from qalora_export.data.rendering import plain_ids
 from qalora_export.data.samples import load_samples
-from qalora_export.evaluation import read_prompts as read_questions
+from qalora_export.evaluation import questions as read_questions
 from qalora_export.models.loading import load_tokenizer
 from qalora_export.recipe import EvaluateSettings
 from tests.data.files import write
