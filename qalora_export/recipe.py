@@ -117,9 +117,14 @@ class EvaluateSettings(Settings):
 
 
 class GgufSettings(Settings):
-    """layout "q4_1": one self-contained file; "split": Q4_0 base and an exact offset adapter."""
+    """layout "q4_1": one self-contained file; "split": Q4_0 base and an exact offset adapter.
+
+    allow_text_differences: export a tokenizer of which llama.cpp has the nearest form only (o200k, Tekken); the file,
+    its manifest and the report of verify-parity say so.
+    """
 
     layout: Literal["q4_1", "split"] = "q4_1"
+    allow_text_differences: bool = False
 
 
 class OnnxSettings(Settings):

@@ -27,6 +27,11 @@ def command(
     adapter: Path | None = typer.Option(
         None, help="Write only this trained adapter, as a llama.cpp LoRA over the exported base CHECKPOINT."
     ),
+    allow_text_differences: bool = typer.Option(
+        False,
+        "--allow-text-differences",
+        help="Export a tokenizer that llama.cpp knows in its nearest form only (o200k, Tekken).",
+    ),
     force: bool = typer.Option(False, "--force", help="Replace the output if it exists."),
 ) -> None:
     """Write the checkpoint's own codes, scales and offsets as GGUF for llama.cpp.
@@ -67,7 +72,8 @@ def command(
     from qalora_export.formats.gguf.export import export_gguf
     from qalora_export.recipe import GgufSettings
 
-    report = export_gguf(checkpoint, out, GgufSettings(layout=layout.value), force=force)
+    settings = GgufSettings(layout=layout.value, allow_text_differences=allow_text_differences)
+    report = export_gguf(checkpoint, out, settings, force=force)
     console.print(_table(report))
     for note in report.notes:
         console.print(note)

@@ -11,6 +11,7 @@ import pytest
 
 from qalora_export.errors import InputError
 from qalora_export.formats.gguf.file import GgufFile
+from qalora_export.formats.gguf.tokenizer.byte_level import TEXT_DIFFERENCES
 from qalora_export.formats.gguf.tokenizer.fields import name_for_llama_cpp, tokenizer_entries
 from qalora_export.formats.gguf.tokenizer.from_gguf import tokenizer_files_from_gguf
 from qalora_export.formats.gguf.tokenizer.reading import LlamaCppReading, shows_the_difference
@@ -91,6 +92,23 @@ def test_llama_cpp_gives_the_ids_of_hugging_face(case: Case, tmp_path: Path) -> 
     }
     assert not unexplained, list(unexplained.items())[:3]
     assert {shows_the_difference(raw, text) for text in differing} == set(case.differs)
+
+
+@pytest.mark.parametrize(("name", "pre"), [("gpt4o", "gpt-4o"), ("mistral_nemo", "tekken")])
+def test_accepted_differences_are_those_of_llama_cpps_nearest_form(name: str, pre: str, tmp_path: Path) -> None:
+    folder = tokenizer_folder(name, tmp_path / "hf")
+    rows = rows_of(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
+    entries = tokenizer_entries(folder, {"vocab_size": rows}, allow_text_differences=True)
+    fields = {entry.key: entry.value for entry in entries}
+    assert fields["tokenizer.ggml.pre"] == pre
+    assert TEXT_DIFFERENCES in fields
+    tokenizer, texts = load_tokenizer(folder), corpus(folder)
+    reader = LlamaCppReading(json.loads(tokenizer.backend_tokenizer.to_str()))
+    found = llama_ids(write_vocabulary(tmp_path / "v.gguf", entries), texts)
+    assert found == [reader.ids(text) for text in texts]
+    differing = [text for text, ids in zip(texts, found, strict=True) if ids != tokenizer(text)["input_ids"]]
+    assert any("हिन्दी" in text for text in differing)
+    assert len(differing) < len(texts) / 2
 
 
 def test_two_names_for_one_id_are_refused_with_the_remedy(tmp_path: Path) -> None:

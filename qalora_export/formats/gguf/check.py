@@ -27,7 +27,7 @@ def check_gguf(forecast: Forecast, settings: GgufSettings, trained: Collection[s
     """
     family = family_of(forecast.config)
     architecture(family, forecast.config)
-    tokenizer_entries(forecast.path, forecast.config)
+    tokenizer_entries(forecast.path, forecast.config, allow_text_differences=settings.allow_text_differences)
     check_tied_head(forecast.folder)
     names, size = NameMap(family.gguf_arch, forecast.config["num_hidden_layers"]), 0
     optional = FolderContents(forecast.folder).optional

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
@@ -17,6 +18,7 @@ from qalora_export.formats.gguf.metadata import Entry, architecture, general
 from qalora_export.formats.gguf.read import MODULES_KEY, read_back
 from qalora_export.formats.gguf.split import adapter_entries, adapter_path, plan_remainders
 from qalora_export.formats.gguf.tensor_table import TensorPlan, plan_model, prevailing_type
+from qalora_export.formats.gguf.tokenizer.byte_level import TEXT_DIFFERENCES
 from qalora_export.formats.gguf.tokenizer.fields import name_for_llama_cpp, tokenizer_entries
 from qalora_export.formats.gguf.writer import write_gguf
 from qalora_export.formats.streaming import finished
@@ -51,7 +53,7 @@ def _export(checkpoint: Path, out: Path, settings: GgufSettings, *, force: bool)
     model = _open(checkpoint)
     plans = plan_model(model, settings.layout)
     remainders = plan_remainders(model) if settings.layout == "split" else []
-    entries = _entries(model, plans, settings.layout)
+    entries = _entries(model, plans, settings.layout, allow_text_differences=settings.allow_text_differences)
     arch = family_of(model.config).gguf_arch
     with contextlib.ExitStack() as stack:  # renamed in reverse order: adapter, model, manifest
         manifest = stack.enter_context(atomic_file(sidecar_path(out), force=force))
@@ -72,7 +74,8 @@ def _export(checkpoint: Path, out: Path, settings: GgufSettings, *, force: bool)
         if adapter is None and adapter_path(out).name in files_of(sidecar_path(out)):
             # The model that is being replaced had this adapter; it would be wrong over the new one.
             adapter_path(out).unlink(missing_ok=True)
-    return _report((*(out.with_name(name) for name in files), sidecar_path(out)), plans, found)
+    accepted = [f"{entry.value}: some texts get other ids" for entry in entries if entry.key == TEXT_DIFFERENCES]
+    return _report((*(out.with_name(name) for name in files), sidecar_path(out)), plans, found, accepted)
 
 
 def export_f32_twin(checkpoint: Path, out: Path, *, force: bool = False) -> ExportReport:
@@ -105,13 +108,15 @@ def provenance(model: CanonicalCheckpoint, layout: str) -> list[Entry]:
     ]
 
 
-def _entries(model: CanonicalCheckpoint, plans: list[TensorPlan], layout: str) -> list[Entry]:
+def _entries(
+    model: CanonicalCheckpoint, plans: list[TensorPlan], layout: str, *, allow_text_differences: bool = False
+) -> list[Entry]:
     return [
         *general(
             name=name_for_llama_cpp(model.path.resolve().name, model.path), file_type=prevailing_type(plans).file_type
         ),
         *architecture(family_of(model.config), model.config),
-        *tokenizer_entries(model.path, model.config),
+        *tokenizer_entries(model.path, model.config, allow_text_differences=allow_text_differences),
         *provenance(model, layout),
     ]
 
@@ -133,7 +138,9 @@ def _checked(found: Comparison, out: Path) -> Comparison:
     return found
 
 
-def _report(files: tuple[Path, ...], plans: list[TensorPlan], found: Comparison) -> ExportReport:
+def _report(
+    files: tuple[Path, ...], plans: list[TensorPlan], found: Comparison, accepted: Iterable[str] = ()
+) -> ExportReport:
     adapters = [path.name for path in files if path == adapter_path(files[0])]
     return ExportReport(
         files=files,
@@ -141,5 +148,5 @@ def _report(files: tuple[Path, ...], plans: list[TensorPlan], found: Comparison)
         bytes=sum(path.stat().st_size for path in files),
         compared=found.values,
         differing=found.total,
-        notes=tuple(f"load {files[0].name} together with the LoRA adapter {name}" for name in adapters),
+        notes=(*(f"load {files[0].name} together with the LoRA adapter {name}" for name in adapters), *accepted),
     )

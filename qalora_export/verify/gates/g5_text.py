@@ -46,18 +46,25 @@ def text(target: Target) -> Entry:
         answers = session.runs.text_answers(runtime.name, target.shipped)
     else:
         answers = folder_answers(target.artifact, session.probes)
-    expected = expected_answers(session.expected_text, runtime.habits)
+    accepted = runtime.text_differences_accepted(target.artifact)
+    expected = expected_answers(session.expected_text, runtime.habits, accepted=accepted)
     return text_entry(runtime.name, session.probes, expected, answers)
 
 
-def expected_answers(expected: dict[str, Any], habits: TextHabits) -> dict[str, Any]:
-    """What a runtime with these habits must answer; `expected` is folder_answers of the checkpoint."""
+def expected_answers(expected: dict[str, Any], habits: TextHabits, *, accepted: bool = False) -> dict[str, Any]:
+    """What a runtime with these habits must answer; `expected` is folder_answers of the checkpoint.
+
+    accepted: whether the artifact was exported with differences that its user accepted.
+    """
+    by_design = expected["by_design"] if habits.reads_gguf else {}
+    if accepted:
+        by_design = {kind: found | by_design.get(kind, {}) for kind, found in expected["by_permission"].items()}
     cut = expected["bos"] if habits.cuts_bos else ""
     return {
         "texts": expected["texts" if habits.adds_specials else "plain_texts"],
         "rendered": [text.removeprefix(cut) for text in expected["rendered"]],
         "rendered_ids": expected["rendered_ids"],
-        "by_design": expected["by_design"] if habits.reads_gguf else {},
+        "by_design": by_design,
         "tolerated": dict.fromkeys(expected["with_tools"], REWRITTEN) if habits.rewrites_tools else {},
     }
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from qalora_runtimes.protocol import conversation
 
+from qalora_export.formats.gguf.tokenizer.nearest import nearest_name
 from qalora_export.formats.gguf.tokenizer.reading import LlamaCppReading, shows_the_difference
 from qalora_export.models.loading import load_tokenizer
 from qalora_export.verify.probes.probe_set import ProbeSet, rendered
@@ -21,7 +22,8 @@ def folder_answers(folder: Path, probes: ProbeSet) -> dict[str, Any]:
     conversation as a string that ends with the generation prompt; rendered_ids: its ids, nothing added; bos: BOS text
     where the tokenizer puts it before a text, else "";
     with_tools: indices of the conversations with tools;
-    by_design: kind → {index: (ids, reason)} where llama.cpp answers otherwise because GGUF cannot say it.
+    by_design: kind → {index: (ids, reason)} where llama.cpp answers otherwise because GGUF cannot say it;
+    by_permission: the same where the export was told to accept llama.cpp's nearest pre-tokenizer.
     """
     tokenizer = load_tokenizer(folder)
     conversations = [rendered(tokenizer, chat) for chat in probes.chats]
@@ -36,21 +38,26 @@ def folder_answers(folder: Path, probes: ProbeSet) -> dict[str, Any]:
         "rendered_ids": [ids(text, special=False) for text in conversations],
         "bos": tokenizer.bos_token if tokenizer.bos_token_id in ids("", special=True) else "",
         "with_tools": [index for index, chat in enumerate(probes.chats) if "tools" in conversation(chat)],
-        "by_design": _by_design(tokenizer, {"texts": probes.texts, "rendered_ids": conversations}),
+        **_by_design(tokenizer, {"texts": probes.texts, "rendered_ids": conversations}),
     }
 
 
-def _by_design(tokenizer: Any, asked: Mapping[str, Sequence[str]]) -> dict[str, dict[int, tuple[list[int], str]]]:
+def _by_design(tokenizer: Any, asked: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     raw = json.loads(tokenizer.backend_tokenizer.to_str())
     reasons = {kind: [shows_the_difference(raw, text) for text in texts] for kind, texts in asked.items()}
-    if not any(reason for found in reasons.values() for reason in found):
-        return {kind: {} for kind in asked}
-    reader = LlamaCppReading(raw)
-    return {
-        kind: {
+    near = nearest_name(raw)
+    if near is None and not any(reason for found in reasons.values() for reason in found):
+        return {"by_design": {}, "by_permission": {}}
+    reader, cuts = LlamaCppReading(raw), f"words are cut as llama.cpp's {near} cuts them, which was accepted"
+
+    def answers(kind: str, reasons: Sequence[str | None]) -> dict[int, tuple[list[int], str]]:
+        return {
             index: (reader.ids(asked[kind][index], special=kind == "texts"), reason)
-            for index, reason in enumerate(found)
+            for index, reason in enumerate(reasons)
             if reason
         }
-        for kind, found in reasons.items()
+
+    return {
+        "by_design": {kind: answers(kind, found) for kind, found in reasons.items()},
+        "by_permission": {kind: answers(kind, [near and cuts] * len(texts)) for kind, texts in asked.items()},
     }

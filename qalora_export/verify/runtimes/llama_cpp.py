@@ -15,6 +15,7 @@ from qalora_export.formats.contents import EMBEDDING, HEAD
 from qalora_export.formats.gguf.file import GgufFile
 from qalora_export.formats.gguf.read import GgufContents, read_back, runtime_dequantized
 from qalora_export.formats.gguf.split import adapter_path
+from qalora_export.formats.gguf.tokenizer.byte_level import TEXT_DIFFERENCES
 from qalora_export.formats.gguf.tokenizer.sentencepiece import NEVER_JOINED
 from qalora_export.formats.gguf.tokenizer.unigram import UNUSED_SCORE
 from qalora_export.formats.gguf.types import PLAIN_TYPES
@@ -70,7 +71,13 @@ class LlamaCpp(RuntimeRecord):
         return None if types.get(HEAD, types.get(EMBEDDING)) in PLAIN_TYPES else self.int8_block
 
     def export_settings(self, artifact: Path) -> GgufSettings:
-        return GgufSettings(layout=self.read_back(artifact).metadata.get("qalora.layout", "q4_1"))
+        return GgufSettings(
+            layout=self.read_back(artifact).metadata.get("qalora.layout", "q4_1"),
+            allow_text_differences=self.text_differences_accepted(artifact),
+        )
+
+    def text_differences_accepted(self, artifact: Path) -> bool:
+        return TEXT_DIFFERENCES in GgufFile(artifact).fields
 
     def export(self, checkpoint: Path, workdir: Path, settings: GgufSettings) -> Artifact:
         from qalora_export.formats.gguf.export import export_gguf

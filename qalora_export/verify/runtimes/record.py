@@ -107,6 +107,10 @@ class RuntimeRecord(ABC):
         """
         return None
 
+    def text_differences_accepted(self, artifact: Path) -> bool:
+        """Gate G5: whether the artifact says that it was exported with differences in its tokenizer."""
+        return False
+
     @abstractmethod
     def export_settings(self, artifact: Path) -> Any:
         """The settings that `artifact` was exported with, as far as they change its kernels."""

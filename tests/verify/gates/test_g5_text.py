@@ -13,13 +13,17 @@ import pytest
 from qalora_runtimes.launch import run_runner
 from qalora_runtimes.protocol import TextRequest, make_job
 
+from qalora_export.errors import InputError
 from qalora_export.formats.gguf.export import export_gguf
+from qalora_export.formats.gguf.tokenizer.fields import tokenizer_entries
+from qalora_export.formats.gguf.tokenizer.pretokenizer import O200K
 from qalora_export.verify.gates.g5_text import expected_answers, text_entry
 from qalora_export.verify.probes.probe_set import ProbeSet
 from qalora_export.verify.probes.text import CHATS, TOOL_CHATS
 from qalora_export.verify.reference.text import folder_answers
 from qalora_export.verify.runtimes.record import TextHabits, all_runtimes
-from tests.formats.gguf.tokenizer.synthetic import byte_level
+from tests.formats.gguf.llama_vocab import llama_ids
+from tests.formats.gguf.tokenizer.synthetic import byte_level, with_bos, write_vocabulary
 from tests.models import make_tiny_canonical
 
 GGUF = TextHabits(reads_gguf=True)
@@ -116,7 +120,7 @@ def test_conversations_have_the_bos_that_transformers_gives_them(
 
 def test_a_runtime_that_rewrites_tools_is_warned_about_and_nothing_else_is_excused() -> None:
     right = {"texts": [], "plain_texts": [], "rendered": ["a", "b"], "rendered_ids": [[1], [2]], "bos": ""}
-    right |= {"by_design": {}, "with_tools": [1]}
+    right |= {"by_design": {}, "by_permission": {}, "with_tools": [1]}
     probes = replace(PROBES, texts=(), chats=(CHATS[0], TOOL_CHATS[0]))
 
     def status(habits: TextHabits, **answers: Any) -> Any:
@@ -130,3 +134,29 @@ def test_a_runtime_that_rewrites_tools_is_warned_about_and_nothing_else_is_excus
     assert status(rewrites, rendered=["a", None], rendered_ids=[[1], None]).status == "fail"
     assert status(rewrites, rendered=["a", "b"], rendered_ids=[[1], [3]]).status == "fail"
     assert status(TextHabits(), rendered=["a", "other"], rendered_ids=[[1], [3]]).status == "fail"
+
+
+def test_words_cut_elsewhere_pass_only_where_the_user_accepted_them(tmp_path: Path, tiny_model: Path) -> None:
+    """o200k: refused by the export, or exported with a note in the file; then G5 holds llama.cpp to its own form."""
+    source = shutil.copytree(tiny_model, tmp_path / "hf")
+    raw = byte_level((O200K,))
+    (source / "tokenizer.json").write_text(json.dumps(with_bos(raw, "<s>")))
+    special = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (source / "tokenizer_config.json").write_text(json.dumps(special))
+    (source / "chat_template.jinja").unlink()
+    with pytest.raises(InputError, match="--allow-text-differences"):
+        tokenizer_entries(source, {"vocab_size": 1024})
+    entries = tokenizer_entries(source, {"vocab_size": 1024}, allow_text_differences=True)
+    vocabulary = write_vocabulary(tmp_path / "v.gguf", entries)
+    assert all_runtimes()["llama.cpp"].text_differences_accepted(vocabulary)
+
+    probes = replace(PROBES, texts=("plain words", "NA\u0303O ÉCOLE สวัสดี हिन्दी"))
+    answers = folder_answers(source, probes)
+    found = {"texts": llama_ids(vocabulary, probes.texts), "rendered": [], "rendered_ids": []}
+    assert found["texts"][0] == answers["texts"][0]
+    accepted = text_entry("llama.cpp", probes, expected_answers(answers, GGUF, accepted=True), found)
+    assert accepted.status == "pass"
+    assert "cut as llama.cpp's gpt-4o cuts them" in accepted.detail
+    assert text_entry("llama.cpp", probes, expected_answers(answers, GGUF), found).status == "fail"
+    found["texts"][1] = found["texts"][1][::-1]
+    assert text_entry("llama.cpp", probes, expected_answers(answers, GGUF, accepted=True), found).status == "fail"

@@ -13,7 +13,7 @@ from typing import Any
 
 from qalora_export.errors import InputError
 from qalora_export.formats.gguf.metadata import Entry
-from qalora_export.formats.gguf.tokenizer.nearest import nearest
+from qalora_export.formats.gguf.tokenizer.nearest import nearest_name, require_same_cuts
 from qalora_export.formats.gguf.tokenizer.pretokenizer import NAMED, identify
 from qalora_export.formats.gguf.tokenizer.vocabulary import Vocabulary, merge_rules, numbered, padded, token_types
 
@@ -33,8 +33,15 @@ NORMALIZERS = (
 )
 
 
-def byte_level_vocabulary(raw: Mapping[str, Any], rows: int) -> Vocabulary:
-    """Tokens, types and merges of a parsed tokenizer.json; `rows`: rows of the embedding matrix."""
+# Beside a pre-tokenizer that is not quite the checkpoint's, and was accepted.
+TEXT_DIFFERENCES = "qalora.text_differences"
+
+
+def byte_level_vocabulary(raw: Mapping[str, Any], rows: int, *, allow_differences: bool = False) -> Vocabulary:
+    """Tokens, types and merges of a parsed tokenizer.json; `rows`: rows of the embedding matrix.
+
+    allow_differences: take the nearest form of the pre-tokenizer, and say so in the file.
+    """
     model, added = raw["model"], raw.get("added_tokens") or []
     for option, off in NEUTRAL.items():
         if model.get(option) not in off:
@@ -51,17 +58,24 @@ def byte_level_vocabulary(raw: Mapping[str, Any], rows: int) -> Vocabulary:
         )
     tokens = numbered(model["vocab"], added, rows)
     merges = [" ".join(pair) for pair in merge_rules(model.get("merges"), model["vocab"])]
+    pre, accepted = _pre_tokenizer(raw, allow_differences)
     return Vocabulary(
         "gpt2",
-        _pre_tokenizer(raw),
+        pre,
         padded(tokens, rows),
         token_types(tokens, added, rows, model.get("unk_token")),
-        [Entry("tokenizer.ggml.merges", "array", merges)],
+        [Entry("tokenizer.ggml.merges", "array", merges), *accepted],
     )
 
 
-def _pre_tokenizer(raw: Mapping[str, Any]) -> str:
-    found = identify(raw) or nearest(raw)
+def _pre_tokenizer(raw: Mapping[str, Any], allow_differences: bool) -> tuple[str, list[Entry]]:
+    """llama.cpp's name, and what the file says of it."""
+    found = identify(raw)
+    if found is None and (near := nearest_name(raw)) is not None:
+        if allow_differences:
+            return near, [Entry(TEXT_DIFFERENCES, "string", f"words are cut as llama.cpp's {near} cuts them")]
+        require_same_cuts(raw, near)
+        found = near
     if found is None:
         shown = json.dumps(raw.get("pre_tokenizer"), ensure_ascii=False)[:400]
         raise InputError(
@@ -71,4 +85,4 @@ def _pre_tokenizer(raw: Mapping[str, Any]) -> str:
             f"known: {', '.join(sorted(NAMED))}",
             fix="add the expression to formats/gguf/tokenizer/pretokenizer.py together with a test against llama.cpp",
         )
-    return found
+    return found, []

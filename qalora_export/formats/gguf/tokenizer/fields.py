@@ -22,22 +22,27 @@ from qalora_export.formats.gguf.tokenizer.vocabulary import Vocabulary, strips_s
 from qalora_export.safety import inside, read_json
 
 
-def tokenizer_entries(folder: Path, config: Mapping[str, Any]) -> list[Entry]:
-    """tokenizer.* entries of the model in `folder`. Raises InputError for anything llama.cpp would do differently."""
+def tokenizer_entries(folder: Path, config: Mapping[str, Any], *, allow_text_differences: bool = False) -> list[Entry]:
+    """tokenizer.* entries of the model in `folder`. Raises InputError for anything llama.cpp would do differently.
+
+    allow_text_differences: but for words that llama.cpp cuts elsewhere; another entry says so then.
+    """
     raw, settings = _read(folder)
     with _well_formed(folder):
-        words = vocabulary(raw, config["vocab_size"])
+        words = vocabulary(raw, config["vocab_size"], allow_differences=allow_text_differences)
         special = special_tokens(folder, raw, settings, {token: index for index, token in enumerate(words.tokens)})
     return words.entries() + _special_entries(special) + chat_template_entries(folder, settings)
 
 
-def vocabulary(raw: Mapping[str, Any], rows: int) -> Vocabulary:
+def vocabulary(raw: Mapping[str, Any], rows: int, *, allow_differences: bool = False) -> Vocabulary:
     """The vocabulary of a parsed tokenizer.json as llama.cpp's type of it; `rows`: rows of the embedding matrix."""
     given = raw.get("model")
     model: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
     kind = model.get("type")
     if kind == "BPE" and isinstance(model["vocab"], Mapping):
-        return sentencepiece_vocabulary(raw, rows) if model.get("byte_fallback") else byte_level_vocabulary(raw, rows)
+        if model.get("byte_fallback"):
+            return sentencepiece_vocabulary(raw, rows)
+        return byte_level_vocabulary(raw, rows, allow_differences=allow_differences)
     if kind == "Unigram":
         return unigram_vocabulary(raw, rows)
     raise InputError(

@@ -23,12 +23,14 @@ NEAREST: dict[tuple[tuple[str, ...], bool], str] = {
 }
 
 
-def nearest(tokenizer: Mapping[str, Any]) -> str | None:
-    """The name, None for other pre-tokenizers. Raises InputError with the shortest token that llama.cpp would cut."""
+def nearest_name(tokenizer: Mapping[str, Any]) -> str | None:
+    """llama.cpp's name of the nearest form of this pre-tokenizer; None where it has the same form, or none."""
     splits = canonical_splits(tokenizer.get("pre_tokenizer"))
-    name = NEAREST.get((splits or (), bool(tokenizer["model"].get("ignore_merges", False))))
-    if name is None:
-        return None
+    return NEAREST.get((splits or (), bool(tokenizer["model"].get("ignore_merges", False))))
+
+
+def require_same_cuts(tokenizer: Mapping[str, Any], name: str) -> None:
+    """Raises InputError with the shortest token that llama.cpp's form of that name would cut."""
     cut = min(_cut_differently(tokenizer, byte_level_json(NAMED[name].splits)), key=len, default=None)
     if cut is not None:
         raise InputError(
@@ -36,9 +38,9 @@ def nearest(tokenizer: Mapping[str, Any]) -> str | None:
             where="tokenizer.json: pre_tokenizer",
             why=f"it has this expression only as {name!r}, where letters beyond ASCII have no case and combining marks "
             "end a word",
-            fix="export to ONNX, whose runtimes read tokenizer.json itself",
+            fix="export to ONNX, whose runtimes read tokenizer.json itself; or accept other ids for such words with "
+            "--allow-text-differences",
         )
-    return name
 
 
 def _cut_differently(tokenizer: Mapping[str, Any], pre_tokenizer: dict[str, Any]) -> Iterator[str]:

@@ -16,6 +16,8 @@ from typing import Any
 
 from qalora_export.errors import refused_by
 from qalora_export.formats.gguf.tokenizer.alphabet import byte_alphabet
+from qalora_export.formats.gguf.tokenizer.nearest import nearest_name
+from qalora_export.formats.gguf.tokenizer.pretokenizer import NAMED, byte_level_json
 from qalora_export.formats.gguf.tokenizer.token_types import ENDS, FILL_IN
 
 
@@ -36,7 +38,7 @@ class LlamaCppReading:
 
 
 def _as_llama_cpp_reads(tokenizer: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """tokenizer.json without NFC and tokens with NUL, and with the control tokens that llama.cpp sees in it.
+    """tokenizer.json without NFC and tokens with NUL, with llama.cpp's nearest pre-tokenizer and its control tokens.
 
     Bytes without a token get one, numbered from `rows` on.
     """
@@ -49,7 +51,9 @@ def _as_llama_cpp_reads(tokenizer: Mapping[str, Any], rows: int) -> dict[str, An
     taken = [{"id": ids[text], "content": text, **plain, "special": True} for text in taken_for_control(tokenizer)]
     added = sorted([*_added(tokenizer), *taken], key=lambda item: int(item["id"]))
     normalizer = None if _is_nfc(tokenizer) else tokenizer["normalizer"]
-    return {**tokenizer, "added_tokens": added, "normalizer": normalizer, "model": model}
+    near = nearest_name(tokenizer)
+    words = tokenizer.get("pre_tokenizer") if near is None else byte_level_json(NAMED[near].splits)
+    return {**tokenizer, "added_tokens": added, "normalizer": normalizer, "pre_tokenizer": words, "model": model}
 
 
 def taken_for_control(tokenizer: Mapping[str, Any]) -> list[str]:
