@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from qalora_export.errors import InputError
+from qalora_export.errors import InputError, UnsafeInputError
+from qalora_export.safety.confined import Confined, FailedError, OutOfBoundsError
 from qalora_export.safety.paths import local_path
 from qalora_export.safety.regular import regular_file
 
@@ -21,6 +22,7 @@ GroupSize = Literal[32, 64, 128]
 Positive = Annotated[int, Field(gt=0)]
 
 
+MAX_RECIPE_BYTES = 2**20
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}(?<!\.gguf)")  # owner/name
 
 
@@ -182,12 +184,10 @@ class Recipe(Settings):
 def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
     """Read a TOML recipe; `overrides` maps dotted keys ("train.rank") to values and beats the file.
 
-    Relative paths in the recipe are relative to the recipe's own folder. Raises InputError with "did you mean".
+    Relative paths in the recipe are relative to the recipe's own folder. Raises InputError with "did you mean",
+    UnsafeInputError for a file that is no recipe by its size or takes too long to parse.
     """
-    try:
-        raw = tomllib.loads(regular_file(path, "recipe").read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError("the recipe is not valid TOML", where=path, why=str(error)) from error
+    raw = _parsed(regular_file(path, "recipe"))
     _resolve_paths(raw, path.parent)
     for dotted, value in (overrides or {}).items():
         *tables, leaf = dotted.split(".")
@@ -200,11 +200,33 @@ def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
     return validated(Recipe, raw, where=path)
 
 
+def _parsed(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Parsed in a confined process: a key of many dots takes memory by their square."""
+    if path.stat().st_size > MAX_RECIPE_BYTES:
+        raise UnsafeInputError(f"the recipe is larger than {MAX_RECIPE_BYTES:,} bytes", where=path)
+    try:
+        raw: dict[str, Any] = Confined(_tables)(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise InputError("the recipe is not valid TOML", where=path, why=str(error)) from error
+    except FailedError as error:
+        raise InputError("the recipe is not valid TOML", where=path, why=str(error)) from error
+    except OutOfBoundsError as error:
+        raise UnsafeInputError("the recipe cannot be parsed", where=path, why=str(error)) from error
+    return raw
+
+
+def _tables(text: str) -> Any:
+    # TOML's dates become strings, which no setting takes.
+    return json.loads(json.dumps(tomllib.loads(text), default=str))
+
+
 def validated(model: type[SettingsT], raw: dict[str, Any], *, where: object) -> SettingsT:
     """Validate a table of settings; one InputError naming every offending key."""
     try:
-        # JSON mode: lists become tuples, numbers stay strict; TOML's dates become strings, which no setting takes.
+        # JSON mode: lists become tuples, numbers stay strict.
         return model.model_validate_json(json.dumps(raw, default=str))
+    except RecursionError as error:
+        raise InputError("settings nest too deeply", where=where) from error
     except ValidationError as error:
         problems = [_explain(model, item) for item in error.errors()]
         raise InputError("settings are not valid", where=where, why="; ".join(problems)) from error

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from qalora_export.errors import InputError
+from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.recipe import dump_toml, load_recipe
 
 MINIMAL = 'model = "m"\nout = "o"\n'
@@ -72,3 +72,30 @@ def test_the_sample_recipe_is_valid() -> None:
     assert recipe.evaluate is not None
     assert recipe.verify.runtimes is not None
     assert len(recipe.verify.runtimes) == 3
+
+
+DEEP = {
+    "lists": "x = " + "[" * 3000 + "]" * 3000,
+    "tables": "x = " + "{a=" * 900 + "1" + "}" * 900,
+    "dotted key": ".".join("a" * 2000) + " = 1",
+    "dotted header": "[" + ".".join("a" * 900) + "]\nb = 1",
+    "long number": "x = " + "9" * 5000,
+    "key without end": ".".join("a" * 60_000) + " = 1",
+}
+
+
+@pytest.mark.parametrize("case", DEEP)
+def test_a_recipe_that_no_parser_likes_is_refused(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qalora_export.safety.confined.SECONDS", 0.5)
+    monkeypatch.setattr("qalora_export.safety.confined.PER_SECOND", 10**6)
+    with pytest.raises((InputError, UnsafeInputError)):
+        load_recipe(_write(tmp_path, MINIMAL + DEEP[case] + "\n"))
+
+
+def test_a_huge_file_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(UnsafeInputError, match="larger than"):
+        load_recipe(_write(tmp_path, MINIMAL + "# " + "x" * 2**20))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path: Path) -> None:
+    assert load_recipe(_write(tmp_path, "\ufeff" + MINIMAL)).out == str(tmp_path / "o")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from qalora_runtimes.process import PATIENCE
 
 from qalora_export.console import next_command
 
@@ -32,6 +34,14 @@ def command(
     max_length: Annotated[int | None, typer.Option(help="Longest sequence, in tokens.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of every runtime and of PyTorch.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the probe set.")] = None,
+    patience: Annotated[
+        float | None,
+        typer.Option(
+            envvar=PATIENCE,
+            metavar="SECONDS",
+            help="Longest silence of a runtime before it is ended. Default: 300, and what loading and a prompt need.",
+        ),
+    ] = None,
     no_bisect: Annotated[
         bool, typer.Option("--no-bisect", help="Do not look for the first layer that diverges when logits fail.")
     ] = False,
@@ -60,6 +70,8 @@ def command(
     from qalora_export.recipe import VerifySettings, validated
     from qalora_export.verify.stage import verify_parity
 
+    if patience is not None:
+        os.environ[PATIENCE] = str(patience)  # where whoever starts a runner looks
     given: dict[str, Any] = {
         "runtimes": runtime or None,
         "prompts": str(prompts) if prompts else None,

@@ -11,6 +11,7 @@ from qalora_export.errors import InputError, refused_by
 from qalora_export.models.templates import BoundedTemplate
 from qalora_export.models.tokenizers import FILE, Bounds, bind, bounds_of
 from qalora_export.safety import StrPath
+from qalora_export.safety.limits import byte_order_mark
 
 
 def load_model(folder: StrPath, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Any:
@@ -66,6 +67,8 @@ def load_tokenizer(folder: StrPath) -> Any:
         )
         bind(tokenizer, bounds, folder)
         tokenizer.decode(tokenizer("a").input_ids)  # some damage shows only in use
+    if isinstance(tokenizer.chat_template, str) and tokenizer.chat_template.startswith("\ufeff"):
+        raise byte_order_mark(f"{folder}: chat template")
     tokenizer.apply_chat_template = BoundedTemplate(tokenizer, folder)
     return tokenizer
 

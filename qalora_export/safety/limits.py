@@ -1,5 +1,6 @@
 """Sizes are checked against the real file before anything is allocated."""
 
+import codecs
 import json
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,22 @@ def read_json(path: Path) -> Any:
     return parse_json(path.read_bytes(), where=path)
 
 
+def byte_order_mark(where: object) -> InputError:
+    """The refusal of a model's file that begins with one. Texts of the user (recipe, data, prompts) may have it."""
+    return InputError(
+        "the file begins with a byte order mark",
+        where=where,
+        why="Transformers and the runtimes would refuse it or take it for text",
+        fix="save it as UTF-8 without a byte order mark",
+    )
+
+
 def parse_json(raw: bytes, *, where: object) -> Any:
-    """Parse JSON bytes, with or without a byte order mark; errors as in read_json."""
+    """Parse JSON bytes; errors as in read_json."""
+    if raw.startswith(codecs.BOM_UTF8):
+        raise byte_order_mark(where)
     try:
-        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=lambda pairs: _unique(pairs, where))
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(pairs, where))
     except ValueError as error:  # not UTF-8, not JSON, or an integer of more digits than Python converts
         raise InputError("not valid JSON", where=where, why=str(error), fix="fetch the file again") from error
     except RecursionError as error:

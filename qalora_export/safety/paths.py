@@ -26,8 +26,8 @@ def local_path(given: StrPath) -> Path:
         path.resolve()
     except RuntimeError as error:
         raise InputError("a path is a link to itself", where=path, fix="check the path") from error
-    except OSError as error:
-        raise InputError(f"a path cannot be followed: {error.strerror}", where=path, fix="check the path") from error
+    except (OSError, ValueError) as error:
+        raise InputError("a path cannot be followed", where=path, why=str(error), fix="check the path") from error
     return path
 
 

@@ -28,6 +28,8 @@ def regular_file(path: Path, what: str = "file", *, why: str = "", fix: str = "c
         if path.is_symlink():
             raise InputError(f"{what} is a link that leads nowhere", where=path, fix=fix) from error
         raise InputError(f"{what} not found", where=path, why=why, fix=fix) from error
+    except ValueError as error:  # a NUL, half a surrogate pair
+        raise InputError(f"{what} has a name that no file can have", where=path, why=str(error), fix=fix) from error
     except OSError as error:  # a link to itself, a name that is too long, a folder that may not be entered
         raise InputError(f"{what} cannot be read: {error.strerror}", where=path, why=why, fix=fix) from error
     if not stat.S_ISREG(mode):

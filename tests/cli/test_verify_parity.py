@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from qalora_runtimes.process import PATIENCE, patience_for
 
 from qalora_export.cli.main import main
+from qalora_export.errors import InputError
 from qalora_export.formats.gguf.export import export_gguf
 from qalora_export.recipe import GgufSettings
 from tests.verify.exports import Exported, copy_of, float32, gguf_block, gguf_value, patch, read_at
@@ -107,3 +109,24 @@ def test_help_has_examples_and_exit_codes(capsys: pytest.CaptureFixture[str]) ->
     assert not caught.value.code
     assert "Examples" in shown
     assert "Exit codes: 0 every gate passed" in shown
+
+
+def test_patience_is_an_option_and_an_environment_variable(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def verify(*_: object, **__: object) -> None:
+        asked.append(patience_for(exported.gguf, 100))
+        raise InputError("enough")
+
+    monkeypatch.setattr("qalora_export.verify.stage.verify_parity", verify)
+    command = (exported.checkpoint, "--gguf", exported.gguf, "--out", tmp_path / "out")
+    monkeypatch.setenv(PATIENCE, "7")
+    assert run(*command) == 2 and run(*command, "--patience", "1234") == 2
+    assert asked == [7, 1234]
+    monkeypatch.setenv(PATIENCE, "long")
+    assert run(*command) == 2
+    assert PATIENCE in capsys.readouterr().err
+    assert run("--help") == 0
+    assert PATIENCE in " ".join(capsys.readouterr().out.split())

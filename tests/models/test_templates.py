@@ -66,3 +66,14 @@ def test_what_a_template_refuses_names_the_line_of_the_data(tiny_model: Path, tm
     with pytest.raises(InputError, match="line 1") as caught:
         load_samples(data, load_tokenizer(folder), sequence_length=64)
     assert "no roles" in str(caught.value) and "\x1b" not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_refused_and_not_rendered(tiny_model: Path, tmp_path: Path) -> None:
+    from qalora_export.formats.gguf.tokenizer.fields import tokenizer_entries
+
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    template = folder / "chat_template.jinja"
+    template.write_text("\ufeff" + template.read_text(encoding="utf-8"), encoding="utf-8")
+    for read in (load_tokenizer, lambda place: tokenizer_entries(place, {"vocab_size": 512})):
+        with pytest.raises(InputError, match="byte order mark"):
+            read(folder)

@@ -56,7 +56,7 @@ def evaluate(expression: str) -> Any:
     ],
 )
 def test_every_way_not_to_end_is_ended(expression: str, reason: str) -> None:
-    call = Confined(evaluate, seconds=0.3, memory=4 * LARGEST)
+    call = Confined(evaluate, seconds=0.6, memory=4 * LARGEST)
     with pytest.raises(OutOfBoundsError, match=reason):
         call(expression)
     assert call("str(1 + 1)") == "2"  # in a new process where the old one is gone

@@ -21,6 +21,7 @@ def test_reads_unicode(tmp_path: Path) -> None:
 BAD = {
     "truncated": (b'{"a": [1, 2', InputError, "not valid JSON"),
     "empty": (b"", InputError, "not valid JSON"),
+    "byte order mark": (b'\xef\xbb\xbf{"a": 1}', InputError, "byte order mark"),
     "latin-1": (b'{"a": "\xe9"}', InputError, "not valid JSON"),
     "repeated key": (b'{"a": 1, "a": 2}', UnsafeInputError, "repeats a key"),
     "repeated inner key": (b'{"x": [{"a": 1, "a": 2}]}', UnsafeInputError, "repeats a key"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qalora_export.errors import InputError
+from qalora_export.errors import InputError, printable
 from qalora_export.safety import local_path, regular_file
 
 
@@ -27,6 +27,7 @@ def test_a_file_and_a_link_to_one_are_given_back(tmp_path: Path) -> None:
         ("device", "recipe is a device"),
         ("dangling", "recipe is a link that leads nowhere"),
         ("loop", "recipe cannot be read: Too many levels"),
+        ("a\ud800", "recipe has a name that no file can have"),
         ("x" * 300, "recipe cannot be read: File name too long"),
         ("file/below", "recipe cannot be read: Not a directory"),
     ],
@@ -39,7 +40,7 @@ def test_everything_else_is_named(name: str, said: str, tmp_path: Path) -> None:
         (tmp_path / link).symlink_to(target)
     with pytest.raises(InputError, match=said) as caught:
         regular_file(tmp_path / name, "recipe")
-    assert caught.value.where == str(tmp_path / name)
+    assert caught.value.where == printable(tmp_path / name)
 
 
 def test_a_link_to_itself_is_no_path(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from qalora_export.formats.gguf.tokenizer.special_tokens import SpecialTokens, s
 from qalora_export.formats.gguf.tokenizer.unigram import unigram_vocabulary
 from qalora_export.formats.gguf.tokenizer.vocabulary import Vocabulary, strips_spaces, with_configured_tokens
 from qalora_export.safety import inside, read_json
+from qalora_export.safety.limits import byte_order_mark
 
 
 def tokenizer_entries(folder: Path, config: Mapping[str, Any], *, allow_text_differences: bool = False) -> list[Entry]:
@@ -95,6 +96,8 @@ def chat_template_entries(folder: Path, settings: Mapping[str, Any]) -> list[Ent
     template: Any = settings.get("chat_template")
     if (folder / "chat_template.jinja").exists():
         template = inside(folder, "chat_template.jinja").read_text(encoding="utf-8")
+        if template.startswith("\ufeff"):
+            raise byte_order_mark(folder / "chat_template.jinja")
     if template is None:
         return []
     if isinstance(template, str):
