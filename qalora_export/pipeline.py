@@ -61,7 +61,8 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """What `run` will do: every stage, the names of those that are up to date, and what the others take.
+    """What `run` will do: every stage, the names of those that are up to date, and what the others take. keys: of
+    stages whose inputs are all there, by name.
 
     A stage after one that runs counts as one that will, although it is skipped when its inputs come out as they were.
     """
@@ -69,6 +70,7 @@ class RunPlan:
     stages: tuple[Stage, ...]
     done: frozenset[str]
     preflight: Preflight
+    keys: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +132,16 @@ def _check(recipe: Recipe, state: _State, *, force: bool) -> RunPlan:
     with findings.during("quantize"):
         stages = plan(recipe)
     done, pending, unread = set[str](), dict[Path, str](), dict[str, InputError]()
+    keys = dict[str, str]()
     for stage in stages:
+        waits = bool(pending.keys() & set(stage.inputs))  # for what a stage before it will make
         try:
-            current = state.done(stage, stage_key(stage.name, stage.inputs, stage.settings))
-        except InputError as error:  # an input is missing: one that a stage will make, or one that it will ask for
-            current, unread[stage.name] = False, error
-        if current and not force and not pending.keys() & set(stage.inputs):
+            key = None if waits else stage_key(stage.name, stage.inputs, stage.settings)
+        except InputError as error:
+            key, unread[stage.name] = None, error
+        if key is not None:
+            keys[stage.name] = key
+        if key is not None and not force and state.done(stage, key):
             done.add(stage.name)
             continue
         with findings.during(stage.name):
@@ -143,13 +149,12 @@ def _check(recipe: Recipe, state: _State, *, force: bool) -> RunPlan:
         pending[stage.output] = stage.name
     names = tuple(pending.values()) if stages else STAGES
     found = examine(recipe, names, findings)
-    for stage in stages:
-        missing = stage.name in unread and not pending.keys() & set(stage.inputs)
-        if missing and not findings.of(stage.name):
-            findings.add(stage.name, unread[stage.name])
+    for name, problem in unread.items():
+        if not findings.of(name):  # the stage's own check says more
+            findings.add(name, problem)
     findings.raise_any()
     assert found is not None
-    return RunPlan(tuple(stages), frozenset(done), found)
+    return RunPlan(tuple(stages), frozenset(done), found, keys)
 
 
 def _check_output(stage: Stage, *, ours: bool) -> None:
@@ -176,8 +181,8 @@ def _run(recipe: Recipe, out: Path, planned: RunPlan, state: _State, *, force: b
     reports, skipped, seconds = dict[str, Any](), list[str](), dict[str, float]()
     for number, stage in enumerate(planned.stages, 1):
         place = f"[{number}/{len(planned.stages)}]"
-        key = None if stage.name in planned.done else stage_key(stage.name, stage.inputs, stage.settings)
-        if key is None or (not force and state.done(stage, key)):
+        key = planned.keys.get(stage.name) or stage_key(stage.name, stage.inputs, stage.settings)
+        if stage.name in planned.done or (not force and state.done(stage, key)):
             logger.info("%s %s: up to date, %s", place, stage.name, stage.output)
             skipped.append(stage.name)
             continue

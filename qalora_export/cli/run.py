@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qalora_export.console import console, next_command
+from qalora_export.console import console, next_command, results
 from qalora_export.errors import InputError
 
 
@@ -46,14 +46,14 @@ def command(
         overrides["out"] = str(out)
     resolved = load_recipe(recipe, overrides)
     if dry_run:
-        print_plan(check(resolved, force=force))
+        print_plan(check(resolved, force=force), results)
         console.print("nothing was run: the same command without --dry-run does")
         return
     plans = list[RunPlan]()
 
     def planned(plan: RunPlan) -> None:
         plans.append(plan)
-        print_plan(plan)
+        print_plan(plan, console)
 
     report = run(resolved, force=force, on_plan=planned, on_stage=_show)
     print_durations(plans[0], report)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from qalora_export.console import results
+from qalora_export.console import SafeConsole, results
 from qalora_export.pipeline import RunPlan, RunReport
 
 
-def print_plan(plan: RunPlan) -> None:
-    """One row per stage, the sums, and notes."""
+def print_plan(plan: RunPlan, to: SafeConsole) -> None:
+    """One row per stage, the sums, and notes. to: `results` where the plan is what was asked for, else `console`."""
     found = plan.preflight
     table = Table("stage", "", title="plan", title_justify="left")
     for heading in ("disk", "memory", "about"):
@@ -21,14 +21,14 @@ def print_plan(plan: RunPlan) -> None:
         forecast = found.stages[stage.name]
         memory = "" if forecast.memory is None else size(forecast.memory)
         table.add_row(stage.name, forecast.detail, size(forecast.disk), memory, duration(forecast.seconds))
-    results.print(table)
+    to.print(table)
     if found.stages:
-        results.print(
+        to.print(
             f"about {duration(found.seconds)} in all (rough); up to {size(found.needed)} of disk, "
             f"{size(found.machine.free)} free"
         )
     for note in found.notes:
-        results.print(f"note: {note}")
+        to.print(f"note: {note}")
 
 
 def print_durations(plan: RunPlan, report: RunReport) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -53,6 +54,7 @@ def _watched(process: subprocess.Popen[str], hub_id: str) -> dict[str, Any]:
     if "bytes" in answer:
         blobs = Path(answer["blobs"])
         before, total = size_of(blobs), -(-int(answer["bytes"]) // MIB)
+        _check_room(hub_id, blobs, int(answer["bytes"]))
         with task(f"fetch {hub_id}, MiB", total) as shown:
             while process.poll() is None:
                 shown.update(min(total, max(0, size_of(blobs) - before) // MIB))
@@ -61,6 +63,16 @@ def _watched(process: subprocess.Popen[str], hub_id: str) -> dict[str, Any]:
         answer = _parsed(process.stdout.readline())
     process.wait()
     return answer or {"error": f"the download process ended with exit code {process.returncode}", "fix": "try again"}
+
+
+def _check_room(hub_id: str, folder: Path, nbytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if nbytes > free:
+        raise InputError(
+            f"the weights of {hub_id} are {nbytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free",
+            where=folder,
+            fix="make room, or point HF_HOME at another disk",
+        )
 
 
 def _parsed(line: str) -> dict[str, Any]:

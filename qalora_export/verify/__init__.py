@@ -10,7 +10,7 @@ G5 text          token ids and rendered conversations are the same              
 Each gate states what it compares and every bound with its reason, and registers itself (`gates/registry.py`); so does
 each runtime in `runtimes/` (`runtimes/record.py`). Imports go one way:
 
-    metrics, rule, identity, store → probes/ → kernels/ → runtimes/ → reference/ → session → gates/ → bisect/
+    metrics, rule, identity, store → probes/ → kernels/ → runtimes/ → check, reference/ → session → gates/ → bisect/
     → report/ → stage
 
 metrics     distances between logits            session   what the gates of one run share
@@ -20,5 +20,6 @@ store       answers kept between runs           report/   table, report.json, re
 probes/     what is asked                       stage     the run itself
 kernels/    each matrix product of a runtime against the arithmetic that it documents
 runtimes/   reading an artifact back, runs
+check       before a run: artifacts, runtimes, probe set
 reference/  what is right: float32 logits, each layer by itself, the noise floor, the merge, the text
 """

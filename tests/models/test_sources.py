@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -216,6 +217,14 @@ def test_a_download_shows_how_far_it_is(remote: Path, online: type[Hub]) -> None
     fetched = next(task for task in tasks if task.description == f"fetch {HUB_ID}, MiB")
     weights = sum(path.stat().st_size for path in remote.glob("model*.safetensors"))
     assert fetched.total == -(-weights // 2**20) == fetched.done and fetched.closed
+
+
+def test_a_disk_too_small_for_the_weights_is_told_before_they_come(
+    online: type[Hub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match=r"the weights of Someone/Tiny-1 are .* GiB are free.*HF_HOME"):
+        locate(HUB_ID)
 
 
 def test_no_download_when_the_user_is_offline(online: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
