@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from qalora_export.checkpoint.forecast import Forecast
 from qalora_export.preflight.machine import Machine
-from qalora_export.recipe import EvaluateSettings
+from qalora_export.recipe import EvaluateSettings, QuantizeSettings
 
 if TYPE_CHECKING:
     from qalora_export.qalora.training.stage import TrainPlan
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 FP32, FP64 = 4, 8  # bytes
 GPTQ_FACTOR, TRAIN_FACTOR, ANSWER_FACTOR = 1.2, 2.0, 3.0
+SWEEP_FACTOR = 2.0  # a sweep goes column by column
 ROUNDING_PER_VALUE = 40.0  # operations of rounding to nearest, as products of this machine
 REBUILT_PER_SECOND = 2e9  # codes that training turns into weights, every step anew, by the torch path of two cores
 START_SECONDS = 0.5  # of any stage: imports, config, tokenizer
@@ -44,7 +45,7 @@ class StageForecast:
     on_gpu: bool = False
 
 
-def quantize(forecast: Forecast, machine: Machine) -> StageForecast:
+def quantize(forecast: Forecast, settings: QuantizeSettings, machine: Machine) -> StageForecast:
     """One layer in float32 at a time, and with GPTQ the calibration activations and a Hessian."""
     values, tokens = forecast.quantized_values, forecast.calibration_tokens
     layer = FP32 * values // int(forecast.config["num_hidden_layers"])
@@ -57,7 +58,10 @@ def quantize(forecast: Forecast, machine: Machine) -> StageForecast:
         return StageForecast(forecast.nbytes, 0, memory, seconds, f"{values:,} weights", bool(machine.gpu))
     widest = max(width for _, width in anew.values())
     passes = 2 * 2 * values * tokens  # every layer before and after it is quantized
-    solve = sum(2 * out * width**2 + 2 * tokens * width**2 + width**3 for out, width in anew.values())
+    solve = sum(
+        2 * tokens * width**2 + width**3 + _solving(out, width, width // forecast.modules[name][1], settings.sweeps)
+        for name, (out, width) in anew.items()
+    )
     seconds += GPTQ_FACTOR * (passes + solve) / machine.flops
     hidden = FP32 * int(forecast.config["hidden_size"]) * tokens
     memory = layer + hidden + 4 * FP64 * widest**2 + 4 * FP32 * largest
@@ -65,13 +69,24 @@ def quantize(forecast: Forecast, machine: Machine) -> StageForecast:
     return StageForecast(forecast.nbytes, 0, memory, seconds, detail, bool(machine.gpu))
 
 
+def _solving(out: int, width: int, groups: int, sweeps: int) -> float:
+    """Operations of GPTQ and its sweeps on one matrix, in float64, which takes twice the time."""
+    grids = 0.0 if not sweeps else (sweeps + 1) * out * (6 * width**2 + 8 / 3 * groups**3)
+    return 2 * (2 * out * width**2 + SWEEP_FACTOR * (grids + sweeps * 4 * out * width**2))
+
+
 def train(forecast: Forecast, made: TrainPlan, machine: Machine) -> StageForecast:
-    """Forward and backward of every token; every step rebuilds every matrix from its codes."""
+    """Forward and backward of every token, forward of the validation data at every evaluation; every step rebuilds
+    every matrix from its codes.
+    """
     steps, memory = made.steps.total, made.memory
     tokens = made.tokens * steps / made.steps.per_epoch
     products = 4 * forecast.quantized_values + 6 * _head(forecast)
+    looks = 1 + steps // made.steps.evaluate_every if made.validation else 0
+    seen = looks * sum(len(sample) for row in made.validation for sample in row)
+    looking = 2 * (forecast.quantized_values + _head(forecast)) * seen
     rebuilt = 0 if machine.gpu else 3 * forecast.quantized_values * steps / REBUILT_PER_SECOND
-    seconds = START_SECONDS + TRAIN_FACTOR * products * tokens / machine.flops + rebuilt
+    seconds = START_SECONDS + TRAIN_FACTOR * (products * tokens + looking) / machine.flops + rebuilt
     detail = f"{made.samples:,} samples, {steps:,} steps"
     checkpoints = KEPT * (memory.adapter + memory.optimizer)
     return StageForecast(memory.adapter, checkpoints, memory.total, seconds, detail, bool(machine.gpu))

@@ -163,7 +163,7 @@ class _Checks:
         from qalora_export.quantization.check import calibrated
 
         forecast = calibrated(self.forecast, self.recipe.quantize)
-        return estimates.quantize(forecast, self.machine)
+        return estimates.quantize(forecast, self.recipe.quantize, self.machine)
 
     def _train(self) -> StageForecast | None:
         from qalora_export.data.samples import SampleSet
