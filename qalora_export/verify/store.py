@@ -29,9 +29,9 @@ import numpy as np
 from numpy.typing import NDArray
 from qalora_runtimes.protocol import ProtocolError, read_arrays, write_arrays
 
-from qalora_export.checkpoint.manifest import parent_of
 from qalora_export.installed import code_version, kernels, package_version
 from qalora_export.safety import HashedOnce, local_path, sha256_bytes, sha256_file
+from qalora_export.verify.identity import identities
 
 Arrays = dict[str, NDArray[Any]]
 FOLDER = "QALORA_CACHE"  # environment: where; empty means nowhere
@@ -79,7 +79,10 @@ class Store:
         content = {
             "what": what,
             "asked": asked,
-            "of": parent_of(of, "source", hash_of=self.hashed).sha256,
+            "of": [
+                (path.relative_to(of).as_posix(), file.sha256)
+                for path, file in identities(of, hashed=self.hashed).items()
+            ],
             "code": code_version(),
             "python": platform.python_version(),
             "packages": {name: package_version(name) for name in packages},
