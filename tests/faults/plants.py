@@ -248,8 +248,8 @@ def quantized_head(kind: str) -> Plant:
 def lost_merge_gguf(line: Line, folder: Path) -> Line:
     right = gguf_export.tokenizer_entries
 
-    def entries(*args: object) -> list:
-        found = right(*args)
+    def entries(*args: object, **options: object) -> list:
+        found = right(*args, **options)
         rules = next(e for e in found if e.key == "tokenizer.ggml.merges")
         return [replace(e, value=_without(rules.value)) if e is rules else e for e in found]
 
