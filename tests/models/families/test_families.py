@@ -6,6 +6,8 @@ import pytest
 from qalora_export.errors import InputError
 from qalora_export.models.families import family_of, rope_of, supported_architectures
 from qalora_export.models.families.rope import rope_tables
+from tests.conftest import ROOT
+from tests.models.families.support_table import table
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -73,6 +75,10 @@ def test_refusal_lists_what_is_supported() -> None:
     with pytest.raises(InputError) as caught:
         family_of({"architectures": ["Nope"]})
     assert all(name in str(caught.value) for name in supported_architectures())
+
+
+def test_the_readme_holds_the_table_of_families() -> None:
+    assert table() in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_transformers_4_spelling_means_the_same() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,9 +20,11 @@ from qalora_export.verify.bisect.values import ReferenceModel, Suspect, reader_o
 from qalora_export.verify.runtimes.record import Artifact
 from qalora_export.verify.runtimes.twin import write_twin
 from tests.conftest import MadeOnce
+from tests.models import TEXT
 from tests.models.families.small import CONFIGS, make_small
 from tests.models.families.tokenizers import GENAI_DIFFERS
 
+TURNS = [{"role": "user", "content": "Turn on the lamp"}, {"role": "assistant", "content": "on: lamp"}]
 SUSPECT = Suspect("G2", "exact", "prefill", "a sequence", (np.arange(24, dtype=np.int32) * 17) % 300)
 
 
@@ -36,8 +39,10 @@ class Line:
 @pytest.fixture(scope="module", params=sorted(CONFIGS))
 def line(request: pytest.FixtureRequest, made_once: MadeOnce) -> Line:
     def make(folder: Path) -> None:
-        model, base = make_small(folder / "model", request.param), folder / "base.qalora"
-        q.quantize(model, base, q.QuantizeSettings(method="rtn", bits=4))
+        model, base, text = make_small(folder / "model", request.param), folder / "base.qalora", folder / "text.txt"
+        text.write_text(TEXT, encoding="utf-8")
+        gptq = q.QuantizeSettings(calibration=str(text), calibration_samples=2, sequence_length=32, sweeps=0)
+        q.quantize(model, base, gptq)
         q.export_gguf(base, folder / "model.gguf", q.GgufSettings())
         q.export_onnx(base, folder / "onnx", q.OnnxSettings())
 
@@ -57,6 +62,20 @@ def test_every_gate_passes_on_every_runtime(line: Line, tmp_path: Path) -> None:
     form = CONFIGS[line.family][1]
     by_design = {("G5", "onnxruntime-genai")} if form in GENAI_DIFFERS else set()
     assert {key for key, status in gates.items() if status != "pass"} == by_design
+
+
+def test_codes_and_scales_stay_when_it_is_trained_and_merged(line: Line, tmp_path: Path) -> None:
+    data = tmp_path / "train.jsonl"
+    data.write_text(f"{json.dumps({'messages': TURNS})}\n" * 4, encoding="utf-8")
+    settings = q.TrainSettings(
+        data=str(data), rank=4, batch_size=4, max_steps=2, learning_rate=0.05, sequence_length=128
+    )
+    q.train(line.base, tmp_path / "adapter", settings)
+    merged = q.merge(line.base, tmp_path / "adapter", tmp_path / "merged.qalora")
+    assert merged.adapted == merged.modules
+    assert (merged.changed_codes, merged.changed_scales, merged.changed_other_tensors) == (0, 0, 0)
+    assert 0 < merged.changed_offsets <= merged.offsets
+    assert merged.logits_differing == 0
 
 
 @pytest.mark.parametrize("kind", ["gguf", "onnx"])

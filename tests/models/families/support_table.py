@@ -1,0 +1,32 @@
+"""README's table of families: `python -m tests.models.families.support_table` prints it.
+
+quantize, train, merge, GGUF, ONNX and ONNX Runtime GenAI are tests of test_parity.py, which run for every family: GPTQ,
+two steps of training, a merge, all gates on the three runtimes. transformers.js: tests/web/test_hosts.py.
+"""
+
+from __future__ import annotations
+
+from qalora_export.models.families import FAMILIES, Family
+from tests.models.families.small import CONFIGS
+from tests.models.families.tokenizers import GENAI_DIFFERS
+
+STEPS = ("quantize", "train", "merge", "GGUF", "ONNX", "ONNX Runtime GenAI", "transformers.js")
+YES, OTHER_IDS = "✓", "✓ logits; other token ids on some texts"
+
+
+def table() -> str:
+    """Markdown, one row per family in the order of their names."""
+    head = ["| family | tokenizer in its test | " + " | ".join(STEPS) + " |", "|---" * (len(STEPS) + 2) + "|"]
+    return "\n".join([*head, *(_row(family) for family in FAMILIES)])
+
+
+def _row(family: Family) -> str:
+    _, form, _ = CONFIGS[family.name]
+    onnx = family.onnx_refused or YES
+    genai = onnx if family.onnx_refused else OTHER_IDS if form in GENAI_DIFFERS else YES
+    cells = [family.name, form, *[YES] * 4, onnx, genai, onnx]
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    print(table())
