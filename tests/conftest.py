@@ -25,6 +25,36 @@ LINUX_ONLY = ["qalora/test_kernels*.py", "benchmarks_smoke/test_training.py"]
 collect_ignore_glob = [] if sys.platform == "linux" else LINUX_ONLY
 
 
+# What starts runtimes or processes, trains, or runs a whole line, and so takes most of the time; marker `thorough`.
+THOROUGH = (
+    "benchmarks_smoke/",
+    "cli/",
+    "faults/",
+    "formats/gguf/test_llama_cpp.py",
+    "formats/onnx/test_parity.py",
+    "models/families/test_parity.py",
+    "models/test_tokenizers.py",
+    "preflight/test_examine.py",
+    "qalora/test_registration.py",
+    "qalora/training/",
+    "runtimes/",
+    "survival/",
+    "test_extending.py",
+    "test_mixed_groups.py",
+    "test_pipeline.py",
+    "test_public_face.py",
+    "test_wheels.py",
+    "verify/bisect/",
+    "verify/test_stage.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).as_posix().startswith(THOROUGH):
+            item.add_marker("thorough")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _kept_answers(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> None:
     """verify-parity's store: one for all workers of this test run, and none of the user's."""

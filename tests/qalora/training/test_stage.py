@@ -87,6 +87,7 @@ def test_loss_falls_and_the_adapter_is_the_measured_one(
     assert verify_manifest(tmp_path / "adapter") == []
 
 
+@pytest.mark.pictures
 def test_the_record_stands_beside_the_adapter(run: Runner, tmp_path: Path) -> None:
     report = run()
     record = tmp_path / report.record
