@@ -23,7 +23,7 @@ def test_every_output_file_has_the_mode_of_an_ordinary_new_file(tmp_path: Path) 
     outputs = [line.base, line.adapter, line.merged, line.onnx, line.gguf, tmp_path / "split"]
     files = [file for out in outputs for file in (out, *out.rglob("*")) if file.is_file()]
     files += tmp_path.glob("model.gguf.*")
-    assert {".safetensors", ".gguf", ".onnx", ".data", ".json"} <= {file.suffix for file in files}
+    assert {".safetensors", ".gguf", ".onnx", ".onnx_data", ".json"} <= {file.suffix for file in files}
     wrong = {str(f.relative_to(tmp_path)): oct(m) for f in files if (m := mode_of(f)) != 0o666 & ~UMASK}
     assert not wrong
 

@@ -79,7 +79,7 @@ def test_verify_parity_counts_its_gates_around_everything_else(
     assert ended(tasks, "verify-parity, gates").total == 6
     assert ended(tasks, "base.qalora in PyTorch, layers").total == 2
     runs = [task.description for task in tasks if task.description.startswith("onnxruntime: ")]
-    assert {"onnxruntime: exact prefill", "onnxruntime: shipped decode", "onnxruntime: bytes"} <= set(runs)
+    assert {"onnxruntime: exact", "onnxruntime: shipped", "onnxruntime: bytes"} <= set(runs)
 
 
 class Clock:
@@ -102,12 +102,11 @@ def test_a_line_in_a_log_tells_how_far_the_whole_and_the_part_are(monkeypatch: p
         assert lines.line() == "verify-parity, gates: 0/6, 0 s elapsed, ETA unknown"
         clock.now = 60.0
         assert next(gates) == 1
-        with progress.status("llama.cpp: exact path"), progress.task("llama.cpp: exact prefill", 1000) as run:
+        with progress.status("llama.cpp: exact path"), progress.task("llama.cpp: exact", 1000) as run:
             clock.now = 90.0
             run.update(250)
             assert lines.line() == (
-                "verify-parity, gates 1/6, ETA 7 min 30 s · llama.cpp: exact prefill: 250/1000, 30 s elapsed, "
-                "ETA 1 min 30 s"
+                "verify-parity, gates 1/6, ETA 7 min 30 s · llama.cpp: exact: 250/1000, 30 s elapsed, ETA 1 min 30 s"
             )
         gates.close()  # type: ignore[attr-defined]
         assert lines.line() == ""
