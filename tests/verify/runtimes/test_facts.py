@@ -9,11 +9,18 @@ from typing import Any
 
 import pytest
 
+from qalora_export.formats.gguf.metadata import architecture
 from qalora_export.formats.gguf.tokenizer.fields import tokenizer_entries
 from qalora_export.formats.gguf.tokenizer.pretokenizer import NAMED
-from qalora_export.verify.runtimes.facts import differing_facts, expected_text_facts
+from qalora_export.models.families import family_of
+from qalora_export.verify.runtimes.facts import (
+    differing_facts,
+    expected_graph_facts,
+    expected_text_facts,
+    theta_frequencies,
+)
 from qalora_export.verify.runtimes.llama_cpp import facts_of
-from tests.formats.gguf.tokenizer.synthetic import byte_level, sentencepiece, unigram, with_bos
+from tests.formats.gguf.tokenizer.synthetic import byte_level, sentencepiece, unigram, with_bos, write_vocabulary
 
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 WORDS = {
@@ -57,3 +64,48 @@ def test_another_kind_of_tokenizer_in_the_file_is_a_difference(tmp_path: Path) -
 def _found(metadata: dict[str, Any], folder: Path) -> dict[str, Any]:
     arch = {"general.architecture": "llama"}
     return facts_of(folder / "none.gguf", arch | metadata)
+
+
+GEMMA3 = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 32,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "fact"),
+    [
+        ({}, None),
+        ({"gemma3.attention.sliding_window": 16}, "attention windows"),
+        ({"gemma3.attention.sliding_window": None}, "attention windows"),
+        ({"gemma3.attention.sliding_window_pattern": 2}, "attention windows"),
+        ({"gemma3.rope.freq_base_swa": 1e4}, "RoPE frequencies in windows"),
+        ({"gemma3.rope.freq_base_swa": None}, "RoPE frequencies in windows"),
+        ({"gemma3.rope.freq_base": 2e6}, "RoPE frequencies"),
+    ],
+)
+def test_windows_and_their_rope_are_compared(change: dict[str, Any], fact: str | None, tmp_path: Path) -> None:
+    """A probe set seldom reaches beyond a window: logits would not show a lost one."""
+    family, out = family_of(GEMMA3), tmp_path / "model.gguf"
+    frequencies = theta_frequencies(1e6, 16)
+    metadata = {entry.key: entry.value for entry in architecture(family, GEMMA3)} | change
+    metadata = {"general.architecture": "gemma3"} | {key: value for key, value in metadata.items() if value is not None}
+    write_vocabulary(out, [])
+    expected = expected_graph_facts(GEMMA3, frequencies)
+    assert expected["attention windows"] == [32] * 5 + [0, 32]
+    wrong = differing_facts(expected, facts_of(out, metadata))
+    assert [line.split(":")[0] for line in wrong] == ([] if fact is None else [fact])
