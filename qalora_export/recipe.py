@@ -152,6 +152,8 @@ class VerifySettings(Settings):
     max_length: Positive = 128
     threads: Positive = 2
     seed: int = 0
+    max_kl: Annotated[float, Field(gt=0, description="mean KL of the shipped path, nats")] = 0.1
+    min_top1: Annotated[float, Field(ge=0, le=1, description="share of positions with the same first choice")] = 0.8
 
     @field_validator("runtimes")
     @classmethod

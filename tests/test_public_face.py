@@ -137,7 +137,7 @@ def test_verify_parity_prints_nothing_and_asks_every_runtime_that_fits(
 ) -> None:
     fake = FakeRuntimes(exported.checkpoint)
     out = str(tmp_path / "report")
-    report = q.verify_parity(str(exported.checkpoint), out, gguf=str(exported.gguf), launch=fake)
+    report = q.verify_parity(str(exported.checkpoint), out, gguf=str(exported.gguf), launch=fake, taps=fake.taps)
     assert report.passed
     assert {entry.runtime for entry in report.entries} == {"llama.cpp"}
     assert capfd.readouterr() == ("", "")

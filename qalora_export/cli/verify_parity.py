@@ -20,7 +20,7 @@ def command(
     onnx: Annotated[Path | None, typer.Option(help="ONNX folder to verify in ONNX Runtime and GenAI.")] = None,
     base: Annotated[
         Path | None,
-        typer.Option(help="Unadapted base checkpoint: its noise floor bounds the shipped path. Default: beside it."),
+        typer.Option(help="Base checkpoint that this one was merged from. Default: found beside it by its hash."),
     ] = None,
     runtime: Annotated[
         list[str] | None,
@@ -32,6 +32,10 @@ def command(
     sequences: Annotated[int | None, typer.Option(help="At least this many sequences (16 or more).")] = None,
     positions: Annotated[int | None, typer.Option(help="At least this many positions (1000 or more).")] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest sequence, in tokens.")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Largest mean KL of the shipped path, nats (0.1).")] = None,
+    min_top1: Annotated[
+        float | None, typer.Option(help="Least share of positions with the same first choice (default 0.8).")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of every runtime and of PyTorch.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the probe set.")] = None,
     patience: Annotated[
@@ -78,6 +82,8 @@ def command(
         "sequences": sequences,
         "positions": positions,
         "max_length": max_length,
+        "max_kl": max_kl,
+        "min_top1": min_top1,
         "threads": threads,
         "seed": seed,
     }

@@ -3,7 +3,7 @@
 G0 bytes         the written file holds the checkpoint's values, facts and merge      gates/g0_bytes.py
 G1 weights       the runtime's own dequantizer gives those numbers                   gates/g1_weights.py
 G2 exact path    rounding-free kernels give the reference's logits                   gates/g2_exact_path.py
-G3 shipped path  the kernels that ship add no more than their noise                  gates/g3_shipped_path.py
+G3 shipped path  every layer of the kernels that ship does what it documents         gates/g3_shipped_path.py
 G4 decode        token by token on the KV cache is the same as the whole prompt      gates/g4_decode.py
 G5 text          token ids and rendered conversations are the same                   gates/g5_text.py
 
@@ -21,5 +21,5 @@ probes/     what is asked                       stage     the run itself
 kernels/    each matrix product of a runtime against the arithmetic that it documents
 runtimes/   reading an artifact back, runs
 check       before a run: artifacts, runtimes, probe set
-reference/  what is right: float32 logits, each layer by itself, the noise floor, the merge, the text
+reference/  what is right: float32 logits, each layer by itself, the merge, the text
 """

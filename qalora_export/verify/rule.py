@@ -6,33 +6,23 @@ gate that could not be measured is "not run", which is never a pass: it makes th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from qalora_export.errors import ExitCode
 
 Status = Literal["pass", "fail", "not run"]
-Kind = Literal["absolute", "floor"]
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """One figure's bound and why it is where it is.
-
-    kind "absolute": bound is the largest passing value. kind "floor": bound multiplies the noise floor's figure, and
-    `errors` standard errors of that figure are added: both sides are measured on as many positions, and both scatter.
-    """
+    """One figure's bound, the largest passing value, and why it is where it is."""
 
     figure: str
     bound: float
     unit: str
     reason: str
-    kind: Kind = "absolute"
-    errors: float = 0.0
-
-
-BoundOf = Callable[[Limit], float]  # what a noise floor gives a limit of kind "floor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +96,6 @@ class Gate:
         *,
         detail: str,
         where: Iterable[str] = (),
-        floor: BoundOf | None = None,
         limits: Iterable[Limit] | None = None,
         figures: Mapping[str, Any] | None = None,
     ) -> Entry:
@@ -114,7 +103,7 @@ class Gate:
 
         limits: those that can be judged, of all that the gate has. figures: what else the report says about them.
         """
-        checks = tuple(checked(limit, measured, floor) for limit in (self.limits if limits is None else limits))
+        checks = tuple(checked(limit, measured) for limit in (self.limits if limits is None else limits))
         if not checks:
             raise ValueError(f"gate {self.id} has nothing to check")
         status: Status = "pass" if all(check.passed for check in checks) else "fail"
@@ -125,14 +114,9 @@ class Gate:
         return Entry(self.id, runtime, "not run", reason)
 
 
-def checked(limit: Limit, measured: Mapping[str, float], floor: BoundOf | None = None) -> Check:
+def checked(limit: Limit, measured: Mapping[str, float]) -> Check:
     """A limit against its figure."""
-    bound = limit.bound
-    if limit.kind == "floor":
-        if floor is None:
-            raise ValueError(f"{limit.figure} is bounded by the noise floor, which was not measured")
-        bound = floor(limit)
-    return Check(limit.figure, float(measured[limit.figure]), float(bound), limit.unit, limit.reason)
+    return Check(limit.figure, float(measured[limit.figure]), float(limit.bound), limit.unit, limit.reason)
 
 
 def exit_code(entries: Iterable[Entry]) -> ExitCode:

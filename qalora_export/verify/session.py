@@ -1,6 +1,6 @@
 """What the gates of one run share: the session (checkpoint, probe set, reference) and one target per runtime.
 
-A target measures on demand and once: what several gates look at (the logits of a path, the noise floor) is there from
+A target measures on demand and once: what several gates look at (the logits of a path, the local proof) is there from
 the first gate that asks. What the runtime refuses is kept as well, and raised again for every gate that needed it.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -23,9 +24,10 @@ from qalora_export.safety import HashedOnce
 from qalora_export.verify.identity import Identities
 from qalora_export.verify.metrics import PositionMetrics, following_ids, position_metrics
 from qalora_export.verify.probes.probe_set import ProbeSet
-from qalora_export.verify.reference.logits import Reference
+from qalora_export.verify.reference.local_proof import Mode
+from qalora_export.verify.reference.local_run import MODES, LocalProofs, LocalRun
+from qalora_export.verify.reference.logits import Reference, simulated_int8_logprobs
 from qalora_export.verify.reference.merge_check import MergeCheck
-from qalora_export.verify.reference.noise_floor import Floor, NoiseFloor
 from qalora_export.verify.runtimes.record import Artifact, RuntimeRecord
 from qalora_export.verify.runtimes.runs import Runs
 
@@ -53,13 +55,21 @@ class Session:
     chain: list[Link]
     merge: MergeCheck
     runs: Runs
-    floor: NoiseFloor
+    local: LocalProofs
     workdir: Path
     hashed: HashedOnce = field(default_factory=HashedOnce)
     reference_seconds: float = 0.0
     kept: list[str] = field(default_factory=list)
     links: list[Link] = field(default_factory=list)
     files: Identities = field(default_factory=dict)
+
+    @cached_property
+    def simulation(self) -> PositionMetrics:
+        """What rounding the input of every quantized layer to int8 does to the reference: a yardstick, no bound."""
+        found = simulated_int8_logprobs(
+            self.checkpoint.path, self.probes, threads=self.settings.threads, block=SENSITIVITY_BLOCK
+        )
+        return position_metrics(self.reference.logprobs, found, following_ids(self.probes.ids, self.probes.lengths))
 
 
 @dataclass
@@ -70,7 +80,7 @@ class Target:
     runtime: RuntimeRecord
     artifact: Path
     _exact: Artifact | RuntimeUnavailableError | None = None
-    _floor: Floor | RuntimeUnavailableError | None = None
+    _answers: dict[Mode, NDArray[np.float32]] = field(default_factory=dict)
     _measured: dict[RunPath, tuple[Outcome, Outcome]] = field(default_factory=dict)
 
     @property
@@ -101,12 +111,14 @@ class Target:
             self._exact = _attempt(lambda: self.runtime.exact(self.artifact, self.workdir))
         return _value(self._exact)
 
-    @property
-    def floor(self) -> Floor:
-        """What noise the shipped path may have."""
-        if self._floor is None:
-            self._floor = _attempt(lambda: self.session.floor.of(self.runtime, self.shipped))
-        return _value(self._floor)
+    def watch(self) -> None:
+        """Look into the shipped path now, so that `local` need not when answers are there."""
+        self.session.local.watch(self.runtime, self.shipped)
+
+    def local(self, mode: Mode) -> LocalRun:
+        """Every layer of the shipped path by itself. Raises RuntimeUnavailableError."""
+        _value(self._logits("shipped")[MODES.index(mode)])
+        return self.session.local.of(self.runtime, self.shipped, mode, self._answers[mode])
 
     def prefill(self, path: RunPath) -> PositionMetrics:
         """Whole prompts against the reference, every position."""
@@ -127,14 +139,9 @@ class Target:
         found: dict[str, Outcome | None] = {}
         for path, (prefill, decode) in self._measured.items():
             found |= {path: prefill, f"{path} decode": decode}
-        if floor := self.measured_floor:
-            found |= {"noise floor": floor.metrics, "base": floor.base_metrics}
+        if isinstance(found.get("shipped"), PositionMetrics):
+            found["simulated"] = self.session.simulation
         return {name: metrics for name, metrics in found.items() if isinstance(metrics, PositionMetrics)}
-
-    @property
-    def measured_floor(self) -> Floor | None:
-        """The noise floor, if a gate asked for it and it could be measured."""
-        return self._floor if isinstance(self._floor, Floor) else None
 
     def _logits(self, path: RunPath) -> tuple[Outcome, Outcome]:
         """(prefill, decode)"""
@@ -156,9 +163,11 @@ class Target:
             return self._scaled(path, measured), error
         return self._scaled(path, measured), self._scaled(path, decoded)
 
-    def _run(self, path: RunPath, mode: Literal["prefill", "decode"]) -> NDArray[np.float32]:
+    def _run(self, path: RunPath, mode: Mode) -> NDArray[np.float32]:
         artifact = self.exact if path == "exact" else self.shipped
         found = self.session.runs.logprobs(self.name, artifact, mode, exact=path == "exact")
+        if path == "shipped":
+            self._answers[mode] = found[self.session.local.rows(mode)]
         if path == "exact" and self._rounding_operator and self.replaced(mode) is None:
             raise RuntimeUnavailableError(
                 f"{self.name} rounds in its operator {self._rounding_operator}, which this run did not replace",
@@ -168,7 +177,7 @@ class Target:
             )
         return found
 
-    def replaced(self, mode: Literal["prefill", "decode"]) -> Mapping[str, Any] | None:
+    def replaced(self, mode: Mode) -> Mapping[str, Any] | None:
         """What the runner says of the rounding operator that it replaced on the exact path; None where there is none.
 
         values: how many; kept: those that were not what the operator should have given, left as they were; nmse: of
@@ -186,8 +195,7 @@ class Target:
         """The exact path's metrics know how much each position amplifies rounding (metrics.PositionMetrics)."""
         if path == "shipped":
             return measured
-        session = self.session
-        return measured.scaled_by(session.floor.simulation(session.checkpoint.path, SENSITIVITY_BLOCK).nmse)
+        return measured.scaled_by(self.session.simulation.nmse)
 
     @property
     def _following(self) -> NDArray[np.int32]:

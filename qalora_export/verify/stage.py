@@ -27,9 +27,9 @@ from qalora_export.verify.gates.g0_bytes import still_the_same
 from qalora_export.verify.gates.registry import Measured, registered
 from qalora_export.verify.identity import identities
 from qalora_export.verify.probes.probe_set import make_probes
+from qalora_export.verify.reference.local_run import LocalProofs
 from qalora_export.verify.reference.logits import reference_logprobs
 from qalora_export.verify.reference.merge_check import merge_check
-from qalora_export.verify.reference.noise_floor import NoiseFloor
 from qalora_export.verify.reference.text import folder_answers
 from qalora_export.verify.report.environment import describe_inputs
 from qalora_export.verify.report.html import write_html
@@ -62,8 +62,8 @@ def verify_parity(
     """Run every gate of every requested runtime and write the report folder `out`, also when parity fails.
 
     gguf, onnx: what was exported from `checkpoint`; without settings.runtimes every runtime that can run what is given
-    is verified. base: the unadapted base checkpoint whose noise floor bounds the shipped path; without it the base is
-    looked for beside the checkpoint by its manifest hash. bisect: look for the first layer and tensor that diverges
+    is verified. base: the base checkpoint that was merged into this one; without it the base is looked for beside the
+    checkpoint by its manifest hash. bisect: look for the first layer and tensor that diverges
     when a logits gate fails. cache: keep what PyTorch computes for a checkpoint, and a runtime for the base, for later
     runs on the same machine (verify.store). launch, taps: stand in for qalora_runtimes.launch.run_runner and
     qalora_runtimes.taps.run_taps; a stand-in runtime without taps has nothing inside to look at.
@@ -90,7 +90,11 @@ def verify_parity(
             require_intact(base, "the base", hash_of=hashed)
         workdir = folder / "work"
         workdir.mkdir()
-        session = _prepare(model, settings, base, workdir, launch, hashed)
+        if launch is None and taps is None:
+            from qalora_runtimes.taps import run_taps
+
+            taps = run_taps
+        session = _prepare(model, settings, base, workdir, launch, taps, hashed)
         session.kept = store.answered if store else []
         targets = [Target(session, all_runtimes()[name], artifact) for name, artifact in artifacts.items()]
         with status("hashing the files"):
@@ -99,10 +103,8 @@ def verify_parity(
         entries = [_measure(gate, target) for gate, target in track(work, "verify-parity, gates")]
         positions = {(target.name, path): found for target in targets for path, found in target.positions.items()}
         bisections = dict[str, Bisection]()
-        if bisect and (taps or launch is None):
-            from qalora_runtimes.taps import run_taps
-
-            bisections = bisect_failures(session, targets, entries, positions, taps or run_taps)
+        if bisect and taps is not None:
+            bisections = bisect_failures(session, targets, entries, positions, taps)
             for bisection in bisections.values():
                 entries = explain(entries, bisection)
         entries = _still_the_same(entries, targets)
@@ -135,6 +137,7 @@ def _prepare(
     base: Path | None,
     workdir: Path,
     launch: Launch | None,
+    taps: Launch | None,
     hashed: HashedOnce,
 ) -> Session:
     _check_patience()
@@ -147,8 +150,7 @@ def _prepare(
     seconds = time.perf_counter() - began
     from qalora_runtimes.launch import run_runner
 
-    vocabulary, remembers = model.config["vocab_size"], launch is None
-    runs = Runs(probes, vocabulary, workdir, settings.threads, launch or run_runner, remembers)
+    runs = Runs(probes, model.config["vocab_size"], workdir, settings.threads, launch or run_runner)
     return Session(
         checkpoint=model,
         settings=settings,
@@ -158,7 +160,7 @@ def _prepare(
         chain=checkpoint_links(model.path, base=base, hash_of=hashed),
         merge=merge_check(model, base=base),
         runs=runs,
-        floor=NoiseFloor(model.path, base, probes, reference.logprobs, runs, settings.threads, workdir),
+        local=LocalProofs(model, probes, settings.threads, workdir, taps),
         workdir=workdir,
         hashed=hashed,
         reference_seconds=seconds,

@@ -45,11 +45,12 @@ SIZES = {
 # Stage -> functions of qalora_export.verify as their callers name them; no stage contains another.
 STAGES = {
     "probes": ("stage.make_probes",),
-    "PyTorch reference": ("stage.reference_logprobs", "reference.noise_floor.reference_logprobs"),
-    "PyTorch int8 simulation": ("reference.noise_floor.simulated_int8_logprobs",),
+    "PyTorch reference": ("stage.reference_logprobs",),
+    "PyTorch int8 simulation": ("session.simulated_int8_logprobs",),
+    "G3 layers": ("reference.local_run.prove",),
     "G0 bytes": ("gates.g0_bytes.bytes_entry",),
     "G1 weights": ("gates.g1_weights.weights_entry",),
-    "metrics": ("session.position_metrics", "reference.noise_floor.position_metrics"),
+    "metrics": ("session.position_metrics",),
     "report": ("stage.write_report", "stage.write_html", "stage.write_junit"),
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 from tests.faults import plants as p
 from tests.faults.line import MODULE
 from tests.faults.plants import Plant
+from tests.faults.worker import SCALED_KERNEL
 
 LLAMA, ORT, GENAI = "llama.cpp", "onnxruntime", "onnxruntime-genai"
 KIND = {LLAMA: "gguf", ORT: "onnx", GENAI: "onnx"}
@@ -51,10 +52,10 @@ def merged(make: Callable[[str], Plant]) -> dict[str, Plant]:
 
 
 FAULTS = (
-    Fault("nibble order", "artifact", in_both(p.swap_nibbles), "G0 G1 G2 G3", f"{MODULE}.codes", MODULE),
-    Fault("offset sign", "artifact", in_both(p.negate_offset), "G0 G1 G2 G3", f"{MODULE}.offset", MODULE),
-    Fault("scales transposed", "artifact", in_both(p.transpose_scale), "G0 G1 G2 G3", f"{MODULE}.scale", MODULE),
-    Fault("groups shifted by one", "artifact", in_both(p.shift_groups), "G0 G1 G2 G3", f"{MODULE}.offset", MODULE),
+    Fault("nibble order", "artifact", in_both(p.swap_nibbles), "G0 G1 G2", f"{MODULE}.codes", MODULE),
+    Fault("offset sign", "artifact", in_both(p.negate_offset), "G0 G1 G2", f"{MODULE}.offset", MODULE),
+    Fault("scales transposed", "artifact", in_both(p.transpose_scale), "G0 G1 G2", f"{MODULE}.scale", MODULE),
+    Fault("groups shifted by one", "artifact", in_both(p.shift_groups), "G0 G1 G2", f"{MODULE}.offset", MODULE),
     Fault("one code ±1 in one tensor", "artifact", in_both(p.one_code), "G0 G1 G2", f"{MODULE}.codes: 1", MODULE),
     Fault(
         "NaN in one offset",
@@ -124,7 +125,7 @@ FAULTS = (
         "model.layers.1.post_attention_layernorm",
         blind="G1",
     ),
-    Fault("lm_head quantized", "exporter", merged(p.quantized_head), "G0 G2 G3", "lm_head", "lm_head"),
+    Fault("lm_head quantized", "exporter", merged(p.quantized_head), "G0 G2", "lm_head", "lm_head"),
     Fault(
         "BOS missing",
         "artifact",
@@ -164,6 +165,15 @@ FAULTS = (
         "G4",
         "] NMSE",
         blind="G0 G1 G2 G3",
+        runtime_fault=True,
+    ),
+    Fault(
+        SCALED_KERNEL,
+        "runtime",
+        {LLAMA: p.unchanged, ORT: p.unchanged},
+        "G3 G4",
+        f"{MODULE} (",
+        blind="G0 G1 G2",
         runtime_fault=True,
     ),
     Fault("pool mean merged as sum", "merge", merged(p.mean_pool), "G0", "q_proj.offset (not base + adapter)"),

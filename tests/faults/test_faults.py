@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from qalora_runtimes.taps import run_taps
 
 from qalora_export.errors import ExitCode
 from qalora_export.recipe import VerifySettings
@@ -63,7 +62,7 @@ def _quiet_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 def verify(line: Line, runtime: str, out: Path, workers: Workers) -> ParityReport:
     settings = VerifySettings(runtimes=(runtime,), threads=1, sequences=16)
     artifact = {"gguf": line.gguf} if KIND[runtime] == "gguf" else {"onnx": line.onnx}
-    return verify_parity(line.merged, out, settings, base=line.base, launch=workers, taps=run_taps, **artifact)
+    return verify_parity(line.merged, out, settings, base=line.base, launch=workers, taps=workers.taps, **artifact)
 
 
 @pytest.mark.pictures

@@ -10,6 +10,7 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ from qalora_runtimes.launch import RunnerResult, run_runner
 from qalora_runtimes.protocol import read_answers, read_job, write_answers
 from qalora_runtimes.runner import run_pass
 from qalora_runtimes.scoring import MissingRuntimeError, RunnerError
+from qalora_runtimes.taps import TapsResult, output_of, run_taps
+
+from tests.faults.line import GGUF_NAME, MODULE
+
+SCALED_KERNEL = "one kernel × 1.001"
 
 
 class Workers:
@@ -67,6 +73,16 @@ class Workers:
         answers = read_answers(out, positions=request.total)
         return RunnerResult("ok", "", answers.logprobs, None, {"runtime": name}, decoded=answers.decoded)
 
+    def taps(self, runtime: str, *, model: Path, **options: Any) -> TapsResult:
+        """Values inside the real runtime; with SCALED_KERNEL one product gives 1.001 times what it should."""
+        result = run_taps(runtime, model=model, **options)
+        if self.fault != SCALED_KERNEL or result.status != "ok":
+            return result
+        name = output_of(GGUF_NAME) if runtime == "llama.cpp" else _onnx_product(model)
+        if name not in result.taps:  # asked for other values, by the bisect
+            return result
+        return replace(result, taps={**result.taps, name: result.taps[name] * np.float32(1.001)})
+
     def close(self) -> None:
         for process in self._processes.values():
             process.stdin.close()
@@ -83,6 +99,13 @@ class Workers:
                 cwd=Path(__file__).parents[2],
             )
         return self._processes[name]
+
+
+def _onnx_product(graph: Path) -> str:
+    import onnx
+
+    nodes = onnx.load(graph, load_external_data=False).graph.node
+    return next(node.output[0] for node in nodes if f"{MODULE}.codes" in node.input)
 
 
 def open_runtime(name: str, options: argparse.Namespace, job: Any) -> Any:
@@ -133,7 +156,7 @@ def answer(name: str, request: dict[str, Any], kept: list[Any]) -> dict[str, str
         job = read_job(path["job"])
         runtime = open_runtime(name, options, job)
         kept[:] = [runtime]  # llama.cpp calls back into the newest library object
-        if request["fault"]:
+        if request["fault"] and request["fault"] != SCALED_KERNEL:
             runtime.decode = lambda ids: OFF_BY_ONE[name](runtime, ids)
         passes = [run_pass(runtime, job, each, {}) for each in job.passes]
     except MissingRuntimeError as error:

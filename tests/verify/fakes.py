@@ -1,19 +1,31 @@
-"""A stand-in for qalora_runtimes.launch.run_runner: a runtime that is right everywhere, or wrong in one stated way."""
+"""Stand-ins for qalora_runtimes' run_runner and run_taps: a runtime that is right everywhere, or wrong in a stated way.
+
+On the exact path it is PyTorch; on the shipped path PyTorch with every linear layer computed by the documented
+arithmetic of the runtime that it stands for, from the weights of the artifact.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 from qalora_runtimes.launch import RunnerResult
-from qalora_runtimes.protocol import read_job
+from qalora_runtimes.protocol import Job, read_job
+from qalora_runtimes.taps import TapsResult
 
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.verify.gates.g5_text import expected_answers
+from qalora_export.verify.kernels.arithmetic import Weight, product_of
+from qalora_export.verify.kernels.products import TappedGraph
 from qalora_export.verify.probes.probe_set import ProbeSet
+from qalora_export.verify.reference.layerwise import LayerwiseModel
 from qalora_export.verify.reference.logits import reference_logprobs
 from qalora_export.verify.reference.text import folder_answers
 from qalora_export.verify.runtimes.record import all_runtimes
@@ -27,9 +39,52 @@ def right_logprobs(checkpoint: Path, ids: bytes, lengths: bytes) -> np.ndarray:
     return reference_logprobs(checkpoint, probes, threads=1).logprobs
 
 
+class RightKernels:
+    """layerwise.Played: every product of a graph by the first of its ways, and what it saw and gave by name."""
+
+    def __init__(self, graph: TappedGraph) -> None:
+        self._linears = {linear.module: linear for linear in graph.linears}
+        self._weights: dict[str, Weight] = {}
+        self.seen: dict[str, list[np.ndarray]] = defaultdict(list)
+        self._reader: dict[str, str] = {}  # value -> the first product that reads it: several may
+
+    def __call__(self, module: str, x: torch.Tensor) -> torch.Tensor:
+        linear, gave = self._linears[module], dict[str, np.ndarray]()
+        for one in linear.products:
+            if one.weight not in self._weights:
+                self._weights[one.weight] = one.rows(slice(0, one.shape[0]))
+            saw = gave[one.reads] if one.reads in gave else x[0].numpy()
+            seen = one.ways[0].seen(saw)
+            gave[one.y] = product_of(seen.values, self._weights[one.weight], seen.sums).astype(np.float32)
+            if self._reader.setdefault(one.x, one.weight) == one.weight:
+                self.seen[one.x].append(saw.copy())
+            self.seen[one.y].append(gave[one.y])
+        total = sum(gave[one.y] for one in linear.products if one.summed)
+        ordered = total if linear.order is None else total[:, linear.order]
+        return torch.from_numpy(np.ascontiguousarray(ordered))[None]
+
+    def taps(self) -> dict[str, np.ndarray]:
+        return {name: np.concatenate(parts) for name, parts in self.seen.items()}
+
+
+@cache
+def shipped(checkpoint: Path, runtime: str, model: Path, ids: bytes, lengths: bytes) -> tuple[np.ndarray, dict]:
+    """(log-probabilities, taps) of whole prompts."""
+    record = all_runtimes()[runtime]
+    with TemporaryDirectory() as folder:
+        graph = record.tapped_graph(record.shipped(model), CanonicalCheckpoint(checkpoint), Path(folder))
+    kernels = RightKernels(graph)
+    probes = ProbeSet(np.frombuffer(ids, np.int32), np.frombuffer(lengths, np.int32), ())
+    with torch.inference_mode():
+        (logprobs,) = LayerwiseModel(checkpoint, played=kernels).run(probes.sequences(), decode=False)
+    return logprobs, {graph.logits: logprobs} | kernels.taps()
+
+
 @dataclass
 class FakeRuntimes:
-    """changes: (runtime, "exact" | "shipped", mode) -> what is done to the right log-probabilities.
+    """changes: (runtime, "exact" | "shipped", mode) -> what is done to the right log-probabilities of the probe set.
+
+    taps_changes: runtime -> what is done to the values inside it.
 
     broken: the same keys -> a RunnerResult to return instead. answers: changes a runtime's answers about text.
     """
@@ -38,8 +93,18 @@ class FakeRuntimes:
     changes: dict[tuple[str, str, str], Change] = field(default_factory=dict)
     broken: dict[tuple[str, str, str], RunnerResult] = field(default_factory=dict)
     answers: dict[str, Callable[[dict[str, Any]], None]] = field(default_factory=dict)
+    taps_changes: dict[str, Callable[[dict[str, np.ndarray]], None]] = field(default_factory=dict)
 
-    def __call__(self, runtime: str, *, job: Path, exact: bool, **_: object) -> RunnerResult:
+    def taps(self, runtime: str, *, model: Path, job: Job, data: Path | None = None, **_: object) -> TapsResult:
+        """Whole prompts for either mode: a right runtime gives the same."""
+        artifact = model if data is None else data.parent
+        ids = np.concatenate(job.sequences)
+        lengths = np.array([len(s) for s in job.sequences], np.int32)
+        found = dict(shipped(self.checkpoint, runtime, artifact, ids.tobytes(), lengths.tobytes())[1])
+        self.taps_changes.get(runtime, lambda _: None)(found)
+        return TapsResult("ok", "", found)
+
+    def __call__(self, runtime: str, *, model: Path, job: Path, exact: bool, **_: object) -> RunnerResult:
         request = read_job(job)
         path = "exact" if exact else "shipped"
         alone = request.text is not None and len(request.passes) == 1
@@ -49,10 +114,16 @@ class FakeRuntimes:
                 return self.broken[key]
         ids = np.concatenate(request.sequences)
         lengths = np.array([len(s) for s in request.sequences], np.int32)
-        right = right_logprobs(self.checkpoint, ids.tobytes(), lengths.tobytes())
+        asked = ids.tobytes(), lengths.tobytes()
+        right = (
+            right_logprobs(self.checkpoint, *asked) if exact else shipped(self.checkpoint, runtime, model, *asked)[0]
+        )
         passes = [self.changes.get(key, lambda right: right)(right.copy()) for key in keys] or [right]
         text = self._text(runtime, request)
         return RunnerResult("ok", "", passes[0], text, {"version": "fake"}, decoded=dict(enumerate(passes)).get(1))
+
+    def _shipped(self, runtime: str, model: Path, ids: bytes, lengths: bytes) -> np.ndarray:
+        return shipped(self.checkpoint, runtime, model, ids, lengths)[0]
 
     def _text(self, runtime: str, request: Any) -> dict[str, Any] | None:
         if request.text is None:

@@ -6,10 +6,9 @@ import pytest
 
 from qalora_export.errors import ExitCode
 from qalora_export.verify.gates.registry import all_gates
-from qalora_export.verify.reference.noise_floor import Floor
 from qalora_export.verify.rule import Entry, exit_code
 
-G2_GATE, G3_GATE = all_gates()["G2"], all_gates()["G3"]
+G2_GATE = all_gates()["G2"]
 G2 = {"nmse_scaled_max": 1e-12, "disagreements": 0, "bad_positions": 0}
 
 
@@ -38,22 +37,6 @@ def test_a_missing_figure_is_an_error_not_a_pass() -> None:
 def test_no_limits_is_an_error_not_a_pass() -> None:
     with pytest.raises(ValueError, match="nothing to check"):
         G2_GATE.judge("r", G2, limits=(), detail="")
-
-
-def floor(kl_mean: float) -> Floor:
-    names = ("kl_mean", "nmse_mean", "kl_p99", "kl_max", "disagreements", "perplexity_shift")
-    return Floor("test", dict.fromkeys(names, 1.0) | {"kl_mean": kl_mean}, {"kl_mean": 0.1 * kl_mean})
-
-
-def test_floor_limits_need_a_floor_and_scale_with_it() -> None:
-    figures = dict.fromkeys(floor(1.0).figures, 1.0) | {"bad_positions": 0, "noise_gain": 1.0}
-    with pytest.raises(ValueError, match="noise floor"):
-        G3_GATE.judge("r", figures, detail="")
-    assert G3_GATE.judge("r", figures, floor=floor(1.0).bound, detail="").status == "pass"
-    assert G3_GATE.judge("r", figures, floor=floor(0.61).bound, detail="").status == "pass"  # 1.25 + 4 standard errors
-    assert G3_GATE.judge("r", figures, floor=floor(0.60).bound, detail="").status == "fail"
-    assert G3_GATE.judge("r", figures, floor=floor(math.nan).bound, detail="").status == "fail"
-    assert G3_GATE.judge("r", figures | {"noise_gain": 2.1}, floor=floor(1.0).bound, detail="").status == "fail"
 
 
 @pytest.mark.parametrize(

@@ -142,14 +142,16 @@ def _bisect_target(target: Target, suspect: Suspect, model: ReferenceModel, laun
 def suspect_of(
     entries: Iterable[Entry], positions: dict[tuple[str, str], PositionMetrics], runtime: str, probes: ProbeSet
 ) -> Suspect | None:
-    """The failed logits gate of a runtime that says most (exact before shipped, prompt before decode), or None."""
+    """The failed logits gate of a runtime that says most (prompt before decode), or None.
+
+    Gate G3 looks at every layer itself and names what is wrong.
+    """
     failed = {entry.gate: entry for entry in entries if entry.runtime == runtime and entry.status == "fail"}
     decode_path: RunPath = "exact"
     if "G4" in failed and not any(c.figure.startswith("exact_") and not c.passed for c in failed["G4"].checks):
         decode_path = "shipped"
     choices: tuple[tuple[str, RunPath, str], ...] = (
         ("G2", "exact", "prefill"),
-        ("G3", "shipped", "prefill"),
         ("G4", decode_path, "decode"),
     )
     for gate, path, mode in choices:

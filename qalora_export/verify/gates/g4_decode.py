@@ -8,10 +8,9 @@ from typing import Any, TypeVar
 
 from qalora_export.errors import RuntimeUnavailableError
 from qalora_export.verify.gates.g2_exact_path import NMSE, NO_BAD, TOP1
-from qalora_export.verify.gates.g3_shipped_path import NOISE
-from qalora_export.verify.gates.positions import figures_of, worst_places
+from qalora_export.verify.gates.g3_shipped_path import COST, PROOF, cost_figures, cost_limits, findings, proof_figures
+from qalora_export.verify.gates.positions import worst_places
 from qalora_export.verify.gates.registry import measures
-from qalora_export.verify.reference.noise_floor import Floor
 from qalora_export.verify.rule import Entry, Gate, Limit
 from qalora_export.verify.session import RunPath, Target
 
@@ -23,12 +22,12 @@ def _on(path: RunPath, *limits: Limit) -> tuple[Limit, ...]:
     return tuple(replace(limit, figure=f"{path}_{limit.figure}") for limit in limits)
 
 
-EXACT, SHIPPED = _on("exact", NMSE, TOP1, NO_BAD), _on("shipped", *NOISE, NO_BAD)
+EXACT, SHIPPED = _on("exact", NMSE, TOP1, NO_BAD), _on("shipped", *PROOF, NO_BAD, *COST)
 
 GATE = Gate(
     id="G4",
     title="decode",
-    what="logits token by token with the KV cache against logits of the whole prompt",
+    what="logits token by token with the KV cache against logits of the whole prompt; every layer as in G3",
     row="KV-cache decode, largest NMSE",
     limits=(*EXACT, *SHIPPED),
 )
@@ -55,10 +54,8 @@ class _Parts:
 def decode(target: Target) -> Entry:
     parts = _Parts()
     exact = _path(target, parts, "exact", EXACT)
-    shipped = _path(target, parts, "shipped", SHIPPED)
-    floor = parts.take("no noise floor", lambda: target.floor) if shipped else None
-    if not isinstance(floor, Floor):
-        parts.limits = [limit for limit in parts.limits if limit.kind == "absolute"]
+    shipped = _path(target, parts, "shipped", _on("shipped", NO_BAD, *cost_limits(target)))
+    proven = shipped and _proof(target, parts)
     if not parts.limits:
         return GATE.not_run(target.name, "; ".join(parts.missing))
     entry = GATE.judge(
@@ -66,11 +63,10 @@ def decode(target: Target) -> Entry:
         parts.figures,
         detail="; ".join(parts.missing) or _detail(parts.figures),
         limits=parts.limits,
-        floor=floor.bound if floor else None,
         figures=parts.figures,
         where=parts.where,
     )
-    complete = exact and shipped and floor
+    complete = exact and shipped and proven
     return entry if complete or entry.status == "fail" else GATE.not_run(target.name, entry.detail)
 
 
@@ -78,9 +74,20 @@ def _path(target: Target, parts: _Parts, path: RunPath, limits: tuple[Limit, ...
     measured = parts.take(f"{path} path", lambda: target.decode(path))
     if measured is None:
         return False
-    parts.figures |= {f"{path}_{name}": value for name, value in figures_of(measured).items()}
+    parts.figures |= {f"{path}_{name}": value for name, value in cost_figures(measured).items()}
     parts.limits += limits
     parts.where += [f"{path}: {place}" for place in worst_places(target.session.probes, measured)]
+    return True
+
+
+def _proof(target: Target, parts: _Parts) -> bool:
+    """Every layer of the shipped path, a token at a time."""
+    local = parts.take("layer by layer", lambda: target.local("decode"))
+    if local is None:
+        return False
+    parts.figures |= {f"shipped_{name}": value for name, value in proof_figures(local).items()}
+    parts.limits += _on("shipped", *PROOF)
+    parts.where[:0] = findings(local.proof)
     return True
 
 

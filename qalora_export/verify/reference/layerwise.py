@@ -94,9 +94,8 @@ class _Step:
 class LayerwiseModel:
     """A checkpoint that answers log-probabilities of sequences, every position.
 
-    rounding: applied to the input of every quantized layer, with its group size; to that of an output head that is not
-    quantized, too, with head_block where that is given. played: answers every linear layer in its place, so that
-    only what lies between them is computed here. All methods want torch.inference_mode.
+    rounding: applied to the input of every quantized layer, with its group size. played: answers every linear layer in
+    its place, so that only what lies between them is computed here. All methods want torch.inference_mode.
     """
 
     def __init__(
@@ -104,16 +103,12 @@ class LayerwiseModel:
         checkpoint: Path,
         *,
         rounding: Rounding | None = None,
-        head_block: int | None = None,
         played: Played | None = None,
     ) -> None:
         self._checkpoint = DequantizedCheckpoint(checkpoint) if played is None else WithoutLinears(checkpoint)
         self._skeleton = Skeleton(self._checkpoint, torch.device("cpu"), attention="eager")
         self._skeleton.check_complete()
-        self._before_head: Callable[[Tensor], Tensor] = lambda x: x
         if rounding is not None:
-            if head_block is not None and "lm_head" not in self._checkpoint.modules:
-                self._before_head = lambda x: rounding(x, head_block)
             for name, (_, group_size) in self._checkpoint.modules.items():
                 module = self._skeleton.model.get_submodule(name)
                 module.register_forward_pre_hook(lambda _, x, size=group_size: (rounding(x[0], size),))
@@ -156,9 +151,8 @@ class LayerwiseModel:
     def _logprobs(self, passes: list[list[list[_Step]]]) -> list[NDArray[np.float32]]:
         vocabulary = self._skeleton.model.config.vocab_size
         with self._skeleton.head() as head:
-            answer = lambda x: head(self._before_head(x))  # noqa: E731
             return [
-                _stacked([step.hidden for steps in sequences for step in steps], answer, vocabulary)
+                _stacked([step.hidden for steps in sequences for step in steps], head, vocabulary)
                 for sequences in passes
             ]
 

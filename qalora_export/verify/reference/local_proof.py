@@ -11,7 +11,7 @@ product saw (x) and gave (y), in the shipped artifact, and two comparisons cover
 The second is played back through the reference model, every linear layer answered by the runtime's own y, so that no
 error reaches the next comparison. Where the runtime keeps keys and values in float16, attention is held to what such
 rounding does there: each sequence is played back once more with the projections before attention rounded to float16,
-and every key adds the rounding of a float16 sum.
+and every key adds the rounding of a float16 sum. An activation function by a float16 table is held to the same.
 """
 
 from __future__ import annotations
@@ -33,15 +33,17 @@ from qalora_export.verify.reference.logits import fixed_threads
 Mode = Literal["prefill", "decode"]
 Sequences = tuple[NDArray[np.int32], ...]
 Taps = Mapping[str, NDArray[np.float32]]
-# Long enough for the kernels of whole prompts (llama.cpp's tiled attention begins at 64 tokens), odd so that what is
-# left over of a tile is computed too; decode long enough for a KV cache of several tokens.
-PROMPT, SHORT, DECODED = 67, 5, 5
+# Long enough for the kernels of whole prompts (llama.cpp's tiled attention begins at 64 tokens); decode long enough for
+# a KV cache of several tokens.
+PROMPT, DECODED = 65, 5
 PASS_BYTES = 128 << 20
 # Between products: float32 of two libraries differs by 1e-14 to 2e-12.
 BETWEEN = 1e-9
 # A float16 sum of t values is off by about t · 2⁻²⁴ in squares (llama.cpp adds up attention in float16).
-HALF_SUM, TIMES_HALF = 2.0**-24, 10.0
-ATTENTION_READER, BEFORE_ATTENTION = "o_proj", ("q_proj", "k_proj", "v_proj", "qkv_proj")
+HALF_SUM, TIMES_HALF = 2.0**-24, 30.0
+# What float16 rounding inside the runtime does to one layer's input is simulated by rounding what comes before it.
+HALF_BEFORE = {"o_proj": ("q_proj", "k_proj", "v_proj", "qkv_proj"), "down_proj": ("gate_proj", "gate_up_proj")}
+ATTENTION, ACTIVATION = HALF_BEFORE
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +51,9 @@ class LayerFinding:
     """One linear layer in one mode.
 
     deviations: of its products. misread: products whose x is not the value it should be. between: NMSE of its x against
-    the reference, at the position where that is most against what is allowed there: BETWEEN, or TIMES_HALF times what
-    float16 does to it where the layer reads attention and the runtime keeps keys and values in float16.
+    the reference, the largest of any position; the mean of all behind attention and where the runtime computes in
+    float16, because a softmax of large scores amplifies any rounding at single positions. allowed: BETWEEN, or
+    TIMES_HALF times what float16 does to that mean.
     """
 
     module: str
@@ -81,13 +84,22 @@ class LocalProof:
     logits: Mapping[Mode, float]
     untapped: tuple[str, ...]
 
+    def of(self, mode: Mode) -> LocalProof:
+        """What concerns one mode."""
+        layers = tuple(layer for layer in self.layers if layer.mode == mode)
+        return LocalProof(layers, {m: value for m, value in self.logits.items() if m == mode}, self.untapped)
 
-def sequences_of(sequences: Iterator[NDArray[np.int32]] | Sequences) -> dict[Mode, Sequences]:
-    """What is looked at of a probe set: the longest sequence, and the one that differs most from it, cut short."""
-    known = list(sequences)
-    longest = max(known, key=len)
-    other = max(known, key=lambda ids: (len(set(ids.tolist()) - set(longest.tolist())), len(ids)))
-    return {"prefill": (longest[:PROMPT], other[:SHORT]), "decode": (longest[:DECODED], other[:SHORT])}
+
+def chosen(lengths: NDArray[np.int32]) -> tuple[int, ...]:
+    """Which sequences of a probe set are looked at: the shortest that is a prompt of PROMPT tokens, and the shortest.
+
+    Without one so long it is the longest. Whole sequences, so that the answers of the runs that are not looked into can
+    be compared.
+    """
+    order = np.argsort(lengths, kind="stable")
+    long_enough = [int(i) for i in order if lengths[i] >= PROMPT]
+    first = long_enough[0] if long_enough else int(order[-1])
+    return tuple(dict.fromkeys((first, int(order[0]))))
 
 
 def passes_of(graph: TappedGraph, positions: int) -> list[list[str]]:
@@ -113,9 +125,13 @@ def prove(
     sequences: Mapping[Mode, Sequences],
     *,
     half_cache: bool,
+    half_activation: bool,
     threads: int,
 ) -> LocalProof:
-    """taps: runs the sequences and answers values by name. half_cache: the runtime keeps keys and values in float16."""
+    """taps: runs the sequences and answers values by name. half_cache: the runtime keeps keys and values in float16;
+    half_activation: it computes the activation function in float16.
+    """
+    half = tuple(leaf for leaf, wanted in ((ATTENTION, half_cache), (ACTIVATION, half_activation)) if wanted)
     layers, logits, untapped = list[LayerFinding](), dict[Mode, float](), list[str]()
     for mode, asked in sequences.items():
         values = taps(mode, asked)
@@ -123,13 +139,13 @@ def prove(
         if missing or graph.logits not in values:
             untapped += missing or [graph.logits]
             continue
-        playback = _Playback(graph, values, mode, asked, half_cache=half_cache)
+        playback = _Playback(graph, values, mode, asked, half)
         with fixed_threads(threads), torch.inference_mode():
             model = LayerwiseModel(checkpoint, played=playback)
-            twice = asked * 2 if half_cache else asked
+            twice = asked * 2 if half else asked
             (answer,) = model.run(twice, decode=mode == "decode", prefill=mode == "prefill")
         layers += playback.findings
-        logits[mode] = float(_nmse(_log_softmax(_rows(values[graph.logits])), answer[: playback.total]).max())
+        logits[mode] = float(position_nmse(_log_softmax(_rows(values[graph.logits])), answer[: playback.total]).max())
     return LocalProof(tuple(layers), logits, tuple(untapped))
 
 
@@ -152,16 +168,19 @@ class _Open:
 class _Playback:
     """layerwise.Played: answers each linear layer with the runtime's own y and compares what it was asked with x.
 
-    Positions come in the order of the job; with half_cache all of them a second time, where the projections before
-    attention answer rounded to float16.
+    half: leaves of HALF_BEFORE before which the runtime rounds to float16. Positions come in the order of the job; with
+    `half` all of them a second time, where the layers before such a place answer rounded to float16.
     """
 
-    def __init__(self, graph: TappedGraph, values: Taps, mode: Mode, sequences: Sequences, *, half_cache: bool) -> None:
+    def __init__(
+        self, graph: TappedGraph, values: Taps, mode: Mode, sequences: Sequences, half: tuple[str, ...]
+    ) -> None:
         self.findings: list[LayerFinding] = []
         self.total = sum(map(len, sequences))
         self._keys = np.concatenate([np.arange(len(ids)) for ids in sequences])  # before each position
         self._linears = {linear.module: linear for linear in graph.linears}
-        self._values, self._mode, self._rounds = values, mode, 2 if half_cache else 1
+        self._values, self._mode, self._rounds, self._half = values, mode, 2 if half else 1, half
+        self._rounded = {leaf for place in half for leaf in HALF_BEFORE[place]}
         self._open: dict[str, _Open] = {}
 
     def __call__(self, module: str, x: torch.Tensor) -> torch.Tensor:
@@ -171,7 +190,7 @@ class _Playback:
         now, tokens = self._open[module], x.shape[1]
         begin = now.count % self.total
         y = now.y[begin : begin + tokens]
-        if now.count >= self.total and module.rpartition(".")[2] in BEFORE_ATTENTION:
+        if now.count >= self.total and module.rpartition(".")[2] in self._rounded:
             with np.errstate(over="ignore"):
                 y = y.astype(np.float16).astype(np.float32)
         now.x.append(x[0].numpy().copy())
@@ -199,21 +218,22 @@ class _Playback:
         want = np.concatenate(done.x)
         got = _rows(self._values[done.linear.products[0].x])
         reference, half = want[: self.total], want[self.total :]
-        error, allowed = _nmse(got, reference), np.full(len(reference), BETWEEN)
-        if module.rpartition(".")[2] == ATTENTION_READER and len(half):
-            floor = _nmse(half, reference) + HALF_SUM * (1 + self._keys)
-            allowed = np.maximum(allowed, TIMES_HALF * floor)
-        worst = int((error / allowed).argmax())
-        self.findings.append(
-            LayerFinding(module, self._mode, done.found, done.misread, float(error[worst]), float(allowed[worst]))
-        )
+        error, leaf = position_nmse(got, reference), module.rpartition(".")[2]
+        between, allowed = float(error.max()), BETWEEN
+        if leaf == ATTENTION or leaf in self._half:
+            between = float(error.mean())
+        if leaf in self._half:
+            terms = 1 + self._keys if leaf == ATTENTION else np.ones(len(reference))
+            floor = position_nmse(half, reference) + HALF_SUM * terms
+            allowed = max(BETWEEN, TIMES_HALF * float(floor.mean()))
+        self.findings.append(LayerFinding(module, self._mode, done.found, done.misread, between, allowed))
 
 
 def _rows(value: NDArray[np.float32]) -> NDArray[np.float32]:
     return value.reshape(len(value), -1)
 
 
-def _nmse(got: NDArray[Any], want: NDArray[Any]) -> NDArray[np.float64]:
+def position_nmse(got: NDArray[Any], want: NDArray[Any]) -> NDArray[np.float64]:
     """Σ (got − want)² / Σ want² of each position; inf for NaN, Inf or another shape."""
     if got.shape != want.shape:
         return np.full(len(want), math.inf)

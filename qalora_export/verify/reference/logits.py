@@ -66,12 +66,10 @@ def simulated_int8_logprobs(
     *,
     threads: int,
     block: int | None = SIMULATED_BLOCK,
-    head_block: int | None = None,
 ) -> NDArray[np.float32]:
     """The same model with the input of every quantized layer rounded to int8, `block` in-features per step.
 
-    block None: the layer's own group size. head_block: the same for an output head that is not quantized but lies in
-    the artifact as int8 blocks. What int8 kernels do to activations, without any runtime. Kept as the
+    block None: the layer's own group size. What int8 kernels do to activations, without any runtime. Kept as the
     reference is.
     """
 
@@ -80,11 +78,10 @@ def simulated_int8_logprobs(
             model = LayerwiseModel(
                 checkpoint,
                 rounding=lambda x, group_size: round_to_int8(x, block or group_size),
-                head_block=head_block,
             )
             return {"logprobs": model.run(probes.sequences(), decode=False)[0]}
 
-    asked = {"probes": probes.ids_sha256, "threads": threads, "block": block, "head_block": head_block}
+    asked = {"probes": probes.ids_sha256, "threads": threads, "block": block}
     return remembered("int8 simulation", compute, of=checkpoint, packages=PACKAGES, **asked)["logprobs"]
 
 

@@ -36,7 +36,6 @@ def describe_inputs(session: Session, targets: list[Target], base: Path | None) 
     checkpoint, probes, settings = session.checkpoint, session.probes, session.settings
     counts = parameter_counts(checkpoint)
     artifacts = {target.name: target.artifact for target in targets}
-    floors = {target.name: target.measured_floor for target in targets}
     return {
         "checkpoint": {
             "name": checkpoint.path.name,
@@ -59,7 +58,6 @@ def describe_inputs(session: Session, targets: list[Target], base: Path | None) 
             "names": list(probes.names),
             "lengths": probes.lengths.tolist(),
         },
-        "noise_floor": {runtime: floor.as_json() for runtime, floor in floors.items() if floor},
         "runtimes": {
             run: {key: value for key, value in fingerprint.items() if key != "machine"}
             for run, fingerprint in session.runs.fingerprints.items()

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from qalora_export.verify.gates.g3_shipped_path import cost_figures
 from qalora_export.verify.gates.registry import all_gates
 from qalora_export.verify.report import plots
 from qalora_export.verify.report.bisect_plot import data_uri, error_plot
@@ -18,13 +19,13 @@ HEADLINES = {
     "not run": "NOT PROVEN: a requested runtime is missing or crashed",
 }
 MARKS = {"pass": "✓", "fail": "✗", "not run": "–"}
-# Figures of the noise table: name in metrics.Summary, heading.
-NOISE = {
+# Figures of the table of costs: name in metrics.Summary or of gate G3, heading.
+COSTS = {
     "kl_mean": "KL mean",
     "kl_p99": "KL p99",
     "kl_max": "KL max",
     "nmse_mean": "NMSE mean",
-    "disagreements": "other first choices",
+    "other_choices": "other first choices",
     "perplexity_shift": "shift, nats/token",
 }
 
@@ -59,8 +60,9 @@ def context(report: ParityReport) -> dict[str, Any]:
         "by_place": {(entry.gate, entry.runtime): entry for entry in report.entries},
         "facts": report.facts,
         "links": report.links,
-        "noise": [noise_rows(report, runtime) for runtime in runtimes],
-        "noise_names": NOISE,
+        "costs": [cost_rows(report, runtime) for runtime in runtimes],
+        "cost_names": COSTS,
+        "layers": [layer_rows(report, runtime) for runtime in runtimes],
         "bisections": [(found, data_uri(error_plot(found))) for found in report.bisections.values()],
         "speeds": [speed_row(report, runtime) for runtime in runtimes],
         "plots": {
@@ -71,20 +73,23 @@ def context(report: ParityReport) -> dict[str, Any]:
     }
 
 
-def noise_rows(report: ParityReport, runtime: str) -> dict[str, Any]:
-    """Shipped path, floor, bound and base of one runtime, each a table of figures; absent parts are empty."""
+def cost_rows(report: ParityReport, runtime: str) -> dict[str, Any]:
+    """What the shipped path of one runtime costs, as simulated and as allowed, each a table of figures by COST."""
     entry = next(entry for entry in report.entries if (entry.gate, entry.runtime) == ("G3", runtime))
-    floor = report.facts["noise_floor"].get(runtime, {})
-    figures = entry.figures or {}
+    simulated = report.positions.get((runtime, "simulated"))
     return {
         "runtime": runtime,
-        "source": floor.get("source", "not measured"),
-        "status": entry.status,
-        "shipped": figures,
-        "floor": floor.get("figures", {}),
-        "base": floor.get("measured_on_base") or {},
+        "shipped": entry.figures or {},
+        "simulated": cost_figures(simulated) if simulated else {},
         "bound": {check.figure: check.bound for check in entry.checks},
     }
+
+
+def layer_rows(report: ParityReport, runtime: str) -> dict[str, Any]:
+    """The layers of gate G3 with the largest error of a product, and all of them for whoever unfolds the table."""
+    entry = next(entry for entry in report.entries if (entry.gate, entry.runtime) == ("G3", runtime))
+    layers = (entry.figures or {}).get("layers", [])
+    return {"runtime": runtime, "status": entry.status, "layers": layers}
 
 
 def speed_row(report: ParityReport, runtime: str) -> dict[str, Any]:

@@ -11,7 +11,6 @@ report.json (format "qalora-parity/1"):
                   measured, bound, unit, figure (which of the checks these are: the first that failed, else the
                   headline), detail, where (tensors, facts or positions), checks (every figure with its bound and
                   reason), figures, seconds (what several gates look at is in those of the first)
-    noise_floor   per runtime: source and figures
     runtimes      per run "runtime/path/mode": the runner's fingerprint (version, CPU flags, threads, tokens/s, memory)
     bisect        per runtime whose logits failed: first_layer, first_tensor, what, nmse, and for every layer and every
                   point inside the first wrong one: name, what, nmse, bound, diverges; plotted in bisect-RUNTIME.svg

@@ -18,10 +18,9 @@ if TYPE_CHECKING:
 Positions = dict[tuple[str, str], PositionMetrics]
 # path in report.positions -> legend, colour (safe for the colour-blind: Okabe and Ito)
 SERIES = {
-    "noise floor": ("noise floor", "#8c8c8c"),
+    "simulated": ("int8 simulated in PyTorch", "#8c8c8c"),
     "shipped": ("shipped path", "#d55e00"),
     "exact": ("exact path", "#0072b2"),
-    "base": ("unadapted base", "#009e73"),
 }
 SMALLEST = 1e-17  # where zeros are drawn on a logarithmic axis
 WIDTH, ROW_HEIGHT, DPI = 11.0, 2.3, 120
@@ -34,7 +33,7 @@ def error_by_position(positions: Positions, runtimes: list[str], lengths: list[i
     for axis, runtime in zip(axes, runtimes, strict=True):
         for start, end in zip(ends[:-1:2], ends[1::2], strict=False):
             axis.axvspan(start - 0.5, end - 0.5, color="#f3f3f3", zorder=0, linewidth=0)
-        for path in ("noise floor", "shipped", "exact"):
+        for path in ("simulated", "shipped", "exact"):
             if metrics := positions.get((runtime, path)):
                 _scatter(axis, metrics, *SERIES[path])
         axis.axhline(NMSE.bound, color="#0072b2", linewidth=1, linestyle="--", label="bound of the exact path")
@@ -46,11 +45,11 @@ def error_by_position(positions: Positions, runtimes: list[str], lengths: list[i
 
 
 def kl_histogram(positions: Positions, runtimes: list[str]) -> str:
-    """How KL(reference‖runtime) is spread over positions: shipped path beside the noise floor."""
+    """How KL(reference‖runtime) is spread over positions: shipped path beside simulated int8 activations."""
     figure, axes = _columns(len(runtimes))
     edges = np.logspace(-9, 1, 61)
     for axis, runtime in zip(axes, runtimes, strict=True):
-        for path, style in (("noise floor", "stepfilled"), ("shipped", "step"), ("base", "step")):
+        for path, style in (("simulated", "stepfilled"), ("shipped", "step")):
             if metrics := positions.get((runtime, path)):
                 label, colour = SERIES[path]
                 values = np.clip(np.nan_to_num(metrics.kl, nan=edges[-1]), edges[0], edges[-1])
@@ -68,7 +67,7 @@ def agreement(positions: Positions, runtimes: list[str]) -> str:
     figure, (axis,) = _columns(1, height=0.5 + 0.32 * 3 * max(1, len(runtimes)))
     labels, values, colours = [], [], []
     for runtime in runtimes:
-        for path in ("exact", "shipped", "noise floor"):
+        for path in ("exact", "shipped", "simulated"):
             label, colour = SERIES[path]
             if metrics := positions.get((runtime, path)):
                 labels.append(f"{runtime}, {label}")

@@ -11,16 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
-from qalora_export.formats.contents import EMBEDDING, HEAD
 from qalora_export.formats.gguf.file import GgufFile
 from qalora_export.formats.gguf.read import GgufContents, read_back, runtime_dequantized
 from qalora_export.formats.gguf.split import adapter_path
 from qalora_export.formats.gguf.tokenizer.byte_level import TEXT_DIFFERENCES
 from qalora_export.formats.gguf.tokenizer.sentencepiece import NEVER_JOINED
 from qalora_export.formats.gguf.tokenizer.unigram import UNUSED_SCORE
-from qalora_export.formats.gguf.types import PLAIN_TYPES
 from qalora_export.models.families import FAMILIES
-from qalora_export.recipe import GgufSettings
+from qalora_export.verify.kernels import ggml
+from qalora_export.verify.kernels.products import TappedGraph
 from qalora_export.verify.runtimes.facts import (
     ABSENT,
     expected_graph_facts,
@@ -43,6 +42,7 @@ class LlamaCpp(RuntimeRecord):
     dequantizer = "gguf.quants.dequantize, llama.cpp's own"
     habits = TextHabits(cuts_bos=True, reads_gguf=True)
     taps_of = "llama.cpp"
+    half_cache = True
     rounding_activations = MappingProxyType({"gelu_pytorch_tanh": "GEGLU"})  # a table of float16: qalora_runtimes
 
     def read_back(self, artifact: Path) -> GgufContents:
@@ -61,30 +61,16 @@ class LlamaCpp(RuntimeRecord):
     def shipped(self, artifact: Path) -> Artifact:
         return Artifact(artifact, adapter_of(artifact))
 
+    def tapped_graph(self, shipped: Artifact, checkpoint: CanonicalCheckpoint, workdir: Path) -> TappedGraph:
+        return ggml.tapped_graph(shipped.path, shipped.lora, checkpoint)
+
     def exact(self, artifact: Path, workdir: Path) -> Artifact:
         twin = workdir / "twin-f32.gguf"
         write_twin(artifact, twin)
         return Artifact(twin, adapter_of(artifact))
 
-    def head_block(self, artifact: Path) -> int | None:
-        types = self.read_back(artifact).types
-        return None if types.get(HEAD, types.get(EMBEDDING)) in PLAIN_TYPES else self.int8_block
-
-    def export_settings(self, artifact: Path) -> GgufSettings:
-        return GgufSettings(
-            layout=self.read_back(artifact).metadata.get("qalora.layout", "q4_1"),
-            allow_text_differences=self.text_differences_accepted(artifact),
-        )
-
     def text_differences_accepted(self, artifact: Path) -> bool:
         return TEXT_DIFFERENCES in GgufFile(artifact).fields
-
-    def export(self, checkpoint: Path, workdir: Path, settings: GgufSettings) -> Artifact:
-        from qalora_export.formats.gguf.export import export_gguf
-
-        out = workdir / "base.gguf"
-        export_gguf(checkpoint, out, settings)
-        return self.shipped(out)
 
 
 def adapter_of(artifact: Path) -> Path | None:

@@ -16,8 +16,9 @@ from qalora_export.formats.onnx.hosts import CONFIG, GENERATION, TOKENIZER_CONFI
 from qalora_export.formats.onnx.layout import FLAT_GRAPH, graph_name
 from qalora_export.formats.onnx.read import OnnxContents, read_back
 from qalora_export.models.families import family_of
-from qalora_export.recipe import OnnxSettings
 from qalora_export.safety import inside, read_json
+from qalora_export.verify.kernels import mlas
+from qalora_export.verify.kernels.products import TappedGraph
 from qalora_export.verify.runtimes.facts import ABSENT, NOT_CARRIED, expected_graph_facts, expected_text_facts
 from qalora_export.verify.runtimes.onnx_dequantize import runtime_dequantized
 from qalora_export.verify.runtimes.record import Artifact, Facts, Matrices, RuntimeRecord, register
@@ -36,7 +37,6 @@ class OnnxRuntime(RuntimeRecord):
     format = "onnx"
     dequantizer = "ONNX Runtime on the file's own nodes and an identity"
     own_tokenizer = False
-    int8_block = None
     taps_of = "onnxruntime"
 
     def read_back(self, artifact: Path) -> OnnxContents:
@@ -57,18 +57,11 @@ class OnnxRuntime(RuntimeRecord):
     def shipped(self, artifact: Path) -> Artifact:
         return Artifact(artifact)
 
+    def tapped_graph(self, shipped: Artifact, checkpoint: CanonicalCheckpoint, workdir: Path) -> TappedGraph:
+        return mlas.tapped_graph(shipped.path, checkpoint, workdir)
+
     def exact(self, artifact: Path, workdir: Path) -> Artifact:
         return Artifact(exact_variant(artifact, workdir / "exact"))
-
-    def export_settings(self, artifact: Path) -> OnnxSettings:
-        return OnnxSettings(accuracy_level=1 if self.read_back(artifact).accuracy_level == 1 else 4)
-
-    def export(self, checkpoint: Path, workdir: Path, settings: OnnxSettings) -> Artifact:
-        from qalora_export.formats.onnx.export import export_onnx
-
-        out = workdir / "base-onnx"
-        export_onnx(checkpoint, out, settings)
-        return Artifact(out)
 
 
 def expected_web_facts(checkpoint: CanonicalCheckpoint, template: Any) -> Facts:

@@ -29,6 +29,7 @@ from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.errors import InputError
 from qalora_export.formats.contents import Contents
 from qalora_export.verify import runtimes
+from qalora_export.verify.kernels.products import TappedGraph
 
 Facts = dict[str, Any]
 Matrices = Iterator[tuple[str, NDArray[np.float32]]]  # (module, dequantized (out, in))
@@ -62,10 +63,9 @@ class RuntimeRecord(ABC):
     """Everything runtime-specific about verifying.
 
     format: of the artifact. dequantizer: who dequantizes for gate G1. habits, own_tokenizer: whether the runtime itself
-    answers gate G5, and how. int8_block: activations that share one int8 step in the shipped kernels (llama.cpp: Q8_1
-    and Q8_0 blocks of 32; MatMulNBits: the group of the weights, None). taps_of: the runtime that shows the values
-    inside this one's graph, for the bisect. rounding_activations: activation function (config.json) -> the runtime's
-    operator that rounds in it, which its runner replaces by the function on the exact path and must say so.
+    answers gate G5, and how. taps_of: the runtime that shows the values inside this one's graph. half_cache: the
+    shipped path keeps keys and values in float16. rounding_activations: activation function (config.json) -> the
+    runtime's operator that rounds in it, which its runner replaces by the function on the exact path and must say so.
     """
 
     name: ClassVar[str]
@@ -73,8 +73,8 @@ class RuntimeRecord(ABC):
     dequantizer: ClassVar[str]
     habits: ClassVar[TextHabits] = TextHabits()
     own_tokenizer: ClassVar[bool] = True
-    int8_block: ClassVar[int | None] = 32
     taps_of: ClassVar[str]
+    half_cache: ClassVar[bool] = False
     rounding_activations: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     @abstractmethod
@@ -98,26 +98,16 @@ class RuntimeRecord(ABC):
         """What to run for gate G3: the artifact as users run it."""
 
     @abstractmethod
+    def tapped_graph(self, shipped: Artifact, checkpoint: CanonicalCheckpoint, workdir: Path) -> TappedGraph:
+        """What to run for the local proof of gate G3: every matrix product, what it sees, gives and documents."""
+
+    @abstractmethod
     def exact(self, artifact: Path, workdir: Path) -> Artifact:
         """What to run for gate G2: the same numbers for rounding-free kernels, written into `workdir`."""
-
-    def head_block(self, artifact: Path) -> int | None:
-        """Activations that share an int8 step in front of an output head that is not quantized in the checkpoint but
-        lies in the artifact as int8 blocks; None where the head is plain numbers.
-        """
-        return None
 
     def text_differences_accepted(self, artifact: Path) -> bool:
         """Gate G5: whether the artifact says that it was exported with differences in its tokenizer."""
         return False
-
-    @abstractmethod
-    def export_settings(self, artifact: Path) -> Any:
-        """The settings that `artifact` was exported with, as far as they change its kernels."""
-
-    @abstractmethod
-    def export(self, checkpoint: Path, workdir: Path, settings: Any) -> Artifact:
-        """Another checkpoint as an artifact with these settings, for the noise floor."""
 
 
 R = TypeVar("R", bound=type[RuntimeRecord])

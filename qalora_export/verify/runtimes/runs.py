@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,20 +11,17 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from qalora_runtimes.heartbeat import Beat
-from qalora_runtimes.launch import RUNNERS
 from qalora_runtimes.process import Watch, patience_for
 from qalora_runtimes.protocol import Job, TextRequest, write_job
 
 from qalora_export.checkpoint.manifest import is_unchanged
 from qalora_export.errors import RuntimeUnavailableError
 from qalora_export.progress import Task, task
-from qalora_export.safety import sha256_file
 from qalora_export.verify.probes.probe_set import ProbeSet
 from qalora_export.verify.runtimes.record import Artifact
-from qalora_export.verify.store import Arrays, remembered
 
 Mode = Literal["prefill", "decode"]
-BASE, SHIPPED, TEXT = "base", "shipped", "text"  # labels of runs; others are "exact"
+SHIPPED, TEXT = "shipped", "text"  # labels of runs; others are "exact"
 LOG_SHOWN = 600  # characters
 logger = logging.getLogger(__name__)
 
@@ -42,9 +38,8 @@ class Runs:
     What is asked second waits here for its gate. Where such a run fails, each part is run alone, so that a gate is not
     stopped by what another one asks.
 
-    launch: qalora_runtimes.launch.run_runner or a stand-in with its signature. remembers: whether runs of the
-    unadapted base are kept between runs of verify-parity (verify.store); not those of a stand-in. fingerprints: one
-    per run, by "runtime/path/mode".
+    launch: qalora_runtimes.launch.run_runner or a stand-in with its signature. fingerprints: one per run, by
+    "runtime/path/mode".
     """
 
     probes: ProbeSet
@@ -52,7 +47,6 @@ class Runs:
     workdir: Path
     threads: int
     launch: Callable[..., Any]
-    remembers: bool = False
     fingerprints: dict[str, dict[str, Any]] = field(default_factory=dict)
     _waiting: dict[tuple[str, str, str], Any] = field(default_factory=dict)
 
@@ -61,8 +55,6 @@ class Runs:
     ) -> NDArray[np.float32]:
         """float32 (positions, vocabulary). Raises RuntimeUnavailableError when the runtime is missing or crashed."""
         label = label or ("exact" if exact else "shipped")
-        if label == BASE:
-            return self._of_base(runtime, artifact, mode, exact=exact)
         if (runtime, label, mode) not in self._waiting:
             self._everything(runtime, artifact, exact=exact, label=label)
         values = self._waiting.pop((runtime, label, mode), None)
@@ -88,25 +80,6 @@ class Runs:
             return
         found = {"prefill": result.logprobs, "decode": result.decoded, TEXT: result.text_answers}
         self._waiting |= {(runtime, label, what): value for what, value in found.items() if value is not None}
-
-    def _of_base(self, runtime: str, artifact: Artifact, mode: Mode, *, exact: bool) -> NDArray[np.float32]:
-        """A run of the unadapted base, or what it answered before: it is a yardstick, not what is verified."""
-        name = f"{runtime}/{BASE}/{mode}"
-
-        def compute() -> Arrays:
-            result = self._run(runtime, artifact, self.probes, mode, exact=exact, label=BASE)
-            values = self._checked(runtime, artifact, result.logprobs)
-            told = json.dumps(self.fingerprints[name]).encode()
-            return {"logprobs": values, "fingerprint": np.frombuffer(told, np.uint8)}
-
-        if not self.remembers:
-            return compute()["logprobs"]
-        asked = {"probes": self.probes.ids_sha256, "threads": self.threads, "mode": mode, "exact": exact}
-        asked["lora"] = artifact.lora and sha256_file(artifact.lora)
-        packages = (RUNNERS[runtime].package, "numpy")
-        found = remembered(f"base in {runtime}", compute, of=artifact.path, packages=packages, **asked)
-        self.fingerprints[name] = json.loads(found["fingerprint"].tobytes())
-        return found["logprobs"]
 
     def _checked(self, runtime: str, artifact: Artifact, values: NDArray[np.float32] | None) -> NDArray[np.float32]:
         expected = (int(self.probes.ids.size), self.vocabulary)

@@ -43,7 +43,8 @@ def odd_bytes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
 
 
 def verified(exported: Exported, out: Path) -> ParityReport:
-    return verify_parity(exported.checkpoint, out, gguf=exported.gguf, launch=FakeRuntimes(exported.checkpoint))
+    fake = FakeRuntimes(exported.checkpoint)
+    return verify_parity(exported.checkpoint, out, gguf=exported.gguf, launch=fake, taps=fake.taps, bisect=False)
 
 
 @pytest.mark.parametrize(

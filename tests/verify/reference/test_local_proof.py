@@ -18,9 +18,9 @@ from qalora_export.verify.reference.local_proof import (
     LocalProof,
     Mode,
     Sequences,
+    chosen,
     passes_of,
     prove,
-    sequences_of,
 )
 from tests.verify.exports import Exported
 
@@ -33,7 +33,8 @@ def run(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     """Proof of the tiny model in a runtime, its values changed on the way; the runtime itself runs once."""
     checkpoint = CanonicalCheckpoint(exported.checkpoint)
     random = np.random.default_rng(0)
-    sequences = sequences_of(random.integers(0, 360, length).astype(np.int32) for length in (80, 30))
+    ids = tuple(random.integers(0, 360, length).astype(np.int32) for length in (67, 5))
+    sequences: dict[Mode, Sequences] = {"prefill": ids, "decode": tuple(part[:5] for part in ids)}
     known: dict[str, tuple[TappedGraph, dict[Mode, Taps]]] = {}
 
     def measured(runtime: str) -> tuple[TappedGraph, dict[Mode, Taps]]:
@@ -69,7 +70,9 @@ def run(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Callabl
                 change(mode, changed)
             return changed
 
-        return prove(exported.checkpoint, graph, taps, sequences, half_cache=RUNTIMES[runtime], threads=1)
+        return prove(
+            exported.checkpoint, graph, taps, sequences, half_cache=RUNTIMES[runtime], half_activation=False, threads=1
+        )
 
     return proof
 
@@ -159,9 +162,7 @@ def test_passes_hold_each_name_once_and_bound_memory(exported: Exported) -> None
     assert len(passes_of(graph, PASS_BYTES)) == len(graph.linears)
 
 
-def test_the_sequences_are_cut_and_differ() -> None:
-    ids = [np.arange(100, dtype=np.int32), np.arange(50, dtype=np.int32), np.arange(200, 220, dtype=np.int32)]
-    found = sequences_of(ids)
-    assert [len(ids) for ids in found["prefill"]] == [67, 5]
-    assert [len(ids) for ids in found["decode"]] == [5, 5]
-    assert found["prefill"][1][0] == 200
+def test_a_prompt_and_a_short_sequence_are_looked_at() -> None:
+    assert chosen(np.array([128, 3, 70, 65, 64], np.int32)) == (3, 1)
+    assert chosen(np.array([60, 3, 61], np.int32)) == (2, 1)  # none is a prompt of 65
+    assert chosen(np.array([9], np.int32)) == (0,)

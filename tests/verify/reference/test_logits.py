@@ -65,13 +65,6 @@ def test_simulated_int8_is_noise_and_not_nothing(tiny_canonical: Path, probes: P
     assert 1e-7 < summary.nmse_mean < 1e-2
 
 
-def test_a_head_in_blocks_adds_its_own_rounding(tiny_canonical: Path, probes: ProbeSet) -> None:
-    plain = reference.simulated_int8_logprobs(tiny_canonical, probes, threads=1)
-    blocks = reference.simulated_int8_logprobs(tiny_canonical, probes, threads=1, head_block=32)
-    noise = position_metrics(plain, blocks, following_ids(probes.ids, probes.lengths)).summary()
-    assert 1e-8 < noise.nmse_mean < 1e-3
-
-
 def test_int8_rounding_is_that_of_its_definition() -> None:
     x = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)
     x[1, :32] = 0

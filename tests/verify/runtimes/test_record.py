@@ -35,6 +35,7 @@ def test_a_new_runtime_is_verified_like_the_others(
         settings,
         gguf=exported.gguf,
         launch=FakeRuntimes(exported.checkpoint),
+        taps=FakeRuntimes(exported.checkpoint).taps,
     )
     assert report.passed
     written = json.loads((tmp_path / "report" / "report.json").read_text())
