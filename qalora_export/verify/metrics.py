@@ -9,8 +9,8 @@ Both sides are natural log-probabilities, float32 (positions, vocabulary): log-s
   to one only within 1e-7, which is far above the divergences of an exact path.
 * Values below FLOOR carry no probability a float32 can hold, and some runtimes compute log(softmax), so both sides
   are clamped there. NaN and +Inf never pass, and -Inf passes only where the reference is below the floor too.
-* An ill-conditioned position (one where int8 rounding alone moves the logits by more than SENSITIVE) amplifies float32
-  rounding just as much; `scaled_by` divides its NMSE by that excess, so that one bound fits every position.
+* An ill-conditioned position amplifies float32 rounding: sums of large activations that cancel later leave what they
+  were rounded by. `scaled_by` divides its NMSE by how much more noise float32 makes there, so that one bound fits all.
 * A runtime's top token agrees when it is the reference's own, or when the reference rates it within TIE_MARGIN of its
   best.
 """
@@ -28,9 +28,11 @@ FLOOR = -80.0
 # An NMSE of 1e-9 is an error of 3e-5 standard deviations; logits spread by about 3, two of them are compared, and the
 # largest of thousands of errors is about 6 standard deviations: 2 · 6 · 3 · 3e-5 = 1e-3 nats.
 TIE_MARGIN = 1e-3
-# NMSE of int8 rounding at a position, above which it counts as ill-conditioned. Measured on a fine-tuned 7.5 M model:
-# median 2e-4, largest 8e-3; float32 errors follow at 5e-9 (median) to 3e-7 (largest) of that.
-SENSITIVE = 1e-3
+# NMSE up to which float32 kernels of different libraries may differ at an ordinary position.
+EXACT = 1e-9
+# Noise of float32 rounding (reference.logits.rounding_noise) above which a position counts as ill-conditioned. The
+# exact paths of SmolLM2-135M, 168 positions from 1e-13 to 2e-7, are twice that noise in the median, at most 43 times.
+ORDINARY = EXACT / 125
 BOOTSTRAP_ROUNDS = 200
 # One float64 row block at a time keeps the working set near 64 MiB for any vocabulary.
 BLOCK_VALUES = 2**21
@@ -73,9 +75,9 @@ class PositionMetrics:
             perplexity_runtime=perplexity(self.next_runtime),
         )
 
-    def scaled_by(self, int8_nmse: NDArray[np.float64]) -> PositionMetrics:
-        """The same metrics knowing how sensitive each position is: int8_nmse (positions,), see SENSITIVE."""
-        return replace(self, sensitivity=np.maximum(1.0, int8_nmse / SENSITIVE))
+    def scaled_by(self, noise: NDArray[np.float64]) -> PositionMetrics:
+        """The same metrics knowing how sensitive each position is: noise of float32 rounding (positions,)."""
+        return replace(self, sensitivity=np.maximum(1.0, noise / ORDINARY))
 
     def standard_errors(self, seed: int = 0) -> dict[str, float]:
         """How much each figure of SCATTERING would differ on another draw of as many positions (bootstrap)."""

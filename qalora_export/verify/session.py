@@ -17,16 +17,16 @@ from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.provenance import Link, artifact_manifest
-from qalora_export.errors import RuntimeUnavailableError
+from qalora_export.errors import InputError, RuntimeUnavailableError
 from qalora_export.models.families.family import activation
 from qalora_export.recipe import VerifySettings
 from qalora_export.safety import HashedOnce
 from qalora_export.verify.identity import Identities
-from qalora_export.verify.metrics import PositionMetrics, following_ids, position_metrics
+from qalora_export.verify.metrics import EXACT, PositionMetrics, following_ids, position_metrics
 from qalora_export.verify.probes.probe_set import ProbeSet
 from qalora_export.verify.reference.local_proof import Mode
 from qalora_export.verify.reference.local_run import MODES, LocalProofs, LocalRun
-from qalora_export.verify.reference.logits import Reference, simulated_int8_logprobs
+from qalora_export.verify.reference.logits import Reference, rounding_noise, simulated_int8_logprobs
 from qalora_export.verify.reference.merge_check import MergeCheck
 from qalora_export.verify.runtimes.record import Artifact, RuntimeRecord
 from qalora_export.verify.runtimes.runs import Runs
@@ -62,6 +62,7 @@ class Session:
     kept: list[str] = field(default_factory=list)
     links: list[Link] = field(default_factory=list)
     files: Identities = field(default_factory=dict)
+    _noise: dict[int, NDArray[np.float64]] = field(default_factory=dict)
 
     @cached_property
     def simulation(self) -> PositionMetrics:
@@ -70,6 +71,20 @@ class Session:
             self.checkpoint.path, self.probes, threads=self.settings.threads, block=SENSITIVITY_BLOCK
         )
         return position_metrics(self.reference.logprobs, found, following_ids(self.probes.ids, self.probes.lengths))
+
+    def noise(self, positions: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """reference.logits.rounding_noise (positions,) in the sequences that hold one of `positions`, 0 in others."""
+        starts = self.probes.starts
+        asked = np.unique(np.searchsorted(starts, np.flatnonzero(positions), side="right") - 1)
+        fresh = [int(index) for index in asked if int(index) not in self._noise]
+        if fresh:
+            some = self.probes.some(fresh)
+            found = rounding_noise(self.checkpoint.path, some, threads=self.settings.threads)
+            self._noise |= dict(zip(fresh, np.split(found, some.starts[1:]), strict=True))
+        noise = np.zeros(len(positions))
+        for index in asked:
+            noise[starts[index] : starts[index] + self.probes.lengths[index]] = self._noise[int(index)]
+        return noise
 
 
 @dataclass
@@ -192,10 +207,14 @@ class Target:
         return self.runtime.rounding_activations.get(activation(self.session.checkpoint.config))
 
     def _scaled(self, path: RunPath, measured: PositionMetrics) -> PositionMetrics:
-        """The exact path's metrics know how much each position amplifies rounding (metrics.PositionMetrics)."""
-        if path == "shipped":
+        """The exact path's metrics know how much a position amplifies rounding, where that decides."""
+        above = measured.nmse > EXACT
+        if path == "shipped" or not above.any():
             return measured
-        return measured.scaled_by(self.session.simulation.nmse)
+        try:
+            return measured.scaled_by(self.session.noise(above))
+        except InputError:  # the checkpoint was changed under us, which gate G0 names; unscaled is the harder bound
+            return measured
 
     @property
     def _following(self) -> NDArray[np.int32]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qalora_export.verify import metrics
-from qalora_export.verify.metrics import FLOOR, TIE_MARGIN, following_ids, perplexity, position_metrics
+from qalora_export.verify.metrics import FLOOR, ORDINARY, TIE_MARGIN, following_ids, perplexity, position_metrics
 
 
 def logprobs(rows: int, vocabulary: int, *, seed: int, spread: float = 3.0) -> np.ndarray:
@@ -134,7 +134,7 @@ def test_quantiles_and_counts() -> None:
 def test_sensitive_positions_are_scaled_and_ordinary_ones_are_not() -> None:
     a, b = logprobs(3, 20, seed=12), logprobs(3, 20, seed=13)
     found = position_metrics(a, b, end_of_sequence(3))
-    scaled = found.scaled_by(np.array([1e-6, 1e-3, 8e-3]))
+    scaled = found.scaled_by(np.array([1e-13, ORDINARY, 8 * ORDINARY]))
     np.testing.assert_allclose(scaled.sensitivity, [1, 1, 8])
     assert scaled.summary().nmse_max == found.summary().nmse_max
     assert scaled.summary().nmse_scaled_max == max(found.nmse[0], found.nmse[1], found.nmse[2] / 8)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from qalora_export.verify.gates.positions import described, figures_of, worst_places
 from qalora_export.verify.gates.registry import measures
+from qalora_export.verify.metrics import EXACT
 from qalora_export.verify.rule import Entry, Gate, Limit
 from qalora_export.verify.session import Target
 
 NMSE = Limit(
     "nmse_scaled_max",
-    1e-9,
+    EXACT,
     "largest NMSE, scaled",
     "float32 kernels of different libraries: at most 8e-11 through 2 layers and 3e-10 through the 30 of SmolLM2-135M "
     "(1.2e-8 before scaling); one wrong code, offset or epsilon in a real model moves a position by more than 1e-8",

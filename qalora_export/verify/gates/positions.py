@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from qalora_export.verify.metrics import SENSITIVE, PositionMetrics
+from qalora_export.verify.metrics import ORDINARY, PositionMetrics
 from qalora_export.verify.probes.probe_set import ProbeSet
 
 WORST_SHOWN = 5
-RULE = f"scaled: divided by int8's own NMSE / {SENSITIVE:g} where that is above 1"
+RULE = f"scaled: divided by the NMSE that float32 rounding alone makes there / {ORDINARY:g} where that is above 1"
 
 
 def figures_of(measured: PositionMetrics) -> dict[str, Any]:

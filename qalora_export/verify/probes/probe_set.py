@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,12 @@ class ProbeSet:
 
     def sequences(self) -> Iterator[NDArray[np.int32]]:
         return (self.ids[s : s + n] for s, n in zip(self.starts, self.lengths, strict=True))
+
+    def some(self, chosen: Sequence[int]) -> ProbeSet:
+        """Those sequences alone, without texts and chats."""
+        parts = list(self.sequences())
+        names = tuple(self.names[index] for index in chosen)
+        return ProbeSet(np.concatenate([parts[i] for i in chosen]), self.lengths[list(chosen)], names)
 
     def text_job(self) -> bytes:
         """Gate G5's questions as the JSON a runner reads."""

@@ -33,6 +33,7 @@ from qalora_export.qalora.dequant import dequantize
 from qalora_export.verify.kernels.products import linear_modules
 
 Rounding = Callable[[Tensor, int], Tensor]  # x (…, in) and the group size of the layer -> what the layer sees of x
+Noise = Callable[[Tensor], Tensor]
 Played = Callable[[str, Tensor], Tensor]  # module and its x (1, tokens, in) -> x Wᵀ (1, tokens, out), before any bias
 
 
@@ -95,7 +96,8 @@ class LayerwiseModel:
     """A checkpoint that answers log-probabilities of sequences, every position.
 
     rounding: applied to the input of every quantized layer, with its group size. played: answers every linear layer in
-    its place, so that only what lies between them is computed here. All methods want torch.inference_mode.
+    its place, so that only what lies between them is computed here. noise: applied to what enters and leaves every
+    linear layer and to the hidden states behind every decoder layer. All methods want torch.inference_mode.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class LayerwiseModel:
         *,
         rounding: Rounding | None = None,
         played: Played | None = None,
+        noise: Noise | None = None,
     ) -> None:
         self._checkpoint = DequantizedCheckpoint(checkpoint) if played is None else WithoutLinears(checkpoint)
         self._skeleton = Skeleton(self._checkpoint, torch.device("cpu"), attention="eager")
@@ -115,6 +118,15 @@ class LayerwiseModel:
         if played is not None:
             for name, linear in self._skeleton.linears().items():
                 setattr(linear, "forward", functools.partial(_answered, played, name, linear))  # noqa: B010
+
+        if noise is not None:
+            for linear in self._skeleton.linears().values():
+                linear.register_forward_pre_hook(lambda _, x: (noise(x[0]),))
+                linear.register_forward_hook(lambda _, _x, y: noise(y))
+            for layer in self._skeleton.base.layers:
+                layer.register_forward_hook(
+                    lambda _, _x, y: (noise(y[0]), *y[1:]) if isinstance(y, tuple) else noise(y)
+                )
 
     @property
     def frequencies(self) -> NDArray[np.float32]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ from torch import nn
 from qalora_export.errors import InputError
 from qalora_export.models.loading import load_model
 from qalora_export.qalora.layer import QALoraLinear
+from qalora_export.verify.metrics import following_ids, position_metrics
 from qalora_export.verify.probes.probe_set import ProbeSet
 from qalora_export.verify.reference.layerwise import DequantizedCheckpoint, LayerwiseModel
 from qalora_export.verify.store import Arrays, remembered
 
 PACKAGES = ("ml-dtypes", "numpy", "safetensors", "torch", "transformers")  # whose code the reference passes through
+NOISE_DRAWS, ULP = 4, 2.0**-23  # a single draw may miss the direction that a position amplifies
 SIMULATED_BLOCK = 32  # int8 activation blocks of llama.cpp's Q8_1
 
 
@@ -83,6 +85,32 @@ def simulated_int8_logprobs(
 
     asked = {"probes": probes.ids_sha256, "threads": threads, "block": block}
     return remembered("int8 simulation", compute, of=checkpoint, packages=PACKAGES, **asked)["logprobs"]
+
+
+def rounding_noise(checkpoint: Path, probes: ProbeSet, *, threads: int) -> NDArray[np.float64]:
+    """What float32 rounding alone makes of each position: NMSE, float64 (positions,).
+
+    Every number that enters or leaves a linear layer, and every hidden state between decoder layers, is off by up to
+    one unit in the last place, at random; the mean of NOISE_DRAWS such runs against the undisturbed one. Kept as the
+    reference is.
+    """
+
+    def compute() -> Arrays:
+        with fixed_threads(threads), torch.inference_mode():
+            (exact,) = LayerwiseModel(checkpoint).run(probes.sequences(), decode=False)
+            total = np.zeros(len(exact))
+            for draw in range(NOISE_DRAWS):
+                (noisy,) = LayerwiseModel(checkpoint, noise=_ulps(draw)).run(probes.sequences(), decode=False)
+                total += position_metrics(exact, noisy, following_ids(probes.ids, probes.lengths)).nmse
+        return {"noise": total / NOISE_DRAWS}
+
+    asked = {"probes": probes.ids_sha256, "threads": threads}
+    return remembered("rounding noise", compute, of=checkpoint, packages=PACKAGES, **asked)["noise"]
+
+
+def _ulps(seed: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda x: x * (1 + (2 * torch.rand(x.shape, generator=generator) - 1) * ULP)
 
 
 def float32_model(checkpoint: Path) -> Any:

@@ -1,7 +1,10 @@
 """The reference is the checkpoint: prefill and decode agree, and its weights are compared with numpy's."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -75,3 +78,39 @@ def test_int8_rounding_is_that_of_its_definition() -> None:
             step = np.float32(np.abs(values).max() / np.float32(127))
             expected = np.rint(values / step) * step if step else values
             np.testing.assert_allclose(found[row, 32 * block : 32 * block + 32], expected, rtol=1e-6)
+
+
+def test_rounding_noise_is_that_of_float32_and_the_same_again(tiny_canonical: Path, probes: ProbeSet) -> None:
+    some = probes.some([1, 4])
+    assert some.names == (probes.names[1], probes.names[4])
+    found = reference.rounding_noise(tiny_canonical, some, threads=1)
+    assert found.shape == (int(some.lengths.sum()),) and found.dtype == np.float64
+    assert (found > 1e-16).all() and (found < 1e-11).all()
+    np.testing.assert_array_equal(found, reference.rounding_noise(tiny_canonical, some, threads=1))
+
+
+def test_rounding_noise_shows_what_cancels_later(tiny_canonical: Path, probes: ProbeSet) -> None:
+    """What one layer adds to the residual stream and the next takes away leaves what it was rounded by."""
+    some, ordinary, cancelled = probes.some([4]), [], []
+    for size, found in ((0.0, ordinary), (3e3, cancelled)):
+        with layers_that_cancel(size):
+            found += reference.rounding_noise(tiny_canonical, some, threads=1).tolist()
+    assert np.median(cancelled) > 100 * np.median(ordinary)
+
+
+@contextlib.contextmanager
+def layers_that_cancel(size: float) -> Iterator[None]:
+    """Behind the first decoder layer `size` is added to every hidden value, behind the second taken away."""
+    run, seen = layerwise._advance, {}
+
+    def shifted(layer: torch.nn.Module, index: int, steps: list, cache: object) -> None:
+        seen.setdefault(index, layer.register_forward_hook(lambda _, x, y: _moved(y, size if index == 0 else -size)))
+        run(layer, index, steps, cache)
+        seen.pop(index).remove()
+
+    with patch.object(layerwise, "_advance", shifted):
+        yield
+
+
+def _moved(output: torch.Tensor | tuple, by: float) -> torch.Tensor | tuple:
+    return (output[0] + by, *output[1:]) if isinstance(output, tuple) else output + by
