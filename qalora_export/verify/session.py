@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -26,7 +25,7 @@ from qalora_export.verify.metrics import EXACT, PositionMetrics, following_ids, 
 from qalora_export.verify.probes.probe_set import ProbeSet
 from qalora_export.verify.reference.local_proof import Mode
 from qalora_export.verify.reference.local_run import MODES, LocalProofs, LocalRun
-from qalora_export.verify.reference.logits import Reference, rounding_noise, simulated_int8_logprobs
+from qalora_export.verify.reference.logits import Reference, rounding_noise
 from qalora_export.verify.reference.merge_check import MergeCheck
 from qalora_export.verify.runtimes.record import Artifact, RuntimeRecord
 from qalora_export.verify.runtimes.runs import Runs
@@ -34,13 +33,13 @@ from qalora_export.verify.runtimes.runs import Runs
 V = TypeVar("V")
 RunPath = Literal["exact", "shipped"]
 Outcome = PositionMetrics | RuntimeUnavailableError  # what was measured, or what stopped it
-SENSITIVITY_BLOCK = 32  # one yardstick for every runtime
 
 
 @dataclass
 class Session:
     """One checkpoint under verification.
 
+    simulation: what rounding the input of every quantized layer to int8 does to the reference; a yardstick, no bound.
     expected_text: what its own tokenizer answers to the texts. chain: the checkpoint's ancestry; links: of the
     artifacts, as found. merge: whether it is its base plus its adapter. files: of checkpoint and artifacts, as they
     were before the first gate; hashed: what they and their ancestors were hashed to.
@@ -51,6 +50,7 @@ class Session:
     settings: VerifySettings
     probes: ProbeSet
     reference: Reference
+    simulation: PositionMetrics
     expected_text: dict[str, list[Any]]
     chain: list[Link]
     merge: MergeCheck
@@ -63,14 +63,6 @@ class Session:
     links: list[Link] = field(default_factory=list)
     files: Identities = field(default_factory=dict)
     _noise: dict[int, NDArray[np.float64]] = field(default_factory=dict)
-
-    @cached_property
-    def simulation(self) -> PositionMetrics:
-        """What rounding the input of every quantized layer to int8 does to the reference: a yardstick, no bound."""
-        found = simulated_int8_logprobs(
-            self.checkpoint.path, self.probes, threads=self.settings.threads, block=SENSITIVITY_BLOCK
-        )
-        return position_metrics(self.reference.logprobs, found, following_ids(self.probes.ids, self.probes.lengths))
 
     def noise(self, positions: NDArray[np.bool_]) -> NDArray[np.float64]:
         """reference.logits.rounding_noise (positions,) in the sequences that hold one of `positions`, 0 in others."""

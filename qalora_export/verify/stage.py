@@ -26,9 +26,10 @@ from qalora_export.verify.gates.g0_bytes import GATE as BYTES
 from qalora_export.verify.gates.g0_bytes import still_the_same
 from qalora_export.verify.gates.registry import Measured, registered
 from qalora_export.verify.identity import identities
+from qalora_export.verify.metrics import following_ids, position_metrics
 from qalora_export.verify.probes.probe_set import make_probes
 from qalora_export.verify.reference.local_run import LocalProofs
-from qalora_export.verify.reference.logits import reference_logprobs
+from qalora_export.verify.reference.logits import reference_logprobs, simulated_int8_logprobs
 from qalora_export.verify.reference.merge_check import merge_check
 from qalora_export.verify.reference.text import folder_answers
 from qalora_export.verify.report.environment import describe_inputs
@@ -147,6 +148,8 @@ def _prepare(
     began = time.perf_counter()
     with status("PyTorch reference"):
         reference = reference_logprobs(model.path, probes, threads=settings.threads)
+    with status("int8 activations in PyTorch"):
+        int8 = simulated_int8_logprobs(model.path, probes, threads=settings.threads)
     seconds = time.perf_counter() - began
     from qalora_runtimes.launch import run_runner
 
@@ -156,6 +159,7 @@ def _prepare(
         settings=settings,
         probes=probes,
         reference=reference,
+        simulation=position_metrics(reference.logprobs, int8, following_ids(probes.ids, probes.lengths)),
         expected_text=folder_answers(model.path, probes),
         chain=checkpoint_links(model.path, base=base, hash_of=hashed),
         merge=merge_check(model, base=base),
