@@ -87,8 +87,6 @@ class _Child:
             warnings.simplefilter("ignore", DeprecationWarning)  # threads: the child uses none and only runs Python
             self.pid = os.fork()
         if self.pid == 0:
-            os.close(ask)
-            os.close(answer)
             _serve(function, seconds, memory, asked, answered)
         os.close(asked)
         os.close(answered)
@@ -120,6 +118,7 @@ def _serve(function: Callable[..., Any], seconds: float, memory: int, asked: int
     global _inside
     try:
         _inside = True
+        _close_all_but(asked, answered)
         _limit(memory)
         with os.fdopen(asked, "rb") as questions:
             for line in questions:
@@ -132,11 +131,21 @@ def _serve(function: Callable[..., Any], seconds: float, memory: int, asked: int
         os._exit(0)
 
 
+def _close_all_but(*kept: int) -> None:
+    """What the parent has open is not ours: a copy would keep its locks held and its pipes without an end."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):  # a panic of a Rust library prints its stack; the answer says what it was
+        os.dup2(null, standard)
+    begin = 3
+    for descriptor in sorted(kept):
+        os.closerange(begin, descriptor)
+        begin = descriptor + 1
+    os.closerange(begin, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
 def _limit(memory: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork
     faulthandler.disable()
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)  # a panic of a Rust library prints its stack; the answer says what it was
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # sent to the whole group: the parent decides
         signal.signal(number, signal.SIG_IGN)

@@ -91,9 +91,9 @@ def test_an_answer_without_end_is_ended_before_it_fills_the_disk(run, body: str)
 
 
 def test_an_answer_larger_than_the_job_is_not_read(run):
-    result = run("value('--out').write_bytes(bytes(40_000_000))\nvalue('--fingerprint').write_text('{}')", Watch())
+    result = run("value('--out').write_bytes(bytes(400_000_000))\nvalue('--fingerprint').write_text('{}')", Watch())
     assert result.status == "crashed"
-    assert "logits.npz has 40000000 bytes" in result.message or "bytes to logits.npz" in result.message
+    assert "logits.npz has 400000000 bytes" in result.message or "bytes to logits.npz" in result.message
 
 
 def test_a_fingerprint_that_is_no_object_is_no_answer(run):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from qalora_export.safety.confined import LARGEST, Confined, FailedError, OutOfBoundsError
+from qalora_export.safety.lock import single_writer
 
 
 def echo(*arguments: Any, **options: Any) -> Any:
@@ -84,3 +85,16 @@ def test_the_process_ends_with_the_one_that_made_it() -> None:
             return
         time.sleep(0.05)
     raise AssertionError("it lives on")
+
+
+def test_the_process_holds_nothing_that_its_parent_opened(tmp_path: Path) -> None:
+    """A copy of a pipe's writing end would keep its reader waiting, and one of a lock's file the lock."""
+    reading, writing = os.pipe()
+    with single_writer(tmp_path / "out"):
+        confined = Confined(lambda: sorted(map(int, os.listdir("/dev/fd"))))
+        assert len(confined()) <= 6  # standard streams, the two pipes and the listing itself
+    os.close(writing)
+    assert os.read(reading, 1) == b""
+    os.close(reading)
+    with single_writer(tmp_path / "out"):
+        confined.close()

@@ -34,7 +34,7 @@ from qalora_export.verify.kernels.arithmetic import (
 from qalora_export.verify.kernels.products import Linear, Product, TappedGraph, linear_modules
 
 HALF = np.dtype(np.float16)
-HEAD, EMBEDDING = "output.weight", "token_embd.weight"
+HEAD_MODULE, HEAD, EMBEDDING = "lm_head", "output.weight", "token_embd.weight"
 LOGITS = "result_output"
 
 
@@ -67,9 +67,8 @@ def tapped_graph(artifact: Path, adapter: Path | None, checkpoint: CanonicalChec
     family, names = family_of(config), NameMap(family_of(config).gguf_arch, config["num_hidden_layers"])
     linears = []
     for module in linear_modules(config):
-        weight = names.to_gguf(f"{module}.weight")
-        if weight == HEAD and weight not in file.tensors:
-            weight = EMBEDDING
+        tied = module == HEAD_MODULE and HEAD not in file.tensors
+        weight = EMBEDDING if tied else names.to_gguf(f"{module}.weight")
         products = [_product(weight, file.tensors[weight], artifact)]
         if extra is not None and f"{weight}.lora_a" in extra.tensors:
             products += _branch(weight, extra, products[0])
