@@ -46,7 +46,7 @@ SIZES = {
 STAGES = {
     "probes": ("stage.make_probes",),
     "PyTorch reference": ("stage.reference_logprobs",),
-    "PyTorch int8 simulation": ("session.simulated_int8_logprobs",),
+    "PyTorch int8 simulation": ("stage.simulated_int8_logprobs",),
     "G3 layers": ("reference.local_run.prove",),
     "G0 bytes": ("gates.g0_bytes.bytes_entry",),
     "G1 weights": ("gates.g1_weights.weights_entry",),
