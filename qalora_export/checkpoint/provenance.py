@@ -109,11 +109,6 @@ def checkpoint_links(checkpoint: Path, *, base: Path | None = None, hash_of: Has
     return links
 
 
-def base_of(checkpoint: Path) -> Path | None:
-    """The unadapted base beside a merged checkpoint, by name and manifest hash; None when it is not there."""
-    return parent_folder(checkpoint, "base")
-
-
 def parent_folder(checkpoint: Path, role: str) -> Path | None:
     """The parent in `role` beside a checkpoint, by name and manifest hash; None when it is not there."""
     if not has_manifest(checkpoint):

@@ -27,7 +27,7 @@ ROUNDING_PER_VALUE = 40.0  # operations of rounding to nearest, as products of t
 REBUILT_PER_SECOND = 2e9  # codes that training turns into weights, every step anew, by the torch path of two cores
 START_SECONDS = 0.5  # of any stage: imports, config, tokenizer
 RUN_SECONDS = 1.0  # of one process of verify-parity: start, load, answer the text gate
-RUNS_PER_RUNTIME = 8  # prefill and decode of exact and shipped path, noise floor on base and model, text
+RUNS_PER_RUNTIME = 8  # prefill and decode of exact and shipped path, texts; the local proof and PyTorch's own passes
 KEPT, SCORE, REPORT = 2, 2**12, 2**20  # checkpoints of training at one time; bytes of a score and of a report
 
 

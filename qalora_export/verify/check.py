@@ -21,7 +21,7 @@ from qalora_export.verify.runtimes.record import all_runtimes
 
 OURS = "qalora-export"
 IMPORT_SECONDS = 120
-LOGITS_KEPT = 4  # arrays of log-probabilities at one time: reference, a run, noise floor, the base's
+LOGITS_KEPT = 4  # arrays of log-probabilities at one time, at most: prefill and decode of two paths
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def check_probes(
     Raises InputError for unusable prompts.
     """
     probes = make_probes(load_tokenizer(forecast.path), dict(forecast.config), settings)
-    # The float32 twin for llama.cpp's exact path; exports of the base, for the noise floor; log-probabilities.
+    # The float32 twin for llama.cpp's exact path; copies of the ONNX folder for that of others; log-probabilities.
     twin = 4 * forecast.parameters if "llama.cpp" in runtimes else 0
     logprobs = probes.ids.size * int(forecast.config["vocab_size"]) * 4
     workspace = twin + sum(artifacts.values()) + LOGITS_KEPT * logprobs

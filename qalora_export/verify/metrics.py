@@ -33,7 +33,6 @@ EXACT = 1e-9
 # Noise of float32 rounding (reference.logits.rounding_noise) above which a position counts as ill-conditioned. The
 # exact paths of SmolLM2-135M, 168 positions from 1e-13 to 2e-7, are twice that noise in the median, at most 43 times.
 ORDINARY = EXACT / 125
-BOOTSTRAP_ROUNDS = 200
 # One float64 row block at a time keeps the working set near 64 MiB for any vocabulary.
 BLOCK_VALUES = 2**21
 
@@ -59,7 +58,7 @@ class PositionMetrics:
     def summary(self) -> Summary:
         """The figures that gates look at. With any bad position NMSE and KL are infinite: nothing may hide a NaN."""
         poisoned = bool(self.bad.any())
-        figures = _figures(self, np.arange(self.kl.size))
+        figures = _figures(self)
         if poisoned:
             figures |= dict.fromkeys(POISONABLE, float("inf"))
         return Summary(
@@ -78,12 +77,6 @@ class PositionMetrics:
     def scaled_by(self, noise: NDArray[np.float64]) -> PositionMetrics:
         """The same metrics knowing how sensitive each position is: noise of float32 rounding (positions,)."""
         return replace(self, sensitivity=np.maximum(1.0, noise / ORDINARY))
-
-    def standard_errors(self, seed: int = 0) -> dict[str, float]:
-        """How much each figure of SCATTERING would differ on another draw of as many positions (bootstrap)."""
-        random = np.random.default_rng(seed)
-        draws = [_figures(self, random.integers(0, self.kl.size, self.kl.size)) for _ in range(BOOTSTRAP_ROUNDS)]
-        return {name: float(np.std([draw[name] for draw in draws])) for name in SCATTERING}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,26 +103,20 @@ class Summary:
     perplexity_runtime: float
 
 
-# Figures that scatter from one set of positions to the next.
-SCATTERING = ("nmse_mean", "kl_mean", "kl_p99", "disagreements", "perplexity_shift")
+POISONABLE = ("nmse_mean", "kl_mean", "kl_p99", "perplexity_shift")
 
 
-POISONABLE = tuple(name for name in SCATTERING if name != "disagreements")
-
-
-def _figures(metrics: PositionMetrics, rows: NDArray[np.int64]) -> dict[str, float]:
-    """SCATTERING over the chosen positions."""
-    shift = (metrics.next_runtime - metrics.next_reference)[rows]
+def _figures(metrics: PositionMetrics) -> dict[str, float]:
+    """Means, quantiles and counts over all positions."""
+    shift = metrics.next_runtime - metrics.next_reference
     shift = shift[~np.isnan(shift)]
-    kl = metrics.kl[rows]
-    values = (
-        metrics.nmse[rows].mean(),
-        kl.mean(),
-        np.quantile(kl, 0.99),
-        np.count_nonzero(~metrics.agree[rows]),
-        abs(shift.mean()) if shift.size else 0.0,
-    )
-    return {name: float(value) for name, value in zip(SCATTERING, values, strict=True)}
+    return {
+        "nmse_mean": float(metrics.nmse.mean()),
+        "kl_mean": float(metrics.kl.mean()),
+        "kl_p99": float(np.quantile(metrics.kl, 0.99)),
+        "disagreements": float(np.count_nonzero(~metrics.agree)),
+        "perplexity_shift": float(abs(shift.mean())) if shift.size else 0.0,
+    }
 
 
 def position_metrics(

@@ -64,10 +64,10 @@ def verify_parity(
 
     gguf, onnx: what was exported from `checkpoint`; without settings.runtimes every runtime that can run what is given
     is verified. base: the base checkpoint that was merged into this one; without it the base is looked for beside the
-    checkpoint by its manifest hash. bisect: look for the first layer and tensor that diverges
-    when a logits gate fails. cache: keep what PyTorch computes for a checkpoint, and a runtime for the base, for later
-    runs on the same machine (verify.store). launch, taps: stand in for qalora_runtimes.launch.run_runner and
-    qalora_runtimes.taps.run_taps; a stand-in runtime without taps has nothing inside to look at.
+    checkpoint by its manifest hash. bisect: look for the first layer and tensor that diverges when a logits gate fails.
+    cache: keep what PyTorch computes for a checkpoint for later runs on the same machine (verify.store). launch, taps:
+    stand in for qalora_runtimes.launch.run_runner and qalora_runtimes.taps.run_taps; a stand-in runtime without taps
+    has nothing inside to look at.
 
     With `force` an old report's verdict is withdrawn first: a run that fails leaves none.
     Nothing is printed: the report's exit_code is 0, 1 or 3, and cli.parity_table.print_report shows it. Raises

@@ -1,6 +1,6 @@
-"""Answers that are kept between runs: PyTorch's for a checkpoint, and a runtime's for the unadapted base.
+"""Answers that are kept between runs: PyTorch's for a checkpoint.
 
-Both depend on nothing but bytes of files, token ids, the number of threads, our code, the packages they pass through
+They depend on nothing but bytes of files, token ids, the number of threads, our code, the packages they pass through
 and the CPU. All of that is in the key, so the same question has the same answer, to the bit. What an artifact under
 verification computes is never kept: that is what a run asks.
 
@@ -154,7 +154,7 @@ class Store:
                 left -= stat.st_size
 
 
-ANSWERS = ("logprobs", "decoded", "frequencies", "noise", "fingerprint")
+ANSWERS = ("logprobs", "decoded", "frequencies", "noise")
 _CURRENT: ContextVar[Store | None] = ContextVar("store", default=None)
 
 

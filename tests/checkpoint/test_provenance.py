@@ -10,7 +10,7 @@ import pytest
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint, CanonicalWriter
 from qalora_export.checkpoint.manifest import Parent, parent_of, write_manifest
-from qalora_export.checkpoint.provenance import artifact_links, base_of, checkpoint_links, kind_of
+from qalora_export.checkpoint.provenance import artifact_links, checkpoint_links, kind_of, parent_folder
 from qalora_export.errors import UnsafeInputError
 from tests.verify.exports import Exported, copy_of
 
@@ -52,21 +52,21 @@ def test_the_whole_chain_is_walked(family: Path) -> None:
         ("base.qalora", "source"): "not found",
         ("adapter", "base"): "verified",
     }
-    assert base_of(family / "merged.qalora") == (family / "base.qalora").resolve()
+    assert parent_folder(family / "merged.qalora", "base") == (family / "base.qalora").resolve()
     assert kind_of(family / "merged.qalora") == "merged"
 
 
 def test_an_absent_base_is_not_found_and_breaks_nothing(family: Path) -> None:
     shutil.rmtree(family / "base.qalora")
     assert states(family)[("merged.qalora", "base")] == "not found"
-    assert base_of(family / "merged.qalora") is None
+    assert parent_folder(family / "merged.qalora", "base") is None
 
 
 def test_another_base_under_the_same_name_is_broken(family: Path) -> None:
     manifest = family / "base.qalora" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"settings": {}', '"settings": {"bits": 3}'))
     assert states(family)[("merged.qalora", "base")] == "broken"
-    assert base_of(family / "merged.qalora") is None
+    assert parent_folder(family / "merged.qalora", "base") is None
 
 
 def test_an_adapter_trained_on_another_base_is_broken(family: Path) -> None:

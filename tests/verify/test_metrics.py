@@ -140,15 +140,6 @@ def test_sensitive_positions_are_scaled_and_ordinary_ones_are_not() -> None:
     assert scaled.summary().nmse_scaled_max == max(found.nmse[0], found.nmse[1], found.nmse[2] / 8)
 
 
-def test_standard_errors_are_those_of_the_mean_and_repeatable() -> None:
-    a, b = logprobs(400, 10, seed=14), logprobs(400, 10, seed=15)
-    found = position_metrics(a, b, end_of_sequence(400))
-    errors = found.standard_errors()
-    assert errors == found.standard_errors()
-    assert errors["kl_mean"] == pytest.approx(found.kl.std() / 20, rel=0.2)
-    assert errors["nmse_mean"] == pytest.approx(found.nmse.std() / 20, rel=0.2)
-
-
 def test_perplexity_shift_is_the_mean_change_of_the_next_ids() -> None:
     a, b = logprobs(30, 9, seed=16), logprobs(30, 9, seed=17)
     following = np.append(np.arange(29) % 9, -1).astype(np.int32)

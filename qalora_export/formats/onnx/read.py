@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,36 @@ class OnnxContents:
 
     @property
     def offset_is_implied(self) -> frozenset[str]:
-        return frozenset(m for m in self.modules if not {f"{m}.{part}" for part in OFFSETS} & set(self.initializers))
+        return frozenset(module for module in self.modules if self.stored_offset(module) is None)
+
+    def stored_offset(self, module: str) -> str | None:
+        """The tensor that the offset of a module comes from (OFFSETS); None where it is implied."""
+        return next((name for part in OFFSETS if (name := f"{module}.{part}") in self.initializers), None)
+
+    @cached_property
+    def producers(self) -> dict[str, onnx.NodeProto]:
+        """Value name -> the node that makes it."""
+        return {name: node for node in self.model.graph.node for name in node.output}
+
+    def ancestors(self, value: str, *, until: str = "") -> set[str]:
+        """Names of the values that `value` is computed from, itself included, not going beyond `until`; tensors too."""
+        found, waiting = set[str](), [value]
+        while waiting:
+            name = waiting.pop()
+            if name and name != until and name not in found:
+                found.add(name)
+                waiting += self.producers[name].input if name in self.producers else []
+        return found
+
+    def offset_branch(self, module: str) -> tuple[str, str] | None:
+        """What is added to the product of a module for its stored offset, and the sum; None where nothing is."""
+        product, stored = self.nodes[module].output[0], self.stored_offset(module)
+        for node in self.model.graph.node:
+            if node.op_type == "Add" and product in node.input:
+                branch = next((name for name in node.input if name != product), "")
+                if stored in self.ancestors(branch):
+                    return branch, node.output[0]
+        return None
 
     @property
     def opaque(self) -> dict[str, str]:
@@ -156,9 +186,10 @@ class OnnxContents:
         blocks, scale = self.tensor(f"{module}.codes", rows), self.tensor(f"{module}.scale", rows)
         if blocks.dtype != np.uint8 or scale.shape != blocks.shape[:2] or scale.dtype != np.float16:
             raise UnsafeInputError(f"codes are {blocks.dtype}, scale {scale.dtype}{scale.shape}", where=where)
-        if f"{module}.offset" in self.initializers:
+        stored = self.stored_offset(module)
+        if stored == f"{module}.offset":
             return blocks, scale, self._earlier_offset(module, rows, scale), bits
-        rest = None if module in self.offset_is_implied else self.tensor(f"{module}.remainder", rows)
+        rest = None if stored is None else self.tensor(stored, rows)
         if rest is not None and (rest.shape != scale.shape or rest.dtype not in (np.float16, np.float32)):
             raise UnsafeInputError(f"remainder is {rest.dtype}{rest.shape}, scale {scale.shape}", where=where)
         offset = offset_of(scale, self._zeros(module, container, scale.shape, rows), rest, where=where)

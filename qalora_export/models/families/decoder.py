@@ -39,6 +39,21 @@ GATE = LayerPoint("mlp.gate_proj", "output", "mlp.gate_proj", "gate projection",
 UP = LayerPoint("mlp.up_proj", "output", "mlp.up_proj", "up projection", "ffn_up")
 PRODUCT = LayerPoint("mlp.down_proj", "input", "mlp", "activation function times up projection", "ffn_swiglu")
 DOWN = LayerPoint("mlp.down_proj", "output", "mlp.down_proj", "down projection", "ffn_out")
+# Behind attention and MLP instead of, or beside, before them (OLMo 2, Gemma).
+NORM_AFTER_ATTENTION = LayerPoint(
+    "post_attention_layernorm",
+    "output",
+    "post_attention_layernorm",
+    "norm after attention: its weight or epsilon",
+    "attn_post_norm",
+)
+NORM_AFTER_MLP = LayerPoint(
+    "post_feedforward_layernorm",
+    "output",
+    "post_feedforward_layernorm",
+    "norm after the MLP: its weight or epsilon",
+    "ffn_post_norm",
+)
 LAYER = LayerPoint("", "output", "", "residual sum after the MLP", "l_out")
 
 POINTS = (

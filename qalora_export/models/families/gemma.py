@@ -18,6 +18,8 @@ from qalora_export.models.families.decoder import (
     KEY_NORM,
     LAYER,
     LINEARS,
+    NORM_AFTER_ATTENTION,
+    NORM_AFTER_MLP,
     NORM_BEFORE_ATTENTION,
     PRODUCT,
     QUERY,
@@ -40,13 +42,7 @@ GEGLU = replace(PRODUCT, node="ffn_geglu")
 TAIL = (
     HEADS,
     ATTENTION_OUTPUT,
-    LayerPoint(
-        "post_attention_layernorm",
-        "output",
-        "post_attention_layernorm",
-        "norm after attention: its weight or epsilon",
-        "attn_post_norm",
-    ),
+    NORM_AFTER_ATTENTION,
     LayerPoint("pre_feedforward_layernorm", "input", "", "residual sum after attention", "sa_out"),
     LayerPoint(
         "pre_feedforward_layernorm",
@@ -59,13 +55,7 @@ TAIL = (
     UP,
     GEGLU,
     DOWN,
-    LayerPoint(
-        "post_feedforward_layernorm",
-        "output",
-        "post_feedforward_layernorm",
-        "norm after the MLP: its weight or epsilon",
-        "ffn_post_norm",
-    ),
+    NORM_AFTER_MLP,
     LAYER,
 )
 

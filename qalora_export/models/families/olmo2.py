@@ -8,12 +8,14 @@ from qalora_export.models.families.decoder import (
     KEY_NORM,
     LAYER,
     LINEARS,
+    NORM_AFTER_ATTENTION,
+    NORM_AFTER_MLP,
     PRODUCT,
     QUERY_NORM,
     UP,
     VALUE,
 )
-from qalora_export.models.families.family import Family, LayerPoint
+from qalora_export.models.families.family import Family
 
 OLMO2 = Family(
     name="OLMo-2",
@@ -31,24 +33,12 @@ OLMO2 = Family(
         VALUE,
         HEADS,
         ATTENTION_OUTPUT,
-        LayerPoint(
-            "post_attention_layernorm",
-            "output",
-            "post_attention_layernorm",
-            "norm after attention: its weight or epsilon",
-            "attn_post_norm",
-        ),
+        NORM_AFTER_ATTENTION,
         GATE,
         UP,
         PRODUCT,
         DOWN,
-        LayerPoint(
-            "post_feedforward_layernorm",
-            "output",
-            "post_feedforward_layernorm",
-            "norm after the MLP: its weight or epsilon",
-            "ffn_post_norm",
-        ),
+        NORM_AFTER_MLP,
         LAYER,
     ),
 )

@@ -25,6 +25,7 @@ from qalora_export.verify.bisect.values import THROUGH, LaunchTaps, Reader, Refe
 from qalora_export.verify.gates.g2_exact_path import NMSE
 from qalora_export.verify.metrics import PositionMetrics
 from qalora_export.verify.probes.probe_set import ProbeSet
+from qalora_export.verify.reference.local_proof import position_nmse
 from qalora_export.verify.rule import Entry
 from qalora_export.verify.session import RunPath, Session, Target
 
@@ -210,19 +211,15 @@ def _steps(suspect: Suspect, model: ReferenceModel, points: list[Point], read: R
     floor = model.activations(suspect.ids, points, int8=True) if suspect.path == "shipped" else want
     steps = []
     for point in points:
-        bound = max(NMSE.bound, TIMES_FLOOR * position_nmse(want[point.key], floor[point.key]))
-        error = position_nmse(want[point.key], got[point.key]) if point.key in got else float("nan")
+        bound = max(NMSE.bound, TIMES_FLOOR * worst_nmse(want[point.key], floor[point.key]))
+        error = worst_nmse(want[point.key], got[point.key]) if point.key in got else float("nan")
         steps.append(Step(point.name, point.what, error, bound))
     return steps
 
 
-def position_nmse(want: NDArray[np.float32], got: NDArray[np.float32]) -> float:
+def worst_nmse(want: NDArray[np.float32], got: NDArray[np.float32]) -> float:
     """Largest NMSE of any position; both float32 (positions, features). inf for NaN, Inf or another shape."""
-    if want.shape != got.shape or not np.isfinite(got).all():
-        return float("inf")
-    error = ((got.astype(np.float64) - want) ** 2).sum(axis=1)
-    power = (want.astype(np.float64) ** 2).sum(axis=1)
-    return float(np.divide(error, power, out=np.where(error > 0, np.inf, 0.0), where=power > 0).max())
+    return float(position_nmse(got, want).max())
 
 
 def _step_json(step: Step) -> dict[str, Any]:

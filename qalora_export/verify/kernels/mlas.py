@@ -16,7 +16,7 @@ import numpy as np
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.errors import RuntimeUnavailableError
-from qalora_export.formats.onnx.read import OFFSETS, OnnxContents, integers_of, read_back
+from qalora_export.formats.onnx.read import OnnxContents, integers_of, read_back
 from qalora_export.verify.kernels.arithmetic import FLOAT32, Arithmetic, Int8Blocks, Weight
 from qalora_export.verify.kernels.products import Linear, Product, TappedGraph, linear_modules
 
@@ -66,7 +66,6 @@ class _Graph:
 
     def __init__(self, contents: OnnxContents) -> None:
         self._contents = contents
-        self._producers = {name: node for node in contents.model.graph.node for name in node.output}
 
     def products(self, module: str) -> Iterator[Product]:
         contents = self._contents
@@ -85,7 +84,8 @@ class _Graph:
             return Weight(matrix.codes.astype(np.float64) * np.repeat(scale, matrix.group_size, axis=1), -zero * scale)
 
         yield Product(f"{module}.codes", node.input[0], node.output[0], (out, features), codes, ways)
-        if module in contents.offset_is_implied:
+        stored = contents.stored_offset(module)
+        if stored is None:
             return
 
         def rest(rows: slice) -> Weight:
@@ -94,9 +94,12 @@ class _Graph:
             r = matrix.offset.astype(np.float64) + zero * matrix.scale.astype(np.float64)
             return Weight(np.repeat(r, matrix.group_size, axis=1))
 
-        stored = next(f"{module}.{part}" for part in OFFSETS if f"{module}.{part}" in contents.initializers)
-        branch = self._added_to(node.output[0], stored)
-        yield Product(stored, node.input[0], branch, (out, features), rest, (FLOAT32,))
+        added = contents.offset_branch(module)
+        if added is None:
+            raise RuntimeUnavailableError(
+                "the offset is in the file but not in the graph", where=f"{contents.folder}: {stored}"
+            )
+        yield Product(stored, node.input[0], added[0], (out, features), rest, (FLOAT32,))
 
     def _plain(self, module: str) -> Product:
         """The MatMul of a weight that is not quantized; lm_head may be the embedding."""
@@ -116,27 +119,7 @@ class _Graph:
 
     def _source(self, name: str) -> str:
         """The initializer that a value is, but for its type and the order of its axes; "" if it is another thing."""
-        while name in self._producers and self._producers[name].op_type in PASSES_ON:
-            name = self._producers[name].input[0]
+        producers = self._contents.producers
+        while name in producers and producers[name].op_type in PASSES_ON:
+            name = producers[name].input[0]
         return name if name in self._contents.initializers else ""
-
-    def _added_to(self, product: str, offset: str) -> str:
-        """The value made from `offset` that is added to the product."""
-        for node in self._contents.model.graph.node:
-            if node.op_type == "Add" and product in node.input:
-                other = next((name for name in node.input if name != product), "")
-                if offset in self._reached(other):
-                    return other
-        raise RuntimeUnavailableError(
-            "the offset is in the file but not in the graph", where=f"{self._contents.folder}: {offset}"
-        )
-
-    def _reached(self, value: str) -> set[str]:
-        """Everything that `value` is computed from."""
-        found, waiting = set[str](), [value]
-        while waiting:
-            name = waiting.pop()
-            if name and name not in found:
-                found.add(name)
-                waiting += self._producers[name].input if name in self._producers else []
-        return found

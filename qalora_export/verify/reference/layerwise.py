@@ -32,8 +32,7 @@ from qalora_export.progress import track
 from qalora_export.qalora.dequant import dequantize
 from qalora_export.verify.kernels.products import linear_modules
 
-Rounding = Callable[[Tensor, int], Tensor]  # x (…, in) and the group size of the layer -> what the layer sees of x
-Noise = Callable[[Tensor], Tensor]
+Change = Callable[[Tensor], Tensor]  # of a value on its way, (…, features)
 Played = Callable[[str, Tensor], Tensor]  # module and its x (1, tokens, in) -> x Wᵀ (1, tokens, out), before any bias
 
 
@@ -95,7 +94,7 @@ class _Step:
 class LayerwiseModel:
     """A checkpoint that answers log-probabilities of sequences, every position.
 
-    rounding: applied to the input of every quantized layer, with its group size. played: answers every linear layer in
+    rounding: applied to the input of every quantized layer. played: answers every linear layer in
     its place, so that only what lies between them is computed here. noise: applied to what enters and leaves every
     linear layer and to the hidden states behind every decoder layer. All methods want torch.inference_mode.
     """
@@ -104,21 +103,20 @@ class LayerwiseModel:
         self,
         checkpoint: Path,
         *,
-        rounding: Rounding | None = None,
+        rounding: Change | None = None,
         played: Played | None = None,
-        noise: Noise | None = None,
+        noise: Change | None = None,
     ) -> None:
         self._checkpoint = DequantizedCheckpoint(checkpoint) if played is None else WithoutLinears(checkpoint)
         self._skeleton = Skeleton(self._checkpoint, torch.device("cpu"), attention="eager")
         self._skeleton.check_complete()
         if rounding is not None:
-            for name, (_, group_size) in self._checkpoint.modules.items():
+            for name in self._checkpoint.modules:
                 module = self._skeleton.model.get_submodule(name)
-                module.register_forward_pre_hook(lambda _, x, size=group_size: (rounding(x[0], size),))
+                module.register_forward_pre_hook(lambda _, x: (rounding(x[0]),))
         if played is not None:
             for name, linear in self._skeleton.linears().items():
                 setattr(linear, "forward", functools.partial(_answered, played, name, linear))  # noqa: B010
-
         if noise is not None:
             for linear in self._skeleton.linears().values():
                 linear.register_forward_pre_hook(lambda _, x: (noise(x[0]),))

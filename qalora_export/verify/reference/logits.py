@@ -62,28 +62,18 @@ def reference_logprobs(checkpoint: Path, probes: ProbeSet, *, threads: int, deco
     return Reference(found["logprobs"], found.get("decoded"), found["frequencies"])
 
 
-def simulated_int8_logprobs(
-    checkpoint: Path,
-    probes: ProbeSet,
-    *,
-    threads: int,
-    block: int | None = SIMULATED_BLOCK,
-) -> NDArray[np.float32]:
-    """The same model with the input of every quantized layer rounded to int8, `block` in-features per step.
+def simulated_int8_logprobs(checkpoint: Path, probes: ProbeSet, *, threads: int) -> NDArray[np.float32]:
+    """The same model with the input of every quantized layer rounded to int8, SIMULATED_BLOCK in-features per step.
 
-    block None: the layer's own group size. What int8 kernels do to activations, without any runtime. Kept as the
-    reference is.
+    What int8 kernels do to activations, without any runtime. Kept as the reference is.
     """
 
     def compute() -> Arrays:
         with fixed_threads(threads), torch.inference_mode():
-            model = LayerwiseModel(
-                checkpoint,
-                rounding=lambda x, group_size: round_to_int8(x, block or group_size),
-            )
+            model = LayerwiseModel(checkpoint, rounding=round_to_int8)
             return {"logprobs": model.run(probes.sequences(), decode=False)[0]}
 
-    asked = {"probes": probes.ids_sha256, "threads": threads, "block": block}
+    asked = {"probes": probes.ids_sha256, "threads": threads, "block": SIMULATED_BLOCK}
     return remembered("int8 simulation", compute, of=checkpoint, packages=PACKAGES, **asked)["logprobs"]
 
 

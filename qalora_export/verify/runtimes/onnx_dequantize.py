@@ -22,7 +22,7 @@ from qalora_runtimes.protocol import ProtocolError
 
 from qalora_export.errors import RuntimeUnavailableError, UnsafeInputError
 from qalora_export.formats.onnx.exact import EXACT_LEVEL, set_attribute
-from qalora_export.formats.onnx.read import OFFSETS, OnnxContents, read_back
+from qalora_export.formats.onnx.read import OnnxContents, read_back
 
 if TYPE_CHECKING:
     import onnx
@@ -158,11 +158,16 @@ class _Linear:
     def cut(cls, contents: OnnxContents, module: str) -> _Linear:
         product = contents.nodes[module]
         x, y = product.input[0], product.output[0]
-        producers = {name: node for node in contents.model.graph.node for name in node.output}
-        for name in (f"{module}.{part}" for part in OFFSETS):
-            if name in contents.initializers:
-                y = _sum_with(contents, product.output[0], name, producers)
-        wanted = _ancestors(y, x, producers)
+        if (stored := contents.stored_offset(module)) is not None:
+            added = contents.offset_branch(module)
+            if added is None:
+                raise UnsafeInputError(
+                    "the remainder is in the file but not in the graph",
+                    where=f"{contents.folder}: {stored}",
+                    fix="export the checkpoint again",
+                )
+            y = added[1]
+        wanted = contents.ancestors(y, until=x)
         nodes = [node for node in contents.model.graph.node if set(node.output) & wanted]
         names = {name for node in nodes for name in node.input if name in contents.initializers}
         parts = {name.removeprefix(f"{module}."): name for name in names if name.startswith(f"{module}.")}
@@ -209,29 +214,3 @@ class _Linear:
             return self.parts[part][:, start:stop]
         bits = self.parts["codes"].shape[2] * 8 // self.group_size
         return self.parts[part][:, start * bits // 8 : -(-stop * bits // 8)]
-
-
-def _ancestors(y: str, x: str, producers: dict[str, onnx.NodeProto]) -> set[str]:
-    """Names of the values that `y` is computed from, not going beyond `x`."""
-    found: set[str] = set()
-    waiting = [y]
-    while waiting:
-        name = waiting.pop()
-        if name and name != x and name not in found and name in producers:
-            found.add(name)
-            waiting += producers[name].input
-    return found
-
-
-def _sum_with(contents: OnnxContents, product: str, remainder: str, producers: dict[str, onnx.NodeProto]) -> str:
-    """The output of the Add that joins the product and the branch made from `remainder`."""
-    for node in contents.model.graph.node:
-        if node.op_type == "Add" and product in node.input:
-            reached = {name for value in _ancestors(node.output[0], "", producers) for name in producers[value].input}
-            if remainder in reached:
-                return str(node.output[0])
-    raise UnsafeInputError(
-        "the remainder is in the file but not in the graph",
-        where=f"{contents.folder}: {remainder}",
-        fix="export the checkpoint again",
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from qalora_export.verify.probes.probe_set import ProbeSet
 from qalora_export.verify.runtimes.record import Artifact
 
 Mode = Literal["prefill", "decode"]
-SHIPPED, TEXT = "shipped", "text"  # labels of runs; others are "exact"
+EXACT, SHIPPED, TEXT = "exact", "shipped", "text"  # labels of runs
 LOG_SHOWN = 600  # characters
 logger = logging.getLogger(__name__)
 
@@ -50,16 +50,14 @@ class Runs:
     fingerprints: dict[str, dict[str, Any]] = field(default_factory=dict)
     _waiting: dict[tuple[str, str, str], Any] = field(default_factory=dict)
 
-    def logprobs(
-        self, runtime: str, artifact: Artifact, mode: Mode, *, exact: bool, label: str | None = None
-    ) -> NDArray[np.float32]:
+    def logprobs(self, runtime: str, artifact: Artifact, mode: Mode, *, exact: bool) -> NDArray[np.float32]:
         """float32 (positions, vocabulary). Raises RuntimeUnavailableError when the runtime is missing or crashed."""
-        label = label or ("exact" if exact else "shipped")
+        label = EXACT if exact else SHIPPED
         if (runtime, label, mode) not in self._waiting:
-            self._everything(runtime, artifact, exact=exact, label=label)
+            self._everything(runtime, artifact, label)
         values = self._waiting.pop((runtime, label, mode), None)
         if values is None:
-            values = self._run(runtime, artifact, self.probes, mode, exact=exact, label=label).logprobs
+            values = self._run(runtime, artifact, self.probes, mode, label=label).logprobs
         return self._checked(runtime, artifact, values)
 
     def text_answers(self, runtime: str, artifact: Artifact) -> dict[str, Any]:
@@ -71,10 +69,10 @@ class Runs:
             raise RuntimeUnavailableError(f"{runtime} gave no answers about text", where=artifact.path)
         return answers
 
-    def _everything(self, runtime: str, artifact: Artifact, *, exact: bool, label: str) -> None:
+    def _everything(self, runtime: str, artifact: Artifact, label: str) -> None:
         """One run for all that this artifact will be asked. Nothing waits when it crashes."""
         try:
-            result = self._run(runtime, artifact, self.probes, "both", exact=exact, label=label, text=label == SHIPPED)
+            result = self._run(runtime, artifact, self.probes, "both", label=label, text=label == SHIPPED)
         except CrashedError as error:
             logger.warning("%s; asking for one thing at a time", error)
             return
@@ -95,10 +93,8 @@ class Runs:
     @property
     def _shortest(self) -> ProbeSet:
         """The shortest sequence alone, with all texts: the least that a run can be asked beside them."""
-        shortest = int(np.argmin(self.probes.lengths))
-        start, length = int(self.probes.starts[shortest]), self.probes.lengths[shortest : shortest + 1]
-        ids, names = self.probes.ids[start : start + int(length[0])], (self.probes.names[shortest],)
-        return ProbeSet(ids, length, names, self.probes.texts, self.probes.chats)
+        alone = self.probes.some([int(np.argmin(self.probes.lengths))])
+        return replace(alone, texts=self.probes.texts, chats=self.probes.chats)
 
     def _run(
         self,
@@ -108,7 +104,6 @@ class Runs:
         mode: str,
         *,
         label: str,
-        exact: bool = False,
         text: bool = False,
     ) -> Any:
         workdir = self.workdir / f"{runtime}-{label}-{mode}"
@@ -122,7 +117,7 @@ class Runs:
                 model=artifact.path,
                 job=path,
                 workdir=workdir,
-                exact=exact,
+                exact=label == EXACT,
                 threads=self.threads,
                 lora=artifact.lora,
                 vocabulary=self.vocabulary,

@@ -84,10 +84,10 @@ def manifest(folder: Path) -> None:
 
 
 def provenance(folder: Path) -> None:
-    from qalora_export.checkpoint.provenance import artifact_links, base_of, checkpoint_links
+    from qalora_export.checkpoint.provenance import artifact_links, checkpoint_links, parent_folder
 
     checkpoint_links(folder / "merged.qalora")
-    base_of(folder / "merged.qalora")
+    parent_folder(folder / "merged.qalora", "base")
     artifact_links(folder / "model.gguf", folder / "base.qalora")
 
 

@@ -16,7 +16,7 @@ from qalora_export.formats.onnx.exact import exact_variant
 from qalora_export.models.families.decoder import POINTS
 from qalora_export.models.families.llama import LLAMA
 from qalora_export.verify.bisect.points import layer_points, model_points
-from qalora_export.verify.bisect.search import Bisection, Step, bisect, explain, position_nmse, suspect_of
+from qalora_export.verify.bisect.search import Bisection, Step, bisect, explain, suspect_of, worst_nmse
 from qalora_export.verify.bisect.values import ReferenceModel, Suspect, reader_of
 from qalora_export.verify.metrics import position_metrics
 from qalora_export.verify.probes.probe_set import ProbeSet
@@ -212,15 +212,15 @@ def test_the_finding_stands_in_front_of_the_failed_logits_gates() -> None:
     assert "model.norm (final norm), NMSE 1.00e-03" in found.describe()
 
 
-def test_position_nmse_is_the_worst_position_and_never_hides_a_nan() -> None:
+def test_worst_nmse_is_the_worst_position_and_never_hides_a_nan() -> None:
     want = np.ones((3, 4), np.float32)
     got = want.copy()
     got[1] *= 1.5
-    assert position_nmse(want, got) == pytest.approx(0.25)
-    assert position_nmse(want, want) == 0.0
-    assert position_nmse(np.zeros((1, 2), np.float32), np.ones((1, 2), np.float32)) == float("inf")
+    assert worst_nmse(want, got) == pytest.approx(0.25)
+    assert worst_nmse(want, want) == 0.0
+    assert worst_nmse(np.zeros((1, 2), np.float32), np.ones((1, 2), np.float32)) == float("inf")
     got[0, 0] = np.nan
-    assert position_nmse(want, got) == position_nmse(want, want[:2]) == float("inf")
+    assert worst_nmse(want, got) == worst_nmse(want, want[:2]) == float("inf")
 
 
 def test_the_plot_is_well_formed_and_shows_every_step() -> None:
