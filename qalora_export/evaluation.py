@@ -94,7 +94,7 @@ def questions(tokenizer: Any, settings: EvaluateSettings, *, context: int | None
     """What the model is asked, tokenized, and the record each came from: the first settings.limit.
 
     Raises InputError, with the line, as data.records does, for a record that does not end in an answer, and for a
-    prompt that leaves no room for one in the model's context.
+    prompt that is empty or leaves no room for one in the model's context.
     """
     path, prompts = Path(settings.data), list[Prompt]()
     longest = None if context is None else context - settings.max_new_tokens
@@ -109,6 +109,10 @@ def questions(tokenizer: Any, settings: EvaluateSettings, *, context: int | None
                 where=record.where,
                 why=f"room for {longest} is left for the prompt",
                 fix="shorten the line, or lower max_new_tokens",
+            )
+        if not ids:
+            raise InputError(
+                "the chat template renders this question to nothing", where=record.where, fix="check the chat template"
             )
         prompts.append((ids, record))
     return prompts

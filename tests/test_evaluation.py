@@ -87,3 +87,10 @@ def test_any_format_with_an_answer_can_be_evaluated_and_others_name_the_line(mod
         evaluate(model, EvaluateSettings(data=str(data), max_new_tokens=1))
     with pytest.raises(InputError, match=r"do not fit in the model's context.*line 1"):
         evaluate(model, EvaluateSettings(data=str(data), limit=1, max_new_tokens=250))
+
+
+def test_a_question_that_the_template_renders_to_nothing_is_refused(model: Path, tmp_path: Path) -> None:
+    (model / "chat_template.jinja").write_text("{% for m in messages if m['role'] == 'assistant' %}x{% endfor %}")
+    data = write(tmp_path / "a.jsonl", {"instruction": "turn on the lights", "response": "x"})
+    with pytest.raises(InputError, match=r"to nothing.*line 1"):
+        evaluate(model, EvaluateSettings(data=str(data), max_new_tokens=1))

@@ -187,7 +187,8 @@ class _Document:
 
 
 def _sample(ids: list[int], learned: list[bool], line: int) -> Sample:
-    labels = [token if keep else IGNORED for token, keep in zip(ids, [False, *learned[1:]], strict=True)]
+    labels = [token if keep else IGNORED for token, keep in zip(ids, learned, strict=True)]
+    labels[:1] = [IGNORED for _ in labels[:1]]  # nothing predicts the first; a template may render no token at all
     return Sample(array("i", ids), array("i", labels), line)
 
 

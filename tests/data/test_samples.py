@@ -191,6 +191,9 @@ def test_templates_that_hide_the_answer_are_refused(tmp_path: Path, tokenizer: A
     tokenizer.chat_template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(InputError, match="shows nothing of the answer"):
         load(tmp_path / "a.jsonl", tokenizer, talk)
+    tokenizer.chat_template = "{% for m in messages if m['role'] == 'nobody' %}x{% endfor %}"  # no token at all
+    with pytest.raises(InputError, match="shows nothing of the answer"):
+        load(tmp_path / "a.jsonl", tokenizer, talk)
     tokenizer.chat_template = None
     with pytest.raises(InputError, match="no chat template") as error:
         load(tmp_path / "a.jsonl", tokenizer, talk)
