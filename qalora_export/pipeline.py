@@ -21,9 +21,10 @@ from qalora_export.errors import ExitCode, InputError, ParityError, RuntimeUnava
 from qalora_export.model_card import write_card
 from qalora_export.preflight.examine import Preflight, examine
 from qalora_export.preflight.findings import Findings
-from qalora_export.recipe import PATH_KEYS, EvaluateSettings, Recipe, Settings, dump_toml, load_recipe, validated
+from qalora_export.recipe import PATH_KEYS, Recipe, dump_toml, load_recipe, validated
 from qalora_export.safety import StrPath, atomic_file, exclusive, local_path, read_json
 from qalora_export.stage_keys import intact, output_hash, stage_key
+from qalora_export.stages import STAGES, VERIFY, Stage, plan
 
 if TYPE_CHECKING:
     from qalora_export.verify.report.parity_report import ParityReport
@@ -31,32 +32,9 @@ if TYPE_CHECKING:
 STATE = "run.json"
 RESOLVED = "recipe.resolved.toml"
 FORMAT = "qalora-run/1"
-VERIFY = "verify-parity"
-STAGES = (  # every stage that a recipe may have
-    "quantize",
-    "train",
-    "merge",
-    "evaluate base",
-    "evaluate merged",
-    "export gguf",
-    "export onnx",
-    VERIFY,
-)
 logger = logging.getLogger(__name__)
 OnStage = Callable[[str, Any], None]  # name of a stage and the report that it returned
 OnPlan = Callable[["RunPlan"], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """One step: what it reads, its settings, what it writes, and how. beside: what it writes next to its output."""
-
-    name: str
-    inputs: tuple[Path, ...]
-    settings: Settings | None
-    output: Path
-    action: Callable[[bool], Any]  # argument: replace what is there
-    beside: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,68 +190,6 @@ def _relative_to(recipe: Recipe, out: Path) -> Recipe:
     return validated(Recipe, raw, where=out / RESOLVED)
 
 
-def plan(recipe: Recipe) -> list[Stage]:
-    """The stages of a recipe in order, with paths under recipe.out."""
-    from qalora_export.checkpoint.manifest import sidecar_path
-    from qalora_export.formats.gguf.export import export_gguf
-    from qalora_export.formats.gguf.split import adapter_path
-    from qalora_export.formats.onnx.export import export_onnx
-    from qalora_export.models.sources import locate
-    from qalora_export.qalora.merge import merge
-    from qalora_export.qalora.training.stage import train
-    from qalora_export.quantization.stage import quantize
-    from qalora_export.verify.stage import verify_parity
-
-    out, source = Path(recipe.out), locate(recipe.model, recipe.revision)
-    base, adapter, merged = out / "base.qalora", out / "adapter", out / "merged.qalora"
-    gguf = out / "model.gguf" if recipe.export.gguf else None
-    onnx = out / "onnx" if recipe.export.onnx else None
-    q, t, v = recipe.quantize, recipe.train, recipe.verify
-    stages = [
-        Stage(
-            "quantize",
-            _files(source.path, q.calibration),
-            q,
-            base,
-            lambda f: quantize(recipe.model, base, q, force=f, revision=source.commit),
-        ),
-        Stage("train", _files(base, t.data, t.validation), t, adapter, lambda f: train(base, adapter, t, force=f)),
-        Stage("merge", (base, adapter), None, merged, lambda f: merge(base, adapter, merged, force=f)),
-    ]
-    if recipe.evaluate is not None:
-        e = recipe.evaluate
-        stages += [_score_stage("evaluate base", base, e, out), _score_stage("evaluate merged", merged, e, out)]
-    if recipe.export.gguf is not None and gguf is not None:
-        g = recipe.export.gguf
-        beside = (sidecar_path(gguf), *([adapter_path(gguf)] if g.layout == "split" else []))
-        stages.append(Stage("export gguf", (merged,), g, gguf, lambda f: export_gguf(merged, gguf, g, force=f), beside))
-    if recipe.export.onnx is not None and onnx is not None:
-        o = recipe.export.onnx
-        stages.append(Stage("export onnx", (merged,), o, onnx, lambda f: export_onnx(merged, onnx, o, force=f)))
-    artifacts = tuple(path for path in (gguf, onnx) if path is not None)
-    if artifacts:
-        report = out / "report"
-        stages.append(
-            Stage(
-                VERIFY,
-                (*_files(merged, v.prompts), base, *artifacts),
-                v,
-                report,
-                lambda f: verify_parity(merged, report, v, gguf=gguf, onnx=onnx, base=base, force=f),
-            )
-        )
-    return stages
-
-
-def _score_stage(name: str, model: Path, settings: EvaluateSettings, out: Path) -> Stage:
-    from qalora_export.evaluation import evaluate
-
-    target = out / f"score.{model.name.removesuffix('.qalora')}.json"
-    return Stage(
-        name, _files(model, settings.data), settings, target, lambda f: evaluate(model, settings, target, force=f)
-    )
-
-
 def _require_pass(report: ParityReport) -> None:
     """Raises the exception of the report's exit code."""
     if report.exit_code == ExitCode.PARITY_FAILED:
@@ -288,10 +204,6 @@ def _require_pass(report: ParityReport) -> None:
             where=report.out,
             fix="install it, or name the runtimes you ship in [verify] runtimes",
         )
-
-
-def _files(*paths: Path | str | None) -> tuple[Path, ...]:
-    return tuple(Path(path) for path in paths if path is not None)
 
 
 class _State:

@@ -39,19 +39,20 @@ ALLOWED = {
     "installed": {"safety"},
     "stage_keys": {"errors", "checkpoint", "installed", "safety"},
     "preflight": {*BYTES, "data", "evaluation", "formats", "models", "qalora", "quantization", "verify"},
-    "pipeline": {
+    "stages": {"recipe", "checkpoint", "evaluation", "formats", "models", "qalora", "quantization", "verify"},
+    "pipeline": {*BYTES, "model_card", "preflight", "qalora", "stage_keys", "stages", "verify"},
+    "cli": {
         *BYTES,
-        "models",
-        "stage_keys",
+        "console",
         "evaluation",
         "formats",
-        "model_card",
-        "preflight",
+        "inspection",
+        "pipeline",
         "qalora",
         "quantization",
+        "stages",
         "verify",
     },
-    "cli": {*BYTES, "console", "evaluation", "formats", "inspection", "pipeline", "qalora", "quantization", "verify"},
 }
 # Inside verify/, as its docstring draws it: a module may import from its own part or an earlier one.
 VERIFY = (

@@ -12,8 +12,9 @@ import pytest
 from qalora_export.checkpoint.manifest import write_manifest
 from qalora_export.errors import ExitCode, InputError, ParityError
 from qalora_export.evaluation import evaluate
-from qalora_export.pipeline import plan, run
+from qalora_export.pipeline import run
 from qalora_export.recipe import Recipe, dump_toml, load_recipe, validated
+from qalora_export.stages import plan
 
 
 def _samples(path: Path, count: int = 12) -> str:

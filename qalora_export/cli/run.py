@@ -68,7 +68,7 @@ def command(
 def _show(stage: str, report: Any) -> None:
     """The findings of verify-parity as soon as they are known: a run that fails ends with an exception."""
     from qalora_export.cli.parity_table import print_report
-    from qalora_export.pipeline import VERIFY
+    from qalora_export.stages import VERIFY
 
     if stage == VERIFY:
         print_report(report)

@@ -12,7 +12,8 @@ from qalora_export.recipe import TrainSettings
 
 if TYPE_CHECKING:
     from qalora_export.qalora.training.memory import MemoryEstimate
-    from qalora_export.qalora.training.stage import TrainPlan, TrainReport
+    from qalora_export.qalora.training.plan import TrainPlan
+    from qalora_export.qalora.training.stage import TrainReport
 
 D = TrainSettings()  # one source of defaults: the recipe's
 DATA, ADAPTER, RUN, MACHINE = "Data", "Adapter", "Optimization", "Device and run"
@@ -124,7 +125,7 @@ def command(
         console.quiet = True  # rank 0 speaks for all
     if dry_run:
         from qalora_export.qalora.training.memory import check_fits
-        from qalora_export.qalora.training.stage import plan
+        from qalora_export.qalora.training.plan import plan
 
         made = plan(base, settings)
         _print_plan(made)

@@ -17,7 +17,7 @@ from qalora_export.preflight.machine import Machine
 from qalora_export.recipe import EvaluateSettings, QuantizeSettings
 
 if TYPE_CHECKING:
-    from qalora_export.qalora.training.stage import TrainPlan
+    from qalora_export.qalora.training.plan import TrainPlan
     from qalora_export.verify.check import VerifyForecast
 
 FP32, FP64 = 4, 8  # bytes

@@ -167,7 +167,7 @@ class _Checks:
 
     def _train(self) -> StageForecast | None:
         from qalora_export.data.samples import SampleSet
-        from qalora_export.qalora.training.stage import check_machine, data_files, planned, read_data
+        from qalora_export.qalora.training.plan import check_machine, data_files, planned, read_data
 
         settings, data, findings = self.recipe.train, dict[str, SampleSet](), self.findings
         with findings.during("train"):

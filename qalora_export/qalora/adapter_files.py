@@ -20,17 +20,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qalora_export.checkpoint.manifest import (
-    MANIFEST,
-    has_manifest,
-    parent_of,
-    read_manifest,
-    verify_manifest,
-    write_manifest,
-)
+from qalora_export.checkpoint.manifest import has_manifest, parent_of, write_manifest
 from qalora_export.checkpoint.model_folder import as_float32
 from qalora_export.checkpoint.safetensors_file import map_tensor, read_header
 from qalora_export.errors import InputError, UnsafeInputError
+from qalora_export.qalora.adapter_manifest import as_trained, modules_of
 from qalora_export.qalora.attach import quantized_linears
 from qalora_export.qalora.conventions import ConventionName, peft_alpha, resolve, sum_scaling
 from qalora_export.qalora.layer import QALoraLinear
@@ -136,7 +130,7 @@ def read_adapter(
     """
     if not folder.is_dir():
         raise InputError("adapter folder not found", where=folder, fix="give the folder with adapter_config.json")
-    own = _own_settings(folder, base) if has_manifest(folder) else None
+    own = modules_of(folder, base) if has_manifest(folder) else None
     raw = read_json(inside(folder, CONFIG))
     config = parse_config(raw, where=folder / CONFIG)
     name = resolve(convention, own=own is not None, use_qalora=config.pool is not None, where=folder)
@@ -155,7 +149,7 @@ def read_adapter(
         where = f"{folder}: {module}"
         pool = _pool(a, shapes[module], config.pool if own is None else None, where)
         if own is not None:
-            repeat, scaling = _own_module(own, module, pool, where)
+            repeat, scaling = as_trained(own, module, pool, where)
             a, pool = a[:, ::repeat].contiguous(), pool * repeat
         else:
             rank, alpha_over_r = scales[module]
@@ -191,53 +185,6 @@ def _config(
         alphas={n: peft_alpha(m.scaling, ranks[n], m.in_features, pool) for n, m in linears.items()},
         targets=shortest_targets(list(linears), [name for name, _ in model.named_modules()]),
     )
-
-
-def _own_settings(folder: Path, base: Path | None) -> dict[str, Any]:
-    """The "modules" table of our manifest, after checking files and base."""
-    manifest = read_manifest(folder)
-    if manifest.get("kind") != "adapter":
-        raise InputError(f"this folder holds a {manifest.get('kind')}, not an adapter", where=folder)
-    if damaged := verify_manifest(folder):
-        raise InputError(
-            "adapter files differ from their manifest",
-            where=f"{folder}: {', '.join(damaged)}",
-            why="damaged or edited after training",
-            fix="fetch or train the adapter again",
-        )
-    trained_on = _parent_base(manifest)
-    if base is not None and trained_on["sha256"] != (actual := parent_of(base, "base")).sha256:
-        raise InputError(
-            "the adapter was trained over another base",
-            where=folder,
-            why=f"it names {trained_on['name']} ({trained_on['sha256'][:12]}…), this base is "
-            f"{actual.name} ({actual.sha256[:12]}…)",
-            fix="give the base it was trained on",
-        )
-    settings = manifest.get("settings")
-    adapter = settings.get("adapter") if isinstance(settings, dict) else None
-    modules = adapter.get("modules") if isinstance(adapter, dict) else None
-    if not isinstance(modules, dict):
-        raise UnsafeInputError("the adapter's manifest lists no modules", where=folder / MANIFEST)
-    return modules
-
-
-def _parent_base(manifest: dict[str, Any]) -> dict[str, str]:
-    """name and sha256 of the base an adapter names as its parent; empty strings when it names none."""
-    parents = manifest.get("parents")
-    for parent in parents if isinstance(parents, list) else []:
-        if isinstance(parent, dict) and parent.get("role") == "base":
-            return {key: str(parent.get(key, "")) for key in ("name", "sha256")}
-    return {"name": "none", "sha256": ""}
-
-
-def _own_module(table: dict[str, Any], module: str, file_pool: int, where: str) -> tuple[int, float]:
-    """(columns of the file per column as trained, scaling) of one module of our own adapter."""
-    entry = table.get(module)
-    pool, scaling = (entry.get("pool"), entry.get("scaling")) if isinstance(entry, dict) else (None, None)
-    if type(pool) is not int or pool <= 0 or pool % file_pool or not isinstance(scaling, int | float):
-        raise UnsafeInputError("the manifest's pool or scaling is not usable", where=where, why=str(entry)[:200])
-    return pool // file_pool, float(scaling)
 
 
 def _read_pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:

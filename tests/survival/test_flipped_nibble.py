@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.survival.test_bad_input import (
+from tests.survival.place import (
     BASE,
     EVALUATE,
     GGUF,
@@ -15,12 +15,9 @@ from tests.survival.test_bad_input import (
     VERIFY,
     Place,
     flip,
-    original,
-    place,
     run,
 )
 
-__all__ = ["original", "place"]  # fixtures
 INSPECT = ("inspect", "base.qalora", "--check")
 STAGES = (TRAIN, MERGE, EVALUATE, GGUF, ONNX, (*VERIFY, "--gguf", "model.gguf"), (*VERIFY, "--onnx", "onnx"), INSPECT)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.survival.test_bad_input import (
+from tests.survival.place import (
     BAD,
     EVALUATE,
     GGUF,
@@ -26,13 +26,10 @@ from tests.survival.test_bad_input import (
     VERIFY,
     Place,
     check_message,
-    original,
     partials,
-    place,
     run,
 )
 
-__all__ = ["original", "place"]  # fixtures
 SECONDS, MEMORY = 20, 4 << 30
 
 

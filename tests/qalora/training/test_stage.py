@@ -19,7 +19,8 @@ from qalora_export.qalora.adapter_files import load_adapter
 from qalora_export.qalora.training import folder as training_folder
 from qalora_export.qalora.training import stage as train_stage
 from qalora_export.qalora.training import trainer as adapter_trainer
-from qalora_export.qalora.training.stage import TrainReport, plan, train
+from qalora_export.qalora.training.plan import plan
+from qalora_export.qalora.training.stage import TrainReport, train
 from qalora_export.recipe import TrainSettings
 
 ROOMS, THINGS = ("kitchen", "hall", "attic", "garden"), ("lights", "radio", "fan", "oven", "heater")

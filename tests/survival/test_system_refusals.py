@@ -1,0 +1,162 @@
+"""What the system refuses (no place, no permission, no memory, no runtime): one clear message and its exit code."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from tests.survival.place import (
+    BAD,
+    GGUF,
+    MERGE,
+    ONNX,
+    QUANTIZE,
+    RUN,
+    RUNTIME,
+    TRAIN,
+    VERIFY,
+    WRITERS,
+    Place,
+    check_message,
+    partials,
+    run,
+)
+
+
+@pytest.mark.parametrize("command", WRITERS, ids=lambda command: command[0] + command[1][:5])
+def test_a_folder_that_cannot_be_written(
+    command: tuple[str, ...], place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Below a regular file nothing can be made, not even by root, whom permissions let pass."""
+    words = [word.replace("new", "text.txt/new") if word == "new" else word for word in command]
+    assert run(*words) == BAD
+    check_message(capsys.readouterr().err, ("could not write", "text.txt", "permissions"))
+    assert (place / "text.txt").is_file()
+
+
+def test_run_into_a_folder_that_cannot_be_written(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*RUN, "--out", "text.txt/new") == BAD
+    check_message(capsys.readouterr().err, ("could not write", "text.txt"))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+@pytest.mark.parametrize("command", [QUANTIZE, MERGE, GGUF, ONNX], ids=lambda command: command[0] + command[1][:5])
+def test_a_full_disk(
+    command: tuple[str, ...],
+    number: int,
+    place: Place,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Syncing is where a full disk shows at the latest."""
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        code = run(*command)
+    assert code == BAD
+    check_message(capsys.readouterr().err, (os.strerror(number), "new", "free disk space"))
+    assert not (place / "new").exists()
+    assert partials(place.path) == []
+
+
+LIMITED = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+from qalora_export.cli.main import main
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize(
+    "command", [QUANTIZE, GGUF, ONNX, TRAIN, MERGE], ids=lambda command: command[0] + command[1][:5]
+)
+def test_a_file_that_may_not_grow(command: tuple[str, ...], place: Place) -> None:
+    """The real thing: the system refuses bytes beyond 64 kB a file in the middle of writing."""
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
+    extra = ("--max-steps", "1", "--rank", "128") if command is TRAIN else ()
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(64 << 10), *command, *extra],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_WAIT_POLICY": "passive"},
+    )
+    check_message(done.stderr, ("could not write", "free disk space"))
+    assert done.returncode == BAD
+    assert not (place / "new").exists()
+    assert partials(place.path) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "package"), [("onnxruntime", "onnxruntime"), ("onnxruntime_genai", "onnxruntime-genai")]
+)
+def test_an_absent_runtime_is_exit_3_with_its_package(module: str, package: str, place: Place) -> None:
+    """Not installed, as the runner's process sees it: a module of that name that cannot be imported."""
+    place.write(f"{module}.py", "raise ModuleNotFoundError(f'No module named {__name__!r}', name=__name__)\n")
+    command = [*VERIFY, "--onnx", "onnx", "--runtime", package, "--threads", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "qalora_export.cli", *command],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": str(place.path), "OMP_WAIT_POLICY": "passive"},
+    )
+    assert done.returncode == RUNTIME, done.stderr
+    assert f"pip install {package}" in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    report = json.loads((place / "new/report.json").read_text())
+    assert {entry["status"] for entry in report["gates"] if entry["gate"] == "G3"} == {"not run"}
+
+
+def test_a_crashing_runtime_is_exit_3_with_signal_and_remedy(place: Place) -> None:
+    """A stand-in for the package that dies in the runner's process and is the real one everywhere else."""
+    place.write(
+        "sitecustomize.py",
+        "import os, signal, sys\nif 'qalora_runtimes.onnxruntime_' in sys.orig_argv:\n"
+        "    os.kill(os.getpid(), signal.SIGSEGV)\n",
+    )
+    command = [*VERIFY, "--onnx", "onnx", "--runtime", "onnxruntime", "--threads", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "qalora_export.cli", *command],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": str(place.path), "OMP_WAIT_POLICY": "passive"},
+    )
+    assert done.returncode == RUNTIME, done.stderr
+    said = " ".join(done.stderr.split())
+    assert "SIGSEGV" in said and "a kernel read outside its memory" in said
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (MemoryError("Unable to allocate 3 TiB"), BAD, ("out of memory", "3 TiB")),
+        (PermissionError(errno.EACCES, "Permission denied", "/data/x"), BAD, ("Permission denied", "/data/x")),
+    ],
+)
+def test_what_the_system_refuses_is_said_clearly(
+    error: Exception,
+    code: int,
+    words: tuple[str, ...],
+    place: Place,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("qalora_export.qalora.merge.merge", fail)
+    assert run(*MERGE) == code
+    check_message(capsys.readouterr().err, words)
