@@ -11,6 +11,14 @@ and config.json says per module how to read them:
     "quantization_config": {"quant_method": "qalora", "version": 1,
                             "modules": {"model.layers.0.self_attn.q_proj": {"bits": 4, "group_size": 32}, ...}}
 
+On a grid of super-blocks (`"grid": "q4_k"` in the module's entry) `M` is five tensors:
+
+    M.codes        U8   (out, in·bits/8)   packed
+    M.scale        U8   (out, in/g)        levels: scale = scale_step · level
+    M.offset       U8   (out, in/g)        levels: offset = −offset_step · level
+    M.scale_step   F16  (out, in/256)
+    M.offset_step  F16  (out, in/256)
+
 Everything else is stored under its own name in its source dtype, bit for bit.
 """
 
@@ -30,12 +38,29 @@ from qalora_export.checkpoint.manifest import FileKind, Parent, write_manifest
 from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.checkpoint.weight_files import INDEX, SINGLE
 from qalora_export.errors import InputError, UnsafeInputError
-from qalora_export.grid import BITS, GroupAffine, PackedAffine, pack_codes, packed_width
+from qalora_export.grid import (
+    AFFINE16,
+    BITS,
+    GroupAffine,
+    Levels,
+    NamedGrid,
+    PackedAffine,
+    SuperBlockGrid,
+    grid_named,
+    pack_codes,
+    packed_width,
+)
 from qalora_export.safety import atomic_directory, sha256_bytes
 
 QUANT_METHOD = "qalora"
 VERSION = 1
 PARTS = ("codes", "scale", "offset")
+STEPS = ("scale_step", "offset_step")
+
+
+def parts_of(grid: NamedGrid) -> tuple[str, ...]:
+    """Last names of the tensors of a matrix on that grid."""
+    return PARTS + STEPS if isinstance(grid, SuperBlockGrid) else PARTS
 
 
 def is_canonical(folder: Path) -> bool:
@@ -45,7 +70,9 @@ def is_canonical(folder: Path) -> bool:
 
 
 class CanonicalCheckpoint(ModelFolder):
-    """A canonical checkpoint, opened for streaming. `modules` maps module name to (bits, group_size)."""
+    """A canonical checkpoint, opened for streaming. `modules` maps module name to (bits, group_size), `grids` to the
+    grid of its scales and offsets.
+    """
 
     def __init__(self, path: Path | str) -> None:
         super().__init__(path)
@@ -64,7 +91,9 @@ class CanonicalCheckpoint(ModelFolder):
         modules = raw.get("modules")
         if not isinstance(modules, dict):
             raise UnsafeInputError("quantization_config.modules is not a table", where=self.path)
-        self.modules = {name: self._checked(name, value) for name, value in modules.items()}
+        checked = {name: self._checked(name, value) for name, value in modules.items()}
+        self.modules = {name: (bits, group) for name, (bits, group, _) in checked.items()}
+        self.grids = {name: grid for name, (_, _, grid) in checked.items()}
 
     def group_affine(self, module: str) -> GroupAffine:
         """The quantized matrix of one module, unpacked in memory."""
@@ -73,9 +102,11 @@ class CanonicalCheckpoint(ModelFolder):
 
     def packed(self, module: str, rows: slice | NDArray[np.intp] = slice(None)) -> PackedAffine:
         """Some rows of a module's matrix, codes still packed; only the pages of those rows are read."""
-        bits, group_size = self.modules[module]
-        codes, scale, offset = (np.asarray(self.tensor(f"{module}.{part}")[rows]) for part in PARTS)
+        (bits, group_size), grid = self.modules[module], self.grids[module]
+        codes, scale, offset, *steps = (np.asarray(self.tensor(f"{module}.{part}")[rows]) for part in parts_of(grid))
         with self._located(module):
+            if isinstance(grid, SuperBlockGrid):
+                return PackedAffine.on_levels(codes, Levels(grid, scale, offset, *steps))
             return PackedAffine(codes, scale, offset, bits, group_size)
 
     @contextlib.contextmanager
@@ -90,21 +121,29 @@ class CanonicalCheckpoint(ModelFolder):
 
     def plain_names(self) -> list[str]:
         """Names of the tensors that are not part of a quantized module, in file order."""
-        quantized = {f"{module}.{part}" for module in self.modules for part in PARTS}
+        quantized = {f"{module}.{part}" for module, grid in self.grids.items() for part in parts_of(grid)}
         return [name for name in self.names() if name not in quantized]
 
-    def _checked(self, module: str, value: object) -> tuple[int, int]:
+    def _checked(self, module: str, value: object) -> tuple[int, int, NamedGrid]:
         where = f"{self.path}: {module}"
-        bits, group = (value.get("bits"), value.get("group_size")) if isinstance(value, dict) else (None, None)
+        entry = value if isinstance(value, dict) else {}
+        bits, group = entry.get("bits"), entry.get("group_size")
         if bits not in BITS or type(bits) is not int or type(group) is not int or group <= 0:
             raise UnsafeInputError("module entry needs bits and group_size", where=where, why=str(value)[:200])
-        codes, scale, offset = (self.entry(f"{module}.{part}") for part in PARTS)
+        grid = grid_named(entry.get("grid", AFFINE16.name), bits, group, where=where)
+        codes, scale, offset, *steps = (self.entry(f"{module}.{part}") for part in parts_of(grid))
         if len(codes.shape) != 2 or len(scale.shape) != 2 or scale.shape != offset.shape:
             raise UnsafeInputError("codes, scale or offset has the wrong rank or shape", where=where)
         expected = (scale.shape[0], packed_width(scale.shape[1] * group, bits))
-        if codes.shape != expected or codes.dtype != np.uint8 or {scale.dtype, offset.dtype} != {np.dtype("<f2")}:
+        half, byte = np.dtype("<f2"), np.dtype(np.uint8)
+        wanted = {byte} if isinstance(grid, SuperBlockGrid) else {half}
+        if codes.shape != expected or codes.dtype != np.uint8 or {scale.dtype, offset.dtype} != wanted:
             raise UnsafeInputError(f"codes are {codes.dtype}{codes.shape}, expected uint8{expected}", where=where)
-        return bits, group
+        if isinstance(grid, SuperBlockGrid):
+            per_row = (scale.shape[0], scale.shape[1] // grid.groups)
+            if scale.shape[1] % grid.groups or {(step.shape, step.dtype) for step in steps} != {(per_row, half)}:
+                raise UnsafeInputError(f"steps of super-blocks are not float16{per_row}", where=where)
+        return bits, group, grid
 
 
 class CanonicalWriter:
@@ -131,7 +170,7 @@ class CanonicalWriter:
         self._shard_bytes, self._pending, self._pending_bytes = shard_bytes, dict[str, NDArray[Any]](), 0
         self._shard_names: list[list[str]] = []
         self._hashes: dict[str, dict[str, Any]] = {}
-        self._modules: dict[str, dict[str, int]] = {}
+        self._modules: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> "CanonicalWriter":
         self._folder = self._atomic.__enter__()
@@ -153,8 +192,11 @@ class CanonicalWriter:
         """Store a quantized matrix as codes, scale and offset."""
         self._modules[module] = {"bits": matrix.bits, "group_size": matrix.group_size}
         self.add(f"{module}.codes", pack_codes(matrix.codes, matrix.bits))
-        self.add(f"{module}.scale", matrix.scale)
-        self.add(f"{module}.offset", matrix.offset)
+        levels = matrix.levels
+        if levels is not None:
+            self._modules[module]["grid"] = levels.grid.name
+        for part in parts_of(matrix.grid)[1:]:
+            self.add(f"{module}.{part}", getattr(matrix if levels is None else levels, part))
 
     def add_json(self, name: str, value: object) -> None:
         """One more file of the folder, named in its manifest; no file that carries the model."""

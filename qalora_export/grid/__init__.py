@@ -1,26 +1,36 @@
 """The canonical numbers: codes, scale, offset; packing; exact comparison; counted narrowing. numpy only."""
 
-from qalora_export.grid.exactness import Differences, difference, differing, packed_difference
+from qalora_export.grid.exactness import Differences, difference, differing, grid_differences, packed_difference
 from qalora_export.grid.group_affine import BITS, GROUP_SIZES, GroupAffine, implied_offset
+from qalora_export.grid.levels import Levels, project
+from qalora_export.grid.named import AFFINE16, GRIDS, NamedGrid, SuperBlockGrid, grid_named
 from qalora_export.grid.narrow import Narrowed, narrow
 from qalora_export.grid.packed_affine import PackedAffine, fp16_is_finite, fp16_largest
 from qalora_export.grid.packing import pack_codes, packed_width, unpack_codes
 
 __all__ = [
+    "AFFINE16",
     "BITS",
+    "GRIDS",
     "GROUP_SIZES",
     "Differences",
     "GroupAffine",
+    "Levels",
+    "NamedGrid",
     "Narrowed",
     "PackedAffine",
+    "SuperBlockGrid",
     "difference",
     "differing",
     "fp16_is_finite",
     "fp16_largest",
+    "grid_differences",
+    "grid_named",
     "implied_offset",
     "narrow",
     "pack_codes",
     "packed_difference",
     "packed_width",
+    "project",
     "unpack_codes",
 ]

@@ -38,12 +38,25 @@ def differing(left: NDArray[Any], right: NDArray[Any]) -> int:
 def packed_difference(left: PackedAffine, right: PackedAffine) -> Differences:
     """The same for packed matrices: codes are compared as bytes, and unpacked only where those differ."""
     if left.bits == right.bits and np.array_equal(left.codes, right.codes):
-        return Differences(0, differing(left.scale, right.scale), differing(left.offset, right.offset))
+        return Differences(0, *grid_differences(left, right))
     return difference(left.unpack(), right.unpack())
 
 
 def difference(left: GroupAffine, right: GroupAffine) -> Differences:
     """Compare two quantized matrices field by field."""
-    return Differences(
-        differing(left.codes, right.codes), differing(left.scale, right.scale), differing(left.offset, right.offset)
+    return Differences(differing(left.codes, right.codes), *grid_differences(left, right))
+
+
+def grid_differences(left: GroupAffine | PackedAffine, right: GroupAffine | PackedAffine) -> tuple[int, int]:
+    """(scales, offsets) that differ. On a grid of super-blocks levels and steps are compared: equal products of others
+    are other bytes. A matrix on another grid differs in all of them.
+    """
+    one, other = left.levels, right.levels
+    if one is None or other is None:
+        return differing(left.scale, right.scale), differing(left.offset, right.offset)
+    if one.grid != other.grid:
+        return left.scale.size, left.offset.size
+    return (
+        differing(one.scale, other.scale) + differing(one.scale_step, other.scale_step),
+        differing(one.offset, other.offset) + differing(one.offset_step, other.offset_step),
     )

@@ -2,16 +2,19 @@
 
     w[o, i] = s[o, i // g] · q[o, i] + m[o, i // g]
 
-evaluated in float32: s·q is exact (11-bit significand times at most 8-bit code fits in 24 bits), so there is exactly
-one rounding, and numpy, C with or without FMA, and torch agree bit for bit.
+evaluated in float32: s·q is exact (11-bit significand times at most 8-bit code fits in 24 bits; 17 and 4 on a grid of
+super-blocks), so there is exactly one rounding, and numpy, C with or without FMA, and torch agree bit for bit.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.errors import InputError
+from qalora_export.grid.levels import Levels
+from qalora_export.grid.named import AFFINE16, NamedGrid
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (16, 32, 64, 128)
@@ -21,14 +24,16 @@ GROUP_SIZES = (16, 32, 64, 128)
 class GroupAffine:
     """codes uint8 (out, in), scale float16 (out, in//g), offset float16 (out, in//g), bits in {2, 3, 4, 8}.
 
-    Groups run along in-features in order: column i belongs to group i // g. Raises InputError when shapes or dtypes
-    disagree, a code does not fit in `bits`, or a scale or offset is not finite.
+    Groups run along in-features in order: column i belongs to group i // g. levels: what scale and offset are made of
+    on a grid of super-blocks, where both are float32 (`on_levels`). Raises InputError when shapes or dtypes disagree, a
+    code does not fit in `bits`, or a scale or offset is not finite.
     """
 
     codes: NDArray[np.uint8]
-    scale: NDArray[np.float16]
-    offset: NDArray[np.float16]
+    scale: NDArray[Any]
+    offset: NDArray[Any]
     bits: int
+    levels: Levels | None = None
 
     def __post_init__(self) -> None:
         problem = _problem(self)
@@ -37,6 +42,15 @@ class GroupAffine:
                 f"not a quantized matrix: {problem}",
                 why='see DESIGN.md, "Canonical form"',
             )
+
+    @classmethod
+    def on_levels(cls, codes: NDArray[np.uint8], levels: Levels) -> "GroupAffine":
+        """The matrix with these codes, uint8 (out, in), on a grid of super-blocks."""
+        return cls(codes, levels.scales(), levels.offsets(), levels.grid.bits, levels)
+
+    @property
+    def grid(self) -> NamedGrid:
+        return AFFINE16 if self.levels is None else self.levels.grid
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -74,8 +88,9 @@ def _problem(matrix: GroupAffine) -> str:
     codes, scale, offset, bits = matrix.codes, matrix.scale, matrix.offset, matrix.bits
     if bits not in BITS:
         return f"bits is {bits}, not one of {BITS}"
-    if codes.dtype != np.uint8 or scale.dtype != np.float16 or offset.dtype != np.float16:
-        return f"dtypes are {codes.dtype}, {scale.dtype}, {offset.dtype}, not uint8, float16, float16"
+    wanted = np.dtype(np.float16 if matrix.levels is None else np.float32)
+    if codes.dtype != np.uint8 or scale.dtype != wanted or offset.dtype != wanted:
+        return f"dtypes are {codes.dtype}, {scale.dtype}, {offset.dtype}, not uint8, {wanted}, {wanted}"
     if codes.ndim != 2 or scale.ndim != 2 or scale.shape != offset.shape or scale.shape[0] != codes.shape[0]:
         return f"shapes {codes.shape}, {scale.shape}, {offset.shape} do not belong together"
     if 0 in codes.shape or scale.shape[1] == 0 or codes.shape[1] % scale.shape[1]:
@@ -86,4 +101,12 @@ def _problem(matrix: GroupAffine) -> str:
         return f"code {int(codes.max())} does not fit in {bits} bits"
     if not (np.isfinite(scale).all() and np.isfinite(offset).all()):
         return "a scale or offset is NaN or infinite"
-    return ""
+    return "" if matrix.levels is None else _beside_levels(matrix, matrix.levels)
+
+
+def _beside_levels(matrix: GroupAffine, levels: Levels) -> str:
+    grid = levels.grid
+    if (matrix.bits, matrix.group_size) != (grid.bits, grid.group_size):
+        return f"{matrix.bits} bits in groups of {matrix.group_size} are not on grid {grid.name}"
+    same = np.array_equal(matrix.scale, levels.scales()) and np.array_equal(matrix.offset, levels.offsets())
+    return "" if same else "scale and offset are not those of the levels"

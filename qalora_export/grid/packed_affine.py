@@ -1,12 +1,15 @@
 """A quantized matrix, or some rows of one, with its codes still packed: what the streaming exporters move about."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.errors import InputError
 from qalora_export.grid.group_affine import GroupAffine
+from qalora_export.grid.levels import Levels
+from qalora_export.grid.named import AFFINE16, NamedGrid
 from qalora_export.grid.packing import pack_codes, packed_width, unpack_codes
 
 MAGNITUDE, INFINITY = np.uint16(0x7FFF), 0x7C00  # fp16 bit patterns: order of magnitudes is order of integers
@@ -16,14 +19,16 @@ MAGNITUDE, INFINITY = np.uint16(0x7FFF), 0x7C00  # fp16 bit patterns: order of m
 class PackedAffine:
     """codes uint8 (out, in·bits/8) as in grid.packing, scale and offset float16 (out, in/g), bits in {2, 3, 4, 8}.
 
-    Raises InputError when shapes disagree or a scale or offset is not finite; packed codes always fit their bits.
+    levels: what scale and offset, float32 then, are made of on a grid of super-blocks (`on_levels`). Raises InputError
+    when shapes disagree or a scale or offset is not finite; packed codes always fit their bits.
     """
 
     codes: NDArray[np.uint8]
-    scale: NDArray[np.float16]
-    offset: NDArray[np.float16]
+    scale: NDArray[Any]
+    offset: NDArray[Any]
     bits: int
     group_size: int
+    levels: Levels | None = None
 
     def __post_init__(self) -> None:
         out, groups = self.scale.shape
@@ -31,11 +36,21 @@ class PackedAffine:
             raise InputError(
                 f"shapes {self.codes.shape}, {self.scale.shape}, {self.offset.shape} do not belong together"
             )
-        if not (fp16_is_finite(self.scale) and fp16_is_finite(self.offset)):
+        if self.levels is None and not (fp16_is_finite(self.scale) and fp16_is_finite(self.offset)):
             raise InputError(
                 "not a quantized matrix: a scale or offset is NaN or infinite",
                 why='see DESIGN.md, "Canonical form"',
             )
+
+    @classmethod
+    def on_levels(cls, codes: NDArray[np.uint8], levels: Levels) -> "PackedAffine":
+        """The matrix with these packed codes on a grid of super-blocks."""
+        grid = levels.grid
+        return cls(codes, levels.scales(), levels.offsets(), grid.bits, grid.group_size, levels)
+
+    @property
+    def grid(self) -> NamedGrid:
+        return AFFINE16 if self.levels is None else self.levels.grid
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -43,11 +58,12 @@ class PackedAffine:
         return self.scale.shape[0], self.scale.shape[1] * self.group_size
 
     def unpack(self) -> GroupAffine:
-        return GroupAffine(unpack_codes(self.codes, self.bits), self.scale, self.offset, self.bits)
+        return GroupAffine(unpack_codes(self.codes, self.bits), self.scale, self.offset, self.bits, self.levels)
 
     @classmethod
     def pack(cls, matrix: GroupAffine) -> "PackedAffine":
-        return cls(pack_codes(matrix.codes, matrix.bits), matrix.scale, matrix.offset, matrix.bits, matrix.group_size)
+        codes = pack_codes(matrix.codes, matrix.bits)
+        return cls(codes, matrix.scale, matrix.offset, matrix.bits, matrix.group_size, matrix.levels)
 
 
 def fp16_is_finite(values: NDArray[np.float16]) -> bool:

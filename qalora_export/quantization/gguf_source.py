@@ -27,9 +27,9 @@ from qalora_export.errors import InputError, QaloraError
 from qalora_export.formats.gguf.model_config import config_from_gguf, gguf_family, sampling_from_gguf
 from qalora_export.formats.gguf.read import GgufContents
 from qalora_export.formats.gguf.tokenizer.from_gguf import tokenizer_files_from_gguf
-from qalora_export.formats.gguf.types import PLAIN_TYPES
+from qalora_export.formats.gguf.types import BLOCK_TYPES, PLAIN_TYPES, BlockType
 from qalora_export.formats.streaming import row_blocks
-from qalora_export.grid import GroupAffine
+from qalora_export.grid import AFFINE16, GroupAffine
 
 SCRATCH_BYTES = 256 << 20  # a dequantized tensor above this is mapped from a file, not held
 F32 = np.dtype(np.float32)
@@ -43,7 +43,11 @@ class GgufModel(ModelFolder):
     def __init__(self, file: Path, folder: Path, *, dequantize: bool) -> None:
         self.file, self.path = file, folder
         self._gguf = GgufContents(file)
-        exact = set(self._gguf.modules) | {name.removesuffix(".weight") for name in self._gguf.others}
+        known = {  # in a type on the grid that every stage knows, or in plain numbers
+            name for name, kind in self._gguf.types.items() if kind not in BLOCK_TYPES or _free(BLOCK_TYPES[kind])
+        }
+        self._stored = {m: entry for m, entry in self._gguf.modules.items() if f"{m}.weight" in known}
+        exact = set(self._stored) | {name.removesuffix(".weight") for name in self._gguf.others if name in known}
         self.foreign = {  # tensors in a type with no canonical form: name -> type
             name: kind
             for name, kind in self._gguf.types.items()
@@ -85,7 +89,7 @@ class GgufModel(ModelFolder):
 
     def stored_modules(self) -> dict[str, tuple[int, int]]:
         """module -> (bits, group_size) of what the file holds in canonical form."""
-        return dict(self._gguf.modules)
+        return dict(self._stored)
 
     def stored(self, module: str) -> GroupAffine:
         """The file's own codes, scale and offset, rows in Transformers order."""
@@ -109,6 +113,10 @@ class GgufModel(ModelFolder):
         self.config |= {key: value for key, value in tokens.items() if key in TOKEN_IDS}
         generation = tokens | sampling_from_gguf(self._gguf.metadata)
         return files | {"config.json": _json(self.config), GENERATION: _json(generation)}
+
+
+def _free(kind: type[BlockType]) -> bool:
+    return kind.grid is AFFINE16
 
 
 @contextlib.contextmanager

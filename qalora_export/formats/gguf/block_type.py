@@ -1,8 +1,8 @@
 """What a tensor type of GGUF is: plain numbers, or blocks of a scale, perhaps a min, and codes.
 
-A class is registered by being defined; the types themselves are in `types.py`. Sources: ggml/src/ggml-common.h
-(block_q4_1, …), ggml.h (enum ggml_type), llama.h (enum llama_ftype). A block covers QK = 32 consecutive in-features of
-one row of a matrix.
+A class is registered by being defined; the types themselves are in `types.py` and `super_blocks.py`. Sources:
+ggml/src/ggml-common.h (block_q4_1, …), ggml.h (enum ggml_type), llama.h (enum llama_ftype). A block covers QK = 32
+consecutive in-features of one row of a matrix, a super-block 256.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.errors import InputError, UnsafeInputError
-from qalora_export.grid import PackedAffine, implied_offset, pack_codes, unpack_codes
+from qalora_export.grid import (
+    AFFINE16,
+    NamedGrid,
+    PackedAffine,
+    SuperBlockGrid,
+    implied_offset,
+    pack_codes,
+    unpack_codes,
+)
 
 QK = 32
 
@@ -59,7 +67,7 @@ class BlockType(GgufType):
     the block. bits: canonical bits of codes it may hold, the last of which is assumed for files of other tools. first:
     the canonical code of the block's code 0. zero: the implied zero, a canonical code of the most bits, or None where
     each block carries its own min. Codes of fewer bits than such a block's lie in its middle (`shift`): what is
-    multiplied with int8 activations is then as small as can be.
+    multiplied with int8 activations is then as small as can be. grid: of the matrices that it holds.
     """
 
     block_size = QK
@@ -69,6 +77,7 @@ class BlockType(GgufType):
     bits: ClassVar[tuple[int, ...]]
     first: ClassVar[int] = 0
     zero: ClassVar[int | None] = None
+    grid: ClassVar[NamedGrid] = AFFINE16
 
     def __init_subclass__(cls, *, abstract: bool = False) -> None:
         if abstract:
@@ -92,8 +101,10 @@ class BlockType(GgufType):
 
     @classmethod
     @abstractmethod
-    def slow_unpack(cls, block: bytes) -> tuple[list[int], float, float]:
-        """The oracle of tests: 32 codes, d and m of one block, a byte at a time as ggml declares it."""
+    def slow_unpack(cls, block: bytes) -> tuple[list[int], Any, Any]:
+        """The oracle of tests: 32 codes, d and m of one block, a byte at a time as ggml declares it; of a super-block
+        256 codes, and s and m of each group.
+        """
 
     @classmethod
     def shift(cls, bits: int) -> int:
@@ -104,6 +115,12 @@ class BlockType(GgufType):
     def implied_zero(cls, bits: int) -> int | None:
         """The canonical code of `bits` that stands for weight 0, or None where each block carries its own min."""
         return None if cls.zero is None else cls.zero - cls.shift(bits)
+
+    @classmethod
+    def native(cls) -> tuple[int, int]:
+        """(bits, group_size) of a matrix in these blocks that nobody declared."""
+        group = cls.grid.group_size if isinstance(cls.grid, SuperBlockGrid) else cls.block_size
+        return cls.bits[-1], group
 
     @classmethod
     def holds_all(cls, bits: int) -> bool:
@@ -124,6 +141,8 @@ class BlockType(GgufType):
     @classmethod
     def holds(cls, matrix: PackedAffine) -> bool:
         """Whether this very matrix is exactly in this type: its codes fit, and so does its offset (−0 equals 0)."""
+        if matrix.grid != cls.grid:
+            return False
         if cls.holds_all(matrix.bits):
             return True
         if matrix.bits not in cls.bits:
@@ -141,6 +160,8 @@ class BlockType(GgufType):
         difference (`holds`, or layout "split"). Raises InputError for other bits, smaller groups and larger codes.
         """
         check_group(matrix.group_size, where=cls.name)
+        if matrix.grid != cls.grid:
+            raise InputError(f"a matrix on grid {matrix.grid.name} does not go into {cls.name}")
         if matrix.bits not in cls.bits:
             raise InputError(f"{matrix.bits}-bit codes do not go into {cls.name}", why=f"it holds {cls.bits} bits")
         blocks = np.empty((matrix.shape[0], matrix.shape[1] // QK), cls.layout)

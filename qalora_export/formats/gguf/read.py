@@ -47,7 +47,7 @@ class GgufContents:
         in_blocks = {n for n, k in self.types.items() if k in BLOCK_TYPES}
         quantized = {n.removesuffix(".weight"): self.types[n] for n in self.types if n in in_blocks - {EMBEDDING}}
         declared = self._source.declared()
-        self.modules = {m: declared.get(m, _native(kind)) for m, kind in quantized.items()}
+        self.modules = {m: declared.get(m, BLOCK_TYPES[kind].native()) for m, kind in quantized.items()}
         plain = {n for n, k in self.types.items() if k in PLAIN_TYPES} | (in_blocks & {EMBEDDING})
         self.others = [name for name in self.types if name in plain]
         known = {*PLAIN_TYPES, *BLOCK_TYPES}
@@ -237,11 +237,6 @@ class _Source:
         if name not in self.names:
             raise InputError("a tensor that this architecture does not have", where=f"{self.path}: {name}")
         return self.names[name]
-
-
-def _native(kind: str) -> tuple[int, int]:
-    """(bits, group_size) of a file that does not declare them: those of its blocks."""
-    return BLOCK_TYPES[kind].bits[-1], BLOCK_TYPES[kind].block_size
 
 
 def _hf_names(family: Family, layers: int) -> dict[str, str]:

@@ -5,9 +5,10 @@ included, is in `block_type.py`.
 
 **To add a block type** write one subclass of BlockType at the end of this file: its numbers, `put_codes` and
 `take_codes` (fast, all rows) and `slow_unpack` (obvious, one block). A type whose blocks hold more than d, m and codes
-overrides `pack` and `unpack`. Nothing else needs an edit to read it back, compare it, dequantize it, make its F32 twin
-or inspect it, and tests/formats/gguf/test_types.py tries every registered type against its oracle and the gguf package.
-Of several types that hold a matrix exactly the one registered first is written.
+overrides `pack` and `unpack`; those of a grid of super-blocks are in `super_blocks.py`. Nothing else needs an edit to
+read it back, compare it, dequantize it, make its F32 twin or inspect it, and tests/formats/gguf/test_types.py tries
+every registered type against its oracle and the gguf package. Of several types that hold a matrix exactly the one
+registered first is written.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from qalora_export.formats.gguf.block_type import (
     PlainType,
     check_group,
 )
-from qalora_export.grid import PackedAffine
+from qalora_export.formats.gguf.super_blocks import Q4_K
+from qalora_export.grid import AFFINE16, NamedGrid, PackedAffine, SuperBlockGrid
 from qalora_export.grid.narrow import BFLOAT16
 
 # The tables come from here, never from block_type: importing this module is what fills them.
@@ -41,6 +43,7 @@ __all__ = [
     "PLAIN_TYPES",
     "Q4_0",
     "Q4_1",
+    "Q4_K",
     "Q5_0",
     "Q5_1",
     "Q8_0",
@@ -74,8 +77,12 @@ class BF16(PlainType):
     id, file_type, dtype = 30, 32, BFLOAT16
 
 
-def exact_type(bits: int, load: Callable[[], PackedAffine], *, where: str) -> type[BlockType]:
+def exact_type(
+    bits: int, load: Callable[[], PackedAffine], *, where: str, grid: NamedGrid = AFFINE16
+) -> type[BlockType]:
     """The type that holds a matrix by itself; `load` is called where its values decide. InputError when none does."""
+    if isinstance(grid, SuperBlockGrid):
+        return BLOCK_TYPES[grid.gguf]
     for kind in BLOCK_TYPES.values():
         if kind.holds_all(bits):
             return kind

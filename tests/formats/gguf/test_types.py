@@ -33,7 +33,7 @@ from qalora_export.formats.gguf.types import (
     exact_type,
 )
 from qalora_export.formats.gguf.validate import validate_gguf
-from qalora_export.grid import GroupAffine, PackedAffine, difference, differing
+from qalora_export.grid import AFFINE16, GroupAffine, PackedAffine, difference, differing
 from qalora_export.inspection.view import byte_table, open_view
 from qalora_export.recipe import GgufSettings
 from qalora_export.verify.runtimes.twin import write_twin
@@ -41,6 +41,8 @@ from tests.formats.gguf.strategies import finite_fp16, matrices
 from tests.formats.gguf.test_export import variant
 
 every_type = pytest.mark.parametrize("kind", list(BLOCK_TYPES.values()), ids=list(BLOCK_TYPES))
+FREE = {name: kind for name, kind in BLOCK_TYPES.items() if kind.grid is AFFINE16}  # the others: test_super_blocks.py
+every_free_type = pytest.mark.parametrize("kind", list(FREE.values()), ids=list(FREE))
 
 
 def oracle(kind: type[BlockType], rows: NDArray[np.uint8]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
@@ -98,7 +100,7 @@ def check_round_trip(kind: type[BlockType], matrix: GroupAffine) -> None:
     np.testing.assert_array_equal(dequantize(rows, GGMLQuantizationType(kind.id)), matrix.dequantize())
 
 
-@every_type
+@every_free_type
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_round_trip_oracle_and_the_gguf_package(kind: type[BlockType], data: st.DataObject) -> None:
@@ -111,7 +113,7 @@ def test_q4_1_dequantizes_to_the_very_bits(matrix: GroupAffine) -> None:
     assert differing(dequantize(Q4_1.pack(PackedAffine.pack(matrix)), Q4_1.id), matrix.dequantize()) == 0
 
 
-@every_type
+@every_free_type
 def test_every_code_goes_to_its_place(kind: type[BlockType]) -> None:
     """One code set at a time."""
     for element in range(2 * QK):
@@ -198,7 +200,7 @@ def test_an_implied_offset_beyond_fp16_is_refused() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@every_type
+@every_free_type
 def test_a_scale_that_is_no_number_is_refused(kind: type[BlockType], bad: float) -> None:
     rows = np.zeros((1, kind.block_bytes), np.uint8)
     rows[0, :2] = np.float16([bad]).view(np.uint8)

@@ -1,0 +1,159 @@
+"""GGUF types in super-blocks of 256 in-features ("K-quants"): the grids of super-blocks, byte for byte.
+
+Sources: ggml/src/ggml-common.h (block_q4_K), ggml-quants.c (get_scale_min_k4, dequantize_row_q4_K).
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qalora_export.errors import InputError, UnsafeInputError
+from qalora_export.formats.gguf.block_type import BlockType
+from qalora_export.grid import Levels, PackedAffine, SuperBlockGrid
+from qalora_export.grid.named import Q4_K as Q4_K_GRID
+from qalora_export.grid.named import SUPER_BLOCK
+
+LOW, HIGH, FOUR = np.uint64(0x0F0F0F0F0F0F0F0F), np.uint64(0xF0F0F0F0F0F0F0F0), np.uint64(4)
+HALF = SUPER_BLOCK // 8  # bytes of 64 codes of 4 bits
+
+
+class SuperBlockType(BlockType, abstract=True):
+    """Blocks of 256: steps `d` and `dmin`, float16, levels of each group and codes.  w = d·k·q − dmin·l.
+
+    layout: with `d` and `dmin`. A matrix is held exactly when it is on this type's grid, and only then.
+    """
+
+    block_size = SUPER_BLOCK
+    grid: ClassVar[SuperBlockGrid]
+
+    def __init_subclass__(cls, *, abstract: bool = False) -> None:
+        if not abstract:
+            cls.code_bits, cls.bits = cls.grid.bits, (cls.grid.bits,)
+        super().__init_subclass__(abstract=abstract)
+
+    @classmethod
+    def put_levels(cls, blocks: NDArray[Any], scale: NDArray[np.uint8], offset: NDArray[np.uint8]) -> None:
+        """Write levels (rows, in/256, groups of a super-block) into the records (rows, in/256)."""
+        raise NotImplementedError
+
+    @classmethod
+    def take_levels(cls, blocks: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """The inverse."""
+        raise NotImplementedError
+
+    @classmethod
+    def holds_all(cls, bits: int) -> bool:  # noqa: ARG003
+        return False
+
+    @classmethod
+    def holds(cls, matrix: PackedAffine) -> bool:
+        return matrix.grid == cls.grid
+
+    @classmethod
+    def pack(cls, matrix: PackedAffine) -> NDArray[np.uint8]:
+        """Rows of blocks (out, in/256 · block_bytes) uint8. Raises InputError for a matrix on another grid."""
+        levels = matrix.levels
+        if levels is None or matrix.grid != cls.grid:
+            raise InputError(f"a matrix on grid {matrix.grid.name} does not go into {cls.name}")
+        blocks = np.empty(levels.scale_step.shape, cls.layout)
+        blocks["d"], blocks["dmin"] = levels.scale_step.view("<u2"), levels.offset_step.view("<u2")
+        shape = (*blocks.shape, cls.grid.groups)
+        cls.put_levels(blocks, levels.scale.reshape(shape), levels.offset.reshape(shape))
+        cls.put_codes(blocks, matrix.codes)
+        return blocks.view(np.uint8)
+
+    @classmethod
+    def unpack(cls, rows: NDArray[np.uint8], *, bits: int, group_size: int) -> PackedAffine:
+        """The inverse of pack. Raises UnsafeInputError where blocks and declaration differ, or a step is not finite."""
+        if (bits, group_size) != (cls.grid.bits, cls.grid.group_size):
+            raise UnsafeInputError(f"{bits} bits in groups of {group_size} declared for {cls.name}")
+        blocks = np.ascontiguousarray(rows).view(cls.layout)
+        scale, offset = (level.reshape(len(blocks), -1) for level in cls.take_levels(blocks))
+        steps = (np.ascontiguousarray(blocks[part]).view("<f2").astype(np.float16) for part in ("d", "dmin"))
+        try:
+            return PackedAffine.on_levels(cls.take_codes(blocks), Levels(cls.grid, scale, offset, *steps))
+        except InputError as error:
+            raise UnsafeInputError(error.what, why="the blocks hold no canonical numbers") from error
+
+
+class Q4_K(SuperBlockType):
+    """w = d·k·q − dmin·l for 8 groups of 32, k and l of 6 bits:
+
+    0        2           4                16                                                  144 bytes
+    │ d fp16 │ dmin fp16 │ scales: 12 u8  │ qs: 128 bytes                                       │
+
+    scales   bytes 0–3: k of groups 0–3, bytes 4–7: l of groups 0–3, each in the low 6 bits; byte 8 + j: low 4 bits of k
+             and of l of group 4 + j; their high 2 bits are those of bytes j and 4 + j
+    qs       32 bytes for two groups: byte j of them = element j of the first | element j of the second << 4
+    """
+
+    id, file_type, grid = 12, 15, Q4_K_GRID
+    layout = np.dtype([("d", "<u2"), ("dmin", "<u2"), ("scales", "u1", 12), ("qs", "V128")])
+
+    @classmethod
+    def put_codes(cls, blocks: NDArray[Any], codes: NDArray[np.uint8]) -> None:
+        # As words of eight bytes: packed codes 2j | 2j+1 << 4 of the first group in a, of the second in b.
+        a, b = np.moveaxis(np.ascontiguousarray(codes).view("<u8").reshape(*blocks.shape, -1, 2, 2), 3, 0)
+        even, odd = (a & LOW) | ((b & LOW) << FOUR), ((a >> FOUR) & LOW) | (b & HIGH)
+        both = np.stack([even.view(np.uint8), odd.view(np.uint8)], axis=-1)
+        blocks["qs"] = np.ascontiguousarray(both).reshape(*blocks.shape, -1).view("V128")[..., 0]
+
+    @classmethod
+    def take_codes(cls, blocks: NDArray[Any]) -> NDArray[np.uint8]:
+        both = np.ascontiguousarray(blocks["qs"]).view(np.uint8).reshape(*blocks.shape, -1, HALF // 2, 2)
+        even, odd = (np.ascontiguousarray(part) for part in (both[..., 0], both[..., 1]))
+        first = (even & np.uint8(15)) | (odd & np.uint8(15)) << np.uint8(4)
+        second = even >> np.uint8(4) | odd & np.uint8(0xF0)
+        return np.stack([first, second], axis=-2).reshape(len(blocks), -1)
+
+    @classmethod
+    def put_levels(cls, blocks: NDArray[Any], scale: NDArray[np.uint8], offset: NDArray[np.uint8]) -> None:
+        put_six_bits(blocks["scales"], scale, offset)
+
+    @classmethod
+    def take_levels(cls, blocks: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        return take_six_bits(blocks["scales"])
+
+    @classmethod
+    def slow_unpack(cls, block: bytes) -> tuple[list[int], list[float], list[float]]:
+        d, dmin = struct.unpack_from("<ee", block)
+        pairs = slow_six_bits(block[4:16])
+        codes: list[int] = []
+        for chunk in range(4):
+            qs = block[16 + 32 * chunk : 48 + 32 * chunk]
+            codes += [byte & 15 for byte in qs] + [byte >> 4 for byte in qs]
+        return codes, [d * k for k, _ in pairs], [-dmin * level for _, level in pairs]
+
+
+def put_six_bits(packed: NDArray[np.uint8], k: NDArray[np.uint8], levels: NDArray[np.uint8]) -> None:
+    """Eight pairs (k, l) of 6 bits, (…, 8) each, into 12 bytes, (…, 12), as get_scale_min_k4 reads them."""
+    high, low, four = np.uint8(0x30), np.uint8(0x0F), np.uint8(4)
+    packed[..., 0:4] = k[..., :4] | (k[..., 4:] & high) << np.uint8(2)
+    packed[..., 4:8] = levels[..., :4] | (levels[..., 4:] & high) << np.uint8(2)
+    packed[..., 8:12] = (k[..., 4:] & low) | (levels[..., 4:] & low) << four
+
+
+def take_six_bits(packed: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """The inverse of put_six_bits."""
+    six, low, four = np.uint8(63), np.uint8(0x0F), np.uint8(4)
+    first, second, third = packed[..., 0:4], packed[..., 4:8], packed[..., 8:12]
+    k = np.concatenate([first & six, (third & low) | (first >> np.uint8(6)) << four], axis=-1)
+    levels = np.concatenate([second & six, third >> four | second >> np.uint8(6) << four], axis=-1)
+    return k, levels
+
+
+def slow_six_bits(packed: bytes) -> list[tuple[int, int]]:
+    """get_scale_min_k4 of all eight groups: the oracle of tests."""
+    pairs = []
+    for j in range(8):
+        if j < 4:
+            pairs.append((packed[j] & 63, packed[j + 4] & 63))
+        else:
+            pairs.append(
+                ((packed[j + 4] & 15) | (packed[j - 4] >> 6) << 4, (packed[j + 4] >> 4) | (packed[j] >> 6) << 4)
+            )
+    return pairs
