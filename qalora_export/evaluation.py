@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qalora_export.checkpoint.canonical import is_canonical
-from qalora_export.checkpoint.manifest import MANIFEST, is_ours, require_intact
+from qalora_export.checkpoint.manifest import MANIFEST, is_ours, parent_of, require_intact
 from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.checkpoint.output import claim_output
 from qalora_export.data.records import Record, iter_records
@@ -36,9 +36,13 @@ class Miss:
 
 @dataclass(frozen=True, slots=True)
 class EvaluateReport:
-    """Exact matches out of total; `misses` shows the first few wrong answers."""
+    """Exact matches out of total; `misses` shows the first few wrong answers.
+
+    model_sha256: which model, as manifests name it.
+    """
 
     model: str
+    model_sha256: str
     data_sha256: str
     total: int
     exact: int
@@ -82,7 +86,8 @@ def _evaluate(model: Path, settings: EvaluateSettings, out: Path | None, *, forc
                 exact += 1
             elif len(misses) < 5:
                 misses.append(Miss(sample.messages[-2]["content"], expected, answer))
-    score = EvaluateReport(model.name, sha256_file(Path(settings.data)), len(prompts), exact, tuple(misses))
+    which = parent_of(model, "checkpoint").sha256
+    score = EvaluateReport(model.name, which, sha256_file(Path(settings.data)), len(prompts), exact, tuple(misses))
     if out is not None:
         with atomic_file(out, force=force) as temporary:
             content = {"format": FORMAT} | asdict(score) | {"accuracy": score.accuracy}

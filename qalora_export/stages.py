@@ -62,8 +62,10 @@ def plan(recipe: Recipe) -> list[Stage]:
         Stage("train", _files(base, t.data, t.validation), t, adapter, lambda f: train(base, adapter, t, force=f)),
         Stage("merge", (base, adapter), None, merged, lambda f: merge(base, adapter, merged, force=f)),
     ]
+    scores = tuple[Path, ...]()
     if recipe.evaluate is not None:
         e = recipe.evaluate
+        scores = tuple(_score_file(model, out) for model in (base, merged))
         stages += [_score_stage("evaluate base", base, e, out), _score_stage("evaluate merged", merged, e, out)]
     if recipe.export.gguf is not None and gguf is not None:
         g = recipe.export.gguf
@@ -78,10 +80,12 @@ def plan(recipe: Recipe) -> list[Stage]:
         stages.append(
             Stage(
                 VERIFY,
-                (*_files(merged, v.prompts), base, *artifacts),
+                (*_files(merged, v.prompts), base, *scores, *artifacts),
                 v,
                 report,
-                lambda f: verify_parity(merged, report, v, gguf=gguf, onnx=onnx, base=base, force=f),
+                lambda f: verify_parity(
+                    merged, report, v, gguf=gguf, onnx=onnx, base=base, original=source.path, force=f
+                ),
             )
         )
     return stages
@@ -90,7 +94,7 @@ def plan(recipe: Recipe) -> list[Stage]:
 def _score_stage(name: str, model: Path, settings: EvaluateSettings, out: Path) -> Stage:
     from qalora_export.evaluation import evaluate
 
-    target = out / f"score.{model.name.removesuffix('.qalora')}.json"
+    target = _score_file(model, out)
     return Stage(
         name, _files(model, settings.data), settings, target, lambda f: evaluate(model, settings, target, force=f)
     )
@@ -98,3 +102,7 @@ def _score_stage(name: str, model: Path, settings: EvaluateSettings, out: Path) 
 
 def _files(*paths: Path | str | None) -> tuple[Path, ...]:
     return tuple(Path(path) for path in paths if path is not None)
+
+
+def _score_file(model: Path, out: Path) -> Path:
+    return out / f"score.{model.name.removesuffix('.qalora')}.json"

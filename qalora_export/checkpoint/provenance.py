@@ -109,13 +109,13 @@ def checkpoint_links(checkpoint: Path, *, base: Path | None = None, hash_of: Has
     return links
 
 
-def parent_folder(checkpoint: Path, role: str) -> Path | None:
+def parent_folder(checkpoint: Path, role: str, *, hash_of: HashFile = sha256_file) -> Path | None:
     """The parent in `role` beside a checkpoint, by name and manifest hash; None when it is not there."""
     if not has_manifest(checkpoint):
         return None
     for parent in _parents(read_manifest(checkpoint)):
         found = _find(checkpoint, parent, None)
-        if parent["role"] == role and found and parent_of(found, role).sha256 == parent["sha256"]:
+        if parent["role"] == role and found and parent_of(found, role, hash_of=hash_of).sha256 == parent["sha256"]:
             return found
     return None
 

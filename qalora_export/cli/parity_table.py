@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -11,6 +11,7 @@ from rich.text import Text
 from qalora_export.console import console, styled
 
 if TYPE_CHECKING:
+    from qalora_export.verify.report.costs import Cost
     from qalora_export.verify.report.parity_report import ParityReport
     from qalora_export.verify.rule import Entry
 
@@ -18,10 +19,14 @@ STYLES = {"pass": "green", "fail": "bold red", "not run": "bold yellow"}
 
 
 def print_report(report: ParityReport) -> None:
-    """Gates down, runtimes across; then every finding, the verdict and what to look at."""
+    """What each step costs; gates down, runtimes across; then every finding, the verdict and what to look at."""
     from qalora_export.verify.gates.registry import all_gates
     from qalora_export.verify.report.parity_report import explain
 
+    console.print(cost_table(report.costs))
+    for cost in report.costs:
+        if cost.note:
+            console.print(styled("[dim]{}: {}[/dim]", cost.model, cost.note))
     runtimes = list(dict.fromkeys(entry.runtime for entry in report.entries))
     by_place = {(entry.gate, entry.runtime): entry for entry in report.entries}
     table = Table("gate", *runtimes, title="verify-parity", title_justify="left", header_style="bold")
@@ -37,6 +42,22 @@ def print_report(report: ParityReport) -> None:
                 console.print(f"    {place}")
     ending = f"(exit code {int(report.exit_code)}), {report.out}"
     console.print(styled(f"[{STYLES[report.verdict]}]verdict: {{}}[/] {{}}", report.verdict, ending))
+
+
+def cost_table(costs: Sequence[Cost]) -> Table:
+    """From the original model to what ships; what is not at hand says so."""
+    from qalora_export.verify.report.parity_report import NOT_AT_HAND, nats, share
+
+    reference = costs[-1].against if costs else ""
+    title = f"what it costs, in nats: each model against the one above, each path against {reference}"
+    table = Table("model", title=title, title_justify="left", header_style="bold")
+    for heading in ("KL", "top-1", "loss on text", "task score"):
+        table.add_column(heading, justify="right")
+    for cost in costs:
+        change = [nats(cost.kl), share(cost.top1)] if cost.against else ["", ""]
+        score = f"{cost.score.exact}/{cost.score.total}" if cost.score else NOT_AT_HAND
+        table.add_row(*map(Text, (cost.model, *change, nats(cost.loss), score)))
+    return table
 
 
 def _cell(entry: Entry) -> Text:

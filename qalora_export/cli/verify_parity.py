@@ -22,6 +22,10 @@ def command(
         Path | None,
         typer.Option(help="Base checkpoint that this one was merged from. Default: found beside it by its hash."),
     ] = None,
+    original: Annotated[
+        Path | None,
+        typer.Option(help="Model that the base was quantized from, for the table of costs. Default: found beside it."),
+    ] = None,
     runtime: Annotated[
         list[str] | None,
         typer.Option(help="llama.cpp, onnxruntime or onnxruntime-genai; repeatable. Default: all that fit."),
@@ -96,6 +100,7 @@ def command(
         gguf=gguf,
         onnx=onnx,
         base=base,
+        original=original,
         bisect=not no_bisect,
         cache=not no_cache,
         force=force,

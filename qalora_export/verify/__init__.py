@@ -21,5 +21,5 @@ probes/     what is asked                       stage     the run itself
 kernels/    each matrix product of a runtime against the arithmetic that it documents
 runtimes/   reading an artifact back, runs
 check       before a run: artifacts, runtimes, probe set
-reference/  what is right: float32 logits, each layer by itself, the merge, the text
+reference/  what is right: float32 logits, each layer by itself, the merge, the text; what the model was made from
 """

@@ -149,6 +149,17 @@ def following_ids(ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray
     return following
 
 
+def next_logprobs(logprobs: NDArray[np.float32], following: NDArray[np.int32]) -> NDArray[np.float64]:
+    """Log-probability of the token that follows, renormalised, (positions,); NaN at the end of a sequence."""
+    found = np.full(len(logprobs), np.nan)
+    for rows in _row_blocks(logprobs.shape):
+        here = np.arange(rows.start, rows.start + len(logprobs[rows]))
+        here = here[following[here] >= 0]
+        if here.size:
+            found[here] = _log_normalised(logprobs[here].astype(np.float64))[np.arange(here.size), following[here]]
+    return found
+
+
 def perplexity(next_logprobs: NDArray[np.float64]) -> float:
     """exp(-mean) over the positions that have a next token; inf when a value is not finite, nan when there is none."""
     values = next_logprobs[~np.isnan(next_logprobs)]

@@ -28,10 +28,12 @@ from qalora_export.verify.gates.registry import Measured, registered
 from qalora_export.verify.identity import identities
 from qalora_export.verify.metrics import following_ids, position_metrics
 from qalora_export.verify.probes.probe_set import make_probes
+from qalora_export.verify.reference.lineage import lineage
 from qalora_export.verify.reference.local_run import LocalProofs
 from qalora_export.verify.reference.logits import reference_logprobs, simulated_int8_logprobs
 from qalora_export.verify.reference.merge_check import merge_check
 from qalora_export.verify.reference.text import folder_answers
+from qalora_export.verify.report.costs import cost_table
 from qalora_export.verify.report.environment import describe_inputs
 from qalora_export.verify.report.html import write_html
 from qalora_export.verify.report.junit import write_junit
@@ -54,6 +56,7 @@ def verify_parity(
     gguf: StrPath | None = None,
     onnx: StrPath | None = None,
     base: StrPath | None = None,
+    original: StrPath | None = None,
     force: bool = False,
     bisect: bool = True,
     cache: bool = True,
@@ -64,7 +67,8 @@ def verify_parity(
 
     gguf, onnx: what was exported from `checkpoint`; without settings.runtimes every runtime that can run what is given
     is verified. base: the base checkpoint that was merged into this one; without it the base is looked for beside the
-    checkpoint by its manifest hash. bisect: look for the first layer and tensor that diverges when a logits gate fails.
+    checkpoint by its manifest hash. original: the model that the base was quantized from, for the table of costs; found
+    like the base. bisect: look for the first layer and tensor that diverges when a logits gate fails.
     cache: keep what PyTorch computes for a checkpoint for later runs on the same machine (verify.store). launch, taps:
     stand in for qalora_runtimes.launch.run_runner and qalora_runtimes.taps.run_taps; a stand-in runtime without taps
     has nothing inside to look at.
@@ -74,8 +78,8 @@ def verify_parity(
     InputError (2) and UnsafeInputError (4) for bad input.
     """
     checkpoint, out, settings = local_path(checkpoint), local_path(out), settings or VerifySettings()
-    gguf, onnx, base = (None if path is None else local_path(path) for path in (gguf, onnx, base))
-    inputs = (checkpoint, gguf, onnx, base, settings.prompts)
+    gguf, onnx, base, original = (None if path is None else local_path(path) for path in (gguf, onnx, base, original))
+    inputs = (checkpoint, gguf, onnx, base, original, settings.prompts)
     hashed = HashedOnce()
     store = opened(hashed) if cache else None
     with (
@@ -95,7 +99,7 @@ def verify_parity(
             from qalora_runtimes.taps import run_taps
 
             taps = run_taps
-        session = _prepare(model, settings, base, workdir, launch, taps, hashed)
+        session = _prepare(model, settings, base, original, workdir, launch, taps, hashed)
         session.kept = store.answered if store else []
         targets = [Target(session, all_runtimes()[name], artifact) for name, artifact in artifacts.items()]
         with status("hashing the files"):
@@ -110,7 +114,7 @@ def verify_parity(
                 entries = explain(entries, bisection)
         entries = _still_the_same(entries, targets)
         links, facts = [*session.links, *session.chain], describe_inputs(session, targets, base)
-        report = ParityReport(out, entries, links, facts, positions, bisections)
+        report = ParityReport(out, entries, links, facts, positions, bisections, cost_table(session, targets))
         shutil.rmtree(workdir)
         for write in (write_report, write_html, write_junit):
             write(report, folder)
@@ -136,6 +140,7 @@ def _prepare(
     model: CanonicalCheckpoint,
     settings: VerifySettings,
     base: Path | None,
+    original: Path | None,
     workdir: Path,
     launch: Launch | None,
     taps: Launch | None,
@@ -150,6 +155,16 @@ def _prepare(
         reference = reference_logprobs(model.path, probes, threads=settings.threads)
     with status("int8 activations in PyTorch"):
         int8 = simulated_int8_logprobs(model.path, probes, threads=settings.threads)
+    with status("original and base in PyTorch"):
+        line = lineage(
+            model.path,
+            reference.logprobs,
+            probes,
+            threads=settings.threads,
+            base=base,
+            original=original,
+            hash_of=hashed,
+        )
     seconds = time.perf_counter() - began
     from qalora_runtimes.launch import run_runner
 
@@ -160,6 +175,7 @@ def _prepare(
         probes=probes,
         reference=reference,
         simulation=position_metrics(reference.logprobs, int8, following_ids(probes.ids, probes.lengths)),
+        lineage=line,
         expected_text=folder_answers(model.path, probes),
         chain=checkpoint_links(model.path, base=base, hash_of=hashed),
         merge=merge_check(model, base=base),

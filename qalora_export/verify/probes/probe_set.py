@@ -24,6 +24,8 @@ from qalora_export.safety import sha256_bytes
 from qalora_export.verify.probes.text import CHATS, EDGE_TEXTS, LONG_TEXT, TEXTS, TOOL_CHATS
 
 TOKENS_PER_TEXT = 1000
+LONG, PROMPT = "near max_length", "prompt "
+TEXT_NAMES = {LONG, *EDGE_TEXTS}
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,12 @@ class ProbeSet:
     def starts(self) -> NDArray[np.int64]:
         """Index of each sequence's first position, int64 (n,)."""
         return np.cumsum(self.lengths, dtype=np.int64) - self.lengths
+
+    @property
+    def text(self) -> NDArray[np.bool_]:
+        """Which positions are of texts that somebody might write, bool (total,): of no random or repeated ids."""
+        chosen = [name in TEXT_NAMES or name.startswith(PROMPT) for name in self.names]
+        return np.repeat(np.asarray(chosen, bool), self.lengths)
 
     def sequences(self) -> Iterator[NDArray[np.int32]]:
         return (self.ids[s : s + n] for s, n in zip(self.starts, self.lengths, strict=True))
@@ -176,7 +184,7 @@ def _edge_cases(tokenizer: Any, vocabulary: int, limit: int, seed: int) -> Itera
         "special tokens": specials,
         "vocabulary ends": [0, 1, 2, vocabulary - 3, vocabulary - 2, vocabulary - 1],
         "random ids": random.integers(0, vocabulary, 48).tolist(),
-        "near max_length": token_ids(tokenizer, LONG_TEXT * (1 + limit // 64)),
+        LONG: token_ids(tokenizer, LONG_TEXT * (1 + limit // 64)),
         **{name: token_ids(tokenizer, text) for name, text in EDGE_TEXTS.items()},
     }
     for name, ids in cases.items():
@@ -190,7 +198,7 @@ def _fill(tokenizer: Any, vocabulary: int, limit: int, settings: VerifySettings)
     prompts = read_prompts(Path(settings.prompts)) if settings.prompts else []
     for index in random.permutation(len(prompts)):
         if ids := token_ids(tokenizer, prompts[index])[:limit]:
-            yield f"prompt {index + 1}", ids
+            yield f"{PROMPT}{index + 1}", ids
     number = 0
     while True:
         number += 1

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint, is_canonical
+from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.checkpoint.safetensors_file import TensorEntry
 from qalora_export.errors import InputError
 from qalora_export.grid import differing
@@ -83,6 +84,11 @@ class WithoutLinears(DequantizedCheckpoint):
         return np.zeros(self.entry(name).shape, np.float32) if name in self._linears else super().tensor(name)
 
 
+def _opened(folder: Path) -> ModelFolder:
+    """A canonical checkpoint dequantized, any other model as it is."""
+    return DequantizedCheckpoint(folder) if is_canonical(folder) else ModelFolder(folder)
+
+
 @dataclass
 class _Step:
     """One forward pass of the whole model: hidden states (1, tokens, hidden) between layers, arguments by layer."""
@@ -92,9 +98,9 @@ class _Step:
 
 
 class LayerwiseModel:
-    """A checkpoint that answers log-probabilities of sequences, every position.
+    """A checkpoint, or any model folder, that answers log-probabilities of sequences, every position.
 
-    rounding: applied to the input of every quantized layer. played: answers every linear layer in
+    rounding (of a checkpoint): applied to the input of every quantized layer. played: answers every linear layer in
     its place, so that only what lies between them is computed here. noise: applied to what enters and leaves every
     linear layer and to the hidden states behind every decoder layer. All methods want torch.inference_mode.
     """
@@ -107,11 +113,11 @@ class LayerwiseModel:
         played: Played | None = None,
         noise: Change | None = None,
     ) -> None:
-        self._checkpoint = DequantizedCheckpoint(checkpoint) if played is None else WithoutLinears(checkpoint)
+        self._checkpoint = WithoutLinears(checkpoint) if played is not None else _opened(checkpoint)
         self._skeleton = Skeleton(self._checkpoint, torch.device("cpu"), attention="eager")
         self._skeleton.check_complete()
         if rounding is not None:
-            for name in self._checkpoint.modules:
+            for name in CanonicalCheckpoint(checkpoint).modules:
                 module = self._skeleton.model.get_submodule(name)
                 module.register_forward_pre_hook(lambda _, x: (rounding(x[0]),))
         if played is not None:

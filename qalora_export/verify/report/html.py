@@ -10,7 +10,7 @@ from qalora_export.verify.gates.g3_shipped_path import cost_figures
 from qalora_export.verify.gates.registry import all_gates
 from qalora_export.verify.report import plots
 from qalora_export.verify.report.bisect_plot import data_uri, error_plot
-from qalora_export.verify.report.parity_report import HTML, ParityReport, number
+from qalora_export.verify.report.parity_report import HTML, ParityReport, nats, number, share
 
 TEMPLATE = "report.html.j2"
 HEADLINES = {
@@ -41,7 +41,7 @@ def write_html(report: ParityReport, folder: Path) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": show, "mib": mib}
+    environment.filters |= {"number": show, "mib": mib, "share": share, "nats": nats}
     (folder / HTML).write_text(environment.get_template(TEMPLATE).render(**context(report)), encoding="utf-8")
 
 
@@ -60,6 +60,7 @@ def context(report: ParityReport) -> dict[str, Any]:
         "by_place": {(entry.gate, entry.runtime): entry for entry in report.entries},
         "facts": report.facts,
         "links": report.links,
+        "steps": report.costs,
         "costs": [cost_rows(report, runtime) for runtime in runtimes],
         "cost_names": COSTS,
         "layers": [layer_rows(report, runtime) for runtime in runtimes],

@@ -3,6 +3,9 @@
 report.json (format "qalora-parity/1"):
 
     verdict       "pass" | "fail" | "not run"; exit_code 0 | 1 | 3
+    costs         one row per model from the original to each runtime's paths: model, against (what kl and top1 are
+                  measured against), kl, loss (nats), top1 over all positions of the probe set, kl_text, top1_text over
+                  its text; score (exact, total); null where it is not at hand, and note says why
     checkpoint    name, kind, manifest_sha256, parameters, quantized_parameters
     artifacts     one per artifact: runtime kinds it serves, name, bytes, sha256, bits_per_weight
     probe         sequences, positions, sha256, seed, prompts, names and lengths of the sequences
@@ -40,11 +43,13 @@ from qalora_export.verify.bisect.search import Bisection
 from qalora_export.verify.gates.registry import all_gates
 from qalora_export.verify.metrics import PositionMetrics
 from qalora_export.verify.report.bisect_plot import error_plot
+from qalora_export.verify.report.costs import Cost
 from qalora_export.verify.rule import Entry, exit_code
 
 FORMAT = "qalora-parity/1"
 STATUSES = ("pass", "fail", "not run")
 REPORT, POSITIONS, HTML, JUNIT = "report.json", "positions.npz", "report.html", "junit.xml"
+NOT_AT_HAND = "not at hand"
 VERDICTS = {ExitCode.OK: "pass", ExitCode.PARITY_FAILED: "fail", ExitCode.RUNTIME_UNAVAILABLE: "not run"}
 
 
@@ -58,6 +63,7 @@ class ParityReport:
     facts: dict[str, Any]
     positions: dict[tuple[str, str], PositionMetrics] = field(default_factory=dict)
     bisections: dict[str, Bisection] = field(default_factory=dict)
+    costs: list[Cost] = field(default_factory=list)
 
     @property
     def exit_code(self) -> ExitCode:
@@ -77,6 +83,7 @@ class ParityReport:
             "format": FORMAT,
             "verdict": self.verdict,
             "exit_code": int(self.exit_code),
+            "costs": [cost.as_json() for cost in self.costs],
             **self.facts,
             "gates": [entry_json(entry) for entry in self.entries],
             "provenance": [link.as_json() for link in self.links],
@@ -175,3 +182,15 @@ def number(value: float) -> str:
     if float(value).is_integer() and abs(value) < 1e6:
         return str(int(value))
     return f"{value:,.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
+def nats(value: float | None) -> str:
+    """A KL or a loss: small ones by their size, the others with four digits behind the point."""
+    if value is None:
+        return NOT_AT_HAND
+    return f"{value:.1e}" if 0 < value < 1e-3 else f"{value:.4f}"
+
+
+def share(value: float | None) -> str:
+    """A share of positions, in percent."""
+    return NOT_AT_HAND if value is None else f"{100 * value:.2f} %"
