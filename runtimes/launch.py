@@ -67,6 +67,7 @@ class RunnerResult:
     signal_name: str | None = None
     log: str = ""
     decoded: Logprobs | None = None
+    behaviour: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,8 @@ def _answer(name: str, limits: dict[Path, int], asked: Job, log: str) -> RunnerR
         return RunnerResult("crashed", f"{name} ended without a usable answer: {error}", log=log)
     if not isinstance(report, dict):
         return RunnerResult("crashed", f"{name} ended without a usable answer: no fingerprint", log=log)
-    return RunnerResult("ok", "", answers.logprobs, answers.text, report, log=log, decoded=answers.decoded)
+    said = answers.text, report, None, log
+    return RunnerResult("ok", "", answers.logprobs, *said, answers.decoded, answers.behaviour)
 
 
 def failure(name: str, ended: Ended) -> RunnerResult:

@@ -6,10 +6,12 @@ job.npz
     mode     unicode, 0-d     "prefill" (a prompt is one batch), "decode" (token by token with the KV cache) or "both"
     text     uint8 (bytes,)   optional JSON {"texts": [str], "chats": [chat]}, a chat being a list of turns
                               [{"role": str, "content": str, …}] or {"messages": turns, "tools": [object]}
+    behaviour uint8 (bytes,)  optional JSON, see behaviour.Request
 logits.npz
     logprobs      float32 (total, vocab)   row i = log softmax after seeing this sequence's ids up to and including i
     decoded       float32 (total, vocab)   in mode "both": logprobs are those of prefill, these those of decode
     text_answers  uint8 (bytes,)           optional JSON, see TEXT_ANSWER_KEYS
+    behaviour     uint8 (bytes,)           optional JSON, see behaviour.ANSWER_KEYS
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from qalora_runtimes.behaviour import Request
 
 MODES = {"prefill": ("prefill",), "decode": ("decode",), "both": ("prefill", "decode")}  # mode -> passes, in order
 PASSES = ("logprobs", "decoded")  # names of the arrays
@@ -67,11 +70,12 @@ def conversation(chat: Chat) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Job:
-    """One run: sequences (each int32 (length,)), the mode, and optionally texts."""
+    """One run: sequences (each int32 (length,)), the mode, and optionally texts and what to generate."""
 
     sequences: tuple[Ids, ...]
     mode: str = "prefill"
     text: TextRequest | None = None
+    behaviour: Request | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -94,7 +98,9 @@ class Job:
 
     @property
     def longest(self) -> int:
-        return max(len(sequence) for sequence in self.sequences)
+        """Positions that the run needs in a KV cache."""
+        generated = 0 if self.behaviour is None else self.behaviour.longest
+        return max(generated, *(len(sequence) for sequence in self.sequences))
 
 
 def make_job(sequences: Iterable[Sequence[int]], mode: str = "prefill", text: TextRequest | None = None) -> Job:
@@ -109,12 +115,14 @@ def write_job(path: Path, job: Job) -> None:
     }
     if job.text is not None:
         arrays["text"] = _json_bytes({"texts": job.text.texts, "chats": job.text.chats})
+    if job.behaviour is not None:
+        arrays["behaviour"] = _json_bytes(job.behaviour.as_json())
     write_arrays(path, arrays)
 
 
 def read_job(path: Path) -> Job:
     """Raises ProtocolError for anything that is not a job within the limits."""
-    arrays = read_arrays(path, required={"ids", "lengths", "mode"}, optional={"text"})
+    arrays = read_arrays(path, required={"ids", "lengths", "mode"}, optional={"text", "behaviour"})
     ids, lengths, mode = arrays["ids"], arrays["lengths"], arrays["mode"]
     if ids.dtype != np.int32 or lengths.dtype != np.int32 or ids.ndim != 1 or lengths.ndim != 1:
         raise ProtocolError(f"{path}: ids and lengths must be one-dimensional int32")
@@ -124,34 +132,48 @@ def read_job(path: Path) -> Job:
         raise ProtocolError(f"{path}: lengths must be positive and sum to the {ids.size} ids")
     sequences = tuple(np.split(ids, np.cumsum(lengths)[:-1]))
     text = _text_request(_parse_json(path, arrays["text"])) if "text" in arrays else None
-    return Job(sequences, str(mode), text)
+    try:
+        asked = Request.of(_parse_json(path, arrays["behaviour"])) if "behaviour" in arrays else None
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ProtocolError(f"{path}: behaviour is no such request: {error!r}") from error
+    return Job(sequences, str(mode), text, asked)
 
 
 @dataclass(frozen=True)
 class Answers:
-    """logprobs float32 (positions, vocab) of the job's first pass, decoded of its second, text: to its TextRequest."""
+    """logprobs float32 (positions, vocab) of the job's first pass, decoded of its second, text and behaviour: to what
+    it asks of them.
+    """
 
     logprobs: Logprobs
     decoded: Logprobs | None = None
     text: dict[str, Any] | None = None
+    behaviour: dict[str, Any] | None = None
 
 
-def write_answers(path: Path, passes: Iterable[Logprobs], text_answers: Mapping[str, Any] | None = None) -> None:
+def write_answers(
+    path: Path,
+    passes: Iterable[Logprobs],
+    text_answers: Mapping[str, Any] | None = None,
+    behaviour: Mapping[str, Any] | None = None,
+) -> None:
     """passes: the rows of each pass of the job, written as they come, one in memory at a time."""
-    text = [] if text_answers is None else [("text_answers", _json_bytes(text_answers))]
-    write_each(path, itertools.chain(zip(PASSES, passes, strict=False), text))
+    tables = {"text_answers": text_answers, "behaviour": behaviour}
+    said = [(name, _json_bytes(table)) for name, table in tables.items() if table is not None]
+    write_each(path, itertools.chain(zip(PASSES, passes, strict=False), said))
 
 
 def read_answers(path: Path, *, positions: int) -> Answers:
     """Raises ProtocolError."""
-    arrays = read_arrays(path, required={PASSES[0]}, optional={PASSES[1], "text_answers"})
+    arrays = read_arrays(path, required={PASSES[0]}, optional={PASSES[1], "text_answers", "behaviour"})
     for name, rows in ((name, arrays[name]) for name in PASSES if name in arrays):
         if rows.dtype != np.float32 or rows.ndim != 2 or len(rows) != positions:
             raise ProtocolError(f"{path}: {name} is {rows.dtype} {rows.shape}, expected float32 ({positions}, V)")
-    text = _parse_json(path, arrays["text_answers"]) if "text_answers" in arrays else None
-    if text is not None and not isinstance(text, dict):
-        raise ProtocolError(f"{path}: text_answers must be a JSON object")
-    return Answers(arrays[PASSES[0]], arrays.get(PASSES[1]), text)
+    said = {name: _parse_json(path, arrays[name]) for name in ("text_answers", "behaviour") if name in arrays}
+    for name, table in said.items():
+        if not isinstance(table, dict):
+            raise ProtocolError(f"{path}: {name} must be a JSON object")
+    return Answers(arrays[PASSES[0]], arrays.get(PASSES[1]), said.get("text_answers"), said.get("behaviour"))
 
 
 def _text_request(raw: Any) -> TextRequest:

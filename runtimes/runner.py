@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from qalora_runtimes import heartbeat
+from qalora_runtimes.behaviour import Request
 from qalora_runtimes.fingerprint import machine, peak_rss_bytes
 from qalora_runtimes.protocol import Ids, Job, Logprobs, ProtocolError, TextRequest, read_job, write_answers
 from qalora_runtimes.scoring import MissingRuntimeError, Rows, RunnerError, log_softmax
@@ -38,6 +39,9 @@ class Runtime(Protocol):
 
     def text_answers(self, request: TextRequest) -> dict[str, Any] | None:
         """protocol.TEXT_ANSWER_KEYS, or None where the runtime has no tokenizer."""
+
+    def behave(self, request: Request) -> dict[str, Any]:
+        """behaviour.ANSWER_KEYS: what the runtime generates with the defaults that ship."""
 
     def describe(self) -> dict[str, Any]:
         """ "runtime", "package", "version", "settings": what ran and every setting that changes numbers."""
@@ -93,8 +97,11 @@ def _run(arguments: argparse.Namespace, open_runtime: Callable[[argparse.Namespa
     load_seconds = time.perf_counter() - started
     heartbeat.at("texts")
     text_answers = runtime.text_answers(job.text) if job.text else None
+    heartbeat.at("answers")
+    behaviour = runtime.behave(job.behaviour) if job.behaviour else None
     seconds: dict[str, float] = {}
-    write_answers(arguments.out, (run_pass(runtime, job, each, seconds) for each in job.passes), text_answers)
+    passes = (run_pass(runtime, job, each, seconds) for each in job.passes)
+    write_answers(arguments.out, passes, text_answers, behaviour)
     report = _fingerprint(runtime, job, arguments, seconds, load_seconds)
     arguments.fingerprint.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
@@ -135,6 +142,7 @@ def run_pass(runtime: Runtime, job: Job, each: str, seconds: dict[str, float]) -
 def check_vocabulary(job: Job, vocabulary: int) -> None:
     """Raises RunnerError where an id is outside the model's vocabulary: runtimes read out of bounds there."""
     largest = max(int(ids.max()) for ids in job.sequences)
+    largest = max(largest, job.behaviour.largest if job.behaviour else 0)
     if largest >= vocabulary:
         raise RunnerError(f"token id {largest} is outside the model's vocabulary of {vocabulary}")
 

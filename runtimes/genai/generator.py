@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 from qalora_runtimes import heartbeat
+from qalora_runtimes.behaviour import Request
+from qalora_runtimes.genai.behave import Behaviour
 from qalora_runtimes.protocol import Ids, Job, TextRequest, conversation
 from qalora_runtimes.runner import check_vocabulary
 from qalora_runtimes.scoring import MissingRuntimeError, Rows, RunnerError, every_position
@@ -87,6 +89,9 @@ class GenaiRuntime:
             "bos_id": int(tokenizer.bos_token_id),
             "errors": errors,
         }
+
+    def behave(self, request: Request) -> dict[str, Any]:
+        return Behaviour(self._genai, self._model, request).answers()
 
     def describe(self) -> dict[str, Any]:
         search = self._config.get("search", {})

@@ -18,6 +18,7 @@ from qalora_runtimes.llama_cpp.layouts import CONTEXT_LAYOUTS, MODEL_LAYOUTS, Ba
 from qalora_runtimes.protocol import Ids
 from qalora_runtimes.scoring import Rows, RunnerError
 
+MAX_PIECE = 1 << 24  # bytes of one token's text
 LOG_DEBUG = 1  # enum ggml_log_level
 LogCallback = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
 PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -25,6 +26,8 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_backend_init": (None, ()),
     "llama_model_get_vocab": (c_void_p, (c_void_p,)),
     "llama_vocab_n_tokens": (c_int32, (c_void_p,)),
+    "llama_vocab_is_eog": (c_bool, (c_void_p, c_int32)),
+    "llama_token_to_piece": (c_int32, (c_void_p, c_int32, c_char_p, c_int32, c_int32, c_bool)),
     "llama_n_ctx": (c_uint32, (c_void_p,)),
     "llama_n_batch": (c_uint32, (c_void_p,)),
     "llama_n_ubatch": (c_uint32, (c_void_p,)),
@@ -106,7 +109,8 @@ class Context:
         if lora is not None:
             self._load_lora(lora)
         self._memory = c.llama_get_memory(self._context)
-        self.vocabulary = int(c.llama_vocab_n_tokens(c.llama_model_get_vocab(self._model)))
+        self._vocab = c.llama_model_get_vocab(self._model)
+        self.vocabulary = int(c.llama_vocab_n_tokens(self._vocab))
         self.batch_limit = int(c.llama_n_batch(self._context))
         self._batch = c.llama_batch_init(self.batch_limit, 0, 1)
 
@@ -125,6 +129,23 @@ class Context:
         code = c.llama_set_adapters_lora(self._context, (c_void_p * 1)(adapter), 1, (c_float * 1)(1.0))
         if code:
             raise RunnerError(f"llama.cpp refuses the adapter {lora} (code {code}): {self._library.last_words()}")
+
+    def ends(self) -> list[int]:
+        """Ids at which llama.cpp says that generation ends."""
+        is_eog = self._library.c.llama_vocab_is_eog
+        return [index for index in range(self.vocabulary) if is_eog(self._vocab, index)]
+
+    def piece(self, token: int, *, special: bool) -> bytes:
+        """The bytes that llama.cpp shows for a token. special: of a special token too. Raises RunnerError."""
+        size = 256
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            count = int(self._library.c.llama_token_to_piece(self._vocab, token, buffer, size, 0, special))
+            if count >= 0:
+                return buffer.raw[:count]
+            if -count <= size or -count > MAX_PIECE:
+                raise RunnerError(f"llama.cpp gives no text for token {token} ({count})")
+            size = -count
 
     def clear(self) -> None:
         """Forget the KV cache."""

@@ -110,6 +110,28 @@ class Client:
             "errors": errors,
         }
 
+    def complete(self, ids: list[int], tokens: int, options: Mapping[str, Any]) -> dict[str, Any]:
+        """/completion of the prompt `ids`, at most `tokens` more; options: what is asked beside the defaults."""
+        body = {"prompt": ids, "n_predict": tokens, "return_tokens": True, "stream": False, **options}
+        return self._call("/completion", body)
+
+    def chat(self, chat: Mapping[str, Any], tokens: int, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The first choice of /v1/chat/completions."""
+        body = {**chat, "max_tokens": tokens, "stream": False, **options}
+        choice = self._field("/v1/chat/completions", body, "choices")[0]
+        return dict(choice)
+
+    def render(self, chat: Mapping[str, Any], *, generation_prompt: bool) -> str:
+        return str(self._field("/apply-template", {**chat, "add_generation_prompt": generation_prompt}, "prompt"))
+
+    def defaults(self) -> dict[str, Any]:
+        """Sampling parameters of a request that sets none."""
+        answer = self._call("/props")
+        settings = answer.get("default_generation_settings")
+        if not isinstance(settings, dict):
+            raise RunnerError(f"{self.address} does not tell its sampling defaults; use a newer llama-server")
+        return dict(settings.get("params", settings))
+
     def _tokenize(self, text: str, *, special: bool) -> list[int]:
         question = {"content": text, "add_special": special, "parse_special": special}
         return [int(token) for token in self._field("/tokenize", question, "tokens")]

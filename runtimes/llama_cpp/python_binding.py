@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from qalora_runtimes import heartbeat
+from qalora_runtimes.behaviour import Request
 from qalora_runtimes.llama_cpp.layouts import KV_F32
 from qalora_runtimes.llama_cpp.settings import LlamaSettings
 from qalora_runtimes.protocol import Ids, Job, TextRequest
@@ -85,6 +86,10 @@ class BindingRuntime:
             "bos_id": before[0] if before else None,
             "errors": [f"chat {index}: {reason}" for index in range(len(request.chats))],
         }
+
+    def behave(self, _request: Request) -> dict[str, Any]:
+        """What llama.cpp's users run is its server; this package samples and stops in Python."""
+        raise RunnerError("llama-cpp-python does not generate as llama.cpp does; use xllamacpp or --server")
 
     def describe(self) -> dict[str, Any]:
         return {

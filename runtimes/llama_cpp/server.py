@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from qalora_runtimes.behaviour import Request
+from qalora_runtimes.llama_cpp.behave import behave
 from qalora_runtimes.llama_cpp.client import Client
 from qalora_runtimes.protocol import Ids, Job, TextRequest
 from qalora_runtimes.runner import check_vocabulary
@@ -33,6 +35,9 @@ class ServerRuntime:
 
     def text_answers(self, request: TextRequest) -> dict[str, Any]:
         return self._client.text_answers(request)
+
+    def behave(self, request: Request) -> dict[str, Any]:
+        return behave(self._client, request, None)
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from qalora_runtimes.behaviour import Request
 from qalora_runtimes.llama_cpp.activations import ExactGelu
+from qalora_runtimes.llama_cpp.behave import behave
 from qalora_runtimes.llama_cpp.c_api import Context, Library, UnknownLayoutError
 from qalora_runtimes.llama_cpp.layouts import FLASH_ATTENTION_OFF, KV_F32
 from qalora_runtimes.llama_cpp.local_server import LocalServer
@@ -133,6 +135,9 @@ class CApiRuntime:
 
     def text_answers(self, request: TextRequest) -> dict[str, Any]:
         return self._server.client().text_answers(request)
+
+    def behave(self, request: Request) -> dict[str, Any]:
+        return behave(self._server.client(), request, self._context)
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 from qalora_runtimes import heartbeat
+from qalora_runtimes.behaviour import Request
+from qalora_runtimes.onnxruntime_.behave import Behaviour
 from qalora_runtimes.protocol import Ids, Job, TextRequest
 from qalora_runtimes.runner import check_vocabulary
 from qalora_runtimes.scoring import MissingRuntimeError, Rows, RunnerError, every_position
@@ -65,7 +67,7 @@ class Decoder:
         Raises MissingRuntimeError, or RunnerError for a file that does not load or is no such decoder.
         """
         onnxruntime = import_package()
-        self._version, self._threads = onnxruntime.__version__, threads
+        self._version, self._threads, self._folder = onnxruntime.__version__, threads, folder
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = ERRORS_ONLY
@@ -120,8 +122,8 @@ class Decoder:
             heartbeat.advance()
         return np.concatenate(rows)
 
-    def _empty(self) -> dict[str, Any]:
-        return {slot.past: self._value(np.zeros(slot.empty, slot.dtype)) for slot in self._slots}
+    def _empty(self, batch: int = 1) -> dict[str, Any]:
+        return {slot.past: self._value(np.zeros((batch, *slot.empty[1:]), slot.dtype)) for slot in self._slots}
 
     def _run(self, ids: Ids, start: int, cache: dict[str, Any]) -> tuple[Rows, dict[str, Any]]:
         """Rows (len(ids) or 1, vocab) and the next cache, after `start` tokens that are in `cache`."""
@@ -144,8 +146,22 @@ class Decoder:
         plain = {"input_ids": ids, "attention_mask": np.ones(end), "position_ids": np.arange(start, end)}
         return {n: self._value(np.asarray(v, self._inputs[n])[None]) for n, v in plain.items() if n in self._inputs}
 
+    def _run_batch(self, ids: Any, mask: Any, cache: dict[str, Any]) -> tuple[Rows, dict[str, Any]]:
+        """behave.Run. A token's position is the number of unmasked ones before it in its row."""
+        positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, -ids.shape[1] :]
+        plain = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        feeds = {n: self._value(np.asarray(v, self._inputs[n])) for n, v in plain.items() if n in self._inputs}
+        names = ["logits", *(slot.present for slot in self._slots)]
+        logits, *present = self._outputs_of(names, {**feeds, **cache})
+        return logits.numpy().astype(np.float32), {
+            slot.past: value for slot, value in zip(self._slots, present, strict=True)
+        }
+
     def text_answers(self, _request: TextRequest) -> None:
         """ONNX Runtime has no tokenizer; GenAI, which runs the same folder, answers."""
+
+    def behave(self, request: Request) -> dict[str, Any]:
+        return Behaviour(self._folder, self._run_batch, self._empty, request).answers()
 
     def describe(self) -> dict[str, Any]:
         return {

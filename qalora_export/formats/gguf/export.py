@@ -9,12 +9,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.generation import generation_of
 from qalora_export.checkpoint.manifest import files_of, parent_of, require_intact, sidecar_path, write_sidecar
 from qalora_export.checkpoint.output import claim_output
 from qalora_export.errors import ParityError
 from qalora_export.formats.contents import Comparison, FolderContents, compare
 from qalora_export.formats.export_report import ExportReport
-from qalora_export.formats.gguf.metadata import Entry, architecture, general
+from qalora_export.formats.gguf.metadata import Entry, architecture, general, sampling
 from qalora_export.formats.gguf.read import MODULES_KEY, read_back
 from qalora_export.formats.gguf.split import adapter_entries, adapter_path, plan_remainders
 from qalora_export.formats.gguf.tensor_table import TensorPlan, plan_model, prevailing_type
@@ -115,6 +116,7 @@ def _entries(
         *general(
             name=name_for_llama_cpp(model.path.resolve().name, model.path), file_type=prevailing_type(plans).file_type
         ),
+        *sampling(generation_of(model.path, model.config)),
         *architecture(family_of(model.config), model.config),
         *tokenizer_entries(model.path, model.config, allow_text_differences=allow_text_differences),
         *provenance(model, layout),

@@ -9,9 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qalora_export.checkpoint.generation import Generation
 from qalora_export.models.families import Family, rope_of
 from qalora_export.models.families.family import head_dim
 
+# llama.cpp's own order has the temperature last; Transformers cuts the distribution that the temperature gives.
+SAMPLERS = "penalties;temperature;top_k;top_p;min_p"
 QUANTIZATION_VERSION = 2  # ggml's GGML_QNT_VERSION: the block layouts that types.py writes
 
 
@@ -56,3 +59,19 @@ def architecture(family: Family, config: Mapping[str, Any]) -> list[Entry]:
         fields += [("rope.scaling.type", "string", "linear"), ("rope.scaling.factor", "float32", rope.factor)]
     fields += [(own.key, own.kind, own.value(config)) for own in family.gguf_fields if own.value(config) is not None]
     return [Entry(f"{family.gguf_arch}.{key}", kind, value) for key, kind, value in fields]
+
+
+def sampling(generation: Generation) -> list[Entry]:
+    """general.sampling.*: defaults that llama.cpp takes in place of its own, which draw at random (temperature 0.8)."""
+    fields: list[tuple[str, str, Any]] = [("temp", "float32", 0.0)]
+    if generation.do_sample:
+        fields = [
+            ("sequence", "string", SAMPLERS),
+            ("temp", "float32", generation.temperature),
+            ("top_k", "int32", generation.top_k),
+            ("top_p", "float32", generation.top_p),
+            ("min_p", "float32", generation.min_p),
+        ]
+    if generation.repetition_penalty != 1:  # over the whole context, as Transformers applies it
+        fields += [("penalty_repeat", "float32", generation.repetition_penalty), ("penalty_last_n", "int32", -1)]
+    return [Entry(f"general.sampling.{key}", kind, value) for key, kind, value in fields]

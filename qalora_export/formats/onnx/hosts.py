@@ -15,18 +15,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qalora_export.checkpoint.generation import GENERATION, TOKEN_IDS, Generation, generation_config, generation_of
 from qalora_export.checkpoint.model_folder import TOKENIZER_FILES, ModelFolder
 from qalora_export.errors import InputError
 from qalora_export.formats.onnx.layout import GENAI_CONFIG, GRAPH
 from qalora_export.models.families import family_of
-from qalora_export.safety import inside, read_json
+from qalora_export.safety import read_json
 
 if TYPE_CHECKING:
     from mobius import ModelPackage
 
-CONFIG, GENERATION = "config.json", "generation_config.json"
+CONFIG = "config.json"
 TOKENIZER_CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # "fp32": the file without a suffix (otherwise a browser asks for model_quantized.onnx). Data in one file beside it.
 TRANSFORMERS_JS = {"dtype": "fp32", "use_external_data_format": True}
 
@@ -51,19 +51,6 @@ def web_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return kept | {"transformers.js_config": TRANSFORMERS_JS}
 
 
-def generation_config(checkpoint: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """generation_config.json of a checkpoint, or what Transformers makes of its config.json where there is none.
-
-    Raises InputError when it is no table.
-    """
-    if not (checkpoint / GENERATION).exists():
-        return {key: config[key] for key in TOKEN_IDS if config.get(key) is not None}
-    found = read_json(inside(checkpoint, GENERATION))
-    if not isinstance(found, dict):
-        raise InputError("not a table", where=checkpoint / GENERATION, fix="fetch the model again")
-    return found
-
-
 def _take_template_in(path: Path, template: Path) -> None:
     """Put the text of chat_template.jinja, which Transformers prefers, into tokenizer_config.json."""
     config = read_json(path) if path.exists() else {}
@@ -73,7 +60,7 @@ def _take_template_in(path: Path, template: Path) -> None:
 
 
 def _genai_config(package: ModelPackage, checkpoint: ModelFolder, generation: Mapping[str, Any]) -> dict[str, Any]:
-    """mobius' own, then our deviations: greedy, so that two runs agree; token ids as Transformers' `generate` sees."""
+    """mobius' own, then our deviations: sampling and token ids as Transformers' `generate` has them by default."""
     from mobius.integrations.ort_genai import write_ort_genai_config
 
     with tempfile.TemporaryDirectory(prefix="qalora-onnx-") as scratch:
@@ -83,11 +70,20 @@ def _genai_config(package: ModelPackage, checkpoint: ModelFolder, generation: Ma
     model = config["model"]
     model["decoder"]["filename"] = GRAPH
     model["type"] = family_of(checkpoint.config).genai_type or model["type"]
-    config["search"] |= {"do_sample": False, "top_k": 1}
+    config["search"] |= search_settings(generation_of(checkpoint.path, checkpoint.config))
     for key in TOKEN_IDS:
         if (value := generation.get(key, checkpoint.config.get(key))) is not None:
             model[key] = value
     return config
+
+
+def search_settings(generation: Generation) -> dict[str, Any]:
+    """genai_config.json's `search`; GenAI has no place for min_p."""
+    penalty = {"repetition_penalty": generation.repetition_penalty}
+    if not generation.do_sample:
+        return {"do_sample": False, "temperature": 1.0, "top_k": 1, "top_p": 1.0} | penalty
+    drawn = {"temperature": generation.temperature, "top_k": generation.top_k, "top_p": generation.top_p}
+    return {"do_sample": True} | drawn | penalty
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.generation import GENERATION, generation_config
 from qalora_export.errors import InputError
 from qalora_export.formats.onnx.exact import exact_variant
-from qalora_export.formats.onnx.hosts import CONFIG, GENERATION, TOKENIZER_CONFIG, generation_config, web_config
+from qalora_export.formats.onnx.hosts import CONFIG, TOKENIZER_CONFIG, web_config
 from qalora_export.formats.onnx.layout import FLAT_GRAPH, graph_name
 from qalora_export.formats.onnx.read import OnnxContents, read_back
 from qalora_export.models.families import family_of

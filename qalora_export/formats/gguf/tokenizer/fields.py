@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qalora_export.checkpoint.generation import generation_of
 from qalora_export.errors import InputError
 from qalora_export.formats.gguf.metadata import Entry
 from qalora_export.formats.gguf.tokenizer.byte_level import byte_level_vocabulary
@@ -31,7 +32,8 @@ def tokenizer_entries(folder: Path, config: Mapping[str, Any], *, allow_text_dif
     raw, settings = _read(folder)
     with _well_formed(folder):
         words = vocabulary(raw, config["vocab_size"], allow_differences=allow_text_differences)
-        special = special_tokens(folder, raw, settings, {token: index for index, token in enumerate(words.tokens)})
+        ids = {token: index for index, token in enumerate(words.tokens)}
+        special = special_tokens(folder, raw, settings, ids, generation_of(folder, config).ends)
     return words.entries() + _special_entries(special) + chat_template_entries(folder, settings)
 
 
@@ -118,8 +120,7 @@ def _special_entries(special: SpecialTokens) -> list[Entry]:
     numbers = {
         "bos_token_id": special.bos,
         "eos_token_id": special.eos,
-        "eot_token_id": special.eot,
-        "eom_token_id": special.eom,
+        **special.other_ends,
         "padding_token_id": special.pad,
         "unknown_token_id": special.unk,
     }

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qalora_export.errors import InputError
-from qalora_export.formats.gguf.tokenizer.token_types import ENDS
+from qalora_export.formats.gguf.tokenizer.token_types import ENDS, FILL_IN, effective_ends
 from qalora_export.safety import inside, read_json
+
+PLACES = ("eot_token_id", "eom_token_id")
+SPARE_PLACES = ("fim_pad_token_id", "fim_sep_token_id", "fim_rep_token_id")
 
 
 @dataclass(frozen=True, slots=True)
 class SpecialTokens:
-    """Token ids or None; add_bos and add_eos: what the post-processor puts around a text."""
+    """Token ids or None; add_bos and add_eos: what the post-processor puts around a text.
+
+    other_ends: key of GGUF -> id of an end token beside eos.
+    """
 
     bos: int | None
     eos: int | None
-    eot: int | None
-    eom: int | None
+    other_ends: Mapping[str, int]
     pad: int | None
     unk: int | None
     add_bos: bool
@@ -27,13 +32,12 @@ class SpecialTokens:
 
 
 def special_tokens(
-    folder: Path, raw: Mapping[str, Any], settings: Mapping[str, Any], ids: Mapping[str, int]
+    folder: Path, raw: Mapping[str, Any], settings: Mapping[str, Any], ids: Mapping[str, int], ends: Sequence[int]
 ) -> SpecialTokens:
-    """raw: tokenizer.json; settings: tokenizer_config.json; ids: token text -> id. Raises InputError on contradictions.
+    """raw: tokenizer.json; settings: tokenizer_config.json; ids: token text -> id; ends: that end generation.
 
-    eot and eom are the first end-of-generation ids of generation_config.json beside eos: chat models end a turn with
-    them. Whether BOS and EOS are added is what the post-processor does; `add_bos_token` in tokenizer_config.json is not
-    asked, for Transformers does not ask it either where there is a tokenizer.json.
+    Raises InputError on contradictions. Whether BOS and EOS are added is what the post-processor does; `add_bos_token`
+    in tokenizer_config.json is not asked, for Transformers does not ask it either where there is a tokenizer.json.
     """
     mapped = (
         read_json(inside(folder, "special_tokens_map.json")) if (folder / "special_tokens_map.json").exists() else {}
@@ -50,21 +54,10 @@ def special_tokens(
                 where="tokenizer.json: post_processor",
                 why=f"llama.cpp can add exactly one {role} there",
             )
-    more = [index for index in dict.fromkeys(_generation_ends(folder)) if index != named["eos_token"]]
-    texts = {index: text for text, index in ids.items()}
-    unwritten = [texts.get(index) for index in more[2:] if texts.get(index) not in ENDS]
-    if unwritten:
-        raise InputError(
-            f"generation ends at {len(more) + 1} tokens",
-            where=f"{folder}/generation_config.json: eos_token_id",
-            why=f"GGUF has a place for three, and llama.cpp does not know {unwritten[0]!r} as an end by its text",
-        )
-    eot, eom = (*more, None, None)[:2]
     return SpecialTokens(
         bos=named["bos_token"],
         eos=named["eos_token"],
-        eot=eot,
-        eom=eom,
+        other_ends=_other_ends(folder, named["eos_token"], ids, ends),
         pad=named["pad_token"],
         unk=named["unk_token"],
         add_bos=bool(before),
@@ -109,8 +102,23 @@ def _id_of(role: str, token: Any, ids: Mapping[str, int]) -> int | None:
     return ids[text]
 
 
-def _generation_ends(folder: Path) -> list[int]:
-    if not (folder / "generation_config.json").exists():
-        return []
-    ends = read_json(inside(folder, "generation_config.json")).get("eos_token_id")
-    return [ends] if isinstance(ends, int) else list(ends or [])
+def _other_ends(folder: Path, eos: int | None, ids: Mapping[str, int], ends: Sequence[int]) -> dict[str, int]:
+    """Places of GGUF for the end tokens beside eos. Raises InputError when there are not enough.
+
+    llama.cpp ends generation at its eos, eot and eom, at tokens with the texts of ENDS, and at the padding, repository
+    and file marks of fill-in-the-middle prompts: a vocabulary without such prompts has three places more there. Those
+    that llama.cpp does not know by their text come first.
+    """
+    texts = {index: text for text, index in ids.items()}
+    known = effective_ends(list(ids)) & ENDS
+    more = [index for index in dict.fromkeys(ends) if index != eos]
+    more.sort(key=lambda index: texts.get(index) in known)
+    places = [*PLACES, *(() if FILL_IN & ids.keys() else SPARE_PLACES)]
+    unwritten = [texts.get(index, index) for index in more[len(places) :] if texts.get(index) not in known]
+    if unwritten:
+        raise InputError(
+            f"generation ends at {len(more) + 1} tokens",
+            where=f"{folder}: eos_token_id of generation_config.json or config.json",
+            why=f"GGUF has {1 + len(places)} places for them, and llama.cpp does not know {unwritten[0]!r} by its text",
+        )
+    return dict(zip(places, more, strict=False))

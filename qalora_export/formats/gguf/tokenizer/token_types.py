@@ -80,6 +80,14 @@ FILL_IN = frozenset(
         "<|file_sep|>",
     ]
 )
+# Of these, the padding, repository and file marks end a generation, the first of each that is found.
+FILL_IN_ENDS = frozenset(
+    [
+        *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+        *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+        "<|file_sep|>",
+    ]
+)
 # The special tokens of Phi-3 behind which white space counts.
 KEEPS_SPACE = frozenset(("<unk>", "<s>", "<|endoftext|>"))
 # Always shown, never control.
@@ -95,6 +103,16 @@ def effective_types(tokens: Sequence[str], declared: Sequence[int]) -> list[int]
     if "<|tool_response>" in present or "<|plamo:eos|>" in tokens:
         special["</s>"] = NORMAL  # a tag of HTML there
     return [special.get(text, kind) for text, kind in zip(tokens, declared, strict=True)]
+
+
+def effective_ends(tokens: Sequence[str]) -> set[str]:
+    """Texts of the vocabulary at which llama.cpp ends generation though no key of the file says so.
+
+    fim_pad, fim_rep and fim_sep, which it finds by their texts where the file does not name them, end it too.
+    """
+    present = set(tokens)
+    kinds = dict(zip(tokens, effective_types(tokens, [CONTROL] * len(tokens)), strict=True))
+    return {text for text in present & (ENDS | FILL_IN_ENDS) if kinds[text] == CONTROL}
 
 
 def strips_right(model_name: str, text: str) -> bool:

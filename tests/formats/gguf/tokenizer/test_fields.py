@@ -33,6 +33,18 @@ def edit(path: Path, change: Callable[[dict], None]) -> None:
     path.write_text(json.dumps(raw))
 
 
+def replace_token(folder: Path, index: int, text: str) -> None:
+    """Give id `index` of the vocabulary another text; merges that made the old one go."""
+
+    def change(raw: dict) -> None:
+        vocab = raw["model"]["vocab"]
+        old = next(token for token, number in vocab.items() if number == index)
+        raw["model"]["vocab"] = {text if token == old else token: number for token, number in vocab.items()}
+        raw["model"]["merges"] = [rule for rule in raw["model"]["merges"] if old not in ("".join(rule), *rule)]
+
+    edit(folder / "tokenizer.json", change)
+
+
 def test_the_sample_tokenizer(folder: Path) -> None:
     found, raw = entries(folder), json.loads((folder / "tokenizer.json").read_text())
     assert (found["model"], found["pre"]) == ("gpt2", "llama-bpe")
@@ -126,13 +138,37 @@ def test_bos_is_added_as_the_post_processor_does_whatever_the_config_says(folder
     assert entries(folder)["add_bos_token"] is True
 
 
-def test_three_ends_have_a_key_and_more_need_a_text_that_llama_cpp_knows(folder: Path) -> None:
+def test_six_ends_have_a_key_and_more_need_a_text_that_llama_cpp_knows(folder: Path) -> None:
     first = entries(folder)["eos_token_id"]
-    edit(folder / "generation_config.json", lambda config: config.update(eos_token_id=[first, 5, 6]))
-    assert (entries(folder)["eot_token_id"], entries(folder)["eom_token_id"]) == (5, 6)
+    edit(folder / "generation_config.json", lambda config: config.update(eos_token_id=[first, 5, 6, 7, 8, 9]))
+    found = entries(folder)
+    assert [found[f"{name}_token_id"] for name in ("eot", "eom", "fim_pad", "fim_sep", "fim_rep")] == [5, 6, 7, 8, 9]
+    edit(folder / "generation_config.json", lambda config: config.update(eos_token_id=[first, 5, 6, 7, 8, 9, 10]))
+    with pytest.raises(InputError, match="ends at 7 tokens"):
+        entries(folder)
+
+
+def test_a_vocabulary_with_fill_in_marks_has_three_places(folder: Path) -> None:
+    first = entries(folder)["eos_token_id"]
+    replace_token(folder, 40, "<|fim_prefix|>")
     edit(folder / "generation_config.json", lambda config: config.update(eos_token_id=[first, 5, 6, 7]))
     with pytest.raises(InputError, match="ends at 4 tokens"):
         entries(folder)
+
+
+def test_ends_that_llama_cpp_knows_by_their_text_leave_the_places_to_others(folder: Path) -> None:
+    first = entries(folder)["eos_token_id"]
+    replace_token(folder, 40, "<|eot_id|>")
+    edit(folder / "generation_config.json", lambda config: config.update(eos_token_id=[first, 40, 5, 6]))
+    found = entries(folder)
+    assert (found["eot_token_id"], found["eom_token_id"], found["fim_pad_token_id"]) == (5, 6, 40)
+
+
+def test_an_end_that_stands_only_in_config_json_has_its_place(folder: Path) -> None:
+    first = entries(folder)["eos_token_id"]
+    (folder / "generation_config.json").unlink()
+    edit(folder / "config.json", lambda config: config.update(eos_token_id=[first, 5]))
+    assert entries(folder)["eot_token_id"] == 5
 
 
 def test_tokens_that_only_the_config_declares_become_added_tokens(folder: Path) -> None:

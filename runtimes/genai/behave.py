@@ -1,0 +1,148 @@
+"""What ONNX Runtime GenAI generates on its own genai_config.json: its loop, its end tokens, its text stream."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from qalora_runtimes import heartbeat
+from qalora_runtimes.behaviour import ASKED, END, LIMIT, Request, behind
+from qalora_runtimes.scoring import RunnerError
+
+# Asked for only where the defaults that ship draw at random: then no two answers are alike.
+GREEDY = {"do_sample": False, "top_k": 1, "temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0}
+SURE = 1e4  # a logit beside which no other counts
+
+
+class Behaviour:
+    """behaviour.ANSWER_KEYS by a module onnxruntime_genai and a model of it."""
+
+    def __init__(self, genai: Any, model: Any, request: Request) -> None:
+        self._genai, self._model, self._request = genai, model, request
+        try:
+            self._tokenizer, self._showing = genai.Tokenizer(model), genai.Tokenizer(model)
+        except RuntimeError as error:
+            raise RunnerError(f"ONNX Runtime GenAI cannot load the tokenizer: {error}") from error
+        self._showing.update_options(skip_special_tokens="false")
+        self._defaults = dict(genai.GeneratorParams(model).get_search_options())
+        self._errors: list[str] = []
+
+    def answers(self) -> dict[str, Any]:
+        try:
+            return {
+                "answers": self._answers(),
+                "batch": self._batch(),
+                "ends": {"all": [int(end) for end in self._tokenizer.eos_token_ids], "forced": self._forced()},
+                "pieces": self._pieces(),
+                "decoded": [self._stream(row) for row in self._request.sequences],
+                "unprompted": [self._rendered(chat) for chat in self._request.unprompted],
+                "defaults": self._defaults,
+                "errors": self._errors,
+            }
+        except RuntimeError as error:
+            raise RunnerError(f"ONNX Runtime GenAI cannot generate: {error}") from error
+
+    def _generator(self, batch: int = 1) -> Any:
+        """On the defaults that ship, but for a cache that is no longer than what is asked needs."""
+        options: dict[str, Any] = dict(GREEDY) if self._request.sampled else {}
+        needed = self._request.longest + 1
+        if needed < self._defaults["max_length"]:
+            options["max_length"] = needed
+        parameters = self._genai.GeneratorParams(self._model)
+        parameters.set_search_options(batch_size=batch, **options)
+        return self._genai.Generator(self._model, parameters)
+
+    def _answers(self) -> list[dict[str, Any]]:
+        answers, before, generator = list[dict[str, Any]](), list[int](), None
+        for index, question in enumerate(self._request.questions):
+            heartbeat.at("answers", index, len(self._request.questions))
+            ids = [*question.prompt]
+            if question.continues:
+                ids = behind(before, answers[-1]["tokens"], question.prompt)
+            else:
+                generator = self._generator()
+            answers.append(self._answer(generator, ids, question.tokens))
+            before = ids
+        return answers
+
+    def _answer(self, generator: Any, ids: list[int], tokens: int) -> dict[str, Any]:
+        """`generator` holds a beginning of `ids`.
+
+        The last token of an answer that was cut short is in GenAI's sequence and not in its cache, and append_tokens
+        does not make up for it (0.18); so it is taken back and run with what follows.
+        """
+        cached = int(generator.token_count())
+        if cached and ids[:cached][-1:] == [*generator.get_sequence(0)][-1:]:
+            cached -= 1
+            generator.rewind_to(cached)
+        _append(generator, ids[cached:])
+        made: list[int] = []
+        while len(made) < tokens and not generator.is_done():
+            generator.generate_next_token()
+            made += [int(token) for token in generator.get_next_tokens()]
+            heartbeat.advance()
+        ended = bool(made) and generator.is_done() and made[-1] in self._tokenizer.eos_token_ids
+        stop = END if ended else ASKED if len(made) == tokens else LIMIT
+        shown = made[:-1] if ended else made
+        return {"tokens": made, "stop": stop, "text": self._stream(shown), "cached": cached, "chat": None}
+
+    def _batch(self) -> list[list[int]] | None:
+        """All prompts at once, the shorter ones padded as GenAI's own encode_batch pads them."""
+        if len(self._request.batch) < 2:
+            return None
+        longest = max(map(len, self._request.batch))
+        padding = int(self._tokenizer.pad_token_id)
+        rows = np.array([[*row, *[padding] * (longest - len(row))] for row in self._request.batch], np.int32)
+        generator = self._generator(len(rows))
+        generator.append_tokens(rows)
+        made: list[list[int]] = [[] for _ in rows]
+        ends = set(self._tokenizer.eos_token_ids)
+        for _ in range(self._request.questions[0].tokens):
+            if generator.is_done():
+                break
+            generator.generate_next_token()
+            for row, token in zip(made, generator.get_next_tokens(), strict=True):
+                if not row or row[-1] not in ends:
+                    row.append(int(token))
+        return made
+
+    def _forced(self) -> dict[str, str]:
+        """What happens when each end token is the next one, behind the first question."""
+        found = {}
+        for end in self._request.ends:
+            generator = self._generator()
+            _append(generator, [*self._request.questions[0].prompt])
+            logits = np.full_like(np.asarray(generator.get_logits(), np.float32), -SURE)
+            logits[..., end] = SURE
+            generator.set_logits(logits)
+            generator.generate_next_token()
+            came = [int(token) for token in generator.get_next_tokens()]
+            found[str(end)] = (END if generator.is_done() else ASKED) if came == [end] else f"{came} came instead"
+        return found
+
+    def _pieces(self) -> dict[str, list[str]]:
+        anchor, count = self._request.anchor, self._request.vocabulary
+        return {
+            name: [tokenizer.decode(np.array([anchor, index, anchor], np.int32)) for index in range(count)]
+            for name, tokenizer in (("hidden", self._tokenizer), ("shown", self._showing))
+        }
+
+    def _stream(self, ids: Iterable[int]) -> str:
+        stream = self._tokenizer.create_stream()
+        return "".join(stream.decode(int(token)) for token in ids)
+
+    def _rendered(self, chat: Mapping[str, Any]) -> str | None:
+        try:
+            parts = {key: json.dumps(value, ensure_ascii=False) for key, value in chat.items()}
+            return str(self._tokenizer.apply_chat_template(**parts, add_generation_prompt=False))
+        except RuntimeError as error:
+            self._errors.append(f"template without a generation prompt: {error}")
+            return None
+
+
+def _append(generator: Any, ids: list[int]) -> None:
+    tokens: NDArray[np.int32] = np.array(ids, np.int32)
+    generator.append_tokens(tokens)

@@ -1,0 +1,101 @@
+"""What llama.cpp generates as its server does: chat completion, end tokens, texts, sampling defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qalora_runtimes import heartbeat
+from qalora_runtimes.behaviour import ASKED, END, LIMIT, Question, Request, behind
+from qalora_runtimes.llama_cpp.c_api import Context
+from qalora_runtimes.llama_cpp.client import Client
+from qalora_runtimes.scoring import RunnerError
+
+STOPS = {"eos": END, "limit": LIMIT, "stop": END, "length": LIMIT}  # of /completion and of chat completion
+# Asked for only where the defaults that ship draw at random: then no two answers are alike.
+GREEDY = {"temperature": 0.0, "repeat_penalty": 1.0}
+FORCE = 1e9  # added to the logit of one token
+SAMPLING = {  # of /props: what changes which token comes
+    *("temperature", "top_k", "top_p", "min_p", "typical_p", "repeat_penalty", "repeat_last_n", "samplers"),
+    *("presence_penalty", "frequency_penalty", "xtc_probability", "dry_multiplier", "mirostat", "top_n_sigma"),
+    *("dynatemp_range", "adaptive_target"),
+}
+
+
+def behave(client: Client, request: Request, context: Context | None) -> dict[str, Any]:
+    """behaviour.ANSWER_KEYS. context: the C API of the same file, where it is known; a server cannot be asked which ids
+    end generation, nor for the text of one token without another round trip for each.
+    """
+    errors: list[str] = []
+    greedy = GREEDY if request.sampled else {}
+    answers, before = list[dict[str, Any]](), list[int]()
+    for index, question in enumerate(request.questions):
+        heartbeat.at("answers", index, len(request.questions))
+        ids = [*question.prompt]
+        if question.continues:
+            ids = behind(before, answers[-1]["tokens"], question.prompt)
+        chat = _chat(client, question, greedy, errors)  # first: what comes next continues on this answer's cache
+        answers.append(_answer(client, ids, question.tokens, greedy) | {"chat": chat})
+        before = ids
+    return {
+        "answers": answers,
+        "batch": None,
+        "ends": {"all": None if context is None else context.ends(), "forced": _forced(client, request)},
+        "pieces": None if context is None else _pieces(context, request),
+        "decoded": None if context is None else [_text(context, row) for row in request.sequences],
+        "unprompted": [_rendered(client, chat, errors) for chat in request.unprompted],
+        "defaults": {name: value for name, value in client.defaults().items() if name in SAMPLING},
+        "errors": errors,
+    }
+
+
+def _answer(client: Client, ids: list[int], tokens: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    found = client.complete(ids, tokens, options)
+    made, stop = [int(token) for token in found["tokens"]], STOPS.get(found.get("stop_type", ""), LIMIT)
+    if stop == LIMIT and len(made) == tokens:
+        stop = ASKED
+    cached = int(found.get("timings", {}).get("cache_n", 0))
+    return {"tokens": made, "stop": stop, "text": str(found["content"]), "cached": cached}
+
+
+def _chat(client: Client, question: Question, options: Mapping[str, Any], errors: list[str]) -> dict[str, Any] | None:
+    """reasoning_format: what the model writes, not what a parser makes of it."""
+    if question.chat is None:
+        return None
+    try:
+        found = client.chat(question.chat, question.tokens, {**options, "reasoning_format": "none"})
+    except RunnerError as error:
+        errors.append(f"chat completion: {error}")
+        return None
+    stop = {"stop": END, "length": ASKED, "tool_calls": END}.get(found.get("finish_reason", ""), LIMIT)
+    return {"text": found["message"].get("content"), "stop": stop}
+
+
+def _forced(client: Client, request: Request) -> dict[str, str]:
+    """What happens when each end token is the next one, behind the first question."""
+    prompt, found = [*request.questions[0].prompt], dict[str, str]()
+    for end in request.ends:
+        answer = _answer(client, prompt, 2, {**GREEDY, "logit_bias": [[end, FORCE]]})
+        found[str(end)] = answer["stop"] if answer["tokens"][:1] == [end] else f"{answer['tokens'][:1]} came instead"
+    return found
+
+
+def _pieces(context: Context, request: Request) -> dict[str, list[str]]:
+    def sandwiches(*, special: bool) -> list[str]:
+        anchor = context.piece(request.anchor, special=special)
+        pieces = (context.piece(index, special=special) for index in range(request.vocabulary))
+        return [(anchor + piece + anchor).decode("utf-8", "replace") for piece in pieces]
+
+    return {"hidden": sandwiches(special=False), "shown": sandwiches(special=True)}
+
+
+def _text(context: Context, ids: tuple[int, ...]) -> str:
+    return b"".join(context.piece(token, special=False) for token in ids).decode("utf-8", "replace")
+
+
+def _rendered(client: Client, chat: Mapping[str, Any], errors: list[str]) -> str | None:
+    try:
+        return client.render(chat, generation_prompt=False)
+    except RunnerError as error:
+        errors.append(f"template without a generation prompt: {error}")
+        return None
