@@ -2,7 +2,7 @@
 
 from qalora_export.grid.exactness import Differences, difference, differing, grid_differences, packed_difference
 from qalora_export.grid.group_affine import BITS, GROUP_SIZES, GroupAffine, implied_offset
-from qalora_export.grid.levels import Levels, project
+from qalora_export.grid.levels import Levels, factor, project
 from qalora_export.grid.named import AFFINE16, GRIDS, NamedGrid, SuperBlockGrid, grid_named
 from qalora_export.grid.narrow import Narrowed, narrow
 from qalora_export.grid.packed_affine import PackedAffine, fp16_is_finite, fp16_largest
@@ -22,6 +22,7 @@ __all__ = [
     "SuperBlockGrid",
     "difference",
     "differing",
+    "factor",
     "fp16_is_finite",
     "fp16_largest",
     "grid_differences",

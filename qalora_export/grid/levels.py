@@ -3,8 +3,8 @@
     scale  = scale_step · scale_level           float32 (out, in/g), exact
     offset = −offset_step · offset_level        float32 (out, in/g), exact
 
-Projection finds levels and steps for real numbers: the largest of a super-block gets the top level, the others the
-nearest. What it found is projected onto itself, so levels need not be carried along beside such numbers.
+`project` finds levels and steps for real numbers: the largest of a super-block gets the top level, the others the
+nearest. `factor` finds them for numbers that lie on the grid already, exactly, so levels need not be carried along.
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ class Levels:
 def project(values: NDArray[np.float64], grid: SuperBlockGrid) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
     """(levels (out, in/g), steps (out, in/256)) next to real numbers ≥ 0, float64 (out, in/g); negative ones become 0.
 
-    step = float16(largest / top), which is infinite where float16 ends; level = value / step, ties to even. Of numbers
-    that `Levels` made, with a top level in each super-block, it gives back the levels and steps.
+    step = float16(largest / top), which is infinite where float16 ends; level = value / step, ties to even.
     """
     blocks = values.reshape(len(values), -1, grid.groups)
     with np.errstate(over="ignore"):  # through float32, as torch does it on every device
@@ -57,6 +56,28 @@ def project(values: NDArray[np.float64], grid: SuperBlockGrid) -> tuple[NDArray[
     wide = step.astype(np.float64)[..., None]
     levels = np.rint(np.divide(blocks, wide, out=np.zeros_like(blocks), where=wide > 0)).clip(0, grid.top)
     return levels.astype(np.uint8).reshape(values.shape), step
+
+
+def factor(
+    values: NDArray[np.float64], grid: SuperBlockGrid, *, where: str
+) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+    """(levels, steps) whose products are these very numbers, float64 (out, in/g). Raises InputError where none are.
+
+    Of several, those with the highest levels: 2·3 is also 1·6.
+    """
+    blocks = values.reshape(len(values), -1, grid.groups)
+    largest = blocks.max(axis=-1)
+    levels, steps = np.zeros(blocks.shape), np.zeros(largest.shape)
+    missing = blocks.any(axis=-1)
+    for top in range(grid.top, 0, -1):
+        step = (largest / top).astype(np.float16).astype(np.float64)
+        found = np.rint(np.divide(blocks, step[..., None], out=np.zeros_like(blocks), where=step[..., None] > 0))
+        fits = missing & (found * step[..., None] == blocks).all(axis=-1) & ((found >= 0) & (found <= grid.top)).all(-1)
+        levels[fits], steps[fits] = found[fits], step[fits]
+        missing &= ~fits
+    if missing.any():
+        raise InputError(f"{int(missing.sum())} super-blocks do not lie on grid {grid.name}", where=where)
+    return levels.astype(np.uint8).reshape(values.shape), steps.astype(np.float16)
 
 
 def _products(levels: NDArray[np.uint8], steps: NDArray[np.float16], grid: SuperBlockGrid) -> NDArray[np.float32]:

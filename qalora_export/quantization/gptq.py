@@ -5,7 +5,8 @@ For each column i in order, with U the upper Cholesky factor of H⁻¹ (H⁻¹ =
     q_i = nearest code of w_i        e = (w_i − ŵ_i) / U_ii        w_j −= e · U_ij   for j > i
 
 Columns go in their natural order, so groups stay in place (g_idx is trivial). Scale and offset of a group are chosen
-when the group begins, from the weights as compensated so far. Updates beyond the current block are applied once per
+when the group begins, from the weights as compensated so far, and on a grid of super-blocks when the super-block
+begins, for all of its groups. Updates beyond the current block are applied once per
 block (the paper's lazy batch updates), which changes nothing but the speed.
 """
 
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor
 
 from qalora_export.errors import InputError
-from qalora_export.grid import GroupAffine
+from qalora_export.grid import GroupAffine, SuperBlockGrid
+from qalora_export.grid.named import SUPER_BLOCK
 from qalora_export.quantization.grid_fit import Grid, checked_weight, fit_min_max, fit_weighted, to_group_affine
 from qalora_export.quantization.refine import refine
 from qalora_export.quantization.rules import Plan
+from qalora_export.quantization.super_fit import fit_super_block
 
 
 def gptq(
@@ -46,28 +49,36 @@ def gptq(
     codes = torch.empty_like(work)
     scales = work.new_empty(work.shape[0], work.shape[1] // size)
     offsets = torch.empty_like(scales)
-    block = max(size, block_size // size * size)  # a group never straddles two blocks
+    span = SUPER_BLOCK if isinstance(plan.grid, SuperBlockGrid) else size  # in-features whose grid is chosen at once
+    block = max(span, block_size // span * span)  # a span never straddles two blocks
     for begin in range(0, work.shape[1], block):
         end = min(begin + block, work.shape[1])
         errors = work.new_empty(work.shape[0], end - begin)
         for start in range(begin, end, size):
-            stop = start + size
-            group = work[:, start:stop]
-            grid = (
-                fit_weighted(group, cost[start:stop], bits, sym=plan.sym)
-                if search
-                else fit_min_max(group, bits, sym=plan.sym)
-            )
-            scales[:, start // size], offsets[:, start // size] = grid
+            stop, group = start + size, start // size
+            if start % span == 0:
+                fitted = _fitted(work[:, start : start + span], cost[start : start + span], plan, search=search)
+                scales[:, group : group + span // size], offsets[:, group : group + span // size] = fitted
             codes[:, start:stop], errors[:, start - begin : stop - begin] = _round_group(
-                work[:, start:end], factor[start:stop, start:end], grid, bits
+                work[:, start:end], factor[start:stop, start:end], Grid(scales[:, group], offsets[:, group]), bits
             )
         work[:, end:] -= errors @ factor[begin:end, end:]
     grid = Grid(scales, offsets)
     if sweeps and scales.isfinite().all() and offsets.isfinite().all():
         del factor, work
-        codes, grid = refine(target, damped, codes, grid, bits, sym=plan.sym, sweeps=sweeps, block=block)
-    return to_group_affine(codes, grid, bits, where=where)
+        codes, grid = refine(target, damped, codes, grid, plan, sweeps=sweeps, block=block)
+    return to_group_affine(codes, grid, bits, where=where, kind=plan.grid)
+
+
+def _fitted(weights: Tensor, cost: Tensor, plan: Plan, *, search: bool) -> Grid:
+    """The grid (out, n) of weights (out, n·g), the columns that are about to be rounded; cost: of each column."""
+    groups, costs = weights.unflatten(1, (-1, plan.group_size)), cost.unflatten(0, (-1, plan.group_size))
+    if isinstance(plan.grid, SuperBlockGrid):
+        return fit_super_block(groups, costs, plan.grid)
+    if not search:
+        return fit_min_max(groups, plan.bits, sym=plan.sym)
+    fitted = fit_weighted(groups[:, 0], costs[0], plan.bits, sym=plan.sym)
+    return Grid(fitted.scale[:, None], fitted.offset[:, None])
 
 
 def _round_group(work: Tensor, factor: Tensor, grid: Grid, bits: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qalora_export.errors import InputError
-from qalora_export.grid import GroupAffine
+from qalora_export.grid import AFFINE16, GroupAffine, Levels, NamedGrid, SuperBlockGrid, factor
 
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5)
 REFINEMENTS = 3
@@ -71,13 +71,16 @@ def fit_weighted(groups: Tensor, importance: Tensor, bits: int, *, sym: bool) ->
         )
         best, error = _better(best, error, candidate, groups, importance, bits)
     for _ in range(REFINEMENTS):
-        candidate = _least_squares(best.codes(groups, bits), groups, importance, bits, sym=sym)
+        candidate = least_squares(best.codes(groups, bits), groups, importance, bits, sym=sym)
         best, error = _better(best, error, candidate, groups, importance, bits)
     return best
 
 
-def to_group_affine(codes: Tensor, grid: Grid, bits: int, *, where: str) -> GroupAffine:
-    """codes (out, in), grid (out, in/g) -> the canonical form. Raises InputError when fp16 cannot hold the grid."""
+def to_group_affine(codes: Tensor, grid: Grid, bits: int, *, where: str, kind: NamedGrid = AFFINE16) -> GroupAffine:
+    """codes (out, in), grid (out, in/g) -> the canonical form. Raises InputError when fp16 cannot hold the grid.
+
+    kind: the grid on which scale and offset lie.
+    """
     if not (grid.scale.isfinite().all() and grid.offset.isfinite().all()):
         raise InputError(
             "the weights are too large for fp16 scale and offset",
@@ -85,8 +88,13 @@ def to_group_affine(codes: Tensor, grid: Grid, bits: int, *, where: str) -> Grou
             why="fp16 ends at 65504",
             fix="skip this module with a rule",
         )
+    numbers = codes.to(torch.uint8).cpu().numpy()
+    if isinstance(kind, SuperBlockGrid):
+        scale, scale_step = factor(grid.scale.cpu().numpy(), kind, where=where)
+        offset, offset_step = factor(-grid.offset.cpu().numpy(), kind, where=where)
+        return GroupAffine.on_levels(numbers, Levels(kind, scale, offset, scale_step, offset_step))
     return GroupAffine(
-        codes.to(torch.uint8).cpu().numpy(),
+        numbers,
         (grid.scale + 0.0).to(torch.float16).cpu().numpy(),  # + 0.0 turns -0 into 0
         (grid.offset + 0.0).to(torch.float16).cpu().numpy(),
         bits,
@@ -125,7 +133,7 @@ def _better(
     return grid, torch.where(wins, new, error)
 
 
-def _least_squares(codes: Tensor, groups: Tensor, importance: Tensor, bits: int, *, sym: bool) -> Grid:
+def least_squares(codes: Tensor, groups: Tensor, importance: Tensor, bits: int, *, sym: bool) -> Grid:
     """s and m that minimize Σ h (s·q + m − w)² for given codes; where all codes agree, s = 0."""
     weight = importance / importance.sum()
     if sym:

@@ -7,8 +7,8 @@ under the same objective, the error of the layer's output, row by row with E = �
     grid     least squares: ŵ = s_g·q + m_g is linear in the 2·in/g numbers (s, m) of a row
     codes    coordinate descent: column i alone is best at  ŵ_i − P_i / H_ii, rounded to its grid
 
-Neither step raises the error of a row: a grid that fp16 rounding made worse is not taken. This is the alternating
-descent of CDQuant (arXiv 2406.17542) and of layer-wise least squares, on a grid of fp16 scales and offsets.
+Neither step raises the error of a row: a grid that rounding to fp16, or to the levels of super-blocks, made worse is
+not taken. This is the alternating descent of CDQuant (arXiv 2406.17542) and of layer-wise least squares.
 """
 
 from __future__ import annotations
@@ -16,14 +16,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qalora_export.grid import SuperBlockGrid
+from qalora_export.grid.projection import projected
 from qalora_export.quantization.grid_fit import Grid
+from qalora_export.quantization.rules import Plan
+from qalora_export.quantization.super_fit import snapped
 
 SOLVE_BYTES = 256 << 20  # of temporaries in one batch of rows
 RIDGE = 1e-9  # of the diagonal: a group whose codes all agree leaves s and m undetermined
 
 
 def refine(
-    weight: Tensor, hessian: Tensor, codes: Tensor, grid: Grid, bits: int, *, sym: bool, sweeps: int, block: int
+    weight: Tensor, hessian: Tensor, codes: Tensor, grid: Grid, plan: Plan, *, sweeps: int, block: int
 ) -> tuple[Tensor, Grid]:
     """Better codes (out, in) and grid (out, in/g) for weight (out, in) under hessian (in, in), all float64.
 
@@ -31,9 +35,9 @@ def refine(
     the columns beyond, a multiple of g; it changes nothing but the speed.
     """
     for _ in range(sweeps):
-        grid = _solved(weight, hessian, codes, grid, bits, sym=sym)
-        codes = _descended(weight, hessian, codes, grid, bits, block)
-    return codes, _solved(weight, hessian, codes, grid, bits, sym=sym) if sweeps else grid
+        grid = _solved(weight, hessian, codes, grid, plan)
+        codes = _descended(weight, hessian, codes, grid, plan.bits, block)
+    return codes, _solved(weight, hessian, codes, grid, plan) if sweeps else grid
 
 
 def dequantized(codes: Tensor, grid: Grid) -> Tensor:
@@ -47,8 +51,11 @@ def output_error(error: Tensor, hessian: Tensor) -> Tensor:
     return ((error @ hessian) * error).sum(1)
 
 
-def _solved(weight: Tensor, hessian: Tensor, codes: Tensor, grid: Grid, bits: int, *, sym: bool) -> Grid:
-    """The grid with the least output error for these codes, rounded to fp16; rows that it does not help keep theirs."""
+def _solved(weight: Tensor, hessian: Tensor, codes: Tensor, grid: Grid, plan: Plan) -> Grid:
+    """The grid with the least output error for these codes, rounded to what the plan's grid has; rows that it does not
+    help keep theirs.
+    """
+    bits, sym = plan.bits, plan.sym
     groups, size = grid.scale.shape[1], codes.shape[1] // grid.scale.shape[1]
     middle = 2 ** (bits - 1)
     scale, offset = grid.scale.clone(), grid.offset.clone()
@@ -71,16 +78,30 @@ def _solved(weight: Tensor, hessian: Tensor, codes: Tensor, grid: Grid, bits: in
             top, bottom = torch.cat([matrix, cross], 2), torch.cat([cross.mT, ones.expand(len(q), -1, -1)], 2)
             matrix, target = torch.cat([top, bottom], 1), torch.cat([target, pull.sum(-1)], 1)
         step = _least_squares(matrix, target)
-        new_scale = (was.scale - step[:, :groups]).to(torch.float16).to(torch.float64)
         if sym:
-            new = Grid(new_scale, -float(middle) * new_scale)
+            new = snapped(Grid(was.scale - step, was.offset), plan.grid)
+            new = Grid(new.scale, -float(middle) * new.scale)
+        elif isinstance(plan.grid, SuperBlockGrid):
+            real = Grid(was.scale - step[:, :groups], was.offset - step[:, groups:])
+            new = _on_super_blocks(real, weight[part], hessian, codes[part], ones, plan.grid)
         else:
-            new = Grid(new_scale, (was.offset - step[:, groups:]).to(torch.float16).to(torch.float64))
+            new = snapped(Grid(was.scale - step[:, :groups], was.offset - step[:, groups:]), plan.grid)
         now = dequantized(codes[part], new) - weight[part]
-        better = (output_error(now, hessian) < (error * pull.flatten(1)).sum(1)) & (new_scale >= 0).all(1)
+        better = (output_error(now, hessian) < (error * pull.flatten(1)).sum(1)) & (new.scale >= 0).all(1)
         scale[part] = torch.where(better[:, None], new.scale, was.scale)
         offset[part] = torch.where(better[:, None], new.offset, was.offset)
     return Grid(scale, offset)
+
+
+def _on_super_blocks(
+    real: Grid, weight: Tensor, hessian: Tensor, codes: Tensor, ones: Tensor, kind: SuperBlockGrid
+) -> Grid:
+    """Scales to their levels first; then the offsets that are best beside those, and these to their levels."""
+    scale = projected(real.scale, kind)
+    error = dequantized(codes, Grid(scale, real.offset)) - weight
+    pull = (error @ hessian).unflatten(1, (ones.shape[0], -1)).sum(-1)
+    step = _least_squares(ones.expand(len(pull), -1, -1).clone(), pull)
+    return snapped(Grid(scale, real.offset - step), kind)
 
 
 def _least_squares(matrix: Tensor, target: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from typing import get_args
 
 from qalora_export.errors import InputError
+from qalora_export.grid import AFFINE16, NamedGrid
 from qalora_export.recipe import GroupSize, QuantizeRule, QuantizeSettings
 
 
@@ -24,6 +25,7 @@ class Plan:
     bits: int
     group_size: int
     sym: bool
+    grid: NamedGrid = AFFINE16
 
 
 @dataclass(frozen=True, slots=True)
