@@ -40,6 +40,9 @@ def print_report(report: ParityReport) -> None:
             console.print(styled(f"[{STYLES[entry.status]}]{{}}[/]  {{}}", title, explain(entry)))
             for place in entry.where:
                 console.print(f"    {place}")
+    for artifact in report.facts["artifacts"]:
+        if note := artifact["context"]["note"]:
+            console.print(f"note: {artifact['name']}: {note}")
     ending = f"(exit code {int(report.exit_code)}), {report.out}"
     console.print(styled(f"[{STYLES[report.verdict]}]verdict: {{}}[/] {{}}", report.verdict, ending))
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from qalora_export.checkpoint.forecast import Forecast
 from qalora_export.errors import InputError
+from qalora_export.models.families import family_of
+from qalora_export.models.families.family import Format
 from qalora_export.preflight import estimates
 from qalora_export.preflight.estimates import StageForecast
 from qalora_export.preflight.findings import Findings
@@ -196,6 +198,7 @@ class _Checks:
         from qalora_export.formats.gguf.check import check_gguf
 
         assert self.recipe.export.gguf is not None
+        self._tell_bound("gguf")
         targets = self.recipe.train.targets
         trained = [name for name in self.forecast.modules if any(fnmatchcase(name, pattern) for pattern in targets)]
         return estimates.export(check_gguf(self.forecast, self.recipe.export.gguf, trained), self.machine)
@@ -203,7 +206,14 @@ class _Checks:
     def _onnx(self) -> StageForecast:
         from qalora_export.formats.onnx.check import check_onnx
 
+        self._tell_bound("onnx")
         return estimates.export(check_onnx(self.forecast), self.machine)
+
+    def _tell_bound(self, fmt: Format) -> None:
+        """The plan says where the context of an export ends before the model's own."""
+        config = self.forecast.config
+        if (bound := family_of(config).bound(config, fmt)) is not None:
+            self.findings.note(f"export {fmt}: {bound}")
 
     def _verify(self, artifacts: dict[str, int]) -> StageForecast:
         from qalora_export.verify.check import check_probes

@@ -85,7 +85,8 @@ def check_probes(
 
     Raises InputError for unusable prompts.
     """
-    probes = make_probes(load_tokenizer(forecast.path), dict(forecast.config), settings)
+    formats = {all_runtimes()[name].format for name in runtimes}
+    probes = make_probes(load_tokenizer(forecast.path), dict(forecast.config), settings, formats=formats)
     # The float32 twin for llama.cpp's exact path; copies of the ONNX folder for that of others; log-probabilities.
     twin = 4 * forecast.parameters if "llama.cpp" in runtimes else 0
     logprobs = probes.ids.size * int(forecast.config["vocab_size"]) * 4

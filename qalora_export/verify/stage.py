@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from qalora_export.checkpoint.manifest import parent_of, require_intact, write_m
 from qalora_export.checkpoint.output import claim_output
 from qalora_export.checkpoint.provenance import checkpoint_links
 from qalora_export.errors import InputError, RuntimeUnavailableError
+from qalora_export.models.families.family import Format
 from qalora_export.models.loading import load_tokenizer
 from qalora_export.progress import status, track
 from qalora_export.recipe import VerifySettings
@@ -99,7 +100,8 @@ def verify_parity(
             from qalora_runtimes.taps import run_taps
 
             taps = run_taps
-        session = _prepare(model, settings, base, original, workdir, launch, taps, hashed)
+        formats = {all_runtimes()[name].format for name in artifacts}
+        session = _prepare(model, settings, base, original, workdir, launch, taps, hashed, formats)
         session.kept = store.answered if store else []
         targets = [Target(session, all_runtimes()[name], artifact) for name, artifact in artifacts.items()]
         with status("hashing the files"):
@@ -145,10 +147,11 @@ def _prepare(
     launch: Launch | None,
     taps: Launch | None,
     hashed: HashedOnce,
+    formats: Collection[Format],
 ) -> Session:
     _check_patience()
     tokenizer = load_tokenizer(model.path)
-    probes = make_probes(tokenizer, model.config, settings)
+    probes = make_probes(tokenizer, model.config, settings, formats=formats)
     logger.info("probe set: %d sequences, %d positions", len(probes.lengths), probes.ids.size)
     began = time.perf_counter()
     with status("PyTorch reference"):

@@ -75,8 +75,9 @@ def _export(checkpoint: Path, out: Path, settings: GgufSettings, *, force: bool)
         if adapter is None and adapter_path(out).name in files_of(sidecar_path(out)):
             # The model that is being replaced had this adapter; it would be wrong over the new one.
             adapter_path(out).unlink(missing_ok=True)
-    accepted = [f"{entry.value}: some texts get other ids" for entry in entries if entry.key == TEXT_DIFFERENCES]
-    return _report((*(out.with_name(name) for name in files), sidecar_path(out)), plans, found, accepted)
+    told = [f"{entry.value}: some texts get other ids" for entry in entries if entry.key == TEXT_DIFFERENCES]
+    told += [str(bound)] if (bound := family_of(model.config).bound(model.config, "gguf")) else []
+    return _report((*(out.with_name(name) for name in files), sidecar_path(out)), plans, found, told)
 
 
 def export_f32_twin(checkpoint: Path, out: Path, *, force: bool = False) -> ExportReport:
@@ -141,7 +142,7 @@ def _checked(found: Comparison, out: Path) -> Comparison:
 
 
 def _report(
-    files: tuple[Path, ...], plans: list[TensorPlan], found: Comparison, accepted: Iterable[str] = ()
+    files: tuple[Path, ...], plans: list[TensorPlan], found: Comparison, told: Iterable[str] = ()
 ) -> ExportReport:
     adapters = [path.name for path in files if path == adapter_path(files[0])]
     return ExportReport(
@@ -150,5 +151,5 @@ def _report(
         bytes=sum(path.stat().st_size for path in files),
         compared=found.values,
         differing=found.total,
-        notes=(*(f"load {files[0].name} together with the LoRA adapter {name}" for name in adapters), *accepted),
+        notes=(*(f"load {files[0].name} together with the LoRA adapter {name}" for name in adapters), *told),
     )

@@ -39,6 +39,7 @@ def general(*, name: str, file_type: int) -> list[Entry]:
 
 def architecture(family: Family, config: Mapping[str, Any]) -> list[Entry]:
     """<arch>.*: sizes, heads, normalization, rotary embedding. config: the checkpoint's config.json."""
+    config = family.exported(config, "gguf")
     heads = config["num_attention_heads"]
     size, rope = head_dim(config), rope_of(config, family.rope_types)
     fields: list[tuple[str, str, Any]] = [
@@ -52,11 +53,13 @@ def architecture(family: Family, config: Mapping[str, Any]) -> list[Entry]:
         ("attention.key_length", "uint32", size),
         ("attention.value_length", "uint32", size),
         ("attention.layer_norm_rms_epsilon", "float32", config.get("rms_norm_eps", 1e-6)),
-        ("rope.dimension_count", "uint32", size),
+        ("rope.dimension_count", "uint32", rope.rotated(size)),
         ("rope.freq_base", "float32", rope.theta),
     ]
     if rope.kind == "linear":
         fields += [("rope.scaling.type", "string", "linear"), ("rope.scaling.factor", "float32", rope.factor)]
+    if rope.kind == "longrope":
+        fields += [("rope.scaling.attn_factor", "float32", rope.magnitude)]
     fields += [(own.key, own.kind, own.value(config)) for own in family.gguf_fields if own.value(config) is not None]
     return [Entry(f"{family.gguf_arch}.{key}", kind, value) for key, kind, value in fields]
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from qalora_export.errors import InputError
 from qalora_export.formats.gguf.metadata import architecture
 from qalora_export.formats.gguf.read import GgufContents
+from qalora_export.formats.gguf.tensor_table import ROPE_FREQUENCIES, ROPE_LONG, ROPE_SHORT
 from qalora_export.models.families import FAMILIES, Family
 from qalora_export.models.families.family import head_dim
 from qalora_export.models.families.rope import rope_of
@@ -70,6 +71,9 @@ def config_from_gguf(contents: GgufContents, model_type: str | None = None) -> d
     config["rms_norm_eps"] = read.real("attention.layer_norm_rms_epsilon")
     config["rope_theta"] = read.real("rope.freq_base", 10000.0)
     config["rope_scaling"] = _scaling(contents, config, read)
+    if config["rope_scaling"] and config["rope_scaling"]["rope_type"] == "longrope":
+        config["original_max_position_embeddings"] = config["rope_scaling"]["original_max_position_embeddings"]
+        config["partial_rotary_factor"] = read.number("rope.dimension_count") / config["head_dim"]
     config |= {key: values[0] for key, values in family.only.items() if key == "hidden_act"}
     config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in contents.types
     config["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in contents.types
@@ -142,8 +146,16 @@ def _shortest(value: Any) -> Any:
 
 def _scaling(contents: GgufContents, config: Mapping[str, Any], read: _Reader) -> dict[str, Any] | None:
     factors = contents.rope_factors
-    if factors is not None:
-        return _llama3(factors, config, contents.path)
+    if ROPE_FREQUENCIES in factors:
+        return _llama3(factors[ROPE_FREQUENCIES], config, contents.path)
+    if ROPE_SHORT in factors and ROPE_LONG in factors:
+        return {
+            "rope_type": "longrope",
+            "short_factor": [_shortest(float(value)) for value in factors[ROPE_SHORT]],
+            "long_factor": [_shortest(float(value)) for value in factors[ROPE_LONG]],
+            "attention_factor": read.real("rope.scaling.attn_factor", 1.0),
+            "original_max_position_embeddings": read.number("rope.scaling.original_context_length"),
+        }
     if read.get("rope.scaling.type") == "linear":
         return {"rope_type": "linear", "factor": read.real("rope.scaling.factor")}
     return None
@@ -189,7 +201,7 @@ def _check(contents: GgufContents, family: Family, config: Mapping[str, Any]) ->
     stored = {key.removeprefix(prefix): v for key, v in contents.metadata.items() if key.startswith(prefix)}
     for key, value in stored.items():
         neutral = NEUTRAL.get(key, ())
-        if neutral is None or value in neutral or (key in ours and _same(ours[key], value)):
+        if key in SIZES or neutral is None or value in neutral or (key in ours and _same(ours[key], value)):
             continue
         raise InputError(
             f"{prefix}{key} = {str(value)[:80]} has no place in a {family.name} model",

@@ -18,7 +18,7 @@ from qalora_export.formats.gguf.file import GgufFile, StoredTensor
 from qalora_export.formats.gguf.names import SUFFIXES, NameMap
 from qalora_export.formats.gguf.permute import hf_order
 from qalora_export.formats.gguf.remainder import group_indicator, with_remainder
-from qalora_export.formats.gguf.tensor_table import ROPE_FREQUENCIES, as_stored
+from qalora_export.formats.gguf.tensor_table import ROPE_FREQUENCIES, ROPE_LONG, ROPE_SHORT, as_stored
 from qalora_export.formats.gguf.types import BLOCK_TYPES, PLAIN_TYPES
 from qalora_export.formats.streaming import release
 from qalora_export.grid import GroupAffine, PackedAffine
@@ -102,8 +102,8 @@ class GgufContents:
         return as_stored(self._source.family, name, tensor)
 
     @property
-    def rope_factors(self) -> NDArray[np.float32] | None:
-        """float32 (head_dim/2,): the divisors of the rotary frequencies, or None."""
+    def rope_factors(self) -> dict[str, NDArray[np.float32]]:
+        """GGUF name -> float32 (rotated features / 2,): divisors of the rotary frequencies that the file holds."""
         return self._source.rope_factors
 
     def dequantized(self, name: str, rows: slice = slice(None)) -> NDArray[np.float32]:
@@ -168,14 +168,14 @@ class _Source:
         self.names = _hf_names(self.family, self._number("block_count"))
         self.tensors: dict[str, StoredTensor] = {}
         self.lora: dict[str, StoredTensor] = {}
-        self.rope_factors: NDArray[np.float32] | None = None
+        self.rope_factors: dict[str, NDArray[np.float32]] = {}
         self._indicators: set[str] = set()  # modules whose lora_a has been checked
         for name, tensor in file.tensors.items():
             base, _, part = name.rpartition(".")
             if part in ("lora_a", "lora_b"):
                 self.lora[f"{self._hf_name(base)}.{part}"] = tensor
-            elif name == ROPE_FREQUENCIES:
-                self.rope_factors = np.asarray(tensor.values, np.float32).reshape(-1)
+            elif name in (ROPE_FREQUENCIES, ROPE_LONG, ROPE_SHORT):
+                self.rope_factors[name] = np.asarray(tensor.values, np.float32).reshape(-1)
             else:
                 self.tensors[self._hf_name(name)] = tensor
 

@@ -32,6 +32,7 @@ from qalora_export.models.families import Family, family_of, rope_of
 from qalora_export.models.families.family import head_dim
 
 ROPE_FREQUENCIES = "rope_freqs.weight"
+ROPE_SHORT, ROPE_LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ def plan_model(checkpoint: CanonicalCheckpoint, layout: str) -> list[TensorPlan]
     family = family_of(checkpoint.config)
     _check_complete(checkpoint, family)
     names = NameMap(family.gguf_arch, checkpoint.config["num_hidden_layers"])
-    plans = [_frequencies(checkpoint, family)] if rope_of(checkpoint.config).kind == "llama3" else []
+    plans = _rope_factors(checkpoint, family)
     plans += [_plain(checkpoint, family, names, name, layout) for name in exported_names(checkpoint)]
     plans += [_quantized(checkpoint, family, names, module, layout) for module in checkpoint.modules]
     if len({plan.name for plan in plans}) != len(plans):
@@ -139,12 +140,14 @@ def as_stored(family: Family, name: str, tensor: NDArray[Any]) -> NDArray[Any]:
     return tensor
 
 
-def _frequencies(checkpoint: CanonicalCheckpoint, family: Family) -> TensorPlan:
-    size = head_dim(checkpoint.config)
-    factors = rope_of(checkpoint.config, family.rope_types).frequency_factors(size)
-    if factors is None:
-        raise InputError("rotary scaling has no frequency factors", where=checkpoint.path)
-    return TensorPlan(ROPE_FREQUENCIES, F32, factors.shape, factors.__getitem__)
+def _rope_factors(checkpoint: CanonicalCheckpoint, family: Family) -> list[TensorPlan]:
+    """Divisors of the rotary frequencies, where the scaling has any; float32 (rotated features / 2,)."""
+    rope = rope_of(checkpoint.config, family.rope_types)
+    factors = rope.frequency_factors(head_dim(checkpoint.config))
+    tables = {} if factors is None else {ROPE_FREQUENCIES: factors}
+    if rope.kind == "longrope":
+        tables = {ROPE_LONG: np.array(rope.long, np.float32), ROPE_SHORT: np.array(rope.short, np.float32)}
+    return [TensorPlan(name, F32, values.shape, values.__getitem__) for name, values in tables.items()]
 
 
 def _check_complete(checkpoint: CanonicalCheckpoint, family: Family) -> None:

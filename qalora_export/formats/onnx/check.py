@@ -10,7 +10,7 @@ from qalora_export.errors import InputError
 from qalora_export.formats.contents import check_tied_head
 from qalora_export.formats.onnx.graph import build_graph
 from qalora_export.formats.onnx.split_form import CONTAINER_BITS
-from qalora_export.models.families import family_of
+from qalora_export.models.families import family_of, rope_of
 from qalora_export.models.families.family import head_dim
 
 FP16, ZERO = 2, 1  # bytes of a scale or an offset, and at most of a zero point
@@ -31,10 +31,14 @@ def check_runnable(config: Mapping[str, Any], *, where: object) -> None:
             fix="export gguf holds this family",
         )
     heads = config["num_attention_heads"]
+    rotated = rope_of(config, family.rope_types).rotated(size)
     shared = config.get("num_key_value_heads") or heads
     findings = {
         f"attention heads of {size} features": f"head sizes that are multiples of {HEAD_MULTIPLE}"
         if size % HEAD_MULTIPLE
+        else "",
+        f"{rotated} rotated features of a head": f"numbers of rotated features that are multiples of {HEAD_MULTIPLE}"
+        if rotated % HEAD_MULTIPLE
         else "",
         f"{heads} heads on {shared} of keys and values": "whole numbers of heads for each head of keys and values"
         if heads % shared
@@ -58,7 +62,9 @@ def check_onnx(forecast: Forecast) -> int:
     check_runnable(forecast.config, where=forecast.path)
     check_tied_head(forecast.folder)
     build_graph(forecast.config, untied_head="lm_head" in forecast.modules)
-    rotary = 4 * (forecast.context or 0) * head_dim(forecast.config)  # cos and sin of every position
+    exported = family_of(forecast.config).exported(forecast.config, "onnx")
+    size = rope_of(exported).rotated(head_dim(exported))
+    rotary = 4 * int(exported["max_position_embeddings"]) * size  # cos and sin of every position
     matrices = (
         out * (width * CONTAINER_BITS[bits] // 8 + (2 * FP16 + ZERO) * width // group)
         for (out, width), (bits, group) in ((forecast.shapes[name], grid) for name, grid in forecast.modules.items())

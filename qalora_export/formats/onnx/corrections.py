@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from qalora_export.errors import InputError
 from qalora_export.models.families import Rope, family_of, rope_of
@@ -29,6 +30,10 @@ def correct(model: ir.Model, config: Mapping[str, Any]) -> None:
         limit_windows(model, windowed, int(config["sliding_window"]))
     if family.local_theta is not None:
         rotate_by_layer(model, windowed, rope_of(config, family.rope_types), family.local_theta(config))
+    if (rope := rope_of(config, family.rope_types)).kind == "longrope":
+        rotate_by_factors(model, rope)
+    if rope.partial != 1.0:
+        rotate_in_part(model)
     if family.fused_qkv:
         fuse_qkv(model, config["num_hidden_layers"])
     scale_attention(model, family.attention_scale(config))
@@ -53,22 +58,51 @@ def rotate_by_layer(model: ir.Model, windowed: tuple[bool, ...], rope: Rope, loc
 
     mobius' fusion into GroupQueryAttention takes the first table it meets for all layers.
     """
-    nodes = _attention(model)
-    shapes = {tuple(value.shape) for node in nodes.values() for value in node.inputs[7:9]}  # type: ignore[union-attr, arg-type]
-    ((context, half),) = shapes
-    tables: dict[bool, list[ir.Value]] = {True: [], False: []}
-    for local, theta, factor in ((True, local_theta, 1.0), (False, rope.theta, rope.factor)):
-        for part, numbers in zip(("cos", "sin"), rope_tables(theta, factor, 2 * half, context), strict=True):
-            name = f"model.rotary_emb{'_local' if local else ''}.{part}_cache"
-            table = model.graph.initializers.get(name) or ir.Value(name=name)
-            table.const_value, table.type = ir.tensor(numbers, name=name), ir.TensorType(ir.DataType.FLOAT)
-            table.shape = ir.Shape(numbers.shape)
-            if name not in model.graph.initializers:
-                model.graph.register_initializer(table)
-            tables[local].append(table)
+    nodes, (context, half) = _attention(model), _table_shape(model)
+    tables = {
+        local: _rotary_tables(model, "_local" if local else "", rope_tables(theta, factor, 2 * half, context))
+        for local, theta, factor in ((True, local_theta, 1.0), (False, rope.theta, rope.factor))
+    }
     for layer, node in nodes.items():
         for index, table in zip((7, 8), tables[windowed[layer]], strict=True):
             node.replace_input_with(index, table)
+
+
+def rotate_by_factors(model: ir.Model, rope: Rope) -> None:
+    """mobius computes longrope's factor on cos and sin from the contexts, and ignores one that is stated."""
+    context, half = _table_shape(model)
+    _rotary_tables(model, "", rope_tables(rope.theta, rope.short, 2 * half, context, rope.magnitude))
+
+
+def rotate_in_part(model: ir.Model) -> None:
+    """GroupQueryAttention has no attribute rotary_embedding_dim, and ONNX Runtime refuses the graph for it.
+
+    How many features are rotated follows from the width of the tables (ContribOperators.md).
+    """
+    for node in _attention(model).values():
+        node.attributes.pop("rotary_embedding_dim", None)
+
+
+def _table_shape(model: ir.Model) -> tuple[int, int]:
+    """(context, rotated features / 2) of the one cos/sin table that mobius makes."""
+    nodes = _attention(model).values()
+    shapes = {tuple(value.shape) for node in nodes for value in node.inputs[7:9]}  # type: ignore[union-attr, arg-type]
+    ((context, half),) = shapes
+    return context, half
+
+
+def _rotary_tables(model: ir.Model, suffix: str, tables: tuple[NDArray[np.float32], ...]) -> list[ir.Value]:
+    """(cos, sin) as the graph's tables of that name, new or in place of those there."""
+    values = []
+    for part, numbers in zip(("cos", "sin"), tables, strict=True):
+        name = f"model.rotary_emb{suffix}.{part}_cache"
+        table = model.graph.initializers.get(name) or ir.Value(name=name)
+        table.const_value, table.type = ir.tensor(numbers, name=name), ir.TensorType(ir.DataType.FLOAT)
+        table.shape = ir.Shape(numbers.shape)
+        if name not in model.graph.initializers:
+            model.graph.register_initializer(table)
+        values.append(table)
+    return values
 
 
 def fuse_qkv(model: ir.Model, layers: int) -> None:

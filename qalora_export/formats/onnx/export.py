@@ -19,6 +19,7 @@ from qalora_export.formats.onnx.layout import DATA, GRAPH
 from qalora_export.formats.onnx.read import MODULES_KEY, read_back
 from qalora_export.formats.onnx.split_form import WrittenForm
 from qalora_export.formats.streaming import finished
+from qalora_export.models.families import family_of
 from qalora_export.progress import track
 from qalora_export.recipe import OnnxSettings
 from qalora_export.safety import StrPath, atomic_directory, local_path
@@ -98,7 +99,8 @@ def _write(source: CanonicalCheckpoint, folder: Path, settings: OnnxSettings) ->
     write_host_files(folder, package, source)
     types = Counter(f"MatMulNBits, {form.container} bits" for form in rewriter.forms.values())
     types.update(data.hashes[name]["dtype"] for name in rewriter.carried)
-    return Written(data.hashes, dict(types), _notes(rewriter.forms))
+    bound = family_of(source.config).bound(source.config, "onnx")
+    return Written(data.hashes, dict(types), (*_notes(rewriter.forms), *([str(bound)] if bound else [])))
 
 
 def _notes(forms: dict[str, WrittenForm]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qalora_export.errors import InputError
 from qalora_export.formats.onnx.corrections import correct
+from qalora_export.models.families import family_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -40,7 +41,8 @@ def build_graph(config: Mapping[str, Any], *, untied_head: bool = False) -> Mode
     import mobius
 
     _register_provider()
-    source = {key: value for key, value in config.items() if key != "quantization_config"}
+    source = family_of(config).exported(config, "onnx")
+    source.pop("quantization_config", None)
     if untied_head:
         source["tie_word_embeddings"] = False
     with tempfile.TemporaryDirectory(prefix="qalora-onnx-") as folder:

@@ -46,8 +46,11 @@ def write_host_files(folder: Path, package: ModelPackage, checkpoint: ModelFolde
 
 
 def web_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json for transformers.js: the checkpoint's own without its quantization, which the graph has replaced."""
-    kept = {key: value for key, value in config.items() if key != "quantization_config"}
+    """config.json for transformers.js: the checkpoint's own without its quantization, which the graph has replaced, and
+    with the context that the graph has.
+    """
+    exported = family_of(config).exported(config, "onnx")
+    kept = {key: value for key, value in exported.items() if key != "quantization_config"}
     return kept | {"transformers.js_config": TRANSFORMERS_JS}
 
 
@@ -64,7 +67,7 @@ def _genai_config(package: ModelPackage, checkpoint: ModelFolder, generation: Ma
     from mobius.integrations.ort_genai import write_ort_genai_config
 
     with tempfile.TemporaryDirectory(prefix="qalora-onnx-") as scratch:
-        context = int(checkpoint.config["max_position_embeddings"])
+        context = int(web_config(checkpoint.config)["max_position_embeddings"])
         write_ort_genai_config(package, scratch, ep="cpu", context_length=context)
         config: dict[str, Any] = read_json(Path(scratch) / GENAI_CONFIG)
     model = config["model"]

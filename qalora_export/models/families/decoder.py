@@ -1,6 +1,7 @@
 """The decoder layer that most families share: pre-norm, rotary attention with grouped key/value heads, gated MLP."""
 
-from qalora_export.models.families.family import LayerPoint
+from qalora_export.errors import InputError
+from qalora_export.models.families.family import Config, LayerPoint
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -75,3 +76,26 @@ POINTS = (
 POINTS_WITH_HEAD_NORMS = tuple(
     point for shared in POINTS for point in {QUERY: (QUERY_NORM,), KEY: (KEY_NORM,)}.get(shared, (shared,))
 )
+
+
+def window_everywhere(config: Config) -> tuple[bool, ...]:
+    """Every layer attends within `sliding_window` (Mistral, Phi-3), where that is shorter than the context."""
+    window = config.get("sliding_window")
+    shorter = window is not None and window < config["max_position_embeddings"]
+    return (True,) * config["num_hidden_layers"] if shorter else ()
+
+
+def check_window(config: Config, default: int | None = None) -> None:
+    """Raise InputError for a `sliding_window` that is no number of positions, or that Transformers would assume.
+
+    default: what Transformers takes where the key is absent.
+    """
+    window = config.get("sliding_window", default)
+    if window is not None and (type(window) is not int or window <= 0 or "sliding_window" not in config):
+        absent = "sliding_window" not in config
+        raise InputError(
+            "config.json does not say whether there is a sliding window" if absent else f"sliding_window is {window!r}",
+            where="config.json: sliding_window",
+            why=f"Transformers assumes {default}, other libraries none" if absent else "it must be a positive number",
+            fix="state it: null for none" if absent else "fetch the model again",
+        )

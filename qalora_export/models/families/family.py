@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qalora_export.errors import InputError
+from qalora_export.models.families.rope import rope_of
 
 Config = Mapping[str, Any]
 EMBEDDING_NODE = "embd"
 Side = Literal["input", "output"]
+Format = Literal["gguf", "onnx"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,20 @@ class GgufField:
     key: str
     kind: str
     value: Callable[[Config], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """How many positions of the model's `context` an export has, because beyond them a runtime computes another
+    function than Transformers; why.
+    """
+
+    positions: int
+    why: str
+    context: int
+
+    def __str__(self) -> str:
+        return f"the context is {self.positions} positions, not the model's {self.context}: {self.why}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +77,9 @@ class Family:
     check: raises InputError for variants that `only` cannot express.
     attention_scale: factor of q·k before the softmax.
     windowed: layers whose attention looks back `sliding_window` positions only, one bool each; empty: none does.
+    gguf_windows: whether llama.cpp's graph has those windows. Where it has not, a GGUF file's context ends with the
+        window: up to there, the model sees everything anyway.
+    partial_rotary: whether `partial_rotary_factor` may leave features of a head unrotated.
     local_theta: RoPE base of the layers with a window where it is not that of the others.
     embedding_scale: factor of the embedding, None where there is none.
     fused_qkv: q, k and v are rows of one matrix, `self_attn.qkv_proj`, in that order.
@@ -84,6 +103,8 @@ class Family:
     check: Callable[[Config], None] | None = None
     attention_scale: Callable[[Config], float] = lambda config: head_dim(config) ** -0.5
     windowed: Callable[[Config], tuple[bool, ...]] = lambda _: ()
+    gguf_windows: bool = True
+    partial_rotary: bool = False
     local_theta: Callable[[Config], float] | None = None
     embedding_scale: Callable[[Config], float] | None = None
     fused_qkv: bool = False
@@ -109,6 +130,41 @@ class Family:
         if key is None:
             return None
         return int(config.get(key) or config["num_attention_heads"])
+
+    def bound(self, config: Config, fmt: Format) -> Bound | None:
+        """Where the context of an export ends before the model's own; None where it does not."""
+        context, found, rope = int(config["max_position_embeddings"]), list[Bound](), rope_of(config, self.rope_types)
+        if rope.kind == "longrope" and rope.original_context < context:
+            found.append(
+                Bound(
+                    rope.original_context,
+                    "for longer texts the model has other RoPE factors (longrope); Transformers takes them by the "
+                    "length of a text, llama.cpp by the size of its context, and a KV cache cannot change them",
+                    context,
+                )
+            )
+        if fmt == "gguf" and not self.gguf_windows and any(self.windowed(config)):
+            found.append(
+                Bound(
+                    int(config["sliding_window"]),
+                    f"the model attends within a sliding window, which llama.cpp's {self.gguf_arch} does not have",
+                    context,
+                )
+            )
+        return min(found, key=lambda bound: bound.positions, default=None)
+
+    def exported(self, config: Config, fmt: Format) -> dict[str, Any]:
+        """config.json of the function that an export holds: the model's, on the context that its bound leaves."""
+        bound, found = self.bound(config, fmt), dict(config)
+        if bound is not None:
+            found["max_position_embeddings"] = bound.positions
+            if not any(self.windowed(found)) and "sliding_window" in found:
+                found["sliding_window"] = None
+            rope = rope_of(config, self.rope_types)
+            if rope.kind == "longrope":  # which follows from the model's own context unless it is stated
+                key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+                found[key] = dict(config[key]) | {"attention_factor": rope.magnitude}
+        return found
 
     def check_variant(self, config: Config) -> None:
         """Raise InputError for a variant of the architecture that we would export wrongly."""

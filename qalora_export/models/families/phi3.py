@@ -1,10 +1,9 @@
-"""Phi-4 (14B) and Phi-3 models without a window: q, k, v in one matrix, gate and up in another.
+"""Phi-3, Phi-4 and Phi-4-mini: q, k, v in one matrix, gate and up in another.
 
-Refused: a sliding window (Phi-3-mini and -medium 4k: 2047), which llama.cpp's phi3 ignores, and RoPE scaled by length
-(longrope: Phi-3 128k, Phi-4-mini), which llama.cpp decides once per context and Transformers once per sequence.
+A sliding window (Phi-3-mini and -medium 4k: 2047) is ignored by llama.cpp's phi3, so it is the context of a GGUF file.
+RoPE scaled by length (longrope: the 128k models, Phi-4-mini) is exported for texts of the original context:
+Transformers takes the factors for longer ones by the length of a text, llama.cpp by the size of its context.
 """
-
-from collections.abc import Mapping
 
 from qalora_export.errors import InputError
 from qalora_export.models.families.decoder import (
@@ -17,31 +16,48 @@ from qalora_export.models.families.decoder import (
     NORMS,
     PRODUCT,
     SUM_AFTER_ATTENTION,
+    check_window,
+    window_everywhere,
 )
-from qalora_export.models.families.family import Config, Family, GgufField, LayerPoint
+from qalora_export.models.families.family import Config, Family, GgufField, LayerPoint, head_dim
+from qalora_export.models.families.rope import rope_of
 
-LONG = ("longrope", "su", "yarn")  # the names that Phi-3's configs have had for it
+ROPE_TYPES = ("default", "longrope")
+
+KV_CELLS = 256  # llama.cpp rounds contexts up to this many positions
 
 
 def _check(config: Config) -> None:
-    """Raise InputError for rotary embeddings that both exporters would not carry exactly."""
-    raw = config.get("rope_scaling") or config.get("rope_parameters")
-    kind = raw.get("rope_type", raw.get("type")) if isinstance(raw, Mapping) else None
-    if kind in LONG:
+    """Raise InputError for a window or rotary embeddings that the exporters would not carry exactly."""
+    check_window(config)
+    rope = rope_of(config, ROPE_TYPES)
+    if rope.kind != "longrope":
+        return
+    if "original_max_position_embeddings" not in config:
         raise InputError(
-            f"Phi-3 with RoPE that is scaled by length ({kind}) is not supported",
-            where="config.json: rope_scaling",
-            why="llama.cpp takes the long factors by the size of its context, Transformers by the length of each text",
-            fix="use Phi-4 (14B), or another family",
+            "Phi-3 with longrope and no original_max_position_embeddings",
+            where="config.json",
+            why="Transformers assumes 4096, whatever the rotary parameters say",
+            fix="state it beside max_position_embeddings",
         )
-    for key, allowed, why in (
-        ("partial_rotary_factor", (None, 1.0), "both exporters rotate whole heads"),
-        ("sliding_window", (None,), "llama.cpp's phi3 has no window, whatever the file says"),
-    ):
-        if config.get(key) not in allowed:
-            raise InputError(
-                f"Phi-3 with {key} = {config[key]!r} is not supported", where=f"config.json: {key}", why=why
-            )
+    if rope.original_context % KV_CELLS:
+        raise InputError(
+            f"longrope with an original context of {rope.original_context} positions is not supported",
+            where="config.json: original_max_position_embeddings",
+            why=f"llama.cpp rounds a context up to {KV_CELLS} positions and would take the factors for longer texts",
+            fix="use a model of the standard architecture",
+        )
+    if 2 * len(rope.short) != rope.rotated(head_dim(config)):
+        raise InputError(
+            f"longrope has {len(rope.short)} factors for {rope.rotated(head_dim(config))} rotated features",
+            where="config.json: rope_scaling",
+            why="each pair of features has one",
+            fix="fetch the model again",
+        )
+
+
+def _original_context(config: Config) -> int:
+    return rope_of(config, ROPE_TYPES).original_context or int(config["max_position_embeddings"])
 
 
 PHI3 = Family(
@@ -49,9 +65,12 @@ PHI3 = Family(
     architectures=("Phi3ForCausalLM",),
     gguf_arch="phi3",
     rope_permuted={},
-    rope_types=("default",),
+    rope_types=ROPE_TYPES,
     only={"hidden_act": ("silu",)},
     check=_check,
+    windowed=window_everywhere,
+    gguf_windows=False,
+    partial_rotary=True,
     linears=("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
     norms=NORMS,
     points=(
@@ -66,10 +85,10 @@ PHI3 = Family(
         DOWN,
         LAYER,
     ),
-    # llama.cpp's phi3 has no window whatever the file says, so a model with one is refused.
+    # llama.cpp's phi3 wants both keys and has no window whatever the first says.
     gguf_fields=(
         GgufField("attention.sliding_window", "uint32", lambda _: 0),
-        GgufField("rope.scaling.original_context_length", "uint32", lambda config: config["max_position_embeddings"]),
+        GgufField("rope.scaling.original_context_length", "uint32", _original_context),
     ),
     fused_qkv=True,
 )

@@ -59,8 +59,17 @@ def family_of(config: Mapping[str, Any]) -> Family:
         if type(config.get(key)) is not int or config[key] <= 0:
             raise InputError(f"{key} is {config.get(key)!r}, not a positive number", where=f"config.json: {key}")
     family.check_variant(config)
-    rope_of(config, family.rope_types)
+    rope = rope_of(config, family.rope_types)
+    if rope.partial != 1.0 and not family.partial_rotary:
+        raise InputError(
+            f"{family.name} with partial_rotary_factor = {rope.partial!r} is not supported",
+            where="config.json: partial_rotary_factor",
+            why="the runtimes rotate whole heads",
+            fix="use a model of the standard architecture",
+        )
     _check_heads(config)
+    if rope.rotated(head_dim(config)) % 2:
+        raise InputError("an odd number of features is rotated", where="config.json: partial_rotary_factor")
     return family
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from qalora_runtimes.protocol import Chat, conversation
 
 from qalora_export.data.prompts import canonical_json, read_prompts, token_ids
 from qalora_export.errors import InputError
+from qalora_export.models.families import family_of
+from qalora_export.models.families.family import Format
 from qalora_export.models.templates import TemplateRefusal
 from qalora_export.recipe import VerifySettings
 from qalora_export.safety import sha256_bytes
@@ -90,13 +92,19 @@ def rendered(tokenizer: Any, chat: Chat) -> str:
     )
 
 
-def make_probes(tokenizer: Any, config: dict[str, Any], settings: VerifySettings) -> ProbeSet:
+def make_probes(
+    tokenizer: Any, config: dict[str, Any], settings: VerifySettings, *, formats: Collection[Format] = ()
+) -> ProbeSet:
     """At least settings.sequences sequences and settings.positions positions, deterministic for a seed.
 
-    Raises InputError when the model's context cannot hold the probe set's shortest useful sequence.
+    formats: of the artifacts; no sequence fills the context that one of them has (models.families.Bound). Raises
+    InputError when the model's context cannot hold the probe set's shortest useful sequence.
     """
     vocabulary = int(config["vocab_size"])
-    limit = min(settings.max_length, int(config.get("max_position_embeddings", settings.max_length)))
+    bounds = [bound for fmt in formats if (bound := family_of(config).bound(config, fmt)) is not None]
+    # One position stays free: llama.cpp asks for one more than it answers, and takes other RoPE factors past a bound.
+    within = (bound.positions - 1 for bound in bounds)
+    limit = min(settings.max_length, int(config.get("max_position_embeddings", settings.max_length)), *within)
     if limit < 8:
         raise InputError(
             f"probe sequences of {limit} tokens are too short",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from qalora_export.checkpoint.canonical import PARTS, CanonicalCheckpoint
 from qalora_export.checkpoint.manifest import MANIFEST
 from qalora_export.checkpoint.provenance import kind_of
 from qalora_export.formats.gguf.split import adapter_path
+from qalora_export.models.families import family_of
+from qalora_export.models.families.family import Format
 from qalora_export.safety import sha256_bytes, sha256_file
 from qalora_export.verify.identity import Identities, combined
 from qalora_export.verify.session import Session, Target
@@ -45,6 +48,7 @@ def describe_inputs(session: Session, targets: list[Target], base: Path | None) 
         },
         "artifacts": [
             describe_artifact(p, artifacts, counts["parameters"], session.files)
+            | {"context": context_of(checkpoint.config, "gguf" if p.is_file() else "onnx")}
             for p in dict.fromkeys(artifacts.values())
         ],
         "probe": {
@@ -72,6 +76,14 @@ def describe_inputs(session: Session, targets: list[Target], base: Path | None) 
         "settings": settings.model_dump(mode="json"),
         "command": command_line(checkpoint.path, artifacts, base, session),
     }
+
+
+def context_of(config: Mapping[str, Any], fmt: Format) -> dict[str, Any]:
+    """positions: of the artifact's context, all that this report speaks of; note: why it ends before the model's."""
+    family = family_of(config)
+    bound = family.bound(config, fmt)
+    positions = family.exported(config, fmt)["max_position_embeddings"]
+    return {"positions": positions, "note": None if bound is None else str(bound)}
 
 
 def parameter_counts(checkpoint: CanonicalCheckpoint) -> dict[str, int]:

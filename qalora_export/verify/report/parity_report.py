@@ -7,7 +7,8 @@ report.json (format "qalora-parity/1"):
                   measured against), kl, loss (nats), top1 over all positions of the probe set, kl_text, top1_text over
                   its text; score (exact, total); null where it is not at hand, and note says why
     checkpoint    name, kind, manifest_sha256, parameters, quantized_parameters
-    artifacts     one per artifact: runtime kinds it serves, name, bytes, sha256, bits_per_weight
+    artifacts     one per artifact: runtime kinds it serves, name, bytes, sha256, bits_per_weight, context (positions:
+                  all that this report speaks of; note: why they are fewer than the model's)
     probe         sequences, positions, sha256, seed, prompts, names and lengths of the sequences
     gates         one entry per gate and runtime: gate, title, row (what its headline figure means to a reader),
                   headline (that figure, null where it was not measured), runtime, status ("pass" | "fail" | "not run"),

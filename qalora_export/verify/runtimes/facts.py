@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qalora_export.models.families import Family, family_of
-from qalora_export.models.families.family import head_dim
+from qalora_export.models.families import Family, family_of, rope_of
+from qalora_export.models.families.family import Format, head_dim
 from qalora_export.models.loading import load_tokenizer
 from qalora_export.safety import inside, read_json
 
@@ -35,14 +35,18 @@ SIZES = {
 }
 
 
-def expected_graph_facts(config: Mapping[str, Any], frequencies: NDArray[Any]) -> dict[str, Any]:
-    """Sizes, heads and normalization by config.json; frequencies: the reference's own RoPE, (head size / 2,)."""
+def expected_graph_facts(config: Mapping[str, Any], frequencies: NDArray[Any], fmt: Format) -> dict[str, Any]:
+    """Sizes, heads and normalization by config.json, as an export has them; frequencies: the reference's own RoPE,
+    (rotated features / 2,).
+    """
+    config = family_of(config).exported(config, fmt)
     facts = {fact: config[key] for fact, key in SIZES.items()}
     return facts | {
         "key/value heads": config.get("num_key_value_heads") or config["num_attention_heads"],
         "head size": head_dim(config),
         "norm epsilon": np.float32(config.get("rms_norm_eps", 1e-6)),
         "RoPE frequencies": frequencies,
+        "RoPE magnitude": np.float32(rope_of(config).magnitude),
         **_window_facts(config, frequencies),
     }
 
@@ -60,6 +64,16 @@ def theta_frequencies(theta: float, size: int) -> NDArray[np.float64]:
     """Radians per position, (size / 2,): theta^(−2i/size)."""
     frequencies: NDArray[np.float64] = theta ** (-np.arange(0, size, 2, dtype=np.float64) / size)
     return frequencies
+
+
+def long_rope_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a GGUF file holds beside the exported context: RoPE in larger contexts, and where those begin."""
+    rope = rope_of(config)
+    if rope.kind != "longrope":
+        return {}
+    size = rope.rotated(head_dim(config))
+    beyond = theta_frequencies(rope.theta, size) / np.asarray(rope.long)
+    return {"RoPE frequencies in larger contexts": beyond, "larger contexts begin after": rope.original_context}
 
 
 def windows(family: Family, config: Mapping[str, Any]) -> list[int]:

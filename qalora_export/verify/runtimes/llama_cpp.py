@@ -24,6 +24,7 @@ from qalora_export.verify.runtimes.facts import (
     ABSENT,
     expected_graph_facts,
     expected_text_facts,
+    long_rope_facts,
     theta_frequencies,
     windows,
 )
@@ -31,6 +32,8 @@ from qalora_export.verify.runtimes.record import Artifact, Facts, Matrices, Runt
 from qalora_export.verify.runtimes.twin import write_twin
 
 FREQUENCY_DIVISORS = "rope_freqs.weight"
+# Looked at where the first is absent: the second by contexts beyond rope.scaling.original_context_length.
+SHORT_DIVISORS, LONG_DIVISORS = "rope_factors_short.weight", "rope_factors_long.weight"
 MOST_LAYERS, MOST_ROTATED = 2**16, 2**16
 LOCAL_BASE = 10000.0  # rope_freq_base_train_swa of llama.cpp where the file does not say
 
@@ -53,7 +56,9 @@ class LlamaCpp(RuntimeRecord):
         return runtime_dequantized(artifact, adapter_of(artifact))
 
     def expected(self, checkpoint: CanonicalCheckpoint, frequencies: NDArray[Any]) -> Facts:
-        return expected_graph_facts(checkpoint.config, frequencies) | expected_text_facts(checkpoint.path)
+        config = checkpoint.config
+        graph = expected_graph_facts(config, frequencies, "gguf") | long_rope_facts(config)
+        return graph | expected_text_facts(checkpoint.path)
 
     def found(self, artifact: Path, contents: Any) -> Facts:
         return facts_of(artifact, contents.metadata)
@@ -103,7 +108,10 @@ def facts_of(artifact: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
         "key/value heads": of("attention.head_count_kv"),
         "head size": of("attention.key_length"),
         "norm epsilon": of("attention.layer_norm_rms_epsilon"),
-        "RoPE frequencies": _frequencies(artifact, of),
+        "RoPE frequencies": _frequencies(artifact, of, FREQUENCY_DIVISORS, SHORT_DIVISORS),
+        "RoPE magnitude": 1.0 if (factor := of("rope.scaling.attn_factor")) == ABSENT else factor,
+        "RoPE frequencies in larger contexts": _frequencies(artifact, of, FREQUENCY_DIVISORS, LONG_DIVISORS),
+        "larger contexts begin after": of("rope.scaling.original_context_length"),
         "attention windows": _windows(arch, of),
         "RoPE frequencies in windows": _local_frequencies(artifact, arch, of),
         "tokens": token("tokens"),
@@ -133,7 +141,7 @@ def _local_frequencies(artifact: Path, arch: Any, of: Any) -> NDArray[np.float64
     """In layers with a window: by a base of their own, never scaled, in families that have one; else as elsewhere."""
     base, size = of("rope.freq_base_swa"), of("rope.dimension_count")
     if base == ABSENT and not any(f.local_theta for f in FAMILIES if f.gguf_arch == arch):
-        return _frequencies(artifact, of)
+        return _frequencies(artifact, of, FREQUENCY_DIVISORS, SHORT_DIVISORS)
     base = LOCAL_BASE if base == ABSENT else base
     if not isinstance(base, float) or not isinstance(size, int) or base <= 0 or not 0 < size < MOST_ROTATED:
         return ABSENT
@@ -148,19 +156,23 @@ def _windows(arch: Any, of: Any) -> list[int] | str:
         return ABSENT
     if (pattern := of("attention.sliding_window_pattern")) != ABSENT:
         return f"by a pattern of the file's own: {pattern}"
+    if not family.gguf_windows:
+        return []
     return windows(family, {"num_hidden_layers": layers, "sliding_window": window if isinstance(window, int) else 0})
 
 
-def _frequencies(artifact: Path, of: Any) -> NDArray[np.float64] | str:
-    """What llama.cpp rotates by: base^(-2i/d), over the linear factor, over the divisors of rope_freqs.weight."""
+def _frequencies(artifact: Path, of: Any, *divisors: str) -> NDArray[np.float64] | str:
+    """What llama.cpp rotates by: base^(-2i/d), over the linear factor, over the first of the tensors that is there."""
     base, size = of("rope.freq_base"), of("rope.dimension_count")
     if not isinstance(base, float) or not isinstance(size, int) or base <= 0 or size <= 0:
         return ABSENT
     frequencies = 1.0 / np.power(base, np.arange(0, size, 2, dtype=np.float64) / size)
     if of("rope.scaling.type") == "linear":
         frequencies = frequencies / float(of("rope.scaling.factor"))
-    divisors = _tensor(artifact, FREQUENCY_DIVISORS)
-    return frequencies if divisors is None else frequencies / divisors
+    found = next((values for name in divisors if (values := _tensor(artifact, name)) is not None), None)
+    if found is not None and found.shape != frequencies.shape:
+        return f"{found.shape} divisors"
+    return frequencies if found is None else frequencies / found
 
 
 def _tensor(artifact: Path, name: str) -> NDArray[np.float64] | None:

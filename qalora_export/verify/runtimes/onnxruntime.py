@@ -49,7 +49,7 @@ class OnnxRuntime(RuntimeRecord):
 
     def expected(self, checkpoint: CanonicalCheckpoint, frequencies: NDArray[Any]) -> Facts:
         scale = np.float32(family_of(checkpoint.config).attention_scale(checkpoint.config))
-        facts = expected_graph_facts(checkpoint.config, frequencies) | expected_text_facts(checkpoint.path)
+        facts = expected_graph_facts(checkpoint.config, frequencies, "onnx") | expected_text_facts(checkpoint.path)
         return facts | {"attention scale": scale} | expected_web_facts(checkpoint, facts["chat template"])
 
     def found(self, artifact: Path, contents: Any) -> Facts:
@@ -105,21 +105,29 @@ def graph_facts(contents: OnnxContents) -> dict[str, Any]:
     heads = _single(a.get("num_heads") for a in attention)
     windows = _windows(a for kind, a in attributes if kind == ATTENTION)
     everywhere = [index for index in range(len(attention)) if not windows or not windows[index]]
-    table = shapes.get(_table_name(graph, 7, everywhere), [ABSENT, ABSENT])
+    table_name = _table_name(graph, 7, everywhere or list(range(len(attention))))
+    table = shapes.get(table_name, [ABSENT, ABSENT])
     return {
         "vocabulary": shapes.get(EMBEDDING, [ABSENT])[0],
         "hidden size": shapes.get(EMBEDDING, [ABSENT])[-1],
         "layers": len(attention),
         "attention heads": heads,
         "key/value heads": _single(a.get("kv_num_heads") for a in attention),
-        "head size": 2 * table[-1] if isinstance(table[-1], int) else ABSENT,
+        "head size": _head_size(graph),
         "context length": table[0],
         "norm epsilon": _single(a.get("epsilon", 1e-5) for kind, a in attributes if kind in NORMS),
         "attention scale": _single(a.get("scale") for a in attention),
-        "RoPE frequencies": _frequencies(contents, everywhere),
+        "RoPE frequencies": _frequencies(contents, everywhere or list(range(len(attention)))),
+        "RoPE magnitude": float(contents.tensor(table_name)[0, 0]) if table_name in contents.initializers else ABSENT,
         "attention windows": windows,
         "RoPE frequencies in windows": _frequencies(contents, [index for index, size in enumerate(windows) if size]),
     }
+
+
+def _head_size(graph: Any) -> Any:
+    """Features of a head, by the last dimension of the KV cache."""
+    caches = [value.type.tensor_type.shape.dim for value in graph.input if value.name.startswith("past_key_values.")]
+    return _single(dims[-1].dim_value for dims in caches if dims)
 
 
 def _windows(attention: Iterable[Mapping[str, Any]]) -> list[int]:
@@ -136,10 +144,11 @@ def _frequencies(contents: OnnxContents, layers: list[int]) -> NDArray[np.float6
     cos, sin = (contents.tensor(name).astype(np.float64) for name in names)  # (context, head size / 2)
     if cos.ndim != 2 or cos.shape != sin.shape or len(cos) < 2:
         return f"tables of shapes {cos.shape} and {sin.shape}"
-    frequencies = np.arctan2(sin[1], cos[1])
+    frequencies, magnitude = np.arctan2(sin[1], cos[1]), cos[0, 0]
     angles = np.arange(len(cos))[:, None] * frequencies
-    allowed = TABLE_ERROR + TABLE_ERROR_PER_RADIAN * angles
-    wrong = np.flatnonzero(((np.abs(np.cos(angles) - cos) > allowed) | (np.abs(np.sin(angles) - sin) > allowed)).any(1))
+    allowed = np.abs(magnitude) * (TABLE_ERROR + TABLE_ERROR_PER_RADIAN * angles)
+    off = np.abs(magnitude * np.cos(angles) - cos), np.abs(magnitude * np.sin(angles) - sin)
+    wrong = np.flatnonzero(((off[0] > allowed) | (off[1] > allowed)).any(1))
     return f"row {wrong[0]} of the cos/sin table does not follow from row 1" if wrong.size else frequencies
 
 

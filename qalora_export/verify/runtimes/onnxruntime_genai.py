@@ -37,7 +37,7 @@ class OnnxRuntimeGenai(OnnxRuntime):
 
     def expected(self, checkpoint: CanonicalCheckpoint, frequencies: NDArray[Any]) -> Facts:
         facts = super().expected(checkpoint, frequencies)
-        sizes = expected_graph_facts(checkpoint.config, frequencies)
+        sizes = expected_graph_facts(checkpoint.config, frequencies, "onnx")
         config = {f"genai {name}": sizes[name] for name in GENAI_SIZES}
         ends = expected_generation_ends(checkpoint.path, checkpoint.config)
         return facts | config | {"genai BOS id": facts["BOS id"], "genai ends at": ends}

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,12 +28,12 @@ from numpy.typing import NDArray
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.errors import InputError
 from qalora_export.formats.contents import Contents
+from qalora_export.models.families.family import Format
 from qalora_export.verify import runtimes
 from qalora_export.verify.kernels.products import TappedGraph
 
 Facts = dict[str, Any]
 Matrices = Iterator[tuple[str, NDArray[np.float32]]]  # (module, dequantized (out, in))
-Format = Literal["gguf", "onnx"]
 
 
 @dataclass(frozen=True)

@@ -110,3 +110,36 @@ def test_fused_queries_keys_and_values_are_cut_apart(tmp_path: Path) -> None:
     corrections.fuse_qkv(model, 1)
     assert model.graph.initializers[f"{module}.qkv_proj.weight"].shape == (192, 96)
     assert not [name for name in model.graph.initializers if name.startswith(f"{module}.q_proj")]
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + index / 10 for index in range(8)],
+    "long_factor": [2.0 + index for index in range(8)],
+    "attention_factor": 1.25,
+    "partial_rotary_factor": 0.5,
+}
+
+
+def test_a_stated_factor_on_cos_and_sin_is_lost(tmp_path: Path) -> None:
+    rope = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128, "num_attention_heads": 3}
+    model = graph_of(tmp_path, "phi3", **rope, num_key_value_heads=1, num_hidden_layers=1, pad_token_id=0)
+    table = model.graph.initializers["model.rotary_emb.cos_cache"]
+    assert table.const_value is not None
+    assert table.const_value.numpy()[0, 0] == 1.0
+    factors = tuple(LONGROPE["short_factor"])  # type: ignore[arg-type]
+    corrections.rotate_by_factors(model, Rope(1e4, "longrope", short=factors, magnitude=1.25))
+    wanted = rope_tables(1e4, factors, 16, 128, 1.25)
+    (node,) = attention(model)
+    for value, numbers in zip(node.inputs[7:9], wanted, strict=True):
+        assert np.array_equal(value.const_value.numpy(), numbers)  # type: ignore[union-attr]
+
+
+def test_an_attribute_that_the_operator_does_not_have_is_written(tmp_path: Path) -> None:
+    rope = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128, "num_attention_heads": 3}
+    model = graph_of(tmp_path, "phi3", **rope, num_key_value_heads=1, num_hidden_layers=1, pad_token_id=0)
+    (node,) = attention(model)
+    assert node.attributes["rotary_embedding_dim"].value == 16
+    corrections.rotate_in_part(model)
+    assert "rotary_embedding_dim" not in node.attributes

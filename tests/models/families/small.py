@@ -20,7 +20,34 @@ SIZES: Mapping[str, Any] = {
     "initializer_range": 0.15,
 }
 WINDOWS = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64}  # shorter than the probe sequences
-# Family name -> Transformers' model type, form of its real tokenizer, and what its config says beside the sizes.
+# RoPE with other factors beyond the original context, whose real forms have 4,096 of 131,072 positions.
+LONGROPE: Mapping[str, Any] = {
+    "max_position_embeddings": 1024,
+    "original_max_position_embeddings": 256,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0 + index / 50 for index in range(16)],
+        "long_factor": [1.5 + 2.0 * index for index in range(16)],
+    },
+}
+PARTIAL = {  # three quarters of 64 features of a head are rotated
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "rope_parameters": {
+        **LONGROPE["rope_parameters"],
+        "partial_rotary_factor": 0.75,
+        "short_factor": [1.0 + index / 50 for index in range(24)],
+        "long_factor": [1.5 + 2.0 * index for index in range(24)],
+    },
+}
+VARIANTS = {
+    "Mistral, windows": "Mistral",
+    "Phi-3, windows": "Phi-3",
+    "Phi-3, longrope": "Phi-3",
+    "Phi-4-mini": "Phi-3",
+}
+# Family or variant -> Transformers' model type, form of its real tokenizer, what its config says beside the sizes.
 CONFIGS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "Llama": ("llama", "Llama 3", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
     "Mistral": ("mistral", "SentencePiece", {"head_dim": 48, "sliding_window": None}),
@@ -36,6 +63,11 @@ CONFIGS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "Gemma 2": ("gemma2", "Gemma", {"num_hidden_layers": 4, **WINDOWS}),
     "Gemma 3": ("gemma3_text", "Gemma", {"num_hidden_layers": 6, **WINDOWS}),
     "Phi-3": ("phi3", "SentencePiece", {"sliding_window": None}),
+    # Variants of a family whose function is not the same in every runtime: an export has less context than the model.
+    "Mistral, windows": ("mistral", "SentencePiece", {"sliding_window": 64}),
+    "Phi-3, windows": ("phi3", "SentencePiece", {"sliding_window": 64}),
+    "Phi-3, longrope": ("phi3", "SentencePiece", LONGROPE),
+    "Phi-4-mini": ("phi3", "o200k", {**LONGROPE, "tie_word_embeddings": True, "sliding_window": 262144, **PARTIAL}),
 }
 
 

@@ -6,25 +6,29 @@ two steps of training, a merge, all gates on the three runtimes. transformers.js
 
 from __future__ import annotations
 
-from qalora_export.models.families import FAMILIES, Family
-from tests.models.families.small import CONFIGS
-from tests.models.families.tokenizers import GENAI_DIFFERS
+from qalora_export.models.families import FAMILIES
+from tests.models.families.small import CONFIGS, VARIANTS
+from tests.models.families.tokenizers import GENAI_DIFFERS, GGUF_DIFFERS
 
 STEPS = ("quantize", "train", "merge", "GGUF", "ONNX", "ONNX Runtime GenAI", "transformers.js")
 YES, OTHER_IDS = "✓", "✓ logits; other token ids on some texts"
 
 
 def table() -> str:
-    """Markdown, one row per family in the order of their names."""
+    """Markdown, one row per family and variant in the order of their names."""
     head = ["| family | tokenizer in its test | " + " | ".join(STEPS) + " |", "|---" * (len(STEPS) + 2) + "|"]
-    return "\n".join([*head, *(_row(family) for family in FAMILIES)])
+    return "\n".join([*head, *(_row(name) for name in sorted(CONFIGS))])
 
 
-def _row(family: Family) -> str:
-    _, form, _ = CONFIGS[family.name]
+def _row(name: str) -> str:
+    family = next(family for family in FAMILIES if family.name == VARIANTS.get(name, name))
+    _, form, own = CONFIGS[name]
     onnx = family.onnx_refused or YES
     genai = onnx if family.onnx_refused else OTHER_IDS if form in GENAI_DIFFERS else YES
-    cells = [family.name, form, *[YES] * 4, onnx, genai, onnx]
+    gguf = "✓ nearest tokenizer" if form in GGUF_DIFFERS else YES
+    gguf += ", context: the window" if "windows" in name else ""
+    short = ", original context" if "original_max_position_embeddings" in own else ""
+    cells = [name, form, *[YES] * 3, gguf + short, onnx + short, genai + short, onnx + short]
     return f"| {' | '.join(cells)} |"
 
 

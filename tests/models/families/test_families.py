@@ -174,22 +174,3 @@ def test_rope_tables_are_those_of_transformers() -> None:
     np.testing.assert_allclose(cos, angles.cos().numpy(), atol=1e-6)
     np.testing.assert_allclose(sin, angles.sin().numpy(), atol=1e-6)
     assert (cos.dtype, cos.shape) == (np.float32, (100, 8))
-
-
-PHI3 = LLAMA | {"architectures": ["Phi3ForCausalLM"], "sliding_window": None}
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"rope_scaling": {"type": "longrope"}, "partial_rotary_factor": 0.75, "sliding_window": 512}, "longrope"),
-        ({"rope_scaling": {"type": "su"}}, "scaled by length"),
-        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
-        ({"partial_rotary_factor": 0.75}, "partial_rotary_factor"),
-        ({"sliding_window": 2047}, "sliding_window"),
-    ],
-)
-def test_phi_3_is_refused_with_the_reason(change: dict, said: str) -> None:
-    assert family_of(PHI3).name == "Phi-3"
-    with pytest.raises(InputError, match=said):
-        family_of(PHI3 | change)

@@ -21,8 +21,8 @@ from qalora_export.verify.runtimes.record import Artifact
 from qalora_export.verify.runtimes.twin import write_twin
 from tests.conftest import MadeOnce
 from tests.models import TEXT
-from tests.models.families.small import CONFIGS, make_small
-from tests.models.families.tokenizers import GENAI_DIFFERS
+from tests.models.families.small import CONFIGS, VARIANTS, make_small
+from tests.models.families.tokenizers import GENAI_DIFFERS, GGUF_DIFFERS
 
 TURNS = [{"role": "user", "content": "Turn on the lamp"}, {"role": "assistant", "content": "on: lamp"}]
 SUSPECT = Suspect("G2", "exact", "prefill", "a sequence", (np.arange(24, dtype=np.int32) * 17) % 300)
@@ -43,7 +43,8 @@ def line(request: pytest.FixtureRequest, made_once: MadeOnce) -> Line:
         text.write_text(TEXT, encoding="utf-8")
         gptq = q.QuantizeSettings(calibration=str(text), calibration_samples=2, sequence_length=32, sweeps=0)
         q.quantize(model, base, gptq)
-        q.export_gguf(base, folder / "model.gguf", q.GgufSettings())
+        nearest = CONFIGS[request.param][1] in GGUF_DIFFERS
+        q.export_gguf(base, folder / "model.gguf", q.GgufSettings(allow_text_differences=nearest))
         q.export_onnx(base, folder / "onnx", q.OnnxSettings())
 
     folder = made_once(f"family-{request.param}", make)
@@ -51,13 +52,18 @@ def line(request: pytest.FixtureRequest, made_once: MadeOnce) -> Line:
 
 
 def test_every_family_has_a_small_model() -> None:
-    assert set(CONFIGS) == {family.name for family in FAMILIES}
+    assert set(CONFIGS) == {family.name for family in FAMILIES} | set(VARIANTS)
 
 
 def test_every_gate_passes_on_every_runtime(line: Line, tmp_path: Path) -> None:
-    settings = q.VerifySettings(threads=1)
-    report = q.verify_parity(line.base, tmp_path / "report", settings, gguf=line.gguf, onnx=line.onnx)
-    gates = {(entry.gate, entry.runtime): entry.status for entry in report.entries}
+    settings, artifacts = q.VerifySettings(threads=1), {"gguf": line.gguf, "onnx": line.onnx}
+    # Where only the GGUF file ends with the window, the ONNX folder is verified beyond it.
+    apart = [{name: path} for name, path in artifacts.items()] if "windows" in line.family else [artifacts]
+    gates = {}
+    for index, some in enumerate(apart):
+        report = q.verify_parity(line.base, tmp_path / f"report {index}", settings, **some)
+        gates |= {(entry.gate, entry.runtime): entry.status for entry in report.entries}
+        assert bool(report.facts["artifacts"][0]["context"]["note"]) == (line.family in VARIANTS and "gguf" in some)
     assert len(gates) == 18
     form = CONFIGS[line.family][1]
     by_design = {("G5", "onnxruntime-genai")} if form in GENAI_DIFFERS else set()

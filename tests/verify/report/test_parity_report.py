@@ -61,6 +61,7 @@ def made(statuses: dict[tuple[str, str], str] | None = None, *, bad: bool = Fals
                 "runtimes": list(RUNTIMES),
                 "bytes": 2**21,
                 "bits_per_weight": 4.5,
+                "context": {"positions": 256, "note": "the context is 256 positions, not the model's 1024: because"},
                 "sha256": "cd",
                 "files": {},
             }
@@ -136,6 +137,7 @@ def test_the_page_has_a_row_for_every_gate_and_runtime(tmp_path: Path) -> None:
     for part in (
         "PASS",
         "Provenance",
+        "256 positions, not the model",
         "How to reproduce",
         "bits per weight",
         "1,234",
@@ -206,6 +208,7 @@ def test_the_table_names_every_finding(capsys: pytest.CaptureFixture[str]) -> No
     assert "G1 llama.cpp: fail" in shown
     assert "tensor <script>" in shown
     assert "G4 onnxruntime: not run" in shown
+    assert "256 positions, not" in shown
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from qalora_export.formats.gguf.metadata import architecture
@@ -17,6 +18,7 @@ from qalora_export.verify.runtimes.facts import (
     differing_facts,
     expected_graph_facts,
     expected_text_facts,
+    long_rope_facts,
     theta_frequencies,
 )
 from qalora_export.verify.runtimes.llama_cpp import facts_of
@@ -105,7 +107,57 @@ def test_windows_and_their_rope_are_compared(change: dict[str, Any], fact: str |
     metadata = {entry.key: entry.value for entry in architecture(family, GEMMA3)} | change
     metadata = {"general.architecture": "gemma3"} | {key: value for key, value in metadata.items() if value is not None}
     write_vocabulary(out, [])
-    expected = expected_graph_facts(GEMMA3, frequencies)
+    expected = expected_graph_facts(GEMMA3, frequencies, "gguf")
     assert expected["attention windows"] == [32] * 5 + [0, 32]
+    wrong = differing_facts(expected, facts_of(out, metadata))
+    assert [line.split(":")[0] for line in wrong] == ([] if fact is None else [fact])
+
+
+PHI3 = {
+    "architectures": ["Phi3ForCausalLM"],
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "original_max_position_embeddings": 256,
+    "sliding_window": None,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5] * 4, "long_factor": [2.0, 3.0] * 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "tables", "fact"),
+    [
+        ({}, {}, None),
+        ({}, {"rope_factors_short.weight": 1.25}, "RoPE frequencies"),
+        ({}, {"rope_factors_long.weight": 1.25}, "RoPE frequencies in larger contexts"),
+        ({"phi3.rope.scaling.attn_factor": None}, {}, "RoPE magnitude"),
+        ({"phi3.rope.scaling.attn_factor": 1.2}, {}, "RoPE magnitude"),
+        ({"phi3.rope.scaling.original_context_length": 128}, {}, "larger contexts begin after"),
+        ({"phi3.context_length": 1024}, {}, "context length"),
+    ],
+)
+def test_rope_that_is_scaled_by_length_is_compared(
+    change: dict[str, Any], tables: dict[str, float], fact: str | None, tmp_path: Path
+) -> None:
+    """Probe sequences are shorter than the context that is exported: logits would not show the rest."""
+    from gguf import GGUFWriter
+
+    out = tmp_path / "model.gguf"
+    metadata = {entry.key: entry.value for entry in architecture(family_of(PHI3), PHI3)} | change
+    metadata = {"general.architecture": "phi3"} | {key: value for key, value in metadata.items() if value is not None}
+    writer = GGUFWriter(out, "phi3")
+    for name in ("short", "long"):
+        factors = np.float32(PHI3["rope_scaling"][f"{name}_factor"]) * tables.get(f"rope_factors_{name}.weight", 1.0)
+        writer.add_tensor(f"rope_factors_{name}.weight", factors.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    frequencies = theta_frequencies(1e4, 16) / np.array([1.0, 1.5] * 4)
+    expected = expected_graph_facts(PHI3, frequencies, "gguf") | long_rope_facts(PHI3)
     wrong = differing_facts(expected, facts_of(out, metadata))
     assert [line.split(":")[0] for line in wrong] == ([] if fact is None else [fact])
