@@ -69,11 +69,16 @@ def write_manifest(
     parents: list[Parent],
     settings: dict[str, Any],
     digests: Mapping[str, str] = MappingProxyType({}),
+    made_with: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Hash every file in `folder` and write the manifest last. digests: sha256 of files hashed already, by name."""
+    """Hash every file in `folder` and write the manifest last. digests: sha256 of files hashed already, by name.
+
+    made_with: versions that the bytes of the files follow from beside inputs and settings.
+    """
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
     files = {path.relative_to(folder).as_posix(): path for path in paths}
-    _write(folder / MANIFEST, kind, files, digests, tensors=tensors, parents=parents, settings=settings)
+    more = {"made_with": dict(made_with)} if made_with else {}
+    _write(folder / MANIFEST, kind, files, digests, tensors=tensors, parents=parents, settings=settings, more=more)
 
 
 def sidecar_path(out: Path) -> Path:
@@ -89,9 +94,11 @@ def write_sidecar(
     settings: dict[str, Any],
     *,
     digests: Mapping[str, str] = MappingProxyType({}),
+    made_with: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """The manifest of a GGUF file and what belongs to it, at `path`; files: final name -> where they lie now."""
-    _write(path, "gguf", files, digests, tensors=tensors, parents=parents, settings=settings)
+    more = {"made_with": dict(made_with)} if made_with else {}
+    _write(path, "gguf", files, digests, tensors=tensors, parents=parents, settings=settings, more=more)
 
 
 def _write(
@@ -103,11 +110,13 @@ def _write(
     tensors: dict[str, dict[str, Any]],
     parents: list[Parent],
     settings: dict[str, Any],
+    more: dict[str, Any],
 ) -> None:
     content = {
         "format": FORMAT,
         "kind": kind,
         "created_by": f"qalora-export {__version__}",
+        **more,
         "settings": settings,
         "parents": [asdict(parent) for parent in parents],
         "files": {
@@ -117,6 +126,15 @@ def _write(
         "tensors": tensors,
     }
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def made_with(path: Path) -> dict[str, Any]:
+    """Versions that the manifest at `path` says its files follow from; empty without a manifest or such a table."""
+    try:
+        found = manifest_at(path).get("made_with")
+    except QaloraError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def files_of(path: Path) -> set[str]:

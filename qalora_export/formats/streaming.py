@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,30 @@ AHEAD = 8  # blocks prepared and not yet consumed
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+class Sink(Protocol):
+    """Where an export's bytes go, one after the other: a file, or a hash of what the file would hold."""
+
+    def write(self, data: bytes | memoryview, /) -> object: ...
+    def tell(self) -> int: ...
+
+
+class HashSink:
+    """sha256 of everything written; nothing is kept."""
+
+    def __init__(self) -> None:
+        self._digest, self._size = hashlib.sha256(), 0
+
+    def write(self, data: bytes | memoryview, /) -> None:
+        self._digest.update(data)
+        self._size += len(data) if isinstance(data, bytes) else data.nbytes
+
+    def tell(self) -> int:
+        return self._size
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
 
 
 def row_blocks(rows: int, nbytes: int, block_bytes: int = BLOCK_BYTES) -> Iterator[slice]:

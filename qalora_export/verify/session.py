@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.provenance import Link, artifact_manifest
 from qalora_export.errors import InputError, RuntimeUnavailableError
+from qalora_export.formats.account import Account
 from qalora_export.models.families.family import activation
 from qalora_export.recipe import VerifySettings
 from qalora_export.safety import HashedOnce
@@ -66,6 +67,18 @@ class Session:
     links: list[Link] = field(default_factory=list)
     files: Identities = field(default_factory=dict)
     _noise: dict[int, NDArray[np.float64]] = field(default_factory=dict)
+    _accounts: dict[Path, Account | InputError] = field(default_factory=dict)
+
+    def account(self, runtime: RuntimeRecord, artifact: Path, contents: Any) -> Account | InputError:
+        """Every entry of an artifact against a fresh export, made once for all runtimes of one artifact; why there
+        can be no fresh export, where there can be none.
+        """
+        if artifact not in self._accounts:
+            try:
+                self._accounts[artifact] = runtime.account(self.checkpoint, artifact, contents, self.hashed)
+            except InputError as error:
+                self._accounts[artifact] = error
+        return self._accounts[artifact]
 
     def noise(self, positions: NDArray[np.bool_]) -> NDArray[np.float64]:
         """reference.logits.rounding_noise (positions,) in the sequences that hold one of `positions`, 0 in others."""

@@ -87,10 +87,10 @@ FAULTS = (
         "RoPE pairs interleaved",
         "graph",
         {ORT: p.onnx_graph(p.interleaved_rope)},
-        "G2 G3",
+        "G0 G2 G3",
+        "rotary_interleaved",
         ATTENTION_0,
-        ATTENTION_0,
-        blind="G0 G1",
+        blind="G1",
     ),
     Fault(
         "norm epsilon 1e-6 for 1e-5",

@@ -13,6 +13,7 @@ from qalora_export.checkpoint.generation import generation_of
 from qalora_export.checkpoint.manifest import files_of, parent_of, require_intact, sidecar_path, write_sidecar
 from qalora_export.checkpoint.output import claim_output
 from qalora_export.errors import ParityError
+from qalora_export.formats.account import tools
 from qalora_export.formats.contents import Comparison, FolderContents, compare
 from qalora_export.formats.export_report import ExportReport
 from qalora_export.formats.gguf.metadata import Entry, architecture, general, sampling
@@ -27,6 +28,11 @@ from qalora_export.models.families import family_of
 from qalora_export.recipe import GgufSettings
 from qalora_export.safety import StrPath, atomic_file, exclusive, local_path
 from qalora_export.version import __version__
+
+
+def gguf_tools() -> dict[str, str]:
+    """Versions that the bytes of a file follow from."""
+    return tools("gguf", "numpy")
 
 
 def export_gguf(
@@ -54,7 +60,7 @@ def _export(checkpoint: Path, out: Path, settings: GgufSettings, *, force: bool)
     model = _open(checkpoint)
     plans = plan_model(model, settings.layout)
     remainders = plan_remainders(model) if settings.layout == "split" else []
-    entries = _entries(model, plans, settings.layout, allow_text_differences=settings.allow_text_differences)
+    entries = model_entries(model, plans, settings.layout, allow_text_differences=settings.allow_text_differences)
     arch = family_of(model.config).gguf_arch
     with contextlib.ExitStack() as stack:  # renamed in reverse order: adapter, model, manifest
         manifest = stack.enter_context(atomic_file(sidecar_path(out), force=force))
@@ -70,7 +76,13 @@ def _export(checkpoint: Path, out: Path, settings: GgufSettings, *, force: bool)
                 compare(FolderContents(model), read_back(files[out.name], adapter), progress="read back"), out
             )
         write_sidecar(
-            manifest, files, tensors, [parent_of(checkpoint, "checkpoint")], settings.model_dump(), digests=digests
+            manifest,
+            files,
+            tensors,
+            [parent_of(checkpoint, "checkpoint")],
+            settings.model_dump(),
+            digests=digests,
+            made_with=gguf_tools(),
         )
         if adapter is None and adapter_path(out).name in files_of(sidecar_path(out)):
             # The model that is being replaced had this adapter; it would be wrong over the new one.
@@ -92,7 +104,7 @@ def export_f32_twin(checkpoint: Path, out: Path, *, force: bool = False) -> Expo
         write_gguf(
             temporary,
             family_of(model.config).gguf_arch,
-            _entries(model, plans, "f32"),
+            model_entries(model, plans, "f32"),
             plans,
             description="write F32 twin",
         )
@@ -110,13 +122,21 @@ def provenance(model: CanonicalCheckpoint, layout: str) -> list[Entry]:
     ]
 
 
-def _entries(
-    model: CanonicalCheckpoint, plans: list[TensorPlan], layout: str, *, allow_text_differences: bool = False
+def model_entries(
+    model: CanonicalCheckpoint,
+    plans: list[TensorPlan],
+    layout: str,
+    *,
+    allow_text_differences: bool = False,
+    name: str | None = None,
 ) -> list[Entry]:
+    """All metadata of the file but general.architecture, which is the writer's own. Errors as in tokenizer_entries.
+
+    name: what it calls itself; by default as the checkpoint's folder is called.
+    """
+    name = name_for_llama_cpp(model.path.resolve().name if name is None else name, model.path)
     return [
-        *general(
-            name=name_for_llama_cpp(model.path.resolve().name, model.path), file_type=prevailing_type(plans).file_type
-        ),
+        *general(name=name, file_type=prevailing_type(plans).file_type),
         *sampling(generation_of(model.path, model.config)),
         *architecture(family_of(model.config), model.config),
         *tokenizer_entries(model.path, model.config, allow_text_differences=allow_text_differences),

@@ -34,12 +34,15 @@ def adapter_path(out: Path) -> Path:
     return out.with_name(f"{out.stem}.lora{out.suffix}")
 
 
-def adapter_entries(model: CanonicalCheckpoint) -> list[Entry]:
-    """Metadata of the adapter file: what llama.cpp checks, the sizes our reader needs, and provenance."""
+def adapter_entries(model: CanonicalCheckpoint, *, name: str | None = None) -> list[Entry]:
+    """Metadata of the adapter file: what llama.cpp checks, the sizes our reader needs, and provenance.
+
+    name: what it calls itself; by default after the checkpoint's folder.
+    """
     family = family_of(model.config)
     return [
         Entry("general.type", "string", "adapter"),
-        Entry("general.name", "string", f"{model.path.resolve().name} offsets"),
+        Entry("general.name", "string", f"{model.path.resolve().name} offsets" if name is None else name),
         Entry("adapter.type", "string", "lora"),
         Entry("adapter.lora.alpha", "float32", 0.0),
         *architecture(family, model.config),

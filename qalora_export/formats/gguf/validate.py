@@ -104,6 +104,11 @@ def read_header(path: Path) -> Header:
             return _parsed(_Cursor(raw, path))
 
 
+def parse_header(raw: bytes, size: int, where: Path) -> Header:
+    """The header of a file that is not there: its first bytes, and how many it would have. Errors as in read_header."""
+    return _parsed(_Cursor(raw, where, size))
+
+
 def _parsed(cursor: _Cursor) -> Header:
     cursor.take(4)
     version, tensor_count, key_count = struct.unpack("<IQQ", cursor.take(20))
@@ -129,9 +134,9 @@ def _parsed(cursor: _Cursor) -> Header:
 class _Cursor:
     """Sequential reads that never go past the end of the file or the cap on headers."""
 
-    def __init__(self, raw: mmap.mmap, path: Path) -> None:
-        self.raw, self.path, self.size, self.at = raw, path, len(raw), 0
-        self.limit = min(self.size, MAX_HEADER_BYTES)
+    def __init__(self, raw: mmap.mmap | bytes, path: Path, size: int | None = None) -> None:
+        self.raw, self.path, self.size, self.at = raw, path, len(raw) if size is None else size, 0
+        self.limit = min(len(raw), MAX_HEADER_BYTES)
 
     def take(self, count: int) -> bytes:
         if count > self.limit - self.at:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from qalora_export.formats.gguf.metadata import Entry
 from qalora_export.formats.gguf.tensor_table import TensorPlan
 from qalora_export.formats.gguf.types import BlockType
 from qalora_export.formats.gguf.validate import ALIGNMENT
-from qalora_export.formats.streaming import BlockHasher, prepared, row_blocks
+from qalora_export.formats.streaming import BlockHasher, Sink, prepared, row_blocks
 from qalora_export.progress import track
 
 
@@ -25,34 +26,43 @@ def write_gguf(
 
     The caller passes a temporary path (safety.atomic_file): this function neither syncs nor renames.
     """
-    _write_header(path, arch, entries, plans)
+    with path.open("wb") as file:
+        return stream_gguf(file, header_of(arch, entries, plans), plans, description=description)
+
+
+def stream_gguf(
+    file: Sink, header: bytes, plans: list[TensorPlan], *, description: str = ""
+) -> dict[str, dict[str, Any]]:
+    """The same into anything that takes bytes. header: of header_of. description: of a progress bar, if any."""
     tensors: dict[str, dict[str, Any]] = {}
-    with path.open("ab") as file, BlockHasher() as hasher:
+    with BlockHasher() as hasher:
+        file.write(header)
         _pad(file)
         blocks = prepared(_load, ((plan, rows) for plan in plans for rows in row_blocks(plan.shape[0], plan.nbytes)))
-        for plan in track(plans, description):
+        for plan in track(plans, description) if description else plans:
             digest = _write_tensor(file, plan, blocks, hasher)
             tensors[plan.name] = {"dtype": plan.kind.name, "shape": list(plan.shape), "sha256": digest}
     return {name: entry | {"sha256": entry["sha256"].result()} for name, entry in tensors.items()}
 
 
-def _write_header(path: Path, arch: str, entries: list[Entry], plans: list[TensorPlan]) -> None:
+def header_of(arch: str, entries: list[Entry], plans: list[TensorPlan]) -> bytes:
+    """Everything before the padding in front of the first tensor, by gguf.GGUFWriter."""
     from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf.gguf_writer import WriterState
 
-    writer = GGUFWriter(path, arch)
-    try:
-        for entry in entries:
-            getattr(writer, f"add_{entry.kind}")(entry.key, entry.value)
-        for plan in plans:
-            block = issubclass(plan.kind, BlockType)
-            rows = (plan.shape[0], plan.nbytes // plan.shape[0]) if block else plan.shape
-            dtype = np.dtype(np.uint8) if block else np.dtype(np.float32)  # uint8 tells the writer: shape is in bytes
-            writer.add_tensor_info(plan.name, rows, dtype, plan.nbytes, GGMLQuantizationType(plan.kind.id))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-    finally:
-        writer.close()
+    writer, memory = GGUFWriter(None, arch), io.BytesIO()
+    for entry in entries:
+        getattr(writer, f"add_{entry.kind}")(entry.key, entry.value)
+    for plan in plans:
+        block = issubclass(plan.kind, BlockType)
+        rows = (plan.shape[0], plan.nbytes // plan.shape[0]) if block else plan.shape
+        dtype = np.dtype(np.uint8) if block else np.dtype(np.float32)  # uint8 tells the writer: shape is in bytes
+        writer.add_tensor_info(plan.name, rows, dtype, plan.nbytes, GGMLQuantizationType(plan.kind.id))
+    writer.fout, writer.state = [memory], WriterState.EMPTY  # type: ignore[list-item]  # what opening a file sets
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    return memory.getvalue()
 
 
 def _load(job: tuple[TensorPlan, slice]) -> NDArray[np.uint8]:
@@ -61,7 +71,7 @@ def _load(job: tuple[TensorPlan, slice]) -> NDArray[np.uint8]:
 
 
 def _write_tensor(
-    file: BinaryIO, plan: TensorPlan, blocks: Iterator[NDArray[np.uint8]], hasher: BlockHasher
+    file: Sink, plan: TensorPlan, blocks: Iterator[NDArray[np.uint8]], hasher: BlockHasher
 ) -> Future[str]:
     """Take the blocks of one tensor from the stream, write them, pad; sha256 of the bytes."""
     missing = plan.nbytes
@@ -74,5 +84,5 @@ def _write_tensor(
     return hasher.finish()
 
 
-def _pad(file: BinaryIO) -> None:
+def _pad(file: Sink) -> None:
     file.write(b"\0" * (-file.tell() % ALIGNMENT))

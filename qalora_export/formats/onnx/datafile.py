@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from qalora_export.errors import InputError
 from qalora_export.formats.onnx.layout import DATA
-from qalora_export.formats.streaming import BlockHasher, release
+from qalora_export.formats.streaming import BlockHasher, Sink, release
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -22,12 +22,17 @@ CHUNK = 1 << 22
 
 
 class DataFile:
-    """Appends tensors to layout.DATA inside `folder`; `hashes`: their manifest entries (dtype, shape, sha256)."""
+    """Appends tensors to layout.DATA inside `folder`; `hashes`: their manifest entries (dtype, shape, sha256).
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / DATA
-        self._path.parent.mkdir(exist_ok=True)
-        self._file = self._path.open("wb")
+    sink: takes the bytes instead of that file, which then need not be there.
+    """
+
+    def __init__(self, folder: Path, sink: Sink | None = None) -> None:
+        self._path, self._opened = folder / DATA, None
+        if sink is None:
+            self._path.parent.mkdir(exist_ok=True)
+            sink = self._opened = self._path.open("wb")
+        self._file = sink
         self._hasher = BlockHasher()
         self._digests: dict[str, Future[str]] = {}
         self._entries: dict[str, dict[str, Any]] = {}
@@ -39,7 +44,8 @@ class DataFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._hasher.__exit__(kind, error, trace)
-        self._file.close()
+        if self._opened is not None:
+            self._opened.close()
 
     @property
     def hashes(self) -> dict[str, dict[str, Any]]:

@@ -6,12 +6,13 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.manifest import MANIFEST, parent_of, require_intact, write_manifest
 from qalora_export.checkpoint.output import claim_output
 from qalora_export.errors import ParityError
+from qalora_export.formats.account import tools
 from qalora_export.formats.contents import Comparison, FolderContents, compare
 from qalora_export.formats.export_report import ExportReport
 from qalora_export.formats.onnx.check import check_runnable
@@ -24,6 +25,12 @@ from qalora_export.progress import track
 from qalora_export.recipe import OnnxSettings
 from qalora_export.safety import StrPath, atomic_directory, local_path
 from qalora_export.version import __version__
+
+if TYPE_CHECKING:
+    import onnx
+    from numpy.typing import NDArray
+
+    from qalora_export.formats.onnx.datafile import DataFile
 
 PRODUCER = "qalora-export"
 HEAD = "lm_head"
@@ -59,6 +66,7 @@ def _export(checkpoint: Path, out: Path, settings: OnnxSettings, *, force: bool)
             parents=parents,
             settings=settings.model_dump(mode="json"),
             digests=digests,
+            made_with=onnx_tools(),
         )
     written_files = (path for path in out.rglob("*") if path.is_file())
     files = sorted(written_files, key=lambda path: (path.name == MANIFEST, path.relative_to(out).as_posix()))
@@ -77,30 +85,59 @@ class Written:
 
 def _write(source: CanonicalCheckpoint, folder: Path, settings: OnnxSettings) -> Written:
     """Graph, data file and what hosts need beside them, into `folder`."""
+    from qalora_export.formats.onnx.datafile import DataFile
+
+    with DataFile(folder) as data:
+        made = make_folder(source, settings, data, description="export onnx")
+    (folder / GRAPH).write_bytes(made.graph.SerializeToString(deterministic=True))
+    for name, content in made.files.items():
+        (folder / name).write_bytes(content)
+    types = Counter(f"MatMulNBits, {form.container} bits" for form in made.forms.values())
+    types.update(data.hashes[name]["dtype"] for name in made.carried)
+    bound = family_of(source.config).bound(source.config, "onnx")
+    return Written(data.hashes, dict(types), (*_notes(made.forms), *([str(bound)] if bound else [])))
+
+
+@dataclass(frozen=True)
+class Made:
+    """A folder in memory. files: what hosts need beside the graph, by name. forms: of quantized modules; carried: names
+    of other tensors of the checkpoint; constants: large ones of the graph itself, as rotary tables.
+    """
+
+    graph: onnx.ModelProto
+    files: dict[str, bytes]
+    forms: dict[str, WrittenForm]
+    carried: list[str]
+    constants: dict[str, NDArray[Any]]
+
+
+def make_folder(source: CanonicalCheckpoint, settings: OnnxSettings, data: DataFile, *, description: str = "") -> Made:
+    """Everything of the folder but the data file, whose bytes go into `data` one tensor after the other.
+
+    description: of a progress bar, if any.
+    """
     import onnx_ir as ir
 
-    from qalora_export.formats.onnx.datafile import DataFile
     from qalora_export.formats.onnx.graph import build_graph
-    from qalora_export.formats.onnx.hosts import write_host_files
+    from qalora_export.formats.onnx.hosts import host_files
     from qalora_export.formats.onnx.rewrite import Rewriter
 
     package = build_graph(source.config, untied_head=HEAD in source.modules)
     model = package["model"]
-    with DataFile(folder) as data:
-        rewriter = Rewriter(model, source, data, settings.accuracy_level)
-        for value in track(rewriter.weights(), "export onnx"):
-            rewriter.place(value)
-        rewriter.finish()
+    rewriter = Rewriter(model, source, data, settings.accuracy_level)
+    for value in track(rewriter.weights(), description) if description else rewriter.weights():
+        rewriter.place(value)
+    rewriter.finish()
     model.producer_name, model.producer_version = PRODUCER, __version__
     modules = {name: list(entry) for name, entry in source.modules.items()}
     model.metadata_props[MODULES_KEY] = json.dumps(modules, separators=(",", ":"))
-    proto = ir.serde.serialize_model(model)
-    (folder / GRAPH).write_bytes(proto.SerializeToString(deterministic=True))
-    write_host_files(folder, package, source)
-    types = Counter(f"MatMulNBits, {form.container} bits" for form in rewriter.forms.values())
-    types.update(data.hashes[name]["dtype"] for name in rewriter.carried)
-    bound = family_of(source.config).bound(source.config, "onnx")
-    return Written(data.hashes, dict(types), (*_notes(rewriter.forms), *([str(bound)] if bound else [])))
+    graph = ir.serde.serialize_model(model)
+    return Made(graph, host_files(package, source), rewriter.forms, rewriter.carried, rewriter.constants)
+
+
+def onnx_tools() -> dict[str, str]:
+    """Versions that the bytes of a folder follow from."""
+    return tools("mobius-onnx", "onnx", "onnx-ir", "onnx-shape-inference", "onnxscript", "numpy", "protobuf")
 
 
 def _notes(forms: dict[str, WrittenForm]) -> tuple[str, ...]:

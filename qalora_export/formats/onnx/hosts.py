@@ -9,7 +9,6 @@ nowhere else.
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,18 +30,20 @@ TOKENIZER_CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 TRANSFORMERS_JS = {"dtype": "fp32", "use_external_data_format": True}
 
 
-def write_host_files(folder: Path, package: ModelPackage, checkpoint: ModelFolder) -> None:
-    """Write the configurations and the tokenizer files of `checkpoint` for every host."""
+def host_files(package: ModelPackage, checkpoint: ModelFolder) -> dict[str, bytes]:
+    """The configurations and the tokenizer files of `checkpoint` for every host, by name."""
     generation = generation_config(checkpoint.path, checkpoint.config)
-    _write(folder / GENAI_CONFIG, _genai_config(package, checkpoint, generation))
-    _write(folder / CONFIG, web_config(checkpoint.config))
-    _write(folder / GENERATION, generation)
+    files = {
+        GENAI_CONFIG: _json(_genai_config(package, checkpoint, generation)),
+        CONFIG: _json(web_config(checkpoint.config)),
+        GENERATION: _json(generation),
+    }
     tokenizer = {path.name: path for path in checkpoint.companions() if path.name in TOKENIZER_FILES}
     template = tokenizer.pop(TEMPLATE, None)
-    for name, path in tokenizer.items():
-        shutil.copyfile(path, folder / name)
+    files |= {name: path.read_bytes() for name, path in tokenizer.items()}
     if template is not None:
-        _take_template_in(folder / TOKENIZER_CONFIG, template)
+        files[TOKENIZER_CONFIG] = _with_template(tokenizer.get(TOKENIZER_CONFIG), template)
+    return files
 
 
 def web_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,12 +55,12 @@ def web_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return kept | {"transformers.js_config": TRANSFORMERS_JS}
 
 
-def _take_template_in(path: Path, template: Path) -> None:
-    """Put the text of chat_template.jinja, which Transformers prefers, into tokenizer_config.json."""
-    config = read_json(path) if path.exists() else {}
+def _with_template(path: Path | None, template: Path) -> bytes:
+    """tokenizer_config.json with the text of chat_template.jinja, which Transformers prefers."""
+    config = {} if path is None else read_json(path)
     if not isinstance(config, dict):
-        raise InputError("not a table", where=template.with_name(path.name), fix="fetch the model again")
-    _write(path, config | {"chat_template": template.read_text(encoding="utf-8")})
+        raise InputError("not a table", where=path, fix="fetch the model again")
+    return _json(config | {"chat_template": template.read_text(encoding="utf-8")})
 
 
 def _genai_config(package: ModelPackage, checkpoint: ModelFolder, generation: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,5 +90,5 @@ def search_settings(generation: Generation) -> dict[str, Any]:
     return {"do_sample": True} | drawn | penalty
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

@@ -17,7 +17,7 @@ from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.safety import inside
 
 GRAPH, DATA = "onnx/model.onnx", "onnx/model.onnx_data"
-FLAT_GRAPH = "model.onnx"  # of earlier versions
+FLAT_GRAPH, FLAT_DATA = "model.onnx", "model.onnx.data"  # of earlier versions
 GRAPHS = (GRAPH, FLAT_GRAPH)
 GENAI_CONFIG = "genai_config.json"
 

@@ -38,6 +38,7 @@ class Rewriter:
         self.accuracy_level = accuracy_level
         self.forms: dict[str, WrittenForm] = {}
         self.carried: list[str] = []  # other tensors, by checkpoint name
+        self.constants: dict[str, NDArray[Any]] = {}  # large ones of the graph itself
         self._group_sums: dict[tuple[str, int], ir.Value] = {}
 
     def weights(self) -> list[ir.Value]:
@@ -76,6 +77,7 @@ class Rewriter:
 
     def _place_constant(self, value: ir.Value, array: NDArray[Any]) -> None:
         if array.nbytes > INLINE_BYTES:
+            self.constants[value.name or ""] = array
             value.const_value = self.data.add(value.name or "", array)
 
     def _place_other(self, value: ir.Value, name: str) -> None:

@@ -1,7 +1,8 @@
 """Gate G0: the written file itself, read back by an independent reader, before any logits.
 
-Every code, scale, offset and other value, every fact that steers the numbers, every link of the provenance chain, the
-merge that the checkpoint claims to be; and that the files are the same ones when the last gate has run.
+Every code, scale, offset and other value; every fact that steers the numbers, by config.json and Transformers; every
+entry of the artifact, known or not, and its bytes, by a fresh export; every link of the provenance chain, the merge
+that the checkpoint claims to be; and that the files are the same ones when the last gate has run.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.provenance import Link, artifact_links
+from qalora_export.errors import InputError
+from qalora_export.formats.account import Account
 from qalora_export.formats.contents import Contents, FolderContents, compare
 from qalora_export.verify.gates.registry import measures
 from qalora_export.verify.identity import Identities, changes
@@ -30,6 +33,8 @@ GATE = Gate(
     limits=(
         Limit("differing_values", 0, "values", "the export moves bytes; nothing is rounded"),
         Limit("differing_facts", 0, "facts", "a right tensor under a wrong epsilon or RoPE base is a wrong model"),
+        Limit("unaccounted_entries", 0, "entries", "an entry that nobody expected may steer what nobody measured"),
+        Limit("other_bytes", 0, "files", "the same checkpoint, options and versions give the same bytes"),
         Limit("broken_links", 0, "links", "a hash that does not match is another file than the one that was made"),
         Limit("wrong_merged_values", 0, "values", "a right export of a wrong merge is not the trained model"),
         Limit("changed_files", 0, "files", "gates that saw different files prove nothing about either"),
@@ -52,6 +57,7 @@ def file_bytes(target: Target) -> Entry:
         found=runtime.found(target.artifact, contents),
         links=[*session.chain, *links],
         merge=session.merge,
+        account=session.account(runtime, target.artifact, contents),
     )
 
 
@@ -63,12 +69,16 @@ def bytes_entry(
     expected: Mapping[str, Any],
     found: Mapping[str, Any],
     links: Iterable[Link],
+    account: Account | InputError,
     merge: MergeCheck | None = None,
 ) -> Entry:
-    """Every code, scale, offset and other value, every fact, every link of the provenance chain.
+    """Every code, scale, offset and other value, every fact, every entry, every link of the provenance chain.
 
-    merge: whether the checkpoint itself is its base plus its adapter.
+    account: entries and bytes against a fresh export, or why the checkpoint cannot be exported. merge: whether the
+    checkpoint itself is its base plus its adapter.
     """
+    if isinstance(account, InputError):
+        account = Account(0, (f"the checkpoint cannot be exported anew: {account}",))
     merge = merge or MergeCheck(note="not a merged checkpoint")
     compared = compare(FolderContents(checkpoint), contents)
     tensors = compared.findings()
@@ -78,6 +88,8 @@ def bytes_entry(
     measured = {
         "differing_values": compared.total,
         "differing_facts": len(facts),
+        "unaccounted_entries": len(account.differences),
+        "other_bytes": 0 if account.excuse else len(account.other_bytes),
         "broken_links": len(broken),
         "wrong_merged_values": sum(merge.wrong.values()),
     }
@@ -86,8 +98,15 @@ def bytes_entry(
         measured,
         limits=[limit for limit in GATE.limits if limit is not AT_THE_END],
         detail=f"{compared.values} values in {len(checkpoint.modules)} quantized and {len(checkpoint.plain_names())} "
-        f"other tensors, {len(expected)} facts compared; {merge.describe()}",
-        where=_first_of((f"{name}: {count}" for name, count in tensors.items()), facts, broken, unmerged),
+        f"other tensors, {len(expected)} facts compared; {account.describe()}; {merge.describe()}",
+        where=_first_of(
+            (f"{name}: {count}" for name, count in tensors.items()),
+            facts,
+            account.differences,
+            () if account.excuse else (f"{name}: other bytes than a fresh export" for name in account.other_bytes),
+            broken,
+            unmerged,
+        ),
         figures=measured | {"compared_values": compared.values, "tensors": tensors},
     )
 

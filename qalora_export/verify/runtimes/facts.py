@@ -8,22 +8,20 @@ expected and absent is a differing fact.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qalora_export.formats.account import ABSENT, explain
 from qalora_export.models.families import Family, family_of, rope_of
 from qalora_export.models.families.family import Format, head_dim
 from qalora_export.models.loading import load_tokenizer
 from qalora_export.safety import inside, read_json
 
-CLIP = 70
 # Frequencies are recomputed from a base or read out of a float32 table; a wrong base of 1 part in 10,000 shows.
 FREQUENCY_TOLERANCE = 1e-5
-ABSENT = "absent"
 NOT_CARRIED = object()  # found: this kind of artifact has no place for it, and nothing that reads it
 # Fact -> key of config.json.
 SIZES = {
@@ -116,7 +114,7 @@ def token_order(raw: Mapping[str, Any]) -> dict[str, Any]:
 def differing_facts(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """One line per fact that is absent or has another value; lists name the first place that differs."""
     return [
-        f"{name}: {_explain(value, found.get(name, ABSENT))}"
+        f"{name}: {explain(value, found.get(name, ABSENT))}"
         for name, value in expected.items()
         if not _same(name, value, found.get(name, ABSENT))
     ]
@@ -144,22 +142,3 @@ def _first_wrong(expected: list[Any], found: list[Any]) -> int | None:
         if token is not None and (index >= len(found) or found[index] != token):
             return index
     return None
-
-
-def _explain(expected: Any, found: Any) -> str:
-    if isinstance(expected, list) and isinstance(found, list):
-        pairs = zip_longest(expected, found, fillvalue=ABSENT)
-        index, (want, got) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
-        return (
-            f"item {index}: expected {_clip(want)}, found {_clip(got)} ({len(expected)} expected, {len(found)} found)"
-        )
-    if isinstance(expected, Mapping) and isinstance(found, Mapping):
-        keys = (*expected, *(key for key in found if key not in expected))
-        key = next(key for key in keys if expected.get(key, ABSENT) != found.get(key, ABSENT))
-        return f"{key}: {_explain(expected.get(key, ABSENT), found.get(key, ABSENT))}"
-    return f"expected {_clip(expected)}, found {_clip(found)}"
-
-
-def _clip(value: Any) -> str:
-    text = str(value) if isinstance(value, np.floating) else repr(value)
-    return text if len(text) <= CLIP else text[:CLIP] + "…"

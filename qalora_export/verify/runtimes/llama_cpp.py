@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.formats.account import ABSENT, Account
+from qalora_export.formats.gguf.account import account_gguf
 from qalora_export.formats.gguf.file import GgufFile
 from qalora_export.formats.gguf.read import GgufContents, read_back, runtime_dequantized
 from qalora_export.formats.gguf.split import adapter_path
@@ -18,10 +20,10 @@ from qalora_export.formats.gguf.tokenizer.byte_level import TEXT_DIFFERENCES
 from qalora_export.formats.gguf.tokenizer.sentencepiece import NEVER_JOINED
 from qalora_export.formats.gguf.tokenizer.unigram import UNUSED_SCORE
 from qalora_export.models.families import FAMILIES
+from qalora_export.safety import HashFile
 from qalora_export.verify.kernels import ggml
 from qalora_export.verify.kernels.products import TappedGraph
 from qalora_export.verify.runtimes.facts import (
-    ABSENT,
     expected_graph_facts,
     expected_text_facts,
     long_rope_facts,
@@ -62,6 +64,9 @@ class LlamaCpp(RuntimeRecord):
 
     def found(self, artifact: Path, contents: Any) -> Facts:
         return facts_of(artifact, contents.metadata)
+
+    def account(self, checkpoint: CanonicalCheckpoint, artifact: Path, contents: Any, hash_of: HashFile) -> Account:
+        return account_gguf(checkpoint, artifact, adapter_of(artifact), hash_of=hash_of)
 
     def shipped(self, artifact: Path) -> Artifact:
         return Artifact(artifact, adapter_of(artifact))

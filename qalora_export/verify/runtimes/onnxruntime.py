@@ -12,15 +12,17 @@ from numpy.typing import NDArray
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.generation import GENERATION, generation_config
 from qalora_export.errors import InputError
+from qalora_export.formats.account import ABSENT, Account
+from qalora_export.formats.onnx.account import account_onnx
 from qalora_export.formats.onnx.exact import exact_variant
 from qalora_export.formats.onnx.hosts import CONFIG, TOKENIZER_CONFIG, web_config
 from qalora_export.formats.onnx.layout import FLAT_GRAPH, graph_name
 from qalora_export.formats.onnx.read import OnnxContents, read_back
 from qalora_export.models.families import family_of
-from qalora_export.safety import inside, read_json
+from qalora_export.safety import HashFile, inside, read_json
 from qalora_export.verify.kernels import mlas
 from qalora_export.verify.kernels.products import TappedGraph
-from qalora_export.verify.runtimes.facts import ABSENT, NOT_CARRIED, expected_graph_facts, expected_text_facts
+from qalora_export.verify.runtimes.facts import NOT_CARRIED, expected_graph_facts, expected_text_facts
 from qalora_export.verify.runtimes.onnx_dequantize import runtime_dequantized
 from qalora_export.verify.runtimes.record import Artifact, Facts, Matrices, RuntimeRecord, register
 
@@ -54,6 +56,9 @@ class OnnxRuntime(RuntimeRecord):
 
     def found(self, artifact: Path, contents: Any) -> Facts:
         return graph_facts(contents) | _tokenizer_facts(artifact) | web_facts(artifact)
+
+    def account(self, checkpoint: CanonicalCheckpoint, artifact: Path, contents: Any, hash_of: HashFile) -> Account:
+        return account_onnx(checkpoint, contents, hash_of=hash_of)
 
     def shipped(self, artifact: Path) -> Artifact:
         return Artifact(artifact)

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.generation import generation_config
 from qalora_export.errors import InputError
+from qalora_export.formats.account import ABSENT
 from qalora_export.formats.onnx.layout import GENAI_CONFIG
 from qalora_export.safety import inside, read_json
-from qalora_export.verify.runtimes.facts import ABSENT, expected_graph_facts
+from qalora_export.verify.runtimes.facts import expected_graph_facts
 from qalora_export.verify.runtimes.onnxruntime import OnnxRuntime
 from qalora_export.verify.runtimes.record import Facts, TextHabits, register
 

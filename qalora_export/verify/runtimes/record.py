@@ -27,8 +27,10 @@ from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.errors import InputError
+from qalora_export.formats.account import Account
 from qalora_export.formats.contents import Contents
 from qalora_export.models.families.family import Format
+from qalora_export.safety import HashFile
 from qalora_export.verify import runtimes
 from qalora_export.verify.kernels.products import TappedGraph
 
@@ -92,6 +94,10 @@ class RuntimeRecord(ABC):
     @abstractmethod
     def found(self, artifact: Path, contents: Any) -> Facts:
         """Gate G0: the same facts by the artifact; contents: what read_back gave."""
+
+    @abstractmethod
+    def account(self, checkpoint: CanonicalCheckpoint, artifact: Path, contents: Any, hash_of: HashFile) -> Account:
+        """Gate G0: every entry of the artifact against a fresh export; contents: what read_back gave."""
 
     @abstractmethod
     def shipped(self, artifact: Path) -> Artifact:

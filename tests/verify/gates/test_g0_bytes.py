@@ -7,12 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.provenance import artifact_links
-from qalora_export.verify.gates.g0_bytes import bytes_entry
 from qalora_export.verify.gates.g1_weights import ulp_distance, weights_entry
 from qalora_export.verify.rule import Entry
 from qalora_export.verify.runtimes.record import all_runtimes
@@ -27,18 +24,10 @@ from tests.verify.exports import (
     patch,
     read_at,
 )
+from tests.verify.tampering import g0
 
 Q_PROJ, Q_GGUF = "model.layers.1.self_attn.v_proj", "blk.1.attn_v.weight"
 RUNTIMES = list(all_runtimes())
-
-
-def g0(runtime: str, exported: Exported) -> Entry:
-    record, checkpoint = all_runtimes()[runtime], CanonicalCheckpoint(exported.checkpoint)
-    artifact = exported.gguf if record.format == "gguf" else exported.onnx
-    frequencies = LlamaRotaryEmbedding(AutoConfig.from_pretrained(exported.checkpoint)).inv_freq.numpy()
-    contents, links = record.read_back(artifact), artifact_links(artifact, checkpoint.path)
-    expected, found = record.expected(checkpoint, frequencies), record.found(artifact, contents)
-    return bytes_entry(runtime, checkpoint, contents, expected=expected, found=found, links=links)
 
 
 def g1(runtime: str, exported: Exported, workdir: Path) -> Entry:
