@@ -63,7 +63,7 @@ GGUF = {
         ),
         "tokenizer.ggml.token_type: item 60: expected 1, found 5",
     ),
-    "a sampling default": (sets("general.sampling.temp", F32, 5.0), "general.sampling.temp: expected absent, found"),
+    "a sampling default": (sets("general.sampling.temp", F32, 5.0), "general.sampling.temp: expected 0.0, found 5.0"),
     "a key of another year": (sets("llama.attention.sinks", U32, 4), "llama.attention.sinks: expected absent"),
     "another pre-tokenizer": (sets("tokenizer.ggml.pre", STR, "qwen2"), "tokenizer.ggml.pre: expected "),
     "a key that is gone": (
