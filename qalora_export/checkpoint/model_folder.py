@@ -57,6 +57,10 @@ class ModelFolder:
     def entry(self, name: str) -> TensorEntry:
         return self._find(name)[1]
 
+    def located(self, name: str) -> tuple[Path, TensorEntry]:
+        """The file of a tensor, and where it lies there."""
+        return self._find(name)
+
     def tensor(self, name: str) -> NDArray[Any]:
         """The tensor, memory-mapped, in its stored dtype (bfloat16 through ml_dtypes)."""
         return map_tensor(*self._find(name))

@@ -61,6 +61,7 @@ class Family:
     """An architecture in three vocabularies: Transformers, GGUF, ONNX.
 
     architectures: names in config.json's `architectures`.
+    wrappers: names of multimodal models whose language model is one of this family (models/multimodal.py).
     gguf_arch: `general.architecture` (the string, also the prefix of metadata keys).
     rope_permuted: module leaf -> config key of its head count. llama.cpp rotates neighbouring pairs of rows where
         Transformers rotates halves, so the rows of these modules change places in GGUF. Empty where llama.cpp rotates
@@ -96,6 +97,7 @@ class Family:
     linears: tuple[str, ...]
     norms: tuple[str, ...]
     points: tuple[LayerPoint, ...]
+    wrappers: tuple[str, ...] = ()
     embedding_node: str = EMBEDDING_NODE
     gguf_fields: tuple[GgufField, ...] = ()
     norm_shift: float = 0.0

@@ -147,6 +147,7 @@ GEMMA2 = Family(
 GEMMA3 = Family(
     name="Gemma 3",
     architectures=("Gemma3ForCausalLM",),
+    wrappers=("Gemma3ForConditionalGeneration",),
     gguf_arch="gemma3",
     rope_permuted={},
     rope_types=("default", "linear"),

@@ -16,6 +16,7 @@ from qalora_export.models.families.family import Family
 MISTRAL = Family(
     name="Mistral",
     architectures=("MistralForCausalLM",),
+    wrappers=("Mistral3ForConditionalGeneration",),
     gguf_arch="llama",
     rope_permuted=PAIRED_ROWS,
     rope_types=("default", "linear", "llama3"),

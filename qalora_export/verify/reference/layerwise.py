@@ -12,6 +12,8 @@ first, so the reference is not its own witness.
 from __future__ import annotations
 
 import functools
+import tempfile
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.checkpoint.safetensors_file import TensorEntry
 from qalora_export.errors import InputError
 from qalora_export.grid import differing
+from qalora_export.models.multimodal import TextPart, wrapped_family
 from qalora_export.models.skeleton import Skeleton, layer_output
 from qalora_export.progress import track
 from qalora_export.qalora.dequant import dequantize
@@ -85,8 +88,16 @@ class WithoutLinears(DequantizedCheckpoint):
 
 
 def _opened(folder: Path) -> ModelFolder:
-    """A canonical checkpoint dequantized, any other model as it is."""
-    return DequantizedCheckpoint(folder) if is_canonical(folder) else ModelFolder(folder)
+    """A canonical checkpoint dequantized, the language model of a multimodal checkpoint, any other model as it is."""
+    if is_canonical(folder):
+        return DequantizedCheckpoint(folder)
+    whole = ModelFolder(folder)
+    if (family := wrapped_family(whole)) is None:
+        return whole
+    scratch = tempfile.TemporaryDirectory(prefix="qalora-text-")
+    part = TextPart(whole, family, Path(scratch.name))
+    weakref.finalize(part, scratch.cleanup)
+    return part
 
 
 @dataclass
