@@ -250,11 +250,25 @@ def members_of(path: Path, *, required: set[str], optional: set[str]) -> list[st
         return members
 
 
-def read_one(path: Path, name: str) -> NDArray[Any]:
-    """One array of an npz, its header checked before anything is allocated. Raises ProtocolError."""
-    with _as_protocol(path), zipfile.ZipFile(path) as archive:
-        _check_member(path, archive, archive.getinfo(f"{name}.npy"))
-    return _loaded(path, name)
+class Stored:
+    """The arrays of an npz by name, each read when it is asked for; the archive's directory is read once.
+
+    Every header is checked as in read_each when it is opened, and again before anything is allocated. Raises
+    ProtocolError.
+    """
+
+    def __init__(self, path: Path, *, required: set[str], optional: set[str]) -> None:
+        self.names = members_of(path, required=required, optional=optional)
+        self._path = path
+        with _as_protocol(path):
+            self._archive = zipfile.ZipFile(path)
+
+    def read(self, name: str) -> NDArray[Any]:
+        with _as_protocol(self._path):
+            info = self._archive.getinfo(f"{name}.npy")
+            _check_member(self._path, self._archive, info)
+            with self._archive.open(info) as file:
+                return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def _loaded(path: Path, name: str) -> NDArray[Any]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from qalora_runtimes import heartbeat
 from qalora_runtimes.launch import RUNNERS, Status, failure
 from qalora_runtimes.process import Watch, patience_for, run_module
-from qalora_runtimes.protocol import Ids, Job, ProtocolError, members_of, read_job, read_one, write_each, write_job
+from qalora_runtimes.protocol import Ids, Job, ProtocolError, Stored, read_job, write_each, write_job
 from qalora_runtimes.runner import EXIT_OK, add_caller, run_guarded
 
 Taps = dict[str, NDArray[np.float32]]
@@ -60,12 +60,15 @@ class StoredTaps(Mapping[str, NDArray[np.float32]]):
     """The values in a taps.npz by name; one is read, and checked, each time it is asked for. Raises ProtocolError."""
 
     def __init__(self, path: Path, names: Sequence[str]) -> None:
-        stored = members_of(path, required=set(), optional={str(i) for i in range(len(names))})
-        self._path = path
-        self._stored = {name: str(i) for i, name in enumerate(names) if str(i) in stored}
+        self._arrays = Stored(path, required=set(), optional={str(i) for i in range(len(names))})
+        there = set(self._arrays.names)
+        self._stored = {name: str(i) for i, name in enumerate(names) if str(i) in there}
 
     def __getitem__(self, name: str) -> NDArray[np.float32]:
-        return read_one(self._path, self._stored[name])
+        return self._arrays.read(self._stored[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._stored  # that of Mapping would read the values
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)

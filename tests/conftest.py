@@ -1,9 +1,10 @@
 """Shared fixtures. Session-scoped folders are read-only by agreement: a test that changes one copies it first."""
 
+import importlib
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,7 +18,9 @@ from filelock import FileLock
 
 from qalora_export.verify.store import FOLDER
 from tests.models import make_tiny_canonical, make_tiny_model
+from tests.survival.driven import Driver
 from tests.verify.exports import Exported, export_both
+from tests.warm_runners import USERS, WarmRunners
 
 ROOT = Path(__file__).parent.parent
 # Triton exists for Linux only.
@@ -123,3 +126,26 @@ def exported(tiny_canonical: Path, made_once: MadeOnce) -> Exported:
     """GGUF and ONNX artifacts of the tiny checkpoint, made once; a test that damages one copies it first."""
     folder = made_once("exported", lambda folder: export_both(tiny_canonical, folder))
     return Exported(tiny_canonical, folder / "model.gguf", folder / "onnx")
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
+    """Starts the command line again and again; its imports are paid once."""
+    with Driver(tmp_path_factory.mktemp("logs")) as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def _runners() -> Iterator[WarmRunners]:
+    warm = WarmRunners()
+    yield warm
+    warm.close()
+
+
+@pytest.fixture
+def warm_runners(_runners: WarmRunners, monkeypatch: pytest.MonkeyPatch) -> WarmRunners:
+    """Runners start by a fork of a process that has imported their runtime."""
+    for name in USERS:
+        monkeypatch.setattr(importlib.import_module(f"qalora_runtimes.{name}"), "run_module", _runners)
+    _runners.prepare = None
+    return _runners

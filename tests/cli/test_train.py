@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from qalora_export.cli.main import main
 from qalora_export.qalora.training.stage import train
 from qalora_export.recipe import TrainSettings
 from tests.qalora.training.test_stage import write_commands
+from tests.survival.driven import Driver
 
 MODULE = ["-m", "qalora_export.cli", "train"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -86,39 +86,21 @@ def test_errors_are_one_line_with_exit_code_2(
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_gives_the_same_bytes(tiny_canonical: Path, tmp_path: Path, data: list[str]) -> None:
-    in_process(tiny_canonical, tmp_path / "whole", data, rank=4, batch_size=4, max_steps=60, evaluate_every=3)
-    arguments = [
-        tiny_canonical,
-        *data,
-        "--out",
-        tmp_path / "cut",
-        "--rank",
-        4,
-        "--batch-size",
-        4,
-        "--max-steps",
-        60,
-        "--evaluate-every",
-        3,
-    ]
-    process = subprocess.Popen(
-        [sys.executable, *MODULE, *map(str, arguments)],
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 600
-    while not list(tmp_path.glob("cut.training/checkpoint-*/complete.json")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not (tmp_path / "cut").exists()
-    result = cli(*arguments)
-    assert result.returncode == 0, result.stderr
-    assert json.loads((tmp_path / "cut.training" / "report.json").read_text())["resumed_from"] >= 3
+def test_killed_and_started_again_gives_the_same_bytes(
+    driver: Driver, tiny_canonical: Path, tmp_path: Path, data: list[str]
+) -> None:
+    """Killed with -9 half way through its changes on disk."""
+    options = (tiny_canonical, *data, "--rank", 4, "--batch-size", 4, "--max-steps", 12, "--evaluate-every", 3)
+    whole = driver.start("train", *options, "--out", tmp_path / "whole")
+    assert driver.ended() == 0, whole.said()
+    cut = driver.start("train", *options, "--out", tmp_path / "cut", die_at=whole.changes() // 2)
+    assert driver.ended() == -signal.SIGKILL and not (tmp_path / "cut").exists(), cut.said()
+    again = driver.start("train", *options, "--out", tmp_path / "cut")
+    assert driver.ended() == 0, again.said()
+    assert 3 <= json.loads((tmp_path / "cut.training" / "report.json").read_text())["resumed_from"] < 12
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "cut" / path.name).read_bytes() == path.read_bytes(), path.name
-    assert "next: qalora-export merge" in result.stderr
+    assert "next: qalora-export merge" in again.said()
 
 
 @pytest.mark.slow

@@ -3,66 +3,79 @@
 from __future__ import annotations
 
 import json
+import signal
+import socket
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 from safetensors.torch import load_file
 
 from qalora_export.qalora.training.processes import LAUNCH
-from tests.cli.test_train import ENVIRONMENT, TORCHRUN, data, in_process  # noqa: F401 (data is a fixture)
+from tests.cli.test_train import ENVIRONMENT, data, in_process  # noqa: F401 (data is a fixture)
+from tests.qalora.training import fsdp_on_cpu
+from tests.survival.driven import Attempt, Driver
 
-PROGRAM = Path(__file__).parents[1] / "qalora" / "training" / "fsdp_on_cpu.py"
-FSDP = ENVIRONMENT | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # torchrun: rank 0 and 1 read the base
+KILLED = -signal.SIGKILL
+PROGRAM = Path(fsdp_on_cpu.__file__)
 # The command of the README; here rank 0 alone reads the base.
 ACCELERATE = ["-m", "accelerate.commands.launch", *LAUNCH.split()[2:], "--num_processes", "2"]
+# What torchrun tells its processes; here rank 0 and 1 read the base.
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
-def command(folder: Path, *arguments: object, launcher: list[str] = TORCHRUN) -> list[str]:
-    return [sys.executable, *launcher, str(PROGRAM), str(folder), "train", *map(str, arguments)]
+def start(driver: Driver, folder: Path, *arguments: object, die_at: int | None = None) -> list[Attempt]:
+    """Rank 0, which is killed at `die_at`, and rank 1, as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return driver.start_together(
+        [
+            driver.request(
+                ("train", *arguments),
+                prepare=[fsdp_on_cpu.__name__, str(folder)],
+                environment=FSDP | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                die_at=None if rank else die_at,
+            )
+            for rank in (0, 1)
+        ]
+    )
 
 
-def sharded(folder: Path, *arguments: object, launcher: list[str] = TORCHRUN) -> str:
+def by_fork(driver: Driver, folder: Path, *arguments: object) -> str:
+    attempts = start(driver, folder, *arguments)
+    codes = [driver.ended() for _ in attempts]
+    assert codes == [0, 0], [attempt.said() for attempt in attempts]
+    return "".join(attempt.said() for attempt in attempts)
+
+
+def by_accelerate(_: Driver, folder: Path, *arguments: object) -> str:
     done = subprocess.run(
-        command(folder, *arguments, launcher=launcher),
+        [sys.executable, *ACCELERATE, str(PROGRAM), str(folder), "train", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=900,
-        env=FSDP if launcher is TORCHRUN else ENVIRONMENT,
+        env=ENVIRONMENT,
     )
     assert done.returncode == 0, done.stderr
     return done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate launch"])
+@pytest.mark.parametrize("launch", [by_fork, by_accelerate])
 def test_two_shards_train_what_one_process_trains(
+    driver: Driver,
     tiny_canonical: Path,
     tmp_path: Path,
     data: list[str],  # noqa: F811
-    launcher: list[str],
+    launch: Callable[..., str],
 ) -> None:
     in_process(tiny_canonical, tmp_path / "one", data, rank=4, batch_size=8, max_steps=8)
-    printed = sharded(
-        tmp_path,
-        tiny_canonical,
-        *data,
-        "--out",
-        tmp_path / "two",
-        "--rank",
-        4,
-        "--batch-size",
-        2,
-        "--gradient-accumulation",
-        2,
-        "--gradient-checkpointing",
-        "--max-steps",
-        8,
-        launcher=launcher,
-    )
+    options = ("--rank", 4, "--batch-size", 2, "--gradient-accumulation", 2, "--gradient-checkpointing")
+    printed = launch(driver, tmp_path, tiny_canonical, *data, "--out", tmp_path / "two", *options, "--max-steps", 8)
     reports = [json.loads((tmp_path / f"{name}.training" / "report.json").read_text()) for name in ("one", "two")]
     for curve in ("train_curve", "validation_curve"):
         left, right = (dict(report[curve]) for report in reports)
@@ -85,29 +98,22 @@ def test_two_shards_train_what_one_process_trains(
 
 @pytest.mark.slow
 def test_killed_shards_started_again_give_the_same_bytes(
+    driver: Driver,
     tiny_canonical: Path,
     tmp_path: Path,
     data: list[str],  # noqa: F811
 ) -> None:
-    options = (tiny_canonical, *data, "--rank", 4, "--batch-size", 2, "--max-steps", 40, "--evaluate-every", 3)
-    sharded(tmp_path, *options, "--out", tmp_path / "whole")
-    process = psutil.Popen(
-        command(tmp_path, *options, "--out", tmp_path / "cut"),
-        env=FSDP,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 600
-    while not list(tmp_path.glob("cut.training/checkpoint-*/complete.json")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    family = [process, *process.children(recursive=True)]
-    for member in family:
-        member.kill()
-    psutil.wait_procs(family)
+    options = (tiny_canonical, *data, "--rank", 4, "--batch-size", 2, "--max-steps", 9, "--evaluate-every", 3)
+    whole = start(driver, tmp_path, *options, "--out", tmp_path / "whole")
+    assert [driver.ended(), driver.ended()] == [0, 0], [attempt.said() for attempt in whole]
+    cut = start(driver, tmp_path, *options, "--out", tmp_path / "cut", die_at=whole[0].changes() // 2)
+    assert driver.ended() == KILLED, cut[0].said()
+    cut[1].kill(group=True)
+    assert driver.ended() != 0
     assert not (tmp_path / "cut").exists()
     names = {path.name for path in next(tmp_path.glob("cut.training/checkpoint-*/complete.json")).parent.iterdir()}
     assert "optimizer.bin" in names and not any("pytorch_model" in name for name in names), "the base is not saved"
-    sharded(tmp_path, *options, "--out", tmp_path / "cut")
-    assert json.loads((tmp_path / "cut.training" / "report.json").read_text())["resumed_from"] >= 3
+    by_fork(driver, tmp_path, *options, "--out", tmp_path / "cut")
+    assert 3 <= json.loads((tmp_path / "cut.training" / "report.json").read_text())["resumed_from"] < 9
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "cut" / path.name).read_bytes() == path.read_bytes(), path.name

@@ -9,7 +9,7 @@ from typing import Any
 from tests.faults import plants as p
 from tests.faults.line import MODULE
 from tests.faults.plants import Plant
-from tests.faults.worker import SCALED_KERNEL
+from tests.faults.runtime import SCALED_KERNEL
 
 LLAMA, ORT, GENAI = "llama.cpp", "onnxruntime", "onnxruntime-genai"
 KIND = {LLAMA: "gguf", ORT: "onnx", GENAI: "onnx"}

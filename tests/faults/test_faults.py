@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
+from qalora_runtimes.taps import run_taps
 
 from qalora_export.errors import ExitCode
 from qalora_export.recipe import VerifySettings
 from qalora_export.verify.report.parity_report import ParityReport
 from qalora_export.verify.stage import verify_parity
 from tests.conftest import MadeOnce
+from tests.faults import runtime as faulty
 from tests.faults.cases import CASES, FAULTS, KIND, LLAMA, ORT, Fault
 from tests.faults.line import Line, line_in, make_line
 from tests.faults.table import markdown
-from tests.faults.worker import Workers
+from tests.warm_runners import WarmRunners
 
-# As in the issue: every kind of damage that must never pass.
+pytestmark = pytest.mark.usefixtures("warm_runners")
+# Every kind of damage that must never pass.
 REQUIRED = (
     "nibble order",
     "offset sign",
@@ -47,28 +50,16 @@ def line(made_once: MadeOnce) -> Line:
     return line_in(made_once("line", make_line))
 
 
-@pytest.fixture(scope="module")
-def workers() -> Iterator[Workers]:
-    opened = Workers()
-    yield opened
-    opened.close()
-
-
-@pytest.fixture(autouse=True)
-def _quiet_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # inherited by the processes that run llama.cpp
-
-
-def verify(line: Line, runtime: str, out: Path, workers: Workers) -> ParityReport:
+def verify(line: Line, runtime: str, out: Path, taps: Any = run_taps) -> ParityReport:
     settings = VerifySettings(runtimes=(runtime,), threads=1, sequences=16)
     artifact = {"gguf": line.gguf} if KIND[runtime] == "gguf" else {"onnx": line.onnx}
-    return verify_parity(line.merged, out, settings, base=line.base, launch=workers, taps=workers.taps, **artifact)
+    return verify_parity(line.merged, out, settings, base=line.base, taps=taps, **artifact)
 
 
 @pytest.mark.pictures
 @pytest.mark.parametrize("runtime", KIND)
-def test_the_undamaged_line_is_green(runtime: str, line: Line, workers: Workers, tmp_path: Path) -> None:
-    report = verify(line, runtime, tmp_path / "report", workers)
+def test_the_undamaged_line_is_green(runtime: str, line: Line, tmp_path: Path) -> None:
+    report = verify(line, runtime, tmp_path / "report")
     assert report.exit_code == ExitCode.OK
     assert not report.bisections
     assert "merge recomputed from base and adapter in 4 modules" in report.entries[0].detail
@@ -76,12 +67,14 @@ def test_the_undamaged_line_is_green(runtime: str, line: Line, workers: Workers,
 
 @pytest.mark.parametrize(("fault", "runtime"), CASES, ids=[f"{f.name}, {r}" for f, r in CASES])
 def test_a_planted_fault_is_red_and_named(
-    fault: Fault, runtime: str, line: Line, workers: Workers, tmp_path: Path
+    fault: Fault, runtime: str, line: Line, warm_runners: WarmRunners, tmp_path: Path
 ) -> None:
     damaged = fault.plant[runtime](line, tmp_path)
-    workers.fault = fault.name if fault.runtime_fault else ""
+    scaled = fault.name == faulty.SCALED_KERNEL
+    if fault.runtime_fault and not scaled:
+        warm_runners.prepare = (faulty.__name__, runtime)
     with fault.context() if fault.context else nullcontext():
-        report = verify(damaged, runtime, tmp_path / "report", workers)
+        report = verify(damaged, runtime, tmp_path / "report", taps=faulty.scaled_taps if scaled else run_taps)
     statuses = {entry.gate: entry.status for entry in report.entries}
     assert report.exit_code == ExitCode.PARITY_FAILED
     assert {gate for gate in fault.gates if statuses[gate] == "fail"} == set(fault.gates), statuses

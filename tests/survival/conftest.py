@@ -1,22 +1,14 @@
-"""One driver for every module here: its imports are paid once."""
+"""A folder with everything in it, for tests that damage one thing."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import MadeOnce
-from tests.survival.driven import Driver
 from tests.survival.place import Place, make_original
-
-
-@pytest.fixture(scope="session")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
-    with Driver(tmp_path_factory.mktemp("logs")) as process:
-        yield process
 
 
 @pytest.fixture(scope="session")

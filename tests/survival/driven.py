@@ -144,11 +144,11 @@ class Driver:
         self.process.stdout.close()
 
     def start(self, *arguments: object, die_at: int | None = None, **options: object) -> Attempt:
-        return self.start_together([self._request(arguments, die_at=die_at, **options)])[0]
+        return self.start_together([self.request(arguments, die_at=die_at, **options)])[0]
 
     def rivals(self, *commands: tuple[object, ...], apart: float = 0.0) -> list[tuple[int, str]]:
         """Commands started together, each `apart` seconds after the one before: exit code and what it said."""
-        requests = [self._request(command, delay=apart * number) for number, command in enumerate(commands)]
+        requests = [self.request(command, delay=apart * number) for number, command in enumerate(commands)]
         attempts = self.start_together(requests)
         codes = [self.ended() for _ in attempts]
         return [(code, attempt.said()) for code, attempt in zip(codes, attempts, strict=True)]
@@ -159,7 +159,8 @@ class Driver:
         self.process.stdin.flush()
         return [Attempt(int(self._line()), Path(request["log"])) for request in requests]
 
-    def _request(self, arguments: tuple[object, ...], **options: object) -> dict[str, Any]:
+    def request(self, arguments: tuple[object, ...], **options: object) -> dict[str, Any]:
+        """What the driver reads (see there); a log of its own is chosen."""
         self.count += 1
         log = self.folder / f"log{self.count}"
         log.touch()

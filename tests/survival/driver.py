@@ -7,13 +7,15 @@ everything it started.
 
 die_at: the attempt kills itself before its n-th change of the file system (rename, remove, mkdir, rmdir, open for
 writing), which reaches the narrow places between two changes that a clock hardly ever hits. The number of changes an
-attempt made is left in LOG.changes. signal: [number, times], to be sent at that change instead.
+attempt made is left in LOG.changes. signal: [number, times], to be sent at that change instead. environment: variables
+to set. prepare: [module, argument], whose function `prepare` is called with it first.
 
 Started as `python -m tests.survival.driver`.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -26,6 +28,7 @@ from pathlib import Path
 import matplotlib.pyplot  # noqa: F401
 import mobius  # noqa: F401
 import onnx  # noqa: F401
+import torch.distributed.fsdp
 import torch.utils.tensorboard  # noqa: F401
 import transformers.integrations
 import transformers.models.llama.modeling_llama
@@ -60,6 +63,10 @@ def attempt(request: dict) -> None:
     count_changes(
         Path(request["log"] + ".changes"), request.get("die_at"), None if sent is None else partial(send, *sent)
     )
+    os.environ.update(request.get("environment", {}))
+    if "prepare" in request:
+        module, argument = request["prepare"]
+        importlib.import_module(module).prepare(argument)
     code = 1
     try:
         qalora_export.cli.main.main(request["arguments"])

@@ -23,6 +23,12 @@ def shard_cpus(self: AcceleratorState, *arguments: object, fsdp_plugin: object =
         self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
 
 
+def prepare(folder: str) -> None:
+    """Shard on CPUs, and record in `folder` what was sharded."""
+    AcceleratorState.__init__ = shard_cpus
+    record_shards(Path(folder))
+
+
 def record_shards(folder: Path) -> None:
     """Write what this process held when training ended: local and whole bytes of every parameter; who gathers."""
     from torch.distributed.fsdp import FSDPModule
@@ -45,8 +51,7 @@ def record_shards(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    AcceleratorState.__init__ = shard_cpus
-    record_shards(Path(sys.argv.pop(1)))
+    prepare(sys.argv.pop(1))
     from qalora_export.cli.main import main
 
     main()
