@@ -63,12 +63,21 @@ def conversation(turns: Any, key: str) -> tuple[tuple[Message, ...], frozenset[i
 
 def tools_of(value: Any) -> tuple[dict[str, Any], ...]:
     """Tool descriptions: a list of objects, or that list as JSON text (as LLaMA-Factory and TRL have it)."""
+    return _objects(value, "tools")
+
+
+def documents_of(value: Any) -> tuple[dict[str, Any], ...]:
+    """What a template for retrieval gets beside the conversation: a list of objects, in general {"title", "text"}."""
+    return _objects(value, "documents")
+
+
+def _objects(value: Any, name: str) -> tuple[dict[str, Any], ...]:
     if value in (None, "", []):
         return ()
-    tools = _parsed(value, "'tools'")
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise Malformed("'tools' is not a list of objects")
-    return tuple(tools)
+    found = _parsed(value, f"'{name}'")
+    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+        raise Malformed(f"'{name}' is not a list of objects")
+    return tuple(found)
 
 
 def text_of(content: Any) -> str:

@@ -6,9 +6,9 @@
                   prompt and completion may also be lists of messages
     text         {"text": …}, or any .txt file, which is one document
 
-Chat and instruction rows may carry "system", "tools" and "chat_template_kwargs". Other keys are not looked at. Of a row
-that fits several formats the first counts (Alpaca's rows have a "text" beside their fields); "format" settles it
-otherwise. Each reader says what it needs: training an answer, evaluation a last answer, the others only text.
+Chat and instruction rows may carry "system", "tools", "documents" and "chat_template_kwargs". Other keys are not looked
+at. Of a row that fits several formats the first counts (Alpaca's rows have a "text" beside their fields); "format"
+settles it otherwise. Each reader says what it needs: training an answer, evaluation a last answer, the others only text.
 
 Nothing here knows a tokenizer; `samples.py`, `calibration.py` and `prompts.py` turn records into token ids.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from qalora_export.data import lines
-from qalora_export.data.messages import Malformed, Message, conversation, text_of, tools_of
+from qalora_export.data.messages import Malformed, Message, conversation, documents_of, text_of, tools_of
 from qalora_export.errors import InputError
 
 CHAT_KEYS = ("messages", "conversations")
@@ -45,8 +45,9 @@ HELP = {
 class Record:
     """One example and the line it came from: a conversation (`messages`) or running text (`text`).
 
-    tools: their descriptions, for the chat template; options: more arguments of the template. unlearned: indices of
-    answers that the data set says not to learn. begins, ends: a text file comes in pieces, which are one document.
+    tools: their descriptions, for the chat template; documents: what was retrieved, for templates that show it;
+    options: more arguments of the template. unlearned: indices of answers that the data set says not to learn. begins,
+    ends: a text file comes in pieces, which are one document.
     """
 
     line: int
@@ -58,6 +59,7 @@ class Record:
     begins: bool = True
     ends: bool = True
     where: str = field(default="", compare=False)
+    documents: tuple[dict[str, Any], ...] = ()
 
     @property
     def answers(self) -> list[int]:
@@ -68,6 +70,7 @@ class Record:
     def oversize(self) -> bool:
         """Whether the conversation is beyond what is worth tokenizing."""
         characters = sum(len(message["content"]) for message in self.messages)
+        characters += sum(len(value) for document in self.documents for value in document.values() if _is_text(value))
         return characters > MAX_CHARACTERS or len(self.messages) > MAX_MESSAGES
 
     def need_answer(self) -> None:
@@ -91,6 +94,10 @@ class Record:
                 fix=f"{HELP['chat']}, or {HELP['instruction']}",
             )
         return str(last["content"])
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def read_records(path: Path, format: str = "auto") -> list[Record]:
@@ -226,8 +233,8 @@ class _Row:
             unlearned = frozenset(index + 1 for index in unlearned)
         elif system and messages[0]["content"] != system:
             raise Malformed("the line has two different system messages")
-        tools = tools_of(self.values.get("tools"))
-        return Record(self.number, messages, None, tools, options, unlearned, where=self.where)
+        tools, documents = tools_of(self.values.get("tools")), documents_of(self.values.get("documents"))
+        return Record(self.number, messages, None, tools, options, unlearned, where=self.where, documents=documents)
 
 
 def _chat(row: _Row) -> Record:

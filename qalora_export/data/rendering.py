@@ -23,7 +23,7 @@ def render(record: Record, tokenizer: Any, *, until: int | None = None, **option
     options: arguments of apply_chat_template, e.g. tokenize=True, return_dict=True. Transformers runs the template in
     Jinja's immutable sandbox. Raises InputError for what the template refuses or cannot digest.
     """
-    own = {"tools": list(record.tools) or None, **record.options}
+    own = {"tools": list(record.tools) or None, "documents": list(record.documents) or None, **record.options}
     if reserved := sorted(set(record.options) & set(inspect.signature(type(tokenizer).apply_chat_template).parameters)):
         raise InputError(
             f"chat_template_kwargs sets {reserved[0]!r}", where=record.where, why="it is not a variable of the template"

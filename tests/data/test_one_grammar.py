@@ -19,6 +19,7 @@ from tests.data.files import write
 
 TEMPLATE = (
     "{% if tools %}<tools>{{ tools | tojson }}</tools>\n{% endif %}"
+    "{% for d in documents or [] %}<doc>{{ d.title }}: {{ d.text }}</doc>\n{% endfor %}"
     "{% for m in messages %}<{{ m.role }}>"
     "{% if m.tool_calls %}{% for c in m.tool_calls %}[{{ c.function.name }} {{ c.function.arguments | tojson }}]"
     "{% endfor %}{% endif %}{{ m.content }}</s>\n{% endfor %}"
@@ -28,6 +29,7 @@ ASKED, MORE, ANSWER = "Turn on the kitchen lights", "at 7:30, please! " * 4, "de
 WHOLE = f"{ASKED}\n\n{MORE}"
 SYSTEM = "You keep every code, scale and offset."
 TOOL = {"type": "function", "function": {"name": "lights", "description": "on or off", "parameters": {}}}
+DOCUMENT = {"title": "Manual", "text": "The kitchen has two lights."}
 CALL = {"name": "lights", "arguments": {"room": "kitchen"}}
 
 
@@ -74,6 +76,11 @@ SAME: dict[str, list[dict[str, Any]]] = {
         chat(("user", "one?"), ("assistant", "two."), *PLAIN),
         sharegpt(("human", "one?"), ("gpt", "two."), *SPOKEN),
         {"instruction": WHOLE, "output": ANSWER, "history": [["one?", "two."]]},
+    ],
+    "documents": [
+        chat(*PLAIN, documents=[DOCUMENT]),
+        sharegpt(*SPOKEN, documents=json.dumps([DOCUMENT])),
+        {"instruction": ASKED, "input": MORE, "output": ANSWER, "documents": [DOCUMENT]},
     ],
     "tools": [
         {
@@ -124,6 +131,7 @@ def test_every_spelling_is_the_same_conversation_for_every_reader(kind: str, tok
     rendered = tokenizer.decode(first["train"])
     assert WHOLE in rendered and ANSWER in rendered
     assert ("[lights" in rendered and "<tools>" in rendered) == (kind == "tools")
+    assert ("<doc>Manual: The kitchen has two lights.</doc>" in rendered) == (kind == "documents")
     # One rendering for all four: a window of calibration begins with the BOS that plain text gets, too.
     start = list(tokenizer("").input_ids)
     for name, ids in first.items():

@@ -49,10 +49,13 @@ def test_input_follows_the_instruction_after_an_empty_line(tmp_path: Path) -> No
 
 def test_system_tools_and_template_options_come_along(tmp_path: Path) -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
-    row = CHAT | {"system": "s", "tools": tools, "chat_template_kwargs": {"thinking": False}}
+    documents = [{"title": "a", "text": "b" * 2**20}]
+    row = CHAT | {"system": "s", "tools": tools, "documents": documents, "chat_template_kwargs": {"thinking": False}}
     record = read(tmp_path, row)
     assert record.messages == (SYSTEM, USER, ANSWER)
     assert (list(record.tools), record.options) == (tools, {"thinking": False})
+    assert list(record.documents) == documents
+    assert record.oversize  # they count
     assert read(tmp_path, {"system_prompt": "s", "question": "u", "response": "a"}).messages == (SYSTEM, USER, ANSWER)
     assert read(tmp_path, {"messages": [SYSTEM, USER], "system": "s"}).messages == (SYSTEM, USER)
 
@@ -115,6 +118,7 @@ def test_readers_say_what_they_need(tmp_path: Path) -> None:
         ([{"sentence": "a"}], "fits no known format", 1),
         ([{"prompt": "a", "output": "b", "history": [["a"]]}], "'history' is not a list of pairs", 1),
         ([CHAT | {"tools": "none"}], "does not parse", 1),
+        ([CHAT | {"documents": ["text"]}], "'documents' is not a list of objects", 1),
         ([CHAT | {"chat_template_kwargs": 3}], "'chat_template_kwargs' is not an object", 1),
         ([{"messages": [SYSTEM, USER], "system": "other"}], "two different system messages", 1),
     ],
