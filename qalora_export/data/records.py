@@ -8,7 +8,7 @@
 
 Chat and instruction rows may carry "system", "tools", "documents" and "chat_template_kwargs". Other keys are not looked
 at. Of a row that fits several formats the first counts (Alpaca's rows have a "text" beside their fields); "format"
-settles it otherwise. Each reader says what it needs: training an answer, evaluation a last answer, the others only text.
+settles it otherwise. Each reader says what it needs: training an answer, evaluation a last answer, others only text.
 
 Nothing here knows a tokenizer; `samples.py`, `calibration.py` and `prompts.py` turn records into token ids.
 """

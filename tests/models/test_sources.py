@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,11 +19,14 @@ from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.manifest import read_manifest
 from qalora_export.errors import InputError
 from qalora_export.models.sources import MAY_DOWNLOAD, lacking, locate
+from qalora_export.quantization.stage import quantize
 from qalora_export.recipe import load_recipe
+from tests.conftest import ROOT
 from tests.models import make_tiny_model
 from tests.progress_record import recorded
 
 HUB_ID, COMMIT = "Someone/Tiny-1", "0123456789abcdef0123456789abcdef01234567"
+GPTQ = "gptq_model-4bit-32g.safetensors"
 PICKLE, CODE, OTHER = "pytorch_model.bin", "modeling_tiny.py", "consolidated.safetensors"
 
 
@@ -52,10 +56,14 @@ def into_cache(remote: Path, cache: Path, names: set[str] | None = None) -> Path
     (repo / "refs" / "main").write_text(COMMIT)
     for path in remote.iterdir():
         if names is None or path.name in names:
-            blob = hashlib.sha256(path.read_bytes()).hexdigest()
-            (repo / "blobs" / blob).write_bytes(path.read_bytes())
-            (snapshot / path.name).symlink_to(f"../../blobs/{blob}")
+            into_snapshot(path, snapshot)
     return snapshot
+
+
+def into_snapshot(path: Path, snapshot: Path) -> None:
+    blob = hashlib.sha256(path.read_bytes()).hexdigest()
+    (snapshot.parent.parent / "blobs" / blob).write_bytes(path.read_bytes())
+    (snapshot / path.name).symlink_to(f"../../blobs/{blob}")
 
 
 @pytest.fixture
@@ -209,6 +217,34 @@ def test_the_command_line_fetches_safetensors_and_tokenizer_and_pins_the_commit(
     online.asked.clear()
     assert locate(HUB_ID).commit == COMMIT  # from the cache now
     assert not online.asked
+
+
+@pytest.fixture
+def autogptq(remote: Path, tmp_path: Path) -> Path:
+    """A model that the real AutoGPTQ wrote, whose weights have its own name, with a tokenizer."""
+    folder = tmp_path / "autogptq"
+    shutil.copytree(ROOT / "tests" / "quantization" / "golden" / "autogptq", folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(remote / name, folder / name)
+    (folder / PICKLE).write_bytes(b"not wanted")
+    return folder
+
+
+def test_a_cached_autogptq_model_is_found_under_its_own_name(autogptq: Path, cache: Path, tmp_path: Path) -> None:
+    snapshot = into_cache(autogptq, cache, {path.name for path in autogptq.iterdir()} - {GPTQ})
+    with pytest.raises(InputError, match=r"does not hold model\.safetensors of it"):
+        locate(HUB_ID)
+    into_snapshot(autogptq / GPTQ, snapshot)
+    quantize(HUB_ID, tmp_path / "b.qalora")
+    assert CanonicalCheckpoint(tmp_path / "b.qalora").modules["model.layers.0.self_attn.q_proj"] == (4, 32)
+    assert read_manifest(tmp_path / "b.qalora")["settings"]["source"] == {"hub_id": HUB_ID, "revision": COMMIT}
+
+
+def test_an_autogptq_model_is_fetched_under_its_own_name(autogptq: Path, online: type[Hub], tmp_path: Path) -> None:
+    online.root = autogptq
+    quantize(HUB_ID, tmp_path / "b.qalora")
+    assert online.asked == {path.name for path in autogptq.iterdir()} - {PICKLE}
+    assert len(CanonicalCheckpoint(tmp_path / "b.qalora").modules) == 7
 
 
 def test_a_download_shows_how_far_it_is(remote: Path, online: type[Hub]) -> None:
