@@ -50,6 +50,7 @@ THOROUGH = (
     "test_public_face.py",
     "test_wheels.py",
     "verify/bisect/",
+    "verify/foreign/test_diagnosis.py",
     "verify/test_stage.py",
 )
 

@@ -69,6 +69,7 @@ VERIFY = (
     "gates",
     "bisect",
     "report",
+    "foreign",
     "stage",
 )
 TORCH_FREE = (

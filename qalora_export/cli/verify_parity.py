@@ -5,16 +5,25 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from qalora_runtimes.process import PATIENCE
 
 from qalora_export.console import next_command
 
+if TYPE_CHECKING:
+    from qalora_export.recipe import VerifySettings
+
 
 def command(
-    checkpoint: Annotated[Path, typer.Argument(help="Canonical checkpoint that the artifacts were exported from.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            help="Canonical checkpoint that the artifacts were exported from; or the plain model, a folder or hub id, "
+            "that a file of any tool was made from."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for report.html, report.json, junit.xml and positions.npz.")],
     gguf: Annotated[Path | None, typer.Option(help="GGUF file to verify in llama.cpp.")] = None,
     onnx: Annotated[Path | None, typer.Option(help="ONNX folder to verify in ONNX Runtime and GenAI.")] = None,
@@ -58,13 +67,17 @@ def command(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing report.")] = False,
 ) -> None:
-    """Prove that an exported model computes the numbers of its checkpoint.
+    """Prove that an exported model computes the numbers of its checkpoint; or find out what is broken in any file.
 
     Six gates per runtime, each on every position of the probe set: G0 bytes, G1 weights, G2 exact path, G3 shipped
     path, G4 decode, G5 text. A gate that could not run is "not run", never a pass.
 
-    Exit codes: 0 every gate passed · 1 parity failed · 2 bad usage or input · 3 a requested runtime is missing or
-    crashed · 4 unsafe input.
+    Given a plain model instead of a checkpoint, the file may be of any tool in any quantization: weights, graph and
+    metadata, tokenizer, chat template, end tokens and sampling, kernels are looked at one after the other, and the
+    first sentence says which of them is broken, or what the quantization costs.
+
+    Exit codes: 0 every gate passed, nothing broken · 1 parity failed, something broken · 2 bad usage or input · 3 a
+    requested runtime is missing or crashed · 4 unsafe input.
 
     [bold]Examples[/bold]
 
@@ -73,6 +86,8 @@ def command(
       qalora-export verify-parity merged.qalora --gguf model.gguf --base base.qalora --prompts data.jsonl --out parity/
 
       qalora-export verify-parity merged.qalora --onnx onnx/ --runtime onnxruntime --positions 5000 --out parity/
+
+      qalora-export verify-parity HuggingFaceTB/SmolLM2-135M-Instruct --gguf downloaded-Q4_K_M.gguf --out diagnosis/
     """
     from qalora_export.cli.parity_table import print_report
     from qalora_export.recipe import VerifySettings, validated
@@ -93,6 +108,8 @@ def command(
     }
     flags = {key: value for key, value in given.items() if value is not None}
     settings = validated(VerifySettings, flags, where="command line")
+    if not is_checkpoint(checkpoint):
+        _diagnose(checkpoint, out, settings, gguf=gguf, onnx=onnx, cache=not no_cache, force=force)
     report = verify_parity(
         checkpoint,
         out,
@@ -110,3 +127,31 @@ def command(
     compared = [] if report.passed else [checkpoint]  # value by value, when something is wrong
     next_command(shlex.join(["qalora-export", "inspect", *map(str, [artifact, *compared])]))
     raise typer.Exit(int(report.exit_code))
+
+
+def is_checkpoint(model: Path) -> bool:
+    """Whether it is for the gates: a canonical checkpoint, or what is none and no plain model either."""
+    from qalora_export.checkpoint.canonical import is_canonical
+
+    return is_canonical(model) if (model / "config.json").is_file() else model.exists()
+
+
+def _diagnose(
+    model: Path,
+    out: Path,
+    settings: VerifySettings,
+    *,
+    gguf: Path | None,
+    onnx: Path | None,
+    cache: bool,
+    force: bool,
+) -> NoReturn:
+    from qalora_export.cli.diagnosis_table import print_diagnosis
+    from qalora_export.errors import InputError
+    from qalora_export.verify.foreign.stage import diagnose
+
+    if gguf is None or onnx is not None:
+        raise InputError("one file is looked at in one run", fix="pass --gguf FILE")
+    diagnosis = diagnose(model, out, settings, gguf=gguf, cache=cache, force=force)
+    print_diagnosis(diagnosis)
+    raise typer.Exit(int(diagnosis.exit_code))

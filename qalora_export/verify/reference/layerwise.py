@@ -34,7 +34,7 @@ from qalora_export.models.multimodal import TextPart, wrapped_family
 from qalora_export.models.skeleton import Skeleton, layer_output
 from qalora_export.progress import track
 from qalora_export.qalora.dequant import dequantize
-from qalora_export.verify.kernels.products import linear_modules
+from qalora_export.verify.kernels.products import HEAD, linear_modules
 
 Change = Callable[[Tensor], Tensor]  # of a value on its way, (…, features)
 Played = Callable[[str, Tensor], Tensor]  # module and its x (1, tokens, in) -> x Wᵀ (1, tokens, out), before any bias
@@ -87,8 +87,10 @@ class WithoutLinears(DequantizedCheckpoint):
         return np.zeros(self.entry(name).shape, np.float32) if name in self._linears else super().tensor(name)
 
 
-def _opened(folder: Path) -> ModelFolder:
+def _opened(folder: Path | ModelFolder) -> ModelFolder:
     """A canonical checkpoint dequantized, the language model of a multimodal checkpoint, any other model as it is."""
+    if isinstance(folder, ModelFolder):
+        return folder
     if is_canonical(folder):
         return DequantizedCheckpoint(folder)
     whole = ModelFolder(folder)
@@ -111,24 +113,29 @@ class _Step:
 class LayerwiseModel:
     """A checkpoint, or any model folder, that answers log-probabilities of sequences, every position.
 
-    rounding (of a checkpoint): applied to the input of every quantized layer. played: answers every linear layer in
-    its place, so that only what lies between them is computed here. noise: applied to what enters and leaves every
-    linear layer and to the hidden states behind every decoder layer. All methods want torch.inference_mode.
+    checkpoint: a canonical one or any model folder by its path, or whatever answers like a folder. rounding: applied
+    to the input of every quantized layer, in a plain folder of every linear layer but the head. played: answers every
+    linear layer of a canonical checkpoint in its place, so that only what lies between them is computed here. noise:
+    applied to what enters and leaves every linear layer and to the hidden states behind every decoder layer. All
+    methods want torch.inference_mode.
     """
 
     def __init__(
         self,
-        checkpoint: Path,
+        checkpoint: Path | ModelFolder,
         *,
         rounding: Change | None = None,
         played: Played | None = None,
         noise: Change | None = None,
     ) -> None:
-        self._checkpoint = WithoutLinears(checkpoint) if played is not None else _opened(checkpoint)
+        if played is not None and isinstance(checkpoint, Path):
+            self._checkpoint: ModelFolder = WithoutLinears(checkpoint)
+        else:
+            self._checkpoint = _opened(checkpoint)
         self._skeleton = Skeleton(self._checkpoint, torch.device("cpu"), attention="eager")
         self._skeleton.check_complete()
         if rounding is not None:
-            for name in CanonicalCheckpoint(checkpoint).modules:
+            for name in self._rounded():
                 module = self._skeleton.model.get_submodule(name)
                 module.register_forward_pre_hook(lambda _, x: (rounding(x[0]),))
         if played is not None:
@@ -150,6 +157,17 @@ class LayerwiseModel:
         table = rotary.full_attention_inv_freq if hasattr(rotary, "full_attention_inv_freq") else rotary.inv_freq
         frequencies: NDArray[np.float32] = table.float().numpy()
         return frequencies
+
+    def rotate_by(self, frequencies: NDArray[np.floating[Any]]) -> None:
+        """Turn by these radians per position, (head size / 2,), in every layer that has no table of its own."""
+        rotary = self._skeleton.base.rotary_emb
+        name = "full_attention_inv_freq" if hasattr(rotary, "full_attention_inv_freq") else "inv_freq"
+        setattr(rotary, name, torch.from_numpy(np.asarray(frequencies, np.float32)))
+
+    def _rounded(self) -> Iterable[str]:
+        if isinstance(self._checkpoint, CanonicalCheckpoint):
+            return self._checkpoint.modules
+        return (name for name in self._skeleton.linears() if name != HEAD)
 
     def run(
         self, sequences: Iterable[NDArray[np.int32]], *, decode: bool, prefill: bool = True

@@ -18,7 +18,7 @@ from qalora_export.models.loading import load_model
 from qalora_export.qalora.layer import QALoraLinear
 from qalora_export.verify.metrics import following_ids, position_metrics
 from qalora_export.verify.probes.probe_set import ProbeSet
-from qalora_export.verify.reference.layerwise import DequantizedCheckpoint, LayerwiseModel
+from qalora_export.verify.reference.layerwise import Change, DequantizedCheckpoint, LayerwiseModel
 from qalora_export.verify.store import Arrays, remembered
 
 PACKAGES = ("ml-dtypes", "numpy", "safetensors", "torch", "transformers")  # whose code the reference passes through
@@ -87,15 +87,20 @@ def rounding_noise(checkpoint: Path, probes: ProbeSet, *, threads: int) -> NDArr
 
     def compute() -> Arrays:
         with fixed_threads(threads), torch.inference_mode():
-            (exact,) = LayerwiseModel(checkpoint).run(probes.sequences(), decode=False)
-            total = np.zeros(len(exact))
-            for draw in range(NOISE_DRAWS):
-                (noisy,) = LayerwiseModel(checkpoint, noise=_ulps(draw)).run(probes.sequences(), decode=False)
-                total += position_metrics(exact, noisy, following_ids(probes.ids, probes.lengths)).nmse
-        return {"noise": total / NOISE_DRAWS}
+            return {"noise": noise_of(lambda noise: LayerwiseModel(checkpoint, noise=noise), probes)}
 
     asked = {"probes": probes.ids_sha256, "threads": threads}
     return remembered("rounding noise", compute, of=checkpoint, packages=PACKAGES, **asked)["noise"]
+
+
+def noise_of(model: Callable[[Change | None], LayerwiseModel], probes: ProbeSet) -> NDArray[np.float64]:
+    """rounding_noise of any model. model: with this noise, or without any. Wants torch.inference_mode."""
+    (exact,) = model(None).run(probes.sequences(), decode=False)
+    total = np.zeros(len(exact))
+    for draw in range(NOISE_DRAWS):
+        (noisy,) = model(_ulps(draw)).run(probes.sequences(), decode=False)
+        total += position_metrics(exact, noisy, following_ids(probes.ids, probes.lengths)).nmse
+    return total / NOISE_DRAWS
 
 
 def _ulps(seed: int) -> Callable[[torch.Tensor], torch.Tensor]:

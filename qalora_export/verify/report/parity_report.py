@@ -118,7 +118,7 @@ def entry_json(entry: Entry) -> dict[str, Any]:
 
 def write_report(report: ParityReport, folder: Path) -> None:
     """report.json, positions.npz and a plot for each bisect."""
-    text = json.dumps(_plain(report.as_json()), indent=1, allow_nan=False, ensure_ascii=False)
+    text = json.dumps(plain(report.as_json()), indent=1, allow_nan=False, ensure_ascii=False)
     (folder / REPORT).write_text(text + "\n", encoding="utf-8")
     arrays = {
         f"{runtime}/{path}/{name}": getattr(metrics, name)
@@ -159,14 +159,14 @@ def withdraw(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON's own types only: numpy numbers unwrapped, non-finite numbers as strings."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, np.generic):
-        return _plain(value.item())
+        return plain(value.item())
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

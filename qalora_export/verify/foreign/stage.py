@@ -1,0 +1,282 @@
+"""verify-parity for a plain model and a file of any tool: each part in its order, one report."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from qalora_runtimes.launch import run_runner
+
+from qalora_export.checkpoint.canonical import is_canonical
+from qalora_export.checkpoint.generation import generation_config
+from qalora_export.checkpoint.manifest import write_manifest
+from qalora_export.checkpoint.model_folder import ModelFolder
+from qalora_export.checkpoint.output import claim_output
+from qalora_export.errors import InputError, RuntimeUnavailableError
+from qalora_export.formats.gguf.file import GgufFile
+from qalora_export.formats.gguf.tensor_table import ROPE_FREQUENCIES
+from qalora_export.models.families import family_of
+from qalora_export.models.loading import load_tokenizer
+from qalora_export.models.sources import locate
+from qalora_export.progress import status
+from qalora_export.recipe import VerifySettings
+from qalora_export.safety import HashedOnce, StrPath, atomic_directory, local_path
+from qalora_export.verify.foreign.artifact import Foreign
+from qalora_export.verify.foreign.diagnosis import Part
+from qalora_export.verify.foreign.ends import ends_part, llama_cpp_ends, sampling_differences
+from qalora_export.verify.foreign.fit import source_of
+from qalora_export.verify.foreign.gguf_file import open_gguf
+from qalora_export.verify.foreign.graph import LogProbs, graph_part, kernels_part, measured
+from qalora_export.verify.foreign.metadata import complete_config, gguf_differences
+from qalora_export.verify.foreign.model import OwnNumbers
+from qalora_export.verify.foreign.report import Diagnosis, write_diagnosis
+from qalora_export.verify.foreign.text import template_part, tokenizer_part, without_bos
+from qalora_export.verify.foreign.weights import Finding, compared
+from qalora_export.verify.identity import changes, identities
+from qalora_export.verify.probes.probe_set import ProbeSet, make_probes
+from qalora_export.verify.reference.logits import Reference, reference_logprobs
+from qalora_export.verify.reference.text import folder_answers
+from qalora_export.verify.report.parity_report import withdraw
+from qalora_export.verify.runtimes.facts import expected_text_facts
+from qalora_export.verify.runtimes.llama_cpp import facts_of
+from qalora_export.verify.runtimes.onnxruntime_genai import expected_generation_ends
+from qalora_export.verify.runtimes.record import Artifact, all_runtimes
+from qalora_export.verify.runtimes.runs import CrashedError, Runs
+from qalora_export.verify.runtimes.twin import write_twin
+from qalora_export.verify.store import kept_in, opened
+
+LLAMA_CPP = "llama.cpp"
+
+
+@dataclass
+class Source:
+    """The model that the artifact claims to be. config: complete; raw: config.json as it is."""
+
+    folder: ModelFolder
+    config: dict[str, Any]
+    tokenizer: Any
+    probes: ProbeSet
+    reference: Reference
+    text: dict[str, Any]
+    threads: int
+    workdir: Path
+    parts: list[Part] = field(default_factory=list)
+
+    @property
+    def heads(self) -> dict[str, int]:
+        config = self.config
+        return {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+
+
+def diagnose(
+    model: StrPath,
+    out: StrPath,
+    settings: VerifySettings | None = None,
+    *,
+    gguf: StrPath,
+    revision: str | None = None,
+    force: bool = False,
+    cache: bool = True,
+    launch: Callable[..., Any] | None = None,
+) -> Diagnosis:
+    """Find out what is broken in a file that any tool made of a plain Transformers model; write the report folder.
+
+    model: a folder or hub id, in 16 or 32 bits. gguf: in any quantization. launch: stands in for
+    qalora_runtimes.launch.run_runner. Raises InputError (2) and UnsafeInputError (4) for input that cannot be read at
+    all; what a runtime does is a finding. Nothing is printed.
+    """
+    settings, out, artifact = settings or VerifySettings(), local_path(out), local_path(gguf)
+    located = locate(model, revision)
+    hashed = HashedOnce()
+    store = opened(hashed) if cache else None
+    with claim_output(out, force=force, inputs=(located.path, artifact)), atomic_directory(out, force=force) as folder:
+        withdraw(out)
+        with kept_in(store):
+            workdir = folder / "work"
+            workdir.mkdir()
+            before = identities(located.path, artifact, hashed=hashed)
+            source = _source(located.path, settings, workdir)
+            findings, figures = _gguf(source, artifact, launch or run_runner)
+            changed = changes(before, identities(located.path, artifact, hashed=HashedOnce()))
+        if changed:
+            raise InputError("a file changed while it was looked at", where=changed[0], fix="run the command again")
+        shutil.rmtree(workdir)
+        diagnosis = Diagnosis(
+            out=out,
+            model=located.hub_id or located.path.name,
+            artifact=artifact.name,
+            sha256=before[artifact].sha256,
+            nbytes=artifact.stat().st_size,
+            parts=source.parts,
+            tensors=findings,
+            figures=figures,
+        )
+        write_diagnosis(diagnosis, folder)
+        write_manifest(folder, "report", tensors={}, parents=[], settings={})
+    return diagnosis
+
+
+def _source(path: Path, settings: VerifySettings, workdir: Path) -> Source:
+    if is_canonical(path) or ModelFolder(path).config.get("quantization_config") is not None:
+        raise InputError(
+            "the model is quantized itself",
+            where=path,
+            why="what the file lost can only be seen beside the numbers it was made from",
+            fix="give the folder of the 16-bit model",
+        )
+    folder, config = ModelFolder(path), complete_config(path)
+    family_of(config)
+    tokenizer = load_tokenizer(path)
+    probes = make_probes(tokenizer, config, settings)
+    with status("PyTorch reference"):
+        reference = reference_logprobs(path, probes, threads=settings.threads)
+    text = folder_answers(path, probes)
+    return Source(folder, config, tokenizer, probes, reference, text, settings.threads, workdir)
+
+
+def _gguf(source: Source, path: Path, launch: Callable[..., Any]) -> tuple[list[Finding], dict[str, Any]]:
+    """Every part of a GGUF file in llama.cpp: (tensors, what it costs)."""
+    artifact = open_gguf(path, source.config, set(source.folder.names()))
+    findings = compared(artifact, source.folder, source.heads)
+    own = OwnNumbers(artifact, source.config, source.probes, source.workdir, threads=source.threads)
+    runs = Runs(source.probes, source.config["vocab_size"], source.workdir, source.threads, launch)
+    numbers = _own_numbers(own)
+    paths, refusal = _paths(source, path, runs)
+    source.parts.append(_weights(source, artifact, findings, own, numbers))
+    divisors = _divisors(path)
+    differences = gguf_differences(artifact.metadata, source.config, divisors, source.reference.frequencies)
+    if refusal is not None:
+        source.parts += _refused(refusal)
+    else:
+        with _timed(source):
+            source.parts.append(graph_part(LLAMA_CPP, own, paths["exact"], differences, numbers))
+    source.parts += _text(source, artifact, runs)
+    if refusal is None:
+        with _timed(source):
+            source.parts.append(kernels_part(LLAMA_CPP, own, paths, numbers))
+    return findings, _costs(source, numbers, paths)
+
+
+@contextmanager
+def _timed(source: Source) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    source.parts[-1] = replace(source.parts[-1], seconds=time.perf_counter() - began)
+
+
+def _own_numbers(own: OwnNumbers) -> LogProbs | None:
+    try:
+        return own.logprobs()
+    except InputError:
+        return None
+
+
+def _paths(source: Source, path: Path, runs: Runs) -> tuple[dict[str, LogProbs], RuntimeUnavailableError | None]:
+    """Log-probabilities of the file as it is, and of its numbers as float32; or why there are none."""
+    twin = source.workdir / "twin-f32.gguf"
+    try:
+        shipped = runs.logprobs(LLAMA_CPP, Artifact(path), "prefill", exact=False)
+        write_twin(path, twin)
+        exact = {mode: runs.logprobs(LLAMA_CPP, Artifact(twin), mode, exact=True) for mode in ("prefill", "decode")}
+    except RuntimeUnavailableError as error:
+        return {}, error
+    finally:
+        twin.unlink(missing_ok=True)
+    return {"shipped": shipped, "exact": exact["prefill"], "decode": exact["decode"]}, None
+
+
+def _refused(error: RuntimeUnavailableError) -> list[Part]:
+    """A runtime that is not there leaves its parts open; one that cannot run the file has found something."""
+    if isinstance(error, CrashedError):
+        graph = Part("graph", LLAMA_CPP, "broken", f"{LLAMA_CPP} cannot run the file: {error.reason}")
+    else:
+        graph = Part("graph", LLAMA_CPP, "not run", error.reason)
+    return [graph, Part("kernels", LLAMA_CPP, "not run", error.reason)]
+
+
+def _weights(
+    source: Source, artifact: Foreign, findings: list[Finding], own: OwnNumbers, numbers: LogProbs | None
+) -> Part:
+    wrong = [finding for finding in findings if finding.cause]
+    said = [f"{finding.name} ({finding.kind}): {finding.cause}" for finding in wrong]
+    said += [f"{name} is missing{_what_for(name)}" for name in artifact.absent]
+    said += [f"{name} is no tensor of this architecture" for name in artifact.extra]
+    kinds = sorted({finding.kind for finding in findings})
+    if not said:
+        seen = f"{len(findings)} tensors are the model's, as {', '.join(kinds)} hold them"
+        return Part("weights", "", "ok", seen)
+    repaired = {f.name: source_of(source.folder, f.name) for f in wrong} | {
+        name: source_of(source.folder, name) for name in artifact.absent
+    }
+    usable = {name: values for name, values in repaired.items() if values is not None}
+    more = f" (and {len(said) - 1} more)" if len(said) > 1 else ""
+    return Part("weights", "", "broken", said[0] + more, tuple(said), _proof(source, own, numbers, usable))
+
+
+def _what_for(name: str) -> str:
+    return ": the runtime takes the embedding in its place" if name == "lm_head.weight" else ""
+
+
+def _proof(source: Source, own: OwnNumbers, numbers: LogProbs | None, repaired: Mapping[str, NDArray[Any]]) -> str:
+    """What the model's tensors in place of the wrong ones do to the artifact's own logits."""
+    if not repaired:
+        return ""
+    try:
+        mended = own.logprobs(repaired=repaired)
+    except InputError as error:
+        return f"with the model's tensors in their place it is no model yet: {error.what}"
+    reference = source.reference.logprobs
+    after = measured(source.probes, reference, mended).summary.kl_mean
+    if numbers is None:
+        return f"with the model's {len(repaired)} tensors in their place KL is {after:.3g} nats"
+    before = measured(source.probes, reference, numbers).summary.kl_mean
+    return f"KL {before:.3g} nats with them, {after:.3g} with the model's {len(repaired)} tensors in their place"
+
+
+def _divisors(path: Path) -> NDArray[np.float32] | None:
+    found = GgufFile(path).tensors.get(ROPE_FREQUENCIES)
+    return None if found is None else np.asarray(found.dequantized(), np.float32).reshape(-1)
+
+
+def _text(source: Source, artifact: Foreign, runs: Runs) -> list[Part]:
+    """Tokenizer, chat template, end tokens."""
+    habits, metadata = all_runtimes()[LLAMA_CPP].habits, artifact.metadata
+    folder = source.folder.path
+    try:
+        answers = runs.text_answers(LLAMA_CPP, Artifact(artifact.path))
+    except RuntimeUnavailableError as error:
+        why = error.reason
+        return [Part(part, LLAMA_CPP, "not run", why) for part in ("tokenizer", "template", "ends")]
+    answers = without_bos(answers, source.text["bos"] if habits.cuts_bos else "")
+    facts = (expected_text_facts(folder), facts_of(artifact.path, metadata))
+    templates = (source.tokenizer.chat_template, metadata.get("tokenizer.chat_template"))
+    parts = [
+        tokenizer_part(LLAMA_CPP, source.probes, source.text, answers, habits, facts),
+        template_part(LLAMA_CPP, source.probes, source.text, answers, habits, templates),
+    ]
+    generation = generation_config(folder, source.config)
+    try:
+        found = llama_cpp_ends(artifact.path, source.workdir / "stops")
+    except RuntimeUnavailableError as error:
+        return [*parts, Part("ends", LLAMA_CPP, "not run", error.reason)]
+    wanted = expected_generation_ends(folder, source.config)
+    sampling = sampling_differences(metadata, generation)
+    return [*parts, ends_part(LLAMA_CPP, wanted, found, source.tokenizer, sampling)]
+
+
+def _costs(source: Source, numbers: LogProbs | None, paths: Mapping[str, LogProbs]) -> dict[str, Any]:
+    """What each step away from the model costs, against the model: its own numbers, exact and shipped kernels."""
+    steps = {"its numbers in Transformers": numbers, f"exact path in {LLAMA_CPP}": paths.get("exact")}
+    steps |= {f"as shipped in {LLAMA_CPP}": paths.get("shipped")}
+    return {
+        name: measured(source.probes, source.reference.logprobs, logprobs).figures()
+        for name, logprobs in steps.items()
+        if logprobs is not None
+    }
