@@ -70,7 +70,9 @@ def _parity(out: Path) -> str:
 
 
 def _gate_row(entry: dict[str, Any]) -> str:
-    measured, bound = (_number(entry[key]) for key in ("measured", "bound"))
+    measured, bound, raw = (_number(entry.get(key)) for key in ("measured", "bound", "raw"))
+    if entry.get("raw") is not None and raw != measured:
+        measured = f"{raw}, scaled {measured}"
     return f"| {entry['gate']} {entry['title']} | {entry['runtime']} | {entry['status']} | {measured} | {bound} |"
 
 

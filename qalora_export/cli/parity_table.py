@@ -21,7 +21,7 @@ STYLES = {"pass": "green", "fail": "bold red", "not run": "bold yellow"}
 def print_report(report: ParityReport) -> None:
     """What each step costs; gates down, runtimes across; then every finding, the verdict and what to look at."""
     from qalora_export.verify.gates.registry import all_gates
-    from qalora_export.verify.report.parity_report import explain
+    from qalora_export.verify.report.parity_report import explain, rules_of
 
     console.print(cost_table(report.costs))
     for cost in report.costs:
@@ -34,6 +34,8 @@ def print_report(report: ParityReport) -> None:
         cells = [_cell(by_place[gate.id, runtime]) for runtime in runtimes]
         table.add_row(styled("{}\n   [dim]{}[/dim]", f"{gate.id} {gate.title}", gate.limits[0].unit), *cells)
     console.print(table)
+    for rule in rules_of(report.entries):
+        console.print(styled("[dim]{}[/dim]", rule))
     for entry in report.entries:
         if entry.status != "pass":
             title = f"{entry.gate} {entry.runtime}: {entry.status}"
@@ -64,12 +66,12 @@ def cost_table(costs: Sequence[Cost]) -> Table:
 
 
 def _cell(entry: Entry) -> Text:
-    from qalora_export.verify.report.parity_report import number
+    from qalora_export.verify.report.parity_report import measured_text, number
 
     style, check = STYLES[entry.status], entry.deciding
     sign = "≤" if entry.status == "pass" else ">"
     unit = "" if not check or entry.status == "pass" else f"\n{check.unit}"
-    figures = f"\n{number(check.measured)} {sign} {number(check.bound)}{unit}" if check else ""
+    figures = f"\n{measured_text(check)} {sign} {number(check.bound)}{unit}" if check else ""
     return styled(f"[{style}]{{}}[/][dim]{{}}[/dim]", entry.status, figures)
 
 
@@ -94,7 +96,9 @@ def _headline(entry: Mapping[str, Any] | None) -> Text:
     """The headline figure, and the one that failed where that is another."""
     if entry is None or entry["status"] == "not run":
         return _in_style("not run", "not run")
-    text = _figure(entry["headline"])
+    text, raw = _figure(entry["headline"]), entry.get("headline_raw")
+    if raw is not None and raw != entry["headline"]:
+        text = f"{_figure(raw)}, scaled {text}"
     if entry["status"] == "fail" and entry["measured"] != entry["headline"]:
         text += f", {entry['figure']} {_figure(entry['measured'])}"
     return _in_style(entry["status"], text)

@@ -17,23 +17,33 @@ Status = Literal["pass", "fail", "not run"]
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """One figure's bound, the largest passing value, and why it is where it is."""
+    """One figure's bound, the largest passing value, and why it is where it is.
+
+    raw: for a figure that is scaled before it is held against its bound, the figure as it was measured; rule: how.
+    """
 
     figure: str
     bound: float
     unit: str
     reason: str
+    raw: str = ""
+    rule: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One measured figure against its bound."""
+    """One measured figure against its bound.
+
+    raw: the figure before it was scaled by `rule`; None where nothing is scaled.
+    """
 
     figure: str
     measured: float
     bound: float
     unit: str
     reason: str
+    raw: float | None = None
+    rule: str = ""
 
     @property
     def passed(self) -> bool:
@@ -116,7 +126,8 @@ class Gate:
 
 def checked(limit: Limit, measured: Mapping[str, float]) -> Check:
     """A limit against its figure."""
-    return Check(limit.figure, float(measured[limit.figure]), float(limit.bound), limit.unit, limit.reason)
+    figure, raw = float(measured[limit.figure]), float(measured[limit.raw]) if limit.raw else None
+    return Check(limit.figure, figure, float(limit.bound), limit.unit, limit.reason, raw, limit.rule)
 
 
 def exit_code(entries: Iterable[Entry]) -> ExitCode:

@@ -87,7 +87,9 @@ class Session:
         fresh = [int(index) for index in asked if int(index) not in self._noise]
         if fresh:
             some = self.probes.some(fresh)
-            found = rounding_noise(self.checkpoint.path, some, threads=self.settings.threads)
+            rows = np.concatenate([np.arange(starts[i], starts[i] + self.probes.lengths[i]) for i in fresh])
+            exact = self.reference.logprobs[rows]
+            found = rounding_noise(self.checkpoint.path, some, exact, threads=self.settings.threads)
             self._noise |= dict(zip(fresh, np.split(found, some.starts[1:]), strict=True))
         noise = np.zeros(len(positions))
         for index in asked:

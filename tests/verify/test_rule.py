@@ -9,13 +9,14 @@ from qalora_export.verify.gates.registry import all_gates
 from qalora_export.verify.rule import Entry, exit_code
 
 G2_GATE = all_gates()["G2"]
+RAW = {"nmse_max": 1e-11}
 G2 = {"nmse_scaled_max": 1e-12, "disagreements": 0, "bad_positions": 0}
 
 
 def entry(status: str) -> Entry:
     return {
-        "pass": G2_GATE.judge("r", G2, detail=""),
-        "fail": G2_GATE.judge("r", G2 | {"nmse_scaled_max": 1.0}, detail=""),
+        "pass": G2_GATE.judge("r", RAW | G2, detail=""),
+        "fail": G2_GATE.judge("r", RAW | G2 | {"nmse_scaled_max": 1.0}, detail=""),
         "not run": G2_GATE.not_run("r", "missing"),
     }[status]
 
@@ -23,7 +24,7 @@ def entry(status: str) -> Entry:
 @pytest.mark.parametrize("figure", list(G2))
 @pytest.mark.parametrize("value", [math.nan, math.inf, 2.0])
 def test_one_figure_out_of_bounds_fails(figure: str, value: float) -> None:
-    found = G2_GATE.judge("llama.cpp", G2 | {figure: value}, detail="")
+    found = G2_GATE.judge("llama.cpp", RAW | G2 | {figure: value}, detail="")
     assert found.status == "fail"
     assert found.deciding is not None
     assert found.deciding.figure == figure
@@ -31,12 +32,12 @@ def test_one_figure_out_of_bounds_fails(figure: str, value: float) -> None:
 
 def test_a_missing_figure_is_an_error_not_a_pass() -> None:
     with pytest.raises(KeyError):
-        G2_GATE.judge("r", {"nmse_scaled_max": 0.0}, detail="")
+        G2_GATE.judge("r", RAW | {"nmse_scaled_max": 0.0}, detail="")
 
 
 def test_no_limits_is_an_error_not_a_pass() -> None:
     with pytest.raises(ValueError, match="nothing to check"):
-        G2_GATE.judge("r", G2, limits=(), detail="")
+        G2_GATE.judge("r", RAW | G2, limits=(), detail="")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import onnx
 
 Activations = dict[str, NDArray[np.float32]]  # point key -> (positions, features)
+Shown = Mapping[str, NDArray[np.float32]]  # the same, read when asked for
 NORMS = ("RMSNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
 FIRST_NORM = ".input_layernorm"  # its input is the residual stream between layers
 WITH_RESIDUAL = "SkipSimplifiedLayerNormalization"  # output 3 is the sum that was normalized
@@ -42,6 +43,11 @@ class Point:
     @property
     def key(self) -> str:
         return f"{self.module} {self.side}"
+
+
+def value_of(output: Any) -> Any:
+    """What a module answers: a tensor, a tuple that begins with it, or the whole model's output with its logits."""
+    return output if hasattr(output, "shape") else output[0]
 
 
 def model_points(layers: int, embedding: str = EMBEDDING_NODE) -> list[Point]:

@@ -1,10 +1,11 @@
 """Which part broke: the first layer, and inside it the first tensor, where a runtime leaves the PyTorch reference.
 
-Two passes over the probe sequence with the worst position. The first reads the hidden state after every decoder layer,
-the second every projection, norm and sum inside the first layer that is wrong.
+The probe sequence with the worst position is looked at: every projection, norm and sum of every layer. On the exact
+path each point is compared by itself (bisect/forced.py): what is wrong there arose there.
 
-At every point the error is the largest NMSE of any position, Σ (b̂ − b)² / Σ b². What diverges is beyond `bound`: on
-the exact path gate G2's own 1e-9, on the shipped path a multiple of what int8 activations do at that point in PyTorch.
+On the shipped path int8 noise travels with the values, and two passes follow it: the hidden state after every decoder
+layer, then every point inside the first layer that is wrong. At each the error is the largest NMSE of any position,
+Σ (b̂ − b)² / Σ b², and what diverges is beyond a multiple of what int8 activations do at that point in PyTorch.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from numpy.typing import NDArray
 from qalora_export.errors import QaloraError, RuntimeUnavailableError
 from qalora_export.models.families import Family, family_of
 from qalora_export.progress import status
+from qalora_export.verify.bisect.forced import PointError
 from qalora_export.verify.bisect.points import Point, layer_points, model_points
 from qalora_export.verify.bisect.values import THROUGH, LaunchTaps, Reader, ReferenceModel, Suspect, reader_of
-from qalora_export.verify.gates.g2_exact_path import NMSE
-from qalora_export.verify.metrics import PositionMetrics
+from qalora_export.verify.metrics import EXACT, PositionMetrics
 from qalora_export.verify.probes.probe_set import ProbeSet
 from qalora_export.verify.reference.local_proof import position_nmse
 from qalora_export.verify.rule import Entry
@@ -31,11 +32,14 @@ from qalora_export.verify.session import RunPath, Session, Target
 
 # A single sequence's worst position scatters around the floor; a fault is orders of magnitude above it.
 TIMES_FLOOR = 10.0
+UNSEEN = PointError(math.nan, EXACT)
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One point. nmse: largest of any position, inf for NaN or another shape; nan where the runtime shows no value."""
+    """One point, or a layer by the worst point inside. nmse: at the position that is furthest beyond its bound, inf for
+    NaN or another shape; nan where the runtime shows no value.
+    """
 
     name: str
     what: str
@@ -158,7 +162,7 @@ def suspect_of(
     for gate, path, mode in choices:
         measured = positions.get((runtime, path if mode == "prefill" else f"{path} {mode}"))
         if gate in failed and measured is not None:
-            worst = int(np.argmax(np.where(measured.bad, np.inf, measured.nmse)))
+            worst = int(np.argmax(np.where(measured.bad, np.inf, measured.nmse / measured.sensitivity)))
             index = int(np.searchsorted(probes.starts, worst, side="right")) - 1
             start, length = int(probes.starts[index]), int(probes.lengths[index])
             return Suspect(gate, path, mode, probes.names[index], probes.ids[start : start + length])
@@ -175,19 +179,17 @@ def bisect(
     family: Family,
     through: str,
 ) -> Bisection:
-    """Compare layer by layer, then inside the first wrong layer. Never raises for what the runtime does.
+    """Look into every layer, and name what is wrong inside the first wrong one. Never raises for what the runtime does.
 
     family: says where its decoder layers can be observed.
     """
     found = _nothing_yet(runtime, suspect, through=through)
+    look = _each_by_itself if suspect.path == "exact" else _along_the_way
     try:
-        outer = _steps(suspect, model, model_points(layers, family.embedding_node), read)
-        found = replace(found, layers=outer)
-        wrong = next((index for index, step in enumerate(outer) if step.diverges), None)
-        if wrong is not None and 1 <= wrong <= layers:
-            found = replace(found, inside=_steps(suspect, model, layer_points(wrong - 1, family.points), read))
+        outer, inside = look(suspect, model, layers, read, family)
     except RuntimeUnavailableError as error:
         return replace(found, note=f"the values inside could not be read: {error}")
+    found = replace(found, layers=outer, inside=inside)
     unseen = [step.name for step in [*found.layers, *found.inside] if math.isnan(step.nmse)]
     return replace(found, note=f"the runtime does not show {', '.join(unseen)}") if unseen else found
 
@@ -206,12 +208,46 @@ def explain(entries: list[Entry], found: Bisection) -> list[Entry]:
     ]
 
 
+def _each_by_itself(
+    suspect: Suspect, model: ReferenceModel, layers: int, read: Reader, family: Family
+) -> tuple[list[Step], list[Step]]:
+    """(every layer by the worst point inside it, the points of the first wrong one)"""
+    first, *outputs, norm, head = model_points(layers, family.embedding_node)
+    inside = [layer_points(index, family.points) for index in range(layers)]
+    points = [first, *(point for points in inside for point in points), norm, head]
+    errors = model.errors(suspect.ids, points, read(suspect.ids, points))
+
+    def step(point: Point) -> Step:
+        error = errors.get(point.key, UNSEEN)
+        return Step(point.name, point.what, error.nmse, error.allowed)
+
+    def layer(output: Point, steps: list[Step]) -> Step:
+        worst = max(steps, key=lambda one: -1.0 if math.isnan(one.nmse) else one.nmse / one.bound)
+        return replace(worst, name=output.name, what=f"the worst inside layer {output.name.rpartition('.')[2]}")
+
+    by_layer = [[step(point) for point in points] for points in inside]
+    shown = [step(first), *(layer(*pair) for pair in zip(outputs, by_layer, strict=True)), step(norm), step(head)]
+    wrong = next((steps for steps in by_layer if any(one.diverges for one in steps)), [])
+    return shown, [] if shown[0].diverges else wrong
+
+
+def _along_the_way(
+    suspect: Suspect, model: ReferenceModel, layers: int, read: Reader, family: Family
+) -> tuple[list[Step], list[Step]]:
+    """(every layer, the points of the first wrong one), errors of earlier points included."""
+    outer = _steps(suspect, model, model_points(layers, family.embedding_node), read)
+    wrong = next((index for index, step in enumerate(outer) if step.diverges), None)
+    if wrong is None or not 1 <= wrong <= layers:
+        return outer, []
+    return outer, _steps(suspect, model, layer_points(wrong - 1, family.points), read)
+
+
 def _steps(suspect: Suspect, model: ReferenceModel, points: list[Point], read: Reader) -> list[Step]:
     want, got = model.activations(suspect.ids, points), read(suspect.ids, points)
-    floor = model.activations(suspect.ids, points, int8=True) if suspect.path == "shipped" else want
+    floor = model.activations(suspect.ids, points, int8=True)
     steps = []
     for point in points:
-        bound = max(NMSE.bound, TIMES_FLOOR * worst_nmse(want[point.key], floor[point.key]))
+        bound = max(EXACT, TIMES_FLOOR * worst_nmse(want[point.key], floor[point.key]))
         error = worst_nmse(want[point.key], got[point.key]) if point.key in got else float("nan")
         steps.append(Step(point.name, point.what, error, bound))
     return steps

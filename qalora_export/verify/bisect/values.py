@@ -6,7 +6,7 @@ the very artifact that failed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,16 @@ from qalora_export.formats.gguf.permute import hf_order
 from qalora_export.formats.onnx.layout import graph_file
 from qalora_export.models.families import family_of
 from qalora_export.progress import task
-from qalora_export.verify.bisect.points import Activations, Point, onnx_values
+from qalora_export.verify.bisect.forced import PointError, point_errors
+from qalora_export.verify.bisect.points import Activations, Point, Shown, onnx_values, value_of
+from qalora_export.verify.reference.local_proof import PASS_BYTES
 from qalora_export.verify.reference.logits import fixed_threads, float32_model, round_to_int8
 from qalora_export.verify.runtimes.record import Artifact
 from qalora_export.verify.runtimes.runs import watch_of
 from qalora_export.verify.session import RunPath
 
 LaunchTaps = Callable[..., Any]
-Reader = Callable[[NDArray[np.int32], list[Point]], Activations]
+Reader = Callable[[NDArray[np.int32], list[Point]], Shown]
 THROUGH = {
     "gguf": "llama.cpp's evaluation callback",
     "onnx": "ONNX Runtime, the values as extra outputs of the graph",
@@ -70,6 +72,10 @@ class ReferenceModel:
                 handle.remove()
         return found
 
+    def errors(self, ids: NDArray[np.int32], points: list[Point], shown: Shown) -> dict[str, PointError]:
+        """bisect.forced.point_errors of this model."""
+        return point_errors(self._model, ids, points, shown, self._threads)
+
     def _round_input(self, name: str, group_size: int) -> Any:
         module = self._model.get_submodule(name)
         return module.register_forward_pre_hook(lambda _, x: (round_to_int8(x[0], group_size),))
@@ -78,13 +84,7 @@ class ReferenceModel:
         module = self._model.get_submodule(point.module)
         if point.side == "input":
             return module.register_forward_pre_hook(lambda _, x: _keep(found, point, x[0]))
-        return module.register_forward_hook(lambda _, __, y: _keep(found, point, _value(y)))
-
-
-def _value(output: Any) -> torch.Tensor:
-    """What a module answers: a tensor, a tuple that begins with it, or the whole model's output with its logits."""
-    value: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
-    return value
+        return module.register_forward_hook(lambda _, __, y: _keep(found, point, value_of(y)))
 
 
 def _keep(found: Activations, point: Point, value: torch.Tensor) -> None:
@@ -108,14 +108,15 @@ def reader_of(
     The Reader raises RuntimeUnavailableError when the runtime is missing, crashes or does not show its graph.
     """
 
-    def taps(ids: NDArray[np.int32], names: list[str], runtime: str, model: Path, **options: Any) -> Activations:
+    def taps(ids: NDArray[np.int32], names: list[str], runtime: str, model: Path, **options: Any) -> Shown:
         job = Job((ids,), suspect.mode)
+        count = max(1, PASS_BYTES // (4 * len(ids) * _widest(checkpoint.config)))
         with task(f"{runtime}: values inside", job.total) as shown:
             result = launch(
                 runtime,
                 model=model,
                 job=job,
-                names=names,
+                names=[names[begin : begin + count] for begin in range(0, len(names), count)],
                 workdir=workdir,
                 exact=suspect.path == "exact",
                 threads=threads,
@@ -124,28 +125,57 @@ def reader_of(
             )
         if result.status != "ok":
             raise RuntimeUnavailableError(result.message, where=artifact.path)
-        return dict(result.taps)
+        found: Shown = result.taps
+        return found
 
-    def from_llama(ids: NDArray[np.int32], points: list[Point]) -> Activations:
+    def from_llama(ids: NDArray[np.int32], points: list[Point]) -> Shown:
         found = taps(ids, [point.node for point in points], "llama.cpp", artifact.path, lora=artifact.lora)
-        return {p.key: _hf_columns(found[p.node], p, checkpoint) for p in points if p.node in found}
+        nodes = {point.key: point.node for point in points if point.node in found}
+        heads = {point.key: count for point in points if (count := _permuted_heads(point, checkpoint)) is not None}
+        return _Values(found, nodes, heads)
 
-    def from_onnx(ids: NDArray[np.int32], points: list[Point]) -> Activations:
+    def from_onnx(ids: NDArray[np.int32], points: list[Point]) -> Shown:
         values = _write_tapped(artifact.path, points, workdir / TAPPED)
-        names = list(values.values())
+        names = list(dict.fromkeys(values.values()))
         found = taps(ids, names, "onnxruntime", workdir / TAPPED, data=graph_file(artifact.path).parent.resolve())
-        rows = {name: value.reshape(len(value), -1) for name, value in found.items()}  # heads side by side
-        return {key: rows[name] for key, name in values.items() if name in rows}
+        return _Values(found, {key: name for key, name in values.items() if name in found}, {})
 
     workdir.mkdir(parents=True, exist_ok=True)
     return {"gguf": from_llama, "onnx": from_onnx}[kind]
 
 
-def _hf_columns(value: NDArray[np.float32], point: Point, checkpoint: CanonicalCheckpoint) -> NDArray[np.float32]:
-    """Query and key features in Transformers order: their rows are permuted in GGUF."""
+@dataclass(frozen=True)
+class _Values(Mapping[str, NDArray[np.float32]]):
+    """The values by key of their point, heads side by side, in Transformers' order; each is read when it is asked for.
+
+    names: by key; heads: by key, where the runtime has the features of each head in another order.
+    """
+
+    found: Shown
+    names: Mapping[str, str]
+    heads: Mapping[str, int]
+
+    def __getitem__(self, key: str) -> NDArray[np.float32]:
+        value = self.found[self.names[key]]
+        rows = value.reshape(len(value), -1)
+        return rows[:, hf_order(rows.shape[1], self.heads[key])] if key in self.heads else rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def _permuted_heads(point: Point, checkpoint: CanonicalCheckpoint) -> int | None:
+    """Heads of queries and keys, whose rows are permuted in GGUF."""
     config = checkpoint.config
-    heads = family_of(config).permuted_heads(point.module, config) if point.side == "output" else None
-    return value if heads is None else value[:, hf_order(value.shape[1], heads)]
+    return family_of(config).permuted_heads(point.module, config) if point.side == "output" else None
+
+
+def _widest(config: Mapping[str, Any]) -> int:
+    """Features of the widest value inside a layer, about."""
+    return 2 * max(int(config["hidden_size"]), int(config.get("intermediate_size") or 0))
 
 
 def _write_tapped(folder: Path, points: list[Point], out: Path) -> dict[str, str]:

@@ -101,7 +101,8 @@ class OwnNumbers:
     def noise(self, tried: tuple[Difference, ...] = ()) -> NDArray[np.float64]:
         """What float32 rounding alone makes of each position (reference.logits)."""
         with fixed_threads(self._threads), torch.inference_mode():
-            return noise_of(lambda change: self._model(tried, noise=change), self.probes)
+            (exact,) = self._model(tried).run(self.probes.sequences(), decode=False)
+            return noise_of(lambda change: self._model(tried, noise=change), self.probes, exact)
 
     def _model(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qalora_export.verify.gates.positions import described, figures_of, worst_places
+from qalora_export.verify.gates.positions import RULE, described, figures_of, worst_places
 from qalora_export.verify.gates.registry import measures
 from qalora_export.verify.metrics import EXACT
 from qalora_export.verify.rule import Entry, Gate, Limit
@@ -11,9 +11,11 @@ from qalora_export.verify.session import Target
 NMSE = Limit(
     "nmse_scaled_max",
     EXACT,
-    "largest NMSE, scaled",
+    "largest NMSE",
     "float32 kernels of different libraries: at most 8e-11 through 2 layers and 3e-10 through the 30 of SmolLM2-135M "
     "(1.2e-8 before scaling); one wrong code, offset or epsilon in a real model moves a position by more than 1e-8",
+    raw="nmse_max",
+    rule=RULE,
 )
 TOP1 = Limit("disagreements", 0, "positions", "beyond a tie (1e-3 nats) rounding cannot change the first choice")
 NO_BAD = Limit("bad_positions", 0, "positions with NaN or Inf", "a NaN compares false with everything: count it")

@@ -17,7 +17,7 @@ from qalora_export.verify.gates.positions import described, figures_of, worst_pl
 from qalora_export.verify.gates.registry import measures
 from qalora_export.verify.kernels.products import BACKWARD
 from qalora_export.verify.metrics import PositionMetrics
-from qalora_export.verify.reference.local_proof import BETWEEN, LayerFinding, LocalProof
+from qalora_export.verify.reference.local_proof import BETWEEN, TIMES_HALF, LayerFinding, LocalProof
 from qalora_export.verify.reference.local_run import LocalRun
 from qalora_export.verify.rule import Check, Entry, Gate, Limit
 from qalora_export.verify.session import Target
@@ -39,6 +39,8 @@ PROOF = (
         "largest NMSE of a layer's input",
         "float32 of two libraries differs by at most 2e-12 between two products; behind attention it is the mean over "
         "positions, and where the runtime computes in float16 it is scaled by 30 times what such rounding does",
+        raw="between_nmse_max",
+        rule=f"divided by what float16 rounding makes of it × {TIMES_HALF:g} over {BETWEEN:g}, where that is above 1",
     ),
     Limit("answer_nmse_max", BETWEEN, "largest NMSE of the answer behind lm_head", "as between two products"),
     Limit("unwatched_nmse_max", BETWEEN, "NMSE", "what is proven must be what answers when nobody looks inside"),

@@ -19,7 +19,10 @@ V = TypeVar("V")
 
 def _on(path: RunPath, *limits: Limit) -> tuple[Limit, ...]:
     """The same limits, with the same reasons, on the figures of one path."""
-    return tuple(replace(limit, figure=f"{path}_{limit.figure}") for limit in limits)
+    return tuple(
+        replace(limit, figure=f"{path}_{limit.figure}", raw=f"{path}_{limit.raw}" if limit.raw else "")
+        for limit in limits
+    )
 
 
 EXACT, SHIPPED = _on("exact", NMSE, TOP1, NO_BAD), _on("shipped", *PROOF, NO_BAD, *COST)

@@ -11,7 +11,7 @@ from qalora_export.verify.metrics import ORDINARY, PositionMetrics
 from qalora_export.verify.probes.probe_set import ProbeSet
 
 WORST_SHOWN = 5
-RULE = f"scaled: divided by the NMSE that float32 rounding alone makes there / {ORDINARY:g} where that is above 1"
+RULE = f"each position's divided by what float32 rounding alone makes of it over {ORDINARY:g}, where that is above 1"
 
 
 def figures_of(measured: PositionMetrics) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def _both(measured: PositionMetrics, position: int) -> str:
 def described(measured: PositionMetrics) -> str:
     """Every figure of a path in one line."""
     s = measured.summary()
-    scaled = f" ({s.nmse_scaled_max:.2e} {RULE})" if (measured.sensitivity > 1).any() else ""
+    scaled = f" ({s.nmse_scaled_max:.2e} scaled: {RULE})" if (measured.sensitivity > 1).any() else ""
     return (
         f"{s.positions} positions: NMSE mean {s.nmse_mean:.2e} max {s.nmse_max:.2e}{scaled}, "
         f"KL mean {s.kl_mean:.2e} p99 {s.kl_p99:.2e} max {s.kl_max:.2e} nats, top-1 {100 * s.top1:.2f} %, "

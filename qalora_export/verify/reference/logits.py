@@ -77,33 +77,40 @@ def simulated_int8_logprobs(checkpoint: Path, probes: ProbeSet, *, threads: int)
     return remembered("int8 simulation", compute, of=checkpoint, packages=PACKAGES, **asked)["logprobs"]
 
 
-def rounding_noise(checkpoint: Path, probes: ProbeSet, *, threads: int) -> NDArray[np.float64]:
+def rounding_noise(
+    checkpoint: Path, probes: ProbeSet, exact: NDArray[np.float32], *, threads: int
+) -> NDArray[np.float64]:
     """What float32 rounding alone makes of each position: NMSE, float64 (positions,).
 
     Every number that enters or leaves a linear layer, and every hidden state between decoder layers, is off by up to
-    one unit in the last place, at random; the mean of NOISE_DRAWS such runs against the undisturbed one. Kept as the
-    reference is.
+    one unit in the last place, at random; the mean of NOISE_DRAWS such runs against the undisturbed one, whose
+    log-probabilities are `exact` (reference_logprobs). Kept as the reference is.
     """
 
     def compute() -> Arrays:
         with fixed_threads(threads), torch.inference_mode():
-            return {"noise": noise_of(lambda noise: LayerwiseModel(checkpoint, noise=noise), probes)}
+            return {"noise": noise_of(lambda noise: LayerwiseModel(checkpoint, noise=noise), probes, exact)}
 
     asked = {"probes": probes.ids_sha256, "threads": threads}
     return remembered("rounding noise", compute, of=checkpoint, packages=PACKAGES, **asked)["noise"]
 
 
-def noise_of(model: Callable[[Change | None], LayerwiseModel], probes: ProbeSet) -> NDArray[np.float64]:
-    """rounding_noise of any model. model: with this noise, or without any. Wants torch.inference_mode."""
-    (exact,) = model(None).run(probes.sequences(), decode=False)
+def noise_of(
+    model: Callable[[Change], LayerwiseModel], probes: ProbeSet, exact: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """rounding_noise of any model. model: with this noise; exact: what it answers without any.
+
+    Wants torch.inference_mode.
+    """
     total = np.zeros(len(exact))
     for draw in range(NOISE_DRAWS):
-        (noisy,) = model(_ulps(draw)).run(probes.sequences(), decode=False)
+        (noisy,) = model(ulps(draw)).run(probes.sequences(), decode=False)
         total += position_metrics(exact, noisy, following_ids(probes.ids, probes.lengths)).nmse
     return total / NOISE_DRAWS
 
 
-def _ulps(seed: int) -> Callable[[torch.Tensor], torch.Tensor]:
+def ulps(seed: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that moves every value by up to one unit in the last place, at random."""
     generator = torch.Generator().manual_seed(seed)
     return lambda x: x * (1 + (2 * torch.rand(x.shape, generator=generator) - 1) * ULP)
 

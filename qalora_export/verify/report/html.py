@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from qalora_export.verify.gates.g3_shipped_path import cost_figures
 from qalora_export.verify.gates.registry import all_gates
 from qalora_export.verify.report import plots
 from qalora_export.verify.report.bisect_plot import data_uri, error_plot
-from qalora_export.verify.report.parity_report import HTML, ParityReport, nats, number, share
+from qalora_export.verify.report.parity_report import HTML, ParityReport, measured_text, nats, number, rules_of, share
 
 TEMPLATE = "report.html.j2"
 HEADLINES = {
@@ -41,7 +42,8 @@ def write_html(report: ParityReport, folder: Path) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": show, "mib": mib, "share": share, "nats": nats}
+    filters: dict[str, Callable[[Any], str]] = {"number": show, "mib": mib, "share": share, "nats": nats}
+    environment.filters |= filters | {"both": measured_text}
     (folder / HTML).write_text(environment.get_template(TEMPLATE).render(**context(report)), encoding="utf-8")
 
 
@@ -61,6 +63,7 @@ def context(report: ParityReport) -> dict[str, Any]:
         "facts": report.facts,
         "links": report.links,
         "steps": report.costs,
+        "rules": rules_of(report.entries),
         "costs": [cost_rows(report, runtime) for runtime in runtimes],
         "cost_names": COSTS,
         "layers": [layer_rows(report, runtime) for runtime in runtimes],

@@ -11,8 +11,9 @@ report.json (format "qalora-parity/1"):
                   all that this report speaks of; note: why they are fewer than the model's)
     probe         sequences, positions, sha256, seed, prompts, names and lengths of the sequences
     gates         one entry per gate and runtime: gate, title, row (what its headline figure means to a reader),
-                  headline (that figure, null where it was not measured), runtime, status ("pass" | "fail" | "not run"),
-                  measured, bound, unit, figure (which of the checks these are: the first that failed, else the
+                  headline (that figure, null where it was not measured), headline_raw (the same before it was scaled,
+                  null where nothing is), runtime, status ("pass" | "fail" | "not run"), measured, raw (before it was
+                  scaled), bound, unit, figure (which of the checks these are: the first that failed, else the
                   headline), detail, where (tensors, facts or positions), checks (every figure with its bound and
                   reason), figures, seconds (what several gates look at is in those of the first)
     runtimes      per run "runtime/path/mode": the runner's fingerprint (version, CPU flags, threads, tokens/s, memory)
@@ -30,7 +31,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ from qalora_export.verify.gates.registry import all_gates
 from qalora_export.verify.metrics import PositionMetrics
 from qalora_export.verify.report.bisect_plot import error_plot
 from qalora_export.verify.report.costs import Cost
-from qalora_export.verify.rule import Entry, exit_code
+from qalora_export.verify.rule import Check, Entry, exit_code
 
 FORMAT = "qalora-parity/1"
 STATUSES = ("pass", "fail", "not run")
@@ -102,10 +103,12 @@ def entry_json(entry: Entry) -> dict[str, Any]:
         "title": gate.title,
         "row": gate.row,
         "headline": headline.measured if headline else None,
+        "headline_raw": headline.raw if headline else None,
         "runtime": entry.runtime,
         "status": entry.status,
         "figure": deciding.figure if deciding else None,
         "measured": deciding.measured if deciding else None,
+        "raw": deciding.raw if deciding else None,
         "bound": deciding.bound if deciding else None,
         "unit": deciding.unit if deciding else None,
         "detail": entry.detail,
@@ -174,8 +177,21 @@ def plain(value: Any) -> Any:
 
 def explain(entry: Entry) -> str:
     """Every figure out of bounds, then the detail."""
-    failed = [f"{c.figure} {number(c.measured)} > {number(c.bound)}" for c in entry.checks if not c.passed]
+    failed = [f"{c.figure} {measured_text(c)} > {number(c.bound)}" for c in entry.checks if not c.passed]
     return "; ".join([*failed, entry.detail])
+
+
+def measured_text(check: Check) -> str:
+    """The figure as it was measured and, where the bound is on a scaled one, that one beside it."""
+    if check.raw is None or check.raw == check.measured:
+        return number(check.measured)
+    return f"{number(check.raw)}, scaled {number(check.measured)}"
+
+
+def rules_of(entries: Iterable[Entry]) -> list[str]:
+    """How figures of these entries were scaled, each rule once, where that changed one."""
+    scaled = (check for entry in entries for check in entry.checks if check.raw not in (None, check.measured))
+    return list(dict.fromkeys(f"{check.unit}, scaled: {check.rule}" for check in scaled))
 
 
 def number(value: float) -> str:

@@ -119,7 +119,8 @@ def test_one_wrong_scale_in_a_projection_is_named(
     found = found_in(kind, line, model, tmp_path)
     assert found.first is not None
     assert (found.first_layer, found.first.name) == (f"model.layers.{layer}", name)
-    assert [step.diverges for step in found.layers] == [False, layer == 0, True, True, True]
+    assert [step.diverges for step in found.layers] == [False, layer == 0, layer == 1, False, False]
+    assert [step.name for step in found.inside if step.diverges] == [name]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from qalora_export.verify.metrics import following_ids, position_metrics
 from qalora_export.verify.probes.probe_set import ProbeSet, make_probes
 from qalora_export.verify.reference import layerwise
 from qalora_export.verify.reference import logits as reference
+from qalora_export.verify.reference.layerwise import LayerwiseModel
 
 
 @pytest.fixture(scope="module")
@@ -83,18 +84,20 @@ def test_int8_rounding_is_that_of_its_definition() -> None:
 def test_rounding_noise_is_that_of_float32_and_the_same_again(tiny_canonical: Path, probes: ProbeSet) -> None:
     some = probes.some([1, 4])
     assert some.names == (probes.names[1], probes.names[4])
-    found = reference.rounding_noise(tiny_canonical, some, threads=1)
+    exact = reference.reference_logprobs(tiny_canonical, some, threads=1).logprobs
+    found = reference.rounding_noise(tiny_canonical, some, exact, threads=1)
     assert found.shape == (int(some.lengths.sum()),) and found.dtype == np.float64
     assert (found > 1e-16).all() and (found < 1e-11).all()
-    np.testing.assert_array_equal(found, reference.rounding_noise(tiny_canonical, some, threads=1))
+    np.testing.assert_array_equal(found, reference.rounding_noise(tiny_canonical, some, exact, threads=1))
 
 
 def test_rounding_noise_shows_what_cancels_later(tiny_canonical: Path, probes: ProbeSet) -> None:
     """What one layer adds to the residual stream and the next takes away leaves what it was rounded by."""
     some, ordinary, cancelled = probes.some([4]), [], []
     for size, found in ((0.0, ordinary), (3e3, cancelled)):
-        with layers_that_cancel(size):
-            found += reference.rounding_noise(tiny_canonical, some, threads=1).tolist()
+        with layers_that_cancel(size), torch.inference_mode():
+            exact = LayerwiseModel(tiny_canonical).run(some.sequences(), decode=False)[0]
+            found += reference.rounding_noise(tiny_canonical, some, exact, threads=1).tolist()
     assert np.median(cancelled) > 100 * np.median(ordinary)
 
 

@@ -38,6 +38,7 @@ def entry(gate: str, runtime: str, status: str) -> Entry:
         return all_gates()[gate].not_run(runtime, f"crashed: {EVIL}")
     limits = all_gates()[gate].limits
     figures = dict.fromkeys((limit.figure for limit in limits), 0.0 if status == "pass" else 7.0)
+    figures |= {limit.raw: 3.0 if limit.figure == "nmse_scaled_max" else 0.0 for limit in limits if limit.raw}
     limits = limits or list(all_gates()["G5"].limits)
     return all_gates()[gate].judge(
         runtime, figures, detail=f"detail of {gate}", where=[f"tensor {EVIL}"], limits=limits
@@ -209,6 +210,20 @@ def test_the_table_names_every_finding(capsys: pytest.CaptureFixture[str]) -> No
     assert "tensor <script>" in shown
     assert "G4 onnxruntime: not run" in shown
     assert "256 positions, not" in shown
+
+
+def test_a_scaled_figure_stands_beside_what_was_measured_with_its_rule(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    found = made()
+    print_report(found)
+    shown = capsys.readouterr().err
+    assert "3, scaled 0 ≤ 1e-09" in shown
+    assert "divided by what float32 rounding alone makes of it" in " ".join(shown.split())
+    text, _ = page(tmp_path, found)
+    assert "3, scaled 0" in text and "divided by what float32 rounding alone" in text
+    written = next(entry for entry in found.as_json()["gates"] if entry["gate"] == "G2")
+    assert (written["headline"], written["headline_raw"], written["raw"]) == (0, 3, 3)
 
 
 @pytest.mark.parametrize(
