@@ -200,9 +200,9 @@ def _require_pass(report: ParityReport) -> None:
         )
     if report.exit_code == ExitCode.RUNTIME_UNAVAILABLE:
         raise RuntimeUnavailableError(
-            "a requested runtime is missing or crashed: this run is not a pass",
+            "something was not run: this is not a pass",
             where=report.out,
-            fix="install it, or name the runtimes you ship in [verify] runtimes",
+            fix="report.json says what: install that runtime, or name the runtimes you ship in [verify] runtimes",
         )
 
 

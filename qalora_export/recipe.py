@@ -152,6 +152,10 @@ class VerifySettings(Settings):
     max_length: Positive = 128
     threads: Positive = 2
     seed: int = 0
+    without_parents: bool = Field(
+        default=False,
+        description="a merged checkpoint may pass though its base or adapter is not here; the verdict says so",
+    )
     max_kl: Annotated[float, Field(gt=0, description="mean KL of the shipped path, nats")] = 0.1
     min_top1: Annotated[float, Field(ge=0, le=1, description="share of positions with the same first choice")] = 0.8
 

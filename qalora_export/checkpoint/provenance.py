@@ -88,8 +88,19 @@ def _checkpoint_links(artifact: Path, content: Any, checkpoint: Path) -> Iterato
             )
 
 
-def checkpoint_links(checkpoint: Path, *, base: Path | None = None, hash_of: HashFile = sha256_file) -> list[Link]:
-    """Links of a checkpoint and of every ancestor found beside it (or given as `base`), nearest first."""
+def checkpoint_links(
+    checkpoint: Path,
+    *,
+    base: Path | None = None,
+    adapter: Path | None = None,
+    original: Path | None = None,
+    hash_of: HashFile = sha256_file,
+) -> list[Link]:
+    """Links of a checkpoint and of every ancestor found beside it, nearest first.
+
+    base, adapter, original: stand for those that the manifests name.
+    """
+    given = {"base": base, "adapter": adapter}
     links: list[Link] = []
     queue = [(checkpoint, 0)]
     for folder, depth in queue:
@@ -101,7 +112,8 @@ def checkpoint_links(checkpoint: Path, *, base: Path | None = None, hash_of: Has
         ]
         parents = _parents(read_manifest(folder))
         for parent in parents:
-            found = _find(folder, parent, base if depth == 0 else None)
+            stands_for = given.get(parent["role"]) if depth == 0 else None
+            found = _find(folder, parent, original if parent["role"] == "source" else stands_for)
             links.append(_link(folder, parent, found, hash_of))
             if found is not None and links[-1].state == "verified":
                 queue.append((found, depth + 1))
@@ -126,7 +138,7 @@ def kind_of(checkpoint: Path) -> str:
 
 
 def _find(folder: Path, parent: dict[str, str], given: Path | None) -> Path | None:
-    if given is not None and parent["role"] == "base":
+    if given is not None:
         return given
     name = parent["name"]
     if name != Path(name).name or name in ("", ".", ".."):

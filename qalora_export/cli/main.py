@@ -26,8 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Quantize a language model, fine-tune it with QA-LoRA, merge without loss, export the same numbers to GGUF "
     "and ONNX, and prove it.\n\n"
-    "Exit codes: 0 pass · 1 parity failed · 2 bad usage, recipe or input · 3 a requested runtime is missing or crashed "
-    "· 4 unsafe input. Others: 70 a defect of qalora-export · 128 + n ended by signal n (130 Ctrl-C, 143 SIGTERM) · "
+    "Exit codes: 0 pass · 1 parity failed · 2 bad usage, recipe or input · 3 a requested runtime, or what a merge was "
+    "made from, is missing · 4 unsafe input. Others: 70 a defect of qalora-export · 128 + n ended by signal n (130 "
+    "Ctrl-C, 143 SIGTERM) · "
     "141 the reader of its output went away.\n\n"
     "1 means that numbers which must be equal are not, and nothing else: a gate failed (verify-parity, run), what was "
     "written does not read back the same (merge, export), two artifacts differ or one is not what its manifest "

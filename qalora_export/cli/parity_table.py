@@ -46,7 +46,8 @@ def print_report(report: ParityReport) -> None:
         if note := artifact["context"]["note"]:
             console.print(f"note: {artifact['name']}: {note}")
     ending = f"(exit code {int(report.exit_code)}), {report.out}"
-    console.print(styled(f"[{STYLES[report.verdict]}]verdict: {{}}[/] {{}}", report.verdict, ending))
+    gaps = "".join(f"; not checked: {gap}" for gap in report.facts["not_checked"])
+    console.print(styled(f"[{STYLES[report.verdict]}]verdict: {{}}[/] {{}}{{}}", report.verdict, ending, gaps))
 
 
 def cost_table(costs: Sequence[Cost]) -> Table:

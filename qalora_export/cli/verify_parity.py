@@ -31,10 +31,21 @@ def command(
         Path | None,
         typer.Option(help="Base checkpoint that this one was merged from. Default: found beside it by its hash."),
     ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="Adapter that was merged into the checkpoint. Default: found beside it by its hash."),
+    ] = None,
     original: Annotated[
         Path | None,
-        typer.Option(help="Model that the base was quantized from, for the table of costs. Default: found beside it."),
+        typer.Option(help="Model that the base was quantized from. Default: found beside it by its hash."),
     ] = None,
+    without_parents: Annotated[
+        bool,
+        typer.Option(
+            "--without-parents",
+            help="Let a merged checkpoint pass whose base or adapter is not here; the verdict says so.",
+        ),
+    ] = False,
     runtime: Annotated[
         list[str] | None,
         typer.Option(help="llama.cpp, onnxruntime or onnxruntime-genai; repeatable. Default: all that fit."),
@@ -77,7 +88,8 @@ def command(
     first sentence says which of them is broken, or what the quantization costs.
 
     Exit codes: 0 every gate passed, nothing broken · 1 parity failed, something broken · 2 bad usage or input · 3 a
-    requested runtime is missing or crashed · 4 unsafe input.
+    requested runtime is missing or crashed, or the base or adapter of a merge is not here (--without-parents accepts
+    that) · 4 unsafe input.
 
     [bold]Examples[/bold]
 
@@ -105,6 +117,7 @@ def command(
         "min_top1": min_top1,
         "threads": threads,
         "seed": seed,
+        "without_parents": without_parents or None,
     }
     flags = {key: value for key, value in given.items() if value is not None}
     settings = validated(VerifySettings, flags, where="command line")
@@ -117,6 +130,7 @@ def command(
         gguf=gguf,
         onnx=onnx,
         base=base,
+        adapter=adapter,
         original=original,
         bisect=not no_bisect,
         cache=not no_cache,

@@ -24,6 +24,7 @@ from qalora_export.safety import HashedOnce
 from qalora_export.verify.identity import Identities
 from qalora_export.verify.metrics import EXACT, PositionMetrics, following_ids, position_metrics
 from qalora_export.verify.probes.probe_set import ProbeSet
+from qalora_export.verify.reference.ancestry import Ancestry
 from qalora_export.verify.reference.lineage import Member
 from qalora_export.verify.reference.local_proof import Mode
 from qalora_export.verify.reference.local_run import MODES, LocalProofs, LocalRun
@@ -43,7 +44,8 @@ class Session:
 
     simulation: what rounding the input of every quantized layer to int8 does to the reference; a yardstick, no bound.
     lineage: the models that it was made from, and itself. expected_text: what its own tokenizer answers to the texts.
-    chain: the checkpoint's ancestry; links: of the artifacts, as found. merge: whether it is its base plus its adapter.
+    chain: the checkpoint's ancestry; links: of the artifacts, as found. merge: whether it is its base plus its adapter;
+    ancestry: whether it kept everything else.
     files: of checkpoint and artifacts, as they were before the first gate; hashed: what they and their ancestors were
     hashed to.
     kept: which answers are an earlier run's (verify.store).
@@ -58,6 +60,7 @@ class Session:
     expected_text: dict[str, list[Any]]
     chain: list[Link]
     merge: MergeCheck
+    ancestry: Ancestry
     runs: Runs
     local: LocalProofs
     workdir: Path

@@ -6,7 +6,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from qalora_export.verify.gates.registry import Measured, registered
 from qalora_export.verify.identity import identities
 from qalora_export.verify.metrics import following_ids, position_metrics
 from qalora_export.verify.probes.probe_set import make_probes
+from qalora_export.verify.reference.ancestry import ancestry
 from qalora_export.verify.reference.lineage import lineage
 from qalora_export.verify.reference.local_run import LocalProofs
 from qalora_export.verify.reference.logits import reference_logprobs, simulated_int8_logprobs
@@ -57,6 +58,7 @@ def verify_parity(
     gguf: StrPath | None = None,
     onnx: StrPath | None = None,
     base: StrPath | None = None,
+    adapter: StrPath | None = None,
     original: StrPath | None = None,
     force: bool = False,
     bisect: bool = True,
@@ -67,20 +69,21 @@ def verify_parity(
     """Run every gate of every requested runtime and write the report folder `out`, also when parity fails.
 
     gguf, onnx: what was exported from `checkpoint`; without settings.runtimes every runtime that can run what is given
-    is verified. base: the base checkpoint that was merged into this one; without it the base is looked for beside the
-    checkpoint by its manifest hash. original: the model that the base was quantized from, for the table of costs; found
-    like the base. bisect: look for the first layer and tensor that diverges when a logits gate fails.
-    cache: keep what PyTorch computes for a checkpoint for later runs on the same machine (verify.store). launch, taps:
-    stand in for qalora_runtimes.launch.run_runner and qalora_runtimes.taps.run_taps; a stand-in runtime without taps
-    has nothing inside to look at.
+    is verified. base, adapter: the base checkpoint and the adapter that were merged into this one; what is not given is
+    looked for beside the checkpoint by its manifest hash. original: the model that the base was quantized from, found
+    likewise; it is compared, and the first row of the table of costs. bisect: look for the first layer and tensor that
+    diverges when a logits gate fails. cache: keep what PyTorch computes for a checkpoint for later runs on the same
+    machine (verify.store). launch, taps: stand in for qalora_runtimes.launch.run_runner and
+    qalora_runtimes.taps.run_taps; a stand-in runtime without taps has nothing inside to look at.
 
     With `force` an old report's verdict is withdrawn first: a run that fails leaves none.
     Nothing is printed: the report's exit_code is 0, 1 or 3, and cli.parity_table.print_report shows it. Raises
     InputError (2) and UnsafeInputError (4) for bad input.
     """
     checkpoint, out, settings = local_path(checkpoint), local_path(out), settings or VerifySettings()
-    gguf, onnx, base, original = (None if path is None else local_path(path) for path in (gguf, onnx, base, original))
-    inputs = (checkpoint, gguf, onnx, base, original, settings.prompts)
+    paths = (gguf, onnx, base, adapter, original)
+    gguf, onnx, base, adapter, original = (None if path is None else local_path(path) for path in paths)
+    inputs = (checkpoint, gguf, onnx, base, adapter, original, settings.prompts)
     hashed = HashedOnce()
     store = opened(hashed) if cache else None
     with (
@@ -94,6 +97,7 @@ def verify_parity(
         require_intact(checkpoint, "the checkpoint", hash_of=hashed)
         if base is not None:
             require_intact(base, "the base", hash_of=hashed)
+        line = _Line(model, base, adapter, original, hashed)
         workdir = folder / "work"
         workdir.mkdir()
         if launch is None and taps is None:
@@ -101,7 +105,7 @@ def verify_parity(
 
             taps = run_taps
         formats = {all_runtimes()[name].format for name in artifacts}
-        session = _prepare(model, settings, base, original, workdir, launch, taps, hashed, formats)
+        session = _prepare(line, settings, workdir, launch, taps, formats)
         session.kept = store.answered if store else []
         targets = [Target(session, all_runtimes()[name], artifact) for name, artifact in artifacts.items()]
         with status("hashing the files"):
@@ -138,17 +142,26 @@ def _still_the_same(entries: list[Entry], targets: list[Target]) -> list[Entry]:
     ]
 
 
+@dataclass(frozen=True)
+class _Line:
+    """The checkpoint, and what was given of those that it was made from."""
+
+    model: CanonicalCheckpoint
+    base: Path | None
+    adapter: Path | None
+    original: Path | None
+    hashed: HashedOnce
+
+
 def _prepare(
-    model: CanonicalCheckpoint,
+    line: _Line,
     settings: VerifySettings,
-    base: Path | None,
-    original: Path | None,
     workdir: Path,
     launch: Launch | None,
     taps: Launch | None,
-    hashed: HashedOnce,
     formats: Collection[Format],
 ) -> Session:
+    model, base, adapter, original, hashed = line.model, line.base, line.adapter, line.original, line.hashed
     _check_patience()
     tokenizer = load_tokenizer(model.path)
     probes = make_probes(tokenizer, model.config, settings, formats=formats)
@@ -159,7 +172,7 @@ def _prepare(
     with status("int8 activations in PyTorch"):
         int8 = simulated_int8_logprobs(model.path, probes, threads=settings.threads)
     with status("original and base in PyTorch"):
-        line = lineage(
+        members = lineage(
             model.path,
             reference.logprobs,
             probes,
@@ -171,6 +184,7 @@ def _prepare(
     seconds = time.perf_counter() - began
     from qalora_runtimes.launch import run_runner
 
+    merge = merge_check(model, base=base, adapter=adapter)
     runs = Runs(probes, model.config["vocab_size"], workdir, settings.threads, launch or run_runner)
     return Session(
         checkpoint=model,
@@ -178,10 +192,13 @@ def _prepare(
         probes=probes,
         reference=reference,
         simulation=position_metrics(reference.logprobs, int8, following_ids(probes.ids, probes.lengths)),
-        lineage=line,
+        lineage=members,
         expected_text=folder_answers(model.path, probes),
-        chain=checkpoint_links(model.path, base=base, hash_of=hashed),
-        merge=merge_check(model, base=base),
+        chain=checkpoint_links(model.path, base=base, adapter=adapter, original=original, hash_of=hashed),
+        merge=merge,
+        ancestry=ancestry(
+            model.path, merge, base=base, original=original, accepted=settings.without_parents, hash_of=hashed
+        ),
         runs=runs,
         local=LocalProofs(model, probes, settings.threads, workdir, taps),
         workdir=workdir,

@@ -18,12 +18,16 @@ from qalora_runtimes.launch import RunnerResult
 from qalora_runtimes.process import PATIENCE
 from qalora_runtimes.protocol import read_job
 
+from qalora_export.cli.parity_table import print_report
 from qalora_export.errors import ExitCode, InputError, UnsafeInputError
+from qalora_export.formats.gguf.export import export_gguf
+from qalora_export.qalora.merge import merge
 from qalora_export.recipe import VerifySettings
 from qalora_export.safety import hashing, sha256_file
 from qalora_export.verify.report.parity_report import ParityReport
 from qalora_export.verify.runtimes.record import requested
 from qalora_export.verify.stage import verify_parity
+from tests.qalora.adapters import own_adapter
 from tests.verify.exports import Exported, copy_of
 from tests.verify.fakes import Change, FakeRuntimes
 
@@ -302,6 +306,33 @@ def test_a_file_that_changes_during_the_run_is_red_and_named(
     assert report.entries[0].where[0].startswith(words)
     written = json.loads((tmp_path / "report" / "report.json").read_text())
     assert written["artifacts"][0]["files"]["model.gguf"] == before  # what was verified, not what lies there now
+
+
+def test_a_merge_without_its_parents_is_not_run_and_the_verdict_says_so(
+    exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own_adapter(exported.checkpoint, tmp_path / "adapter")
+    (tmp_path / "alone").mkdir()
+    alone = tmp_path / "alone" / "merged"
+    merge(exported.checkpoint, tmp_path / "adapter", alone, compare_logits=False)
+    export_gguf(alone, tmp_path / "alone" / "m.gguf")
+    (tmp_path / "alone" / "m.gguf.manifest.json").unlink()
+    given = {"gguf": tmp_path / "alone" / "m.gguf", "launch": FakeRuntimes(alone), "taps": FakeRuntimes(alone).taps}
+    report = verify_parity(alone, tmp_path / "report", SETTINGS, bisect=False, **given)
+    assert (report.exit_code, statuses(report)["G0"]) == (ExitCode.RUNTIME_UNAVAILABLE, "not run")
+    assert report.entries[0].detail.startswith("the base of this merge is not here (--base gives it) nor its adapter")
+    assert report.facts["not_checked"][-1] == "m.gguf has no manifest"
+    print_report(report)
+    assert "not checked: the base of this merge is not here" in " ".join(capsys.readouterr().err.split())
+
+    accepted = SETTINGS.model_copy(update={"without_parents": True})
+    report = verify_parity(alone, tmp_path / "accepted", accepted, bisect=False, **given)
+    assert (report.exit_code, len(report.facts["not_checked"])) == (ExitCode.OK, 2)
+
+    parents = {"base": exported.checkpoint, "adapter": tmp_path / "adapter"}
+    report = verify_parity(alone, tmp_path / "whole", SETTINGS, bisect=False, **parents, **given)
+    assert (report.exit_code, report.facts["not_checked"][-1]) == (ExitCode.OK, "m.gguf has no manifest")
+    assert "merge recomputed from base and adapter in 4 modules" in report.entries[0].detail
 
 
 def test_every_run_checks_that_its_files_stayed_the_same(exported: Exported, tmp_path: Path) -> None:

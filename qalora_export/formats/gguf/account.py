@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.differences import ABSENT, clip, explain, same
 from qalora_export.checkpoint.manifest import made_with, sidecar_path
-from qalora_export.formats.account import ABSENT, Account, clip, explain, other_tools, same
+from qalora_export.formats.account import Account, other_tools
 from qalora_export.formats.gguf.export import gguf_tools, model_entries
 from qalora_export.formats.gguf.file import GgufFile
 from qalora_export.formats.gguf.metadata import Entry

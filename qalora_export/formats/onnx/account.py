@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.differences import differences
 from qalora_export.checkpoint.generation import GENERATION
 from qalora_export.checkpoint.manifest import MANIFEST, made_with
 from qalora_export.errors import QaloraError
-from qalora_export.formats.account import Account, differences, other_tools
+from qalora_export.formats.account import Account, other_tools
 from qalora_export.formats.onnx.datafile import DataFile
 from qalora_export.formats.onnx.export import make_folder, onnx_tools
 from qalora_export.formats.onnx.graph_differences import graph_differences, size_of

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from qalora_export.formats.account import ABSENT, clip, explain
+from qalora_export.checkpoint.differences import ABSENT, clip, explain
 
 if TYPE_CHECKING:
     import onnx

@@ -8,6 +8,7 @@ that the checkpoint claims to be; and that the files are the same ones when the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from qalora_export.formats.account import Account
 from qalora_export.formats.contents import Contents, FolderContents, compare
 from qalora_export.verify.gates.registry import measures
 from qalora_export.verify.identity import Identities, changes
+from qalora_export.verify.reference.ancestry import Ancestry
 from qalora_export.verify.reference.merge_check import MergeCheck
 from qalora_export.verify.rule import Entry, Gate, Limit, checked
 from qalora_export.verify.runtimes.facts import differing_facts
@@ -37,6 +39,7 @@ GATE = Gate(
         Limit("other_bytes", 0, "files", "the same checkpoint, options and versions give the same bytes"),
         Limit("broken_links", 0, "links", "a hash that does not match is another file than the one that was made"),
         Limit("wrong_merged_values", 0, "values", "a right export of a wrong merge is not the trained model"),
+        Limit("changed_on_the_way", 0, "entries", "quantizing and merging touch no config, tokenizer or template"),
         Limit("changed_files", 0, "files", "gates that saw different files prove nothing about either"),
     ),
 )
@@ -58,6 +61,7 @@ def file_bytes(target: Target) -> Entry:
         links=[*session.chain, *links],
         merge=session.merge,
         account=session.account(runtime, target.artifact, contents),
+        line=session.ancestry,
     )
 
 
@@ -71,12 +75,15 @@ def bytes_entry(
     links: Iterable[Link],
     account: Account | InputError,
     merge: MergeCheck | None = None,
+    line: Ancestry | None = None,
 ) -> Entry:
     """Every code, scale, offset and other value, every fact, every entry, every link of the provenance chain.
 
     account: entries and bytes against a fresh export, or why the checkpoint cannot be exported. merge: whether the
-    checkpoint itself is its base plus its adapter.
+    checkpoint itself is its base plus its adapter. line: whether it kept everything else of its ancestors; the gate has
+    not run where something of it is unchecked.
     """
+    line = line or Ancestry()
     if isinstance(account, InputError):
         account = Account(0, (f"the checkpoint cannot be exported anew: {account}",))
     merge = merge or MergeCheck(note="not a merged checkpoint")
@@ -92,13 +99,14 @@ def bytes_entry(
         "other_bytes": 0 if account.excuse else len(account.other_bytes),
         "broken_links": len(broken),
         "wrong_merged_values": sum(merge.wrong.values()),
+        "changed_on_the_way": len(line.changed),
     }
-    return GATE.judge(
+    entry = GATE.judge(
         runtime,
         measured,
         limits=[limit for limit in GATE.limits if limit is not AT_THE_END],
         detail=f"{compared.values} values in {len(checkpoint.modules)} quantized and {len(checkpoint.plain_names())} "
-        f"other tensors, {len(expected)} facts compared; {account.describe()}; {merge.describe()}",
+        f"other tensors, {len(expected)} facts compared; {account.describe()}; {merge.describe()}; {line.describe()}",
         where=_first_of(
             (f"{name}: {count}" for name, count in tensors.items()),
             facts,
@@ -106,9 +114,13 @@ def bytes_entry(
             () if account.excuse else (f"{name}: other bytes than a fresh export" for name in account.other_bytes),
             broken,
             unmerged,
+            line.changed,
         ),
         figures=measured | {"compared_values": compared.values, "tensors": tensors},
     )
+    if entry.status == "pass" and line.unchecked:
+        return replace(entry, status="not run", detail=f"{'; '.join(line.unchecked)}. What is here: {entry.detail}")
+    return entry
 
 
 def still_the_same(entry: Entry, target: Target, now: Identities) -> Entry:

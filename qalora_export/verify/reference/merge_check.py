@@ -29,32 +29,44 @@ FLOAT32_STEP = 2.0**-23
 
 @dataclass(frozen=True, slots=True)
 class MergeCheck:
-    """wrong: differing values by tensor. adapted: modules recomputed with an adapter. note: why nothing was checked."""
+    """wrong: differing values by tensor. adapted: modules recomputed with an adapter. note: why nothing was checked.
+
+    missing: what was not here, so that the merge or a part of it is unproven.
+    """
 
     wrong: dict[str, int] = field(default_factory=dict)
     adapted: int = 0
     note: str = ""
+    missing: str = ""
 
     def describe(self) -> str:
         return self.note or f"merge recomputed from base and adapter in {self.adapted} modules"
 
 
-def merge_check(checkpoint: CanonicalCheckpoint, *, base: Path | None = None) -> MergeCheck:
+def merge_check(
+    checkpoint: CanonicalCheckpoint, *, base: Path | None = None, adapter: Path | None = None
+) -> MergeCheck:
     """Compare a merged checkpoint with base and adapter; one module in memory at a time.
 
-    base: stands for the one the manifest names. A checkpoint that is no merge, or whose base or adapter is not here,
-    gives a note and no findings; an adapter that does not fit its base is a finding.
+    base, adapter: stand for those that the manifest names. Without the adapter, everything but offsets is compared with
+    the base. A checkpoint that is no merge has no findings; an adapter that does not fit its base is one.
     """
     manifest = read_manifest(checkpoint.path) if (checkpoint.path / MANIFEST).is_file() else {}
     if manifest.get("kind") != "merged":
         return MergeCheck(note="not a merged checkpoint")
     base = base or parent_folder(checkpoint.path, "base")
-    adapter = parent_folder(checkpoint.path, "adapter")
-    if base is None or adapter is None:
-        return MergeCheck(note="merge not recomputed: base or adapter is not beside the checkpoint")
+    adapter = adapter or parent_folder(checkpoint.path, "adapter")
+    if base is None:
+        also = "" if adapter else " nor its adapter (--adapter)"
+        missing = f"the base of this merge is not here (--base gives it){also}"
+        return MergeCheck(note=f"merge not recomputed: {missing}", missing=missing)
+    before = CanonicalCheckpoint(base)
+    if adapter is None:
+        missing = "the adapter of this merge is not here (--adapter gives it)"
+        note = f"offsets not recomputed, everything else compared with the base: {missing}"
+        return MergeCheck(_differences(before, checkpoint, None), note=note, missing=missing)
     settings = manifest.get("settings")
     convention = str(settings.get("convention", "auto")) if isinstance(settings, dict) else "auto"
-    before = CanonicalCheckpoint(base)
     try:
         read = read_adapter(adapter, _shapes(before), convention=_asked(adapter, convention), base=base)
     except QaloraError as error:
@@ -62,13 +74,16 @@ def merge_check(checkpoint: CanonicalCheckpoint, *, base: Path | None = None) ->
     return MergeCheck(_differences(before, checkpoint, read), len(read.modules))
 
 
-def _differences(before: CanonicalCheckpoint, merged: CanonicalCheckpoint, adapter: Adapter) -> dict[str, int]:
+def _differences(before: CanonicalCheckpoint, merged: CanonicalCheckpoint, adapter: Adapter | None) -> dict[str, int]:
+    """adapter: None where it is not here, so that nothing can be said of offsets."""
     wrong: dict[str, int] = {}
     for module, _ in sorted(set(before.modules.items()) ^ set(merged.modules.items())):
         wrong[f"{module} (quantized otherwise in base and merged checkpoint)"] = 1
     for module in before.modules:
         if merged.modules.get(module) == before.modules[module]:
-            wrong |= _module_differences(before, merged, module, adapter.modules.get(module))
+            own = None if adapter is None else adapter.modules.get(module)
+            parts = PARTS if adapter is not None and own is None else PARTS[:2]
+            wrong |= _module_differences(before, merged, module, own, parts)
     for name in {*before.plain_names(), *merged.plain_names()}:
         if name not in before or name not in merged or differing(before.tensor(name), merged.tensor(name)):
             wrong[f"{name} (other than in the base)"] = 1
@@ -76,9 +91,13 @@ def _differences(before: CanonicalCheckpoint, merged: CanonicalCheckpoint, adapt
 
 
 def _module_differences(
-    before: CanonicalCheckpoint, merged: CanonicalCheckpoint, module: str, adapter: ModuleAdapter | None
+    before: CanonicalCheckpoint,
+    merged: CanonicalCheckpoint,
+    module: str,
+    adapter: ModuleAdapter | None,
+    same: tuple[str, ...],
 ) -> dict[str, int]:
-    same = PARTS if adapter is None else PARTS[:2]
+    """same: parts that merging leaves as they are."""
     wrong = {}
     for part in same:
         count = differing(before.tensor(f"{module}.{part}"), merged.tensor(f"{module}.{part}"))

@@ -17,7 +17,7 @@ TEMPLATE = "report.html.j2"
 HEADLINES = {
     "pass": "PASS: every gate of every runtime",
     "fail": "FAIL: the artifact does not compute the checkpoint's numbers",
-    "not run": "NOT PROVEN: a requested runtime is missing or crashed",
+    "not run": "NOT PROVEN: a runtime, or something else that had to be checked, is missing",
 }
 MARKS = {"pass": "✓", "fail": "✗", "not run": "–"}
 # Figures of the table of costs: name in metrics.Summary or of gate G3, heading.

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qalora_export.formats.account import ABSENT, explain
+from qalora_export.checkpoint.differences import ABSENT, explain
 from qalora_export.models.families import Family, family_of, rope_of
 from qalora_export.models.families.family import Format, head_dim
 from qalora_export.models.loading import load_tokenizer

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
-from qalora_export.formats.account import ABSENT, Account
+from qalora_export.checkpoint.differences import ABSENT
+from qalora_export.formats.account import Account
 from qalora_export.formats.gguf.account import account_gguf
 from qalora_export.formats.gguf.file import GgufFile
 from qalora_export.formats.gguf.read import GgufContents, read_back, runtime_dequantized

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.differences import ABSENT
 from qalora_export.checkpoint.generation import GENERATION, generation_config
 from qalora_export.errors import InputError
-from qalora_export.formats.account import ABSENT, Account
+from qalora_export.formats.account import Account
 from qalora_export.formats.onnx.account import account_onnx
 from qalora_export.formats.onnx.exact import exact_variant
 from qalora_export.formats.onnx.hosts import CONFIG, TOKENIZER_CONFIG, web_config

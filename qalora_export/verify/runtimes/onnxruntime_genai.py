@@ -9,9 +9,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.differences import ABSENT
 from qalora_export.checkpoint.generation import generation_config
 from qalora_export.errors import InputError
-from qalora_export.formats.account import ABSENT
 from qalora_export.formats.onnx.layout import GENAI_CONFIG
 from qalora_export.safety import inside, read_json
 from qalora_export.verify.runtimes.facts import expected_graph_facts

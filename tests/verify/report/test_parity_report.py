@@ -49,6 +49,7 @@ def made(statuses: dict[tuple[str, str], str] | None = None, *, bad: bool = Fals
     statuses = statuses or {}
     entries = [entry(g, r, statuses.get((g, r), "pass")) for r in RUNTIMES for g in all_gates()]
     facts = {
+        "not_checked": ["<the original> is not here"],
         "checkpoint": {
             "name": EVIL,
             "kind": "merged",
@@ -130,6 +131,7 @@ def test_the_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
     assert "<script>" not in text
     assert "&lt;script&gt;alert(1)" in text
     assert "url(" not in text and "@import" not in text
+    assert "Not checked: &lt;the original&gt; is not here." in text
 
 
 def test_the_page_has_a_row_for_every_gate_and_runtime(tmp_path: Path) -> None:

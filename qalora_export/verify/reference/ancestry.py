@@ -1,0 +1,74 @@
+"""Is the checkpoint what its ancestors make of it, in everything? Config, tokenizer and template from the original
+model over the base to the merge; the merge itself is merge_check's.
+
+What has to be compared and is not here is "unchecked": gate G0 has not run then, unless the settings accept it. What
+cannot be compared by the nature of things is said in the verdict.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qalora_export.checkpoint.kept import changed_on_the_way
+from qalora_export.checkpoint.manifest import has_manifest
+from qalora_export.checkpoint.provenance import kind_of, parent_folder
+from qalora_export.safety import HashFile, sha256_file
+from qalora_export.verify.reference.merge_check import MergeCheck
+
+
+@dataclass(frozen=True, slots=True)
+class Ancestry:
+    """changed: what a stage must keep and did not, one line each. compared: "child of parent" of each comparison.
+
+    unchecked: what is not here and has to be compared. said: what else could not be compared.
+    """
+
+    changed: tuple[str, ...] = ()
+    compared: tuple[str, ...] = ()
+    unchecked: tuple[str, ...] = ()
+    said: tuple[str, ...] = ()
+
+    @property
+    def gaps(self) -> tuple[str, ...]:
+        """Everything that was not compared, for the verdict."""
+        return (*self.unchecked, *self.said)
+
+    def describe(self) -> str:
+        if not self.compared:
+            return "config and tokenizer compared with no ancestor"
+        return f"config and tokenizer kept: {', '.join(self.compared)}"
+
+
+def ancestry(
+    checkpoint: Path,
+    merge: MergeCheck,
+    *,
+    base: Path | None = None,
+    original: Path | None = None,
+    accepted: bool = False,
+    hash_of: HashFile = sha256_file,
+) -> Ancestry:
+    """Compare every checkpoint of the line with its parent. merge: what merge_check found of the weights.
+
+    base, original: stand for those that the manifests name. accepted: a merge whose parents are not here is none that
+    has to be compared. Raises InputError for files that cannot be read.
+    """
+    if not has_manifest(checkpoint):
+        return Ancestry(said=(f"{checkpoint.name} has no manifest: nothing says what it was made from",))
+    merged = kind_of(checkpoint) == "merged"
+    parent = base or parent_folder(checkpoint, "base", hash_of=hash_of) if merged else checkpoint
+    missing = (merge.missing,) if merge.missing else ()
+    unchecked: tuple[str, ...] = () if accepted else missing
+    said: tuple[str, ...] = missing if accepted else ()
+    pairs = [(parent, checkpoint)] if merged and parent is not None else []
+    if parent is not None:
+        source = original or (parent_folder(parent, "source", hash_of=hash_of) if has_manifest(parent) else None)
+        if source is None:
+            said += (f"the model that {parent.name} was made from is not here (--original gives it)",)
+        elif source.is_file():
+            said += (f"{parent.name} was made from {source.name}, which has no files like config.json to compare",)
+        else:
+            pairs.insert(0, (source, parent))
+    changed = [f"{child.name} {line}" for source, child in pairs for line in changed_on_the_way(source, child)]
+    return Ancestry(tuple(changed), tuple(f"{child.name} of {source.name}" for source, child in pairs), unchecked, said)
