@@ -22,7 +22,9 @@ from qalora_export.models.loading import load_model
 from qalora_export.models.multimodal import TextPart, wrapped_family
 from qalora_export.quantization.check import open_forecast
 from qalora_export.safety import read_json
+from qalora_export.verify.reference.ancestry import ancestry
 from qalora_export.verify.reference.layerwise import LayerwiseModel
+from qalora_export.verify.reference.merge_check import MergeCheck
 from tests.models.families.small import SIZES, WINDOWS
 from tests.models.families.tokenizers import save_tokenizer
 
@@ -115,6 +117,8 @@ def test_the_canonical_checkpoint_is_that_of_the_language_model(made: tuple[Path
     assert found.equal
     assert found.values > 0
     load_model(tmp_path / "whole.qalora")
+    kept = ancestry(tmp_path / "whole.qalora", MergeCheck(), original=folder)
+    assert (kept.changed, len(kept.compared)) == ((), 1)
 
 
 def test_both_spellings_of_names_are_read(made: tuple[Path, Any], tmp_path: Path) -> None:

@@ -7,13 +7,18 @@ cannot be compared by the nature of things is said in the verdict.
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from qalora_export.checkpoint.kept import changed_on_the_way
+from qalora_export.checkpoint.kept import CONFIG, changed_on_the_way
 from qalora_export.checkpoint.manifest import has_manifest
+from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.checkpoint.provenance import kind_of, parent_folder
-from qalora_export.safety import HashFile, sha256_file
+from qalora_export.models.multimodal import TextPart, wrapped_family
+from qalora_export.safety import HashFile, inside, read_json, sha256_file
 from qalora_export.verify.reference.merge_check import MergeCheck
 
 
@@ -70,5 +75,33 @@ def ancestry(
             said += (f"{parent.name} was made from {source.name}, which has no files like config.json to compare",)
         else:
             pairs.insert(0, (source, parent))
-    changed = [f"{child.name} {line}" for source, child in pairs for line in changed_on_the_way(source, child)]
+    changed = []
+    for source, child in pairs:
+        with _as_taken(source) as taken:
+            lines = changed_on_the_way(taken, child)
+            if taken != source and _completed_by(taken) != _completed_by(child):
+                lines = [line for line in lines if not line.startswith(f"{CONFIG}: ")]
+                said += (f"{CONFIG} of {child.name}, whose defaults are those of Transformers {_completed_by(child)}",)
+            changed += [f"{child.name} {line}" for line in lines]
     return Ancestry(tuple(changed), tuple(f"{child.name} of {source.name}" for source, child in pairs), unchecked, said)
+
+
+def _completed_by(folder: Path) -> str:
+    """The version of Transformers whose defaults stand in a config.json that a stage made."""
+    config = read_json(inside(folder, CONFIG))
+    return str(config.get("transformers_version")) if isinstance(config, dict) else ""
+
+
+@contextmanager
+def _as_taken(source: Path) -> Iterator[Path]:
+    """The folder that a stage reads: the language model of a multimodal checkpoint, every other as it lies there."""
+    whole = ModelFolder(source)
+    family = wrapped_family(whole)
+    if family is None:
+        yield source
+        return
+    with tempfile.TemporaryDirectory(prefix="qalora-text-") as scratch:
+        folder = Path(scratch) / source.name
+        folder.mkdir()
+        TextPart(whole, family, folder)
+        yield folder
