@@ -130,9 +130,14 @@ class GgufSettings(Settings):
 
 
 class OnnxSettings(Settings):
-    """accuracy_level is MatMulNBits' attribute: 4 = int8 activations (shipped), 1 = float32."""
+    """accuracy_level is MatMulNBits' attribute: 4 = int8 activations (shipped), 1 = float32.
+
+    allow_text_differences: gate G5 may pass although ONNX Runtime GenAI's own tokenizer gives other ids to ordinary
+    text, when they are exactly those that were predicted; the manifest says so.
+    """
 
     accuracy_level: Literal[1, 4] = 4
+    allow_text_differences: bool = False
 
 
 class ExportSettings(Settings):

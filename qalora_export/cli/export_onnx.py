@@ -22,6 +22,11 @@ def command(
         metavar="4|1",
         help="MatMulNBits kernels: 4 = int8 activations (fast, what you ship), 1 = float32 (slower, rounding-free)",
     ),
+    allow_text_differences: bool = typer.Option(
+        False,
+        "--allow-text-differences",
+        help="accept that ONNX Runtime GenAI's own tokenizer gives other ids to ordinary text, as predicted",
+    ),
     force: bool = typer.Option(False, "--force", help="replace the folder if it exists"),
 ) -> None:
     """Write the checkpoint as ONNX, value for value.
@@ -40,7 +45,8 @@ def command(
     from qalora_export.formats.onnx.export import export_onnx
     from qalora_export.recipe import validated
 
-    settings = validated(OnnxSettings, {"accuracy_level": accuracy_level}, where="export onnx")
+    chosen = {"accuracy_level": accuracy_level, "allow_text_differences": allow_text_differences}
+    settings = validated(OnnxSettings, chosen, where="export onnx")
     _show(export_onnx(checkpoint, out, settings, force=force))
     report_folder = out.with_name(f"{out.name}-parity")
     next_command(

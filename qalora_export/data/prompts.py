@@ -50,12 +50,18 @@ def token_ids(tokenizer: Any, prompt: Record | str) -> list[int]:
     """
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
+    if prompt.text is None and tokenizer.chat_template:
+        return plain_ids(tokenizer, prompt_text(tokenizer, prompt))
+    return list(tokenizer(prompt_text(tokenizer, prompt))["input_ids"])
+
+
+def prompt_text(tokenizer: Any, prompt: Record) -> str:
+    """A prompt as one text: a conversation as the chat template renders it, without one its contents, a line each."""
     if prompt.text is not None:
-        return list(tokenizer(prompt.text[: lines.PIECE])["input_ids"])  # a probe is much shorter
+        return prompt.text[: lines.PIECE]  # a probe is much shorter
     if not tokenizer.chat_template:
-        contents = "\n".join(message["content"] for message in prompt.messages)
-        return list(tokenizer(contents[: lines.PIECE])["input_ids"])
-    return plain_ids(tokenizer, conversation_text(prompt, tokenizer))
+        return "\n".join(message["content"] for message in prompt.messages)[: lines.PIECE]
+    return conversation_text(prompt, tokenizer)
 
 
 def canonical_json(value: object) -> bytes:

@@ -20,6 +20,7 @@ from qalora_export.errors import QaloraError
 from qalora_export.formats.account import Account, other_tools
 from qalora_export.formats.onnx.datafile import DataFile
 from qalora_export.formats.onnx.export import make_folder, onnx_tools
+from qalora_export.formats.onnx.genai_text.files import MODULE, OWN
 from qalora_export.formats.onnx.graph_differences import graph_differences, size_of
 from qalora_export.formats.onnx.hosts import CONFIG
 from qalora_export.formats.onnx.layout import DATA, FLAT_DATA, FLAT_GRAPH, GENAI_CONFIG, GRAPH, graph_name
@@ -91,12 +92,13 @@ class _Fresh:
         return {tensor.name: tensor for tensor in self.graph.graph.initializer}
 
     def flatten(self) -> None:
-        """As folders of earlier versions lie: graph and data at the top, nothing for transformers.js."""
+        """As folders of earlier versions lie: graph and data at the top, nothing for transformers.js, nor for
+        GenAI's tokenizer."""
         for tensor in self.graph.graph.initializer:
             for entry in tensor.external_data:
                 entry.value = FLAT_DATA if entry.key == "location" else entry.value
-        for name in (CONFIG, GENERATION):
-            del self.files[name]
+        for name in (CONFIG, GENERATION, MODULE, OWN):
+            self.files.pop(name, None)
         genai = self.files[GENAI_CONFIG]
         self.files[GENAI_CONFIG] = genai.replace(f'"{GRAPH}"'.encode(), f'"{FLAT_GRAPH}"'.encode())
 

@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING, Any
 from qalora_export.checkpoint.generation import GENERATION, TOKEN_IDS, Generation, generation_config, generation_of
 from qalora_export.checkpoint.model_folder import TOKENIZER_FILES, ModelFolder
 from qalora_export.errors import InputError
-from qalora_export.formats.onnx.layout import GENAI_CONFIG, GRAPH
+from qalora_export.formats.onnx.genai_text.files import MODULE, OWN, genai_files
+from qalora_export.formats.onnx.layout import GENAI_CONFIG, GRAPH, TOKENIZER_CONFIG
 from qalora_export.models.families import family_of
-from qalora_export.safety import read_json
+from qalora_export.safety import inside, read_json
 
 if TYPE_CHECKING:
     from mobius import ModelPackage
 
 CONFIG = "config.json"
-TOKENIZER_CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
 # "fp32": the file without a suffix (otherwise a browser asks for model_quantized.onnx). Data in one file beside it.
 TRANSFORMERS_JS = {"dtype": "fp32", "use_external_data_format": True}
 
@@ -43,7 +44,31 @@ def host_files(package: ModelPackage, checkpoint: ModelFolder) -> dict[str, byte
     files |= {name: path.read_bytes() for name, path in tokenizer.items()}
     if template is not None:
         files[TOKENIZER_CONFIG] = _with_template(tokenizer.get(TOKENIZER_CONFIG), template)
-    return files
+    own = genai_files(*_tokenizer_tables(checkpoint.path))
+    return files | {name: _json(content, indent=2 if name == MODULE else None) for name, content in own.items()}
+
+
+def genai_tokenizer(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """tokenizer.json and tokenizer_config.json as ONNX Runtime GenAI gets them from an export of `folder`.
+
+    Raises InputError when one is no table.
+    """
+    tokenizer, settings = _tokenizer_tables(folder)
+    written = genai_files(tokenizer, settings)
+    return written.get(OWN, tokenizer), settings | written.get(MODULE, {})
+
+
+def _tokenizer_tables(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    tokenizer, settings = (
+        read_json(inside(folder, name)) if (folder / name).exists() else {} for name in (TOKENIZER, TOKENIZER_CONFIG)
+    )
+    if not isinstance(tokenizer, dict) or not isinstance(settings, dict):
+        raise InputError(
+            "tokenizer.json or tokenizer_config.json is no table", where=folder, fix="fetch the model again"
+        )
+    if (folder / TEMPLATE).exists():
+        settings = settings | {"chat_template": inside(folder, TEMPLATE).read_text(encoding="utf-8")}
+    return tokenizer, settings
 
 
 def web_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,5 +115,5 @@ def search_settings(generation: Generation) -> dict[str, Any]:
     return {"do_sample": True} | drawn | penalty
 
 
-def _json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+def _json(content: Mapping[str, Any], *, indent: int | None = 2) -> bytes:
+    return (json.dumps(content, indent=indent, ensure_ascii=False) + "\n").encode()

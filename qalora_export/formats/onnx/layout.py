@@ -2,6 +2,7 @@
 
     config.json, generation_config.json      transformers.js; tokenizer.json, tokenizer_config.json: every host
     genai_config.json                        ONNX Runtime GenAI; its `filename` may name a file in a subfolder
+    tokenizer_module.json, genai_tokenizer.json   GenAI alone, where its own tokenizer needs them (genai_text/files.py)
     onnx/model.onnx, onnx/model.onnx_data    transformers.js takes no other place and no other name of the data
 
 Folders of earlier versions hold model.onnx and model.onnx.data at the top; they are read as ever, except by
@@ -20,6 +21,7 @@ GRAPH, DATA = "onnx/model.onnx", "onnx/model.onnx_data"
 FLAT_GRAPH, FLAT_DATA = "model.onnx", "model.onnx.data"  # of earlier versions
 GRAPHS = (GRAPH, FLAT_GRAPH)
 GENAI_CONFIG = "genai_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def graph_name(folder: Path) -> str:

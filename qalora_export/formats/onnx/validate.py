@@ -8,13 +8,15 @@ could make a runtime load code or touch other files (genai_config.py).
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.formats.onnx.genai_config import check_genai_config
-from qalora_export.formats.onnx.layout import GENAI_CONFIG, graph_file
+from qalora_export.formats.onnx.genai_text.files import MODULE, MODULE_KEYS, OWN, OWN_KEY
+from qalora_export.formats.onnx.layout import GENAI_CONFIG, TOKENIZER_CONFIG, graph_file
 from qalora_export.safety import inside, read_json
 
 if TYPE_CHECKING:
@@ -50,7 +52,29 @@ def read_model(folder: Path) -> onnx.ModelProto:
         names.add(tensor.name)
     if (folder / GENAI_CONFIG).exists():
         check_genai_config(read_json(inside(folder, GENAI_CONFIG)), folder / GENAI_CONFIG)
+    _check_tokenizer_overrides(folder)
     return model
+
+
+def _check_tokenizer_overrides(folder: Path) -> None:
+    """GenAI opens the file that `tiktoken_file` names: it must be the one that we write. Raises UnsafeInputError."""
+    for name in (MODULE, TOKENIZER_CONFIG):
+        found = read_json(inside(folder, name)) if os.path.lexists(folder / name) else {}
+        keys = set(found) if isinstance(found, dict) else {"the whole file"}
+        odd = keys - MODULE_KEYS if name == MODULE else keys & {OWN_KEY}
+        if odd or not all(isinstance(found[key], str) for key in keys & MODULE_KEYS if name == MODULE):
+            raise UnsafeInputError(
+                f"{min(odd, default='a value')} is not what we write there",
+                where=folder / name,
+                why="ONNX Runtime GenAI may open other files on its behalf",
+                fix="remove it, or export the folder again",
+            )
+        if name == MODULE and found.get(OWN_KEY, OWN) != OWN:
+            raise UnsafeInputError(
+                f"{OWN_KEY} is {found[OWN_KEY][:80]!r}", where=folder / name, why=f"only {OWN} may be"
+            )
+    if os.path.lexists(folder / OWN):
+        inside(folder, OWN)
 
 
 def parse_model(raw: bytes, *, where: object) -> onnx.ModelProto:

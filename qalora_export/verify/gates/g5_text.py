@@ -9,6 +9,10 @@ BOS). The ids of every rendered conversation are compared too, so a BOS that is 
 
 A GGUF file cannot say everything that tokenizer.json says (formats/gguf/tokenizer/reading.py). A text that shows such a
 difference may get exactly the ids that the difference explains: that is a warning in the report, which names the text.
+
+GenAI has a tokenizer of its own that leaves parts of tokenizer.json out (formats/onnx/genai_text/reading.py). Its ids
+must be Hugging Face's, or exactly the predicted ones, which is a warning; on ordinary text, that is prose,
+conversations and the user's own prompts, only where the folder was exported with --allow-text-differences.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from qalora_export.verify.session import Target
 SHOWN = 6
 CLIP = 60
 REWRITTEN = "the runtime describes tools in its own way; with tools, render prompts by the template yourself"
+ACCEPT = "export onnx --allow-text-differences accepts it"
 
 GATE = Gate(
     id="G5",
@@ -57,7 +62,11 @@ def expected_answers(expected: dict[str, Any], habits: TextHabits, *, accepted: 
     accepted: whether the artifact was exported with differences that its user accepted.
     """
     by_design = expected["by_design"] if habits.reads_gguf else {}
-    if accepted:
+    refused = {}
+    if habits.reads_as_genai:
+        by_design = expected["genai"]["by_permission" if accepted else "by_design"]
+        refused = expected["genai"]["by_permission"]
+    elif accepted:
         by_design = {kind: found | by_design.get(kind, {}) for kind, found in expected["by_permission"].items()}
     cut = expected["bos"] if habits.cuts_bos else ""
     return {
@@ -65,6 +74,7 @@ def expected_answers(expected: dict[str, Any], habits: TextHabits, *, accepted: 
         "rendered": [text.removeprefix(cut) for text in expected["rendered"]],
         "rendered_ids": expected["rendered_ids"],
         "by_design": by_design,
+        "refused": refused,
         "tolerated": dict.fromkeys(expected["with_tools"], REWRITTEN) if habits.rewrites_tools else {},
     }
 
@@ -93,7 +103,9 @@ def text_entry(runtime: str, probes: ProbeSet, expected: dict[str, Any], answers
                 continue
             wrong_ids += wrong
             if wrong:
-                findings.append(f"{kind} {_clip(name)}: {_first_difference(want, got)}")
+                known = expected["refused"].get(kind, {}).get(index, (None, ""))
+                why = f" ({known[1]}; {ACCEPT})" if known[0] == got else ""
+                findings.append(f"{kind} {_clip(name)}: {_first_difference(want, got)}{why}")
     wrong_chats = 0
     asked = range(len(probes.chats))
     for name, want, got in zip_longest(asked, expected["rendered"], _list(answers, "rendered")[: len(asked)]):

@@ -16,16 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 from qalora_runtimes.protocol import Chat, conversation
 
-from qalora_export.data.prompts import canonical_json, read_prompts, token_ids
+from qalora_export.data.prompts import canonical_json, prompt_text, read_prompts, token_ids
 from qalora_export.errors import InputError
 from qalora_export.models.families import family_of
 from qalora_export.models.families.family import Format
 from qalora_export.models.templates import TemplateRefusal
 from qalora_export.recipe import VerifySettings
 from qalora_export.safety import sha256_bytes
-from qalora_export.verify.probes.text import CHATS, EDGE_TEXTS, LONG_TEXT, TEXTS, TOOL_CHATS
+from qalora_export.verify.probes.text import CHATS, EDGE_TEXTS, LONG_TEXT, PLAIN_TEXTS, TEXTS, TOOL_CHATS
 
 TOKENS_PER_TEXT = 1000
+OWN_TEXTS, OWN_CHARACTERS = 64, 4000  # of the user's prompts
 LONG, PROMPT = "near max_length", "prompt "
 TEXT_NAMES = {LONG, *EDGE_TEXTS}
 
@@ -34,7 +35,7 @@ TEXT_NAMES = {LONG, *EDGE_TEXTS}
 class ProbeSet:
     """ids int32 (total,): all sequences one after the other; lengths int32 (n,); names: what each sequence is for.
 
-    texts, chats: what gate G5 asks every tokenizer.
+    texts, chats: what gate G5 asks every tokenizer; ordinary: those texts on which a difference is never by design.
     """
 
     ids: NDArray[np.int32]
@@ -42,6 +43,7 @@ class ProbeSet:
     names: tuple[str, ...]
     texts: tuple[str, ...] = TEXTS
     chats: tuple[Chat, ...] = CHATS
+    ordinary: frozenset[str] = frozenset(PLAIN_TEXTS)
 
     @property
     def sha256(self) -> str:
@@ -117,13 +119,28 @@ def make_probes(
         chosen.append(next(stream))
     sequences = [np.asarray(ids, np.int32) for _, ids in chosen]
     lengths = np.asarray([len(ids) for ids in sequences], np.int32)
+    own = tuple(_own_texts(tokenizer, settings))
     return ProbeSet(
         np.concatenate(sequences),
         lengths,
         tuple(name for name, _ in chosen),
-        texts=(*TEXTS, *_added_token_texts(tokenizer), *_vocabulary_texts(tokenizer)),
+        texts=(*TEXTS, *own, *_added_token_texts(tokenizer), *_vocabulary_texts(tokenizer)),
         chats=_chats(tokenizer),
+        ordinary=frozenset((*PLAIN_TEXTS, *own)),
     )
+
+
+def _own_texts(tokenizer: Any, settings: VerifySettings) -> Iterator[str]:
+    """The first of the user's own prompts as text: conversations as rendered. NUL has no place in C strings."""
+    prompts = read_prompts(Path(settings.prompts)) if settings.prompts else []
+    for prompt in prompts[:OWN_TEXTS]:
+        text = prompt_text(tokenizer, prompt)[:OWN_CHARACTERS]
+        if text and text not in TEXTS and "\0" not in text and _is_unicode(text):
+            yield text
+
+
+def _is_unicode(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _chats(tokenizer: Any) -> tuple[Chat, ...]:

@@ -15,47 +15,57 @@ LONG_TEXT = (
     'She said: "Set the kitchen timer to 5 minutes, then play some jazz." for i in range(10): print(i ** 2)\n'
 )
 
-TEXTS: tuple[str, ...] = (
-    "",
-    " ",
+# Ordinary text: prose, numbers, code, data. Tokenizers have no excuse here.
+PLAIN_TEXTS: tuple[str, ...] = (
     "a",
     "Hello, world!",
-    "  leading spaces",
-    "trailing spaces  ",
-    "\ttab\tbetween\t",
-    "\n",
     "line\nfeed\n\ntwice\n\n\nthrice",
-    "carriage\r\nreturn\r\n\r\n",
-    "many          spaces",
-    "non\u00a0breaking\u2003em\u200bzero width",
     "I'm you're he'll they'd we've it's don't",
-    "I'M YOU'RE HE'LL THEY'D WE'VE IT'S DON'T",
     "0 1 12 123 1234 12345 123456 1234567890",
     "3.14159, -0.5e-3, 0xDEADBEEF, 1_000_000, 50%",
     "naïve café crème brûlée",
-    "cafe\u0301 e\u0301\u0323 n\u0303",
     "🙂👍🏽 👨‍👩‍👧‍👦 🇩🇪🇯🇵",
     "東京特許許可局、今日は良い天気ですね。",
     "中文字符 한국어 ไทย हिन्दी",
     "שלום עולם مرحبا بالعالم",
-    "Ω≈ç√∫˜µ≤≥÷ ∀x∈ℝ: ⌈x⌉ = −⌊−x⌋",
-    "\ufeffBOM at the start",
-    "\x01\x1f\x7f control",  # no NUL: ONNX Runtime GenAI takes C strings
     "def f(x):\n\treturn {**x, 'k': [i for i in range(10)]}  # ok?\n",
     "if(a&&b||!c){d+=e<<2;}//x",
     "https://example.org/a?b=c&d=%20#e user@mail.example",
+    '{"action":"on","device":"lamp","room":"kitchen","value":21.5}',
+    "MiXeD CaSe WORDS and snake_case camelCase kebab-case",
+    "“quotes” ‘single’ «guillemets» … — –",
+)
+# Text that shows how a tokenizer was written.
+ODD_TEXTS: tuple[str, ...] = (
+    "",
+    " ",
+    "  leading spaces",
+    "trailing spaces  ",
+    "\ttab\tbetween\t",
+    "\n",
+    "carriage\r\nreturn\r\n\r\n",
+    "many          spaces",
+    "non\u00a0breaking\u2003em\u200bzero width",
+    "I'M YOU'RE HE'LL THEY'D WE'VE IT'S DON'T",
+    "cafe\u0301 e\u0301\u0323 n\u0303",
+    "Ω≈ç√∫˜µ≤≥÷ ∀x∈ℝ: ⌈x⌉ = −⌊−x⌋",
+    "\ufeffBOM at the start",
+    "\x01\x1f\x7f control",  # no NUL: ONNX Runtime GenAI takes C strings
     "<|end|><|user|>",
     "<|begin_of_text|> in the middle <|end|>",
     "<s> </s> <unk> <pad> [INST] <<SYS>>",
     "<|not_a_token|> <| end |>",
     "<|endoftext|><|im_start|>user",
     "pre<|end|>post",
-    '{"action":"on","device":"lamp","room":"kitchen","value":21.5}',
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
-    "MiXeD CaSe WORDS and snake_case camelCase kebab-case",
-    "“quotes” ‘single’ «guillemets» … — –",
     "The end.\u2028Line separator\u2029Paragraph",
+    "if a:\n    b()\n    \n    c()\n",
+    "a line break of Markdown:  \n  and what follows",
+    "for(;;){\r\n}\r\n\r\n// CRLF, a comment\r\n",
+    "}\n\n// a comment behind a brace\n",
+    "人人生而自由在尊严和权利上一律平等" * 7,
 )
+TEXTS: tuple[str, ...] = (*PLAIN_TEXTS, *ODD_TEXTS)
 
 CHATS: tuple[tuple[dict[str, str], ...], ...] = (
     ({"role": "user", "content": "turn on the kitchen light"},),

@@ -13,6 +13,7 @@ from qalora_export.formats.gguf.tokenizer.nearest import nearest_name
 from qalora_export.formats.gguf.tokenizer.reading import LlamaCppReading, shows_the_difference
 from qalora_export.models.loading import load_tokenizer
 from qalora_export.verify.probes.probe_set import ProbeSet, rendered
+from qalora_export.verify.reference.genai_text import genai_differences
 
 
 def folder_answers(folder: Path, probes: ProbeSet) -> dict[str, Any]:
@@ -23,10 +24,17 @@ def folder_answers(folder: Path, probes: ProbeSet) -> dict[str, Any]:
     where the tokenizer puts it before a text, else "";
     with_tools: indices of the conversations with tools;
     by_design: kind → {index: (ids, reason)} where llama.cpp answers otherwise because GGUF cannot say it;
-    by_permission: the same where the export was told to accept llama.cpp's nearest pre-tokenizer.
+    by_permission: the same where the export was told to accept llama.cpp's nearest pre-tokenizer;
+    genai: both for ONNX Runtime GenAI's own tokenizer (genai_text.py).
     """
     tokenizer = load_tokenizer(folder)
     conversations = [rendered(tokenizer, chat) for chat in probes.chats]
+
+    asked = {"texts": probes.texts, "rendered_ids": conversations}
+    ordinary = {
+        "texts": [index for index, text in enumerate(probes.texts) if text in probes.ordinary],
+        "rendered_ids": range(len(conversations)),
+    }
 
     def ids(text: str, *, special: bool) -> list[int]:
         return [int(i) for i in tokenizer(text, add_special_tokens=special)["input_ids"]]
@@ -38,7 +46,8 @@ def folder_answers(folder: Path, probes: ProbeSet) -> dict[str, Any]:
         "rendered_ids": [ids(text, special=False) for text in conversations],
         "bos": tokenizer.bos_token if tokenizer.bos_token_id in ids("", special=True) else "",
         "with_tools": [index for index, chat in enumerate(probes.chats) if "tools" in conversation(chat)],
-        **_by_design(tokenizer, {"texts": probes.texts, "rendered_ids": conversations}),
+        **_by_design(tokenizer, asked),
+        "genai": genai_differences(folder, asked, ordinary),
     }
 
 

@@ -16,8 +16,8 @@ from qalora_export.errors import InputError
 from qalora_export.formats.account import Account
 from qalora_export.formats.onnx.account import account_onnx
 from qalora_export.formats.onnx.exact import exact_variant
-from qalora_export.formats.onnx.hosts import CONFIG, TOKENIZER_CONFIG, web_config
-from qalora_export.formats.onnx.layout import FLAT_GRAPH, graph_name
+from qalora_export.formats.onnx.hosts import CONFIG, web_config
+from qalora_export.formats.onnx.layout import FLAT_GRAPH, TOKENIZER_CONFIG, graph_name
 from qalora_export.formats.onnx.read import OnnxContents, read_back
 from qalora_export.models.families import family_of
 from qalora_export.safety import HashFile, inside, read_json

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.differences import ABSENT
 from qalora_export.checkpoint.generation import generation_config
+from qalora_export.checkpoint.manifest import has_manifest, read_manifest
 from qalora_export.errors import InputError
 from qalora_export.formats.onnx.layout import GENAI_CONFIG
 from qalora_export.safety import inside, read_json
@@ -33,7 +34,7 @@ GENAI_SIZES = {
 @register
 class OnnxRuntimeGenai(OnnxRuntime):
     name = "onnxruntime-genai"
-    habits = TextHabits(adds_specials=False, rewrites_tools=True)
+    habits = TextHabits(adds_specials=False, rewrites_tools=True, reads_as_genai=True)
     own_tokenizer = True
 
     def expected(self, checkpoint: CanonicalCheckpoint, frequencies: NDArray[Any]) -> Facts:
@@ -45,6 +46,15 @@ class OnnxRuntimeGenai(OnnxRuntime):
 
     def found(self, artifact: Path, contents: Any) -> Facts:
         return super().found(artifact, contents) | genai_facts(artifact)
+
+    def text_differences_accepted(self, artifact: Path) -> bool:
+        return has_manifest(artifact) and accepts_text_differences(read_manifest(artifact))
+
+
+def accepts_text_differences(manifest: Mapping[str, Any]) -> bool:
+    """Whether the folder was exported with allow_text_differences."""
+    settings = manifest.get("settings")
+    return isinstance(settings, dict) and settings.get("allow_text_differences") is True
 
 
 def genai_facts(folder: Path) -> dict[str, Any]:

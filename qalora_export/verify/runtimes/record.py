@@ -53,11 +53,13 @@ class TextHabits:
     cuts_bos: renders conversations without the leading BOS text that its tokenizer will add as an id.
     rewrites_tools: changes the descriptions of tools before the chat template sees them.
     reads_gguf: has the tokenizer from a GGUF file, which cannot say everything (formats/gguf/tokenizer/reading.py).
+    reads_as_genai: has a tokenizer of its own that takes parts of tokenizer.json (formats/onnx/genai_text/reading.py).
     """
 
     adds_specials: bool = True
     cuts_bos: bool = False
     reads_gguf: bool = False
+    reads_as_genai: bool = False
     rewrites_tools: bool = False
 
 

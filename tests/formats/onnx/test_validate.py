@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -380,3 +381,27 @@ def test_flipped_bytes_never_escape_our_errors(folder: Path, tmp_path_factory: p
     except QaloraError:
         pass
     shutil.rmtree(target)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("tokenizer_module.json", {"tiktoken_file": "../../secret.json"}, "tiktoken_file is '../../secret.json'"),
+        ("tokenizer_module.json", {"tokenizer_class": ["x"]}, "not what we write there"),
+        ("tokenizer_module.json", {"added_tokens": []}, "added_tokens is not what we write there"),
+        ("tokenizer_module.json", [], "the whole file"),
+        ("tokenizer_config.json", {"tiktoken_file": "vocab.tiktoken"}, "tiktoken_file is not what we write there"),
+    ],
+)
+def test_genai_is_sent_to_no_other_tokenizer_file(victim: Path, name: str, content: object, said: str) -> None:
+    (victim / name).write_text(json.dumps(content))
+    with pytest.raises(UnsafeInputError, match=re.escape(said)):
+        read_model(victim)
+
+
+def test_the_tokenizer_that_genai_is_given_is_no_link(victim: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret.json").write_text("{}")
+    (victim / "tokenizer_module.json").write_text(json.dumps({"tiktoken_file": "genai_tokenizer.json"}))
+    (victim / "genai_tokenizer.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(UnsafeInputError):
+        read_model(victim)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from qalora_export.models.families import FAMILIES
 from tests.models.families.small import CONFIGS, VARIANTS
-from tests.models.families.tokenizers import GENAI_DIFFERS, GGUF_DIFFERS
+from tests.models.families.tokenizers import GGUF_DIFFERS
 
 STEPS = ("quantize", "train", "merge", "GGUF", "ONNX", "ONNX Runtime GenAI", "transformers.js")
-YES, OTHER_IDS = "✓", "✓ logits; other token ids on some texts"
+YES = "✓"
 
 
 def table() -> str:
@@ -24,11 +24,10 @@ def _row(name: str) -> str:
     family = next(family for family in FAMILIES if family.name == VARIANTS.get(name, name))
     _, form, own = CONFIGS[name]
     onnx = family.onnx_refused or YES
-    genai = onnx if family.onnx_refused else OTHER_IDS if form in GENAI_DIFFERS else YES
     gguf = "✓ nearest tokenizer" if form in GGUF_DIFFERS else YES
     gguf += ", context: the window" if "windows" in name else ""
     short = ", original context" if "original_max_position_embeddings" in own else ""
-    cells = [name, form, *[YES] * 3, gguf + short, onnx + short, genai + short, onnx + short]
+    cells = [name, form, *[YES] * 3, gguf + short, *[onnx + short] * 3]
     return f"| {' | '.join(cells)} |"
 
 

@@ -22,7 +22,7 @@ from qalora_export.verify.runtimes.twin import write_twin
 from tests.conftest import MadeOnce
 from tests.models import TEXT
 from tests.models.families.small import CONFIGS, VARIANTS, make_small
-from tests.models.families.tokenizers import GENAI_DIFFERS, GGUF_DIFFERS
+from tests.models.families.tokenizers import GGUF_DIFFERS
 
 TURNS = [{"role": "user", "content": "Turn on the lamp"}, {"role": "assistant", "content": "on: lamp"}]
 SUSPECT = Suspect("G2", "exact", "prefill", "a sequence", (np.arange(24, dtype=np.int32) * 17) % 300)
@@ -65,9 +65,7 @@ def test_every_gate_passes_on_every_runtime(line: Line, tmp_path: Path) -> None:
         gates |= {(entry.gate, entry.runtime): entry.status for entry in report.entries}
         assert bool(report.facts["artifacts"][0]["context"]["note"]) == (line.family in VARIANTS and "gguf" in some)
     assert len(gates) == 18
-    form = CONFIGS[line.family][1]
-    by_design = {("G5", "onnxruntime-genai")} if form in GENAI_DIFFERS else set()
-    assert {key for key, status in gates.items() if status != "pass"} == by_design
+    assert {key for key, status in gates.items() if status != "pass"} == set()
 
 
 def test_codes_and_scales_stay_when_it_is_trained_and_merged(line: Line, tmp_path: Path) -> None:

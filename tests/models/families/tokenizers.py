@@ -70,9 +70,6 @@ FORMS: Mapping[str, tuple[Callable[[], Raw], str, str]] = {
 }
 
 
-# ONNX Runtime GenAI's own tokenizer gives other ids than these forms of real tokenizers (Llama 2's and Qwen 2.5's were
-# asked too): it does not normalize to NFC, and cuts SentencePiece text before it joins tokens. Gate G5 says so.
-GENAI_DIFFERS = ("SentencePiece", "Qwen")
 GGUF_DIFFERS = ("o200k",)  # llama.cpp has only its nearest form, which `export gguf --allow-text-differences` takes
 
 

@@ -16,7 +16,7 @@ from qalora_runtimes.protocol import TextRequest, make_job
 from qalora_export.errors import InputError
 from qalora_export.formats.gguf.export import export_gguf
 from qalora_export.formats.gguf.tokenizer.fields import tokenizer_entries
-from qalora_export.formats.gguf.tokenizer.pretokenizer import O200K
+from qalora_export.formats.gguf.tokenizer.pretokenizer import NAMED, O200K
 from qalora_export.verify.gates.g5_text import expected_answers, text_entry
 from qalora_export.verify.probes.probe_set import ProbeSet
 from qalora_export.verify.probes.text import CHATS, TOOL_CHATS
@@ -24,6 +24,7 @@ from qalora_export.verify.reference.text import folder_answers
 from qalora_export.verify.runtimes.record import TextHabits, all_runtimes
 from tests.formats.gguf.llama_vocab import llama_ids
 from tests.formats.gguf.tokenizer.synthetic import byte_level, with_bos, write_vocabulary
+from tests.formats.onnx.genai_text.asking import genai_ids
 from tests.models import make_tiny_canonical
 
 GGUF = TextHabits(reads_gguf=True)
@@ -120,7 +121,7 @@ def test_conversations_have_the_bos_that_transformers_gives_them(
 
 def test_a_runtime_that_rewrites_tools_is_warned_about_and_nothing_else_is_excused() -> None:
     right = {"texts": [], "plain_texts": [], "rendered": ["a", "b"], "rendered_ids": [[1], [2]], "bos": ""}
-    right |= {"by_design": {}, "by_permission": {}, "with_tools": [1]}
+    right |= {"by_design": {}, "by_permission": {}, "genai": {}, "with_tools": [1]}
     probes = replace(PROBES, texts=(), chats=(CHATS[0], TOOL_CHATS[0]))
 
     def status(habits: TextHabits, **answers: Any) -> Any:
@@ -160,3 +161,42 @@ def test_words_cut_elsewhere_pass_only_where_the_user_accepted_them(tmp_path: Pa
     assert text_entry("llama.cpp", probes, expected_answers(answers, GGUF), found).status == "fail"
     found["texts"][1] = found["texts"][1][::-1]
     assert text_entry("llama.cpp", probes, expected_answers(answers, GGUF, accepted=True), found).status == "fail"
+
+
+GENAI = TextHabits(adds_specials=False, reads_as_genai=True)
+ODD = "x\n    \n    y"  # GenAI does not find the second line end
+
+
+def genai_folder(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    raw, settings = byte_level(NAMED["llama-bpe"].splits), {"tokenizer_class": "GPT2Tokenizer"}
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder, raw, settings
+
+
+def genai_gate(folder: Path, ids: list[list[int]], *, ordinary: tuple[str, ...], accepted: bool = False) -> Any:
+    probes = replace(PROBES, texts=("plain", ODD), ordinary=frozenset(ordinary))
+    expected = expected_answers(folder_answers(folder, probes), GENAI, accepted=accepted)
+    return text_entry("onnxruntime-genai", probes, expected, {"texts": ids, "rendered": [], "rendered_ids": []})
+
+
+def test_genais_own_ids_are_a_warning_on_odd_text_and_need_permission_on_ordinary_text(tmp_path: Path) -> None:
+    folder, raw, settings = genai_folder(tmp_path)
+    found = genai_ids(tmp_path / "onnx", raw, settings, ["plain", ODD])
+    assert found != folder_answers(folder, replace(PROBES, texts=("plain", ODD)))["plain_texts"]
+    odd = genai_gate(folder, found, ordinary=("plain",))
+    assert odd.status == "pass"
+    assert "1 differ by design (GenAI cuts white space" in odd.detail
+    ordinary = genai_gate(folder, found, ordinary=("plain", ODD))
+    assert ordinary.status == "fail"
+    assert "export onnx --allow-text-differences accepts it" in ordinary.where[0]
+    assert genai_gate(folder, found, ordinary=("plain", ODD), accepted=True).status == "pass"
+
+
+def test_other_ids_than_the_predicted_ones_fail_in_genai_even_when_accepted(tmp_path: Path) -> None:
+    folder, raw, settings = genai_folder(tmp_path)
+    plain, odd = genai_ids(tmp_path / "onnx", raw, settings, ["plain", ODD])
+    for wrong in ([[*plain, 1], odd], [plain, [*odd, 1]], [plain]):
+        entry = genai_gate(folder, wrong, ordinary=(), accepted=True)
+        assert entry.status == "fail"
+        assert "accepts it" not in entry.where[0]
