@@ -22,6 +22,9 @@ from qalora_export.safety import StrPath, inside, read_json, scratch_folder
 
 logger = logging.getLogger(__name__)
 
+AUTO_ROUND = "auto-round"
+# AutoRound's packings that are GPTQ's, and how each stores zero points (auto_round_extension/torch/qlinear_torch*.py).
+AUTO_ROUND_PACKINGS = {"auto_round:auto_gptq": "gptq", "auto_round": "gptq_v2"}
 UNQUANTIZED = "start from the unquantized model"
 ADVICE = {
     QUANT_METHOD: "it is canonical already: go on with `qalora-export train` or `qalora-export export`",
@@ -101,9 +104,25 @@ def gptq_config(folder: ModelFolder) -> dict[str, Any] | None:
     method = str(config.get("quant_method")) if isinstance(config, dict) else "unknown"
     if method == "gptq":
         return dict(config)
+    if method == AUTO_ROUND:
+        return _auto_round(config, folder.path)
     raise InputError(
         f"the model is quantized already ({method})",
         where=folder.path,
         why="quantizing twice loses what the first time kept",
         fix=ADVICE.get(method, UNQUANTIZED),
     )
+
+
+def _auto_round(config: dict[str, Any], where: Path) -> dict[str, Any]:
+    """The config of an AutoRound checkpoint as GPTQ's. Raises InputError for a packing that is not GPTQ's."""
+    packing = config.get("packing_format")
+    version = AUTO_ROUND_PACKINGS.get(packing) if isinstance(packing, str) else None
+    if version is None or config.get("data_type", "int") != "int" or (config.get("act_bits") or 16) < 16:
+        raise InputError(
+            f"cannot read this packing of AutoRound ({str(packing)[:80]}, {str(config.get('data_type', 'int'))[:80]})",
+            where=where,
+            why=f"supported: integers in {' and '.join(AUTO_ROUND_PACKINGS)}, weights only",
+            fix="save it again with format='auto_gptq' or 'auto_round:auto_gptq', or start from the unquantized model",
+        )
+    return {"checkpoint_format": version} | config

@@ -9,6 +9,9 @@
     B/bin/python tests/quantization/golden/make_golden.py       # gptqmodel.npz
     A/bin/python tests/quantization/golden/make_golden.py BASE  # autogptq/: BASE, a tiny Transformers model, quantized
 
+    python3.11 -m venv C && C/bin/pip install auto-round==0.16.1 torch==2.13.0 transformers==5.23.0
+    C/bin/python tests/quantization/golden/make_golden.py BASE  # autoround.npz: a layer of BASE as AutoRound exports it
+
 Each npz holds, per case, what the library's packer wrote and `weight`, float16 (out, in), its own dequantization. The
 libraries' code runs as it is, on a CPU: AutoGPTQ asks CUDA to synchronize and moves layers there, both answered here.
 """
@@ -18,6 +21,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +31,7 @@ from torch import Tensor, nn
 
 HERE = Path(__file__).parent
 OUT, SAMPLES = 32, 256
+LAYER = "model.layers.0.self_attn.k_proj"  # of BASE
 
 
 @dataclass(frozen=True)
@@ -176,10 +181,57 @@ def write_model(base: str) -> None:
     model.save_quantized(str(HERE / "autogptq"), use_safetensors=True)
 
 
+def write_autoround(base: str, version: str) -> None:
+    """One layer of every export of AutoRound that is packed as GPTQ; `weight` by its own QuantLinear."""
+    from auto_round import AutoRound
+    from auto_round_extension.torch import qlinear_torch, qlinear_torch_zp
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    arrays, described = {}, {}
+    cases = [(bits, sym, "auto_round:auto_gptq") for bits in (2, 3, 4) for sym in (True, False)]
+    for bits, sym, packing in [
+        *cases,
+        (8, True, "auto_round:auto_gptq"),
+        (2, False, "auto_round"),
+        (3, False, "auto_round"),
+    ]:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        with tempfile.TemporaryDirectory() as folder:
+            rtn = {"iters": 0, "disable_opt_rtn": True}
+            made = AutoRound(
+                model, AutoTokenizer.from_pretrained(base), bits=bits, group_size=32, sym=sym, device_map="cpu", **rtn
+            )
+            made.quantize_and_save(folder, format=packing)
+            file = next(Path(folder).rglob("model.safetensors"))
+            config = json.loads((file.parent / "config.json").read_text())["quantization_config"]
+            tensors = {
+                name.removeprefix(f"{LAYER}."): v for name, v in load_file(file).items() if name.startswith(LAYER)
+            }
+        assert config["packing_format"] == packing
+        out, width = tensors["scales"].shape[1], tensors["scales"].shape[0] * 32
+        kind = qlinear_torch if packing == "auto_round" else qlinear_torch_zp
+        packed = kind.QuantLinear(bits, 32, width, out, False, weight_dtype=torch.float16)
+        packed.load_state_dict(tensors)
+        packed.post_init()
+        name = f"{bits}-{'sym' if sym else 'asym'}-{packing.replace(':', '-')}"
+        parts = tensors | {"weight": packed(torch.eye(width, dtype=torch.float16)).T}
+        arrays |= {f"{name}/{part}": value.detach().numpy() for part, value in parts.items()}
+        described[name] = config
+    info = {"library": "auto-round", "version": version, "torch": torch.__version__, "cases": described}
+    arrays["info"] = np.frombuffer(json.dumps(info).encode(), np.uint8)
+    np.savez_compressed(HERE / "autoround.npz", **arrays)
+    print(f"auto-round {version}: {len(described)} cases, {(HERE / 'autoround.npz').stat().st_size} bytes")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.cuda.synchronize = lambda *_: None
-    if len(sys.argv) > 1:
+    if importlib.util.find_spec("auto_round"):
+        import auto_round as library
+
+        write_autoround(sys.argv[1], library.__version__)
+    elif len(sys.argv) > 1:
         write_model(sys.argv[1])
     elif importlib.util.find_spec("gptqmodel"):
         import gptqmodel as library
