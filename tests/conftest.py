@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # tests use samples/ and 
 import pytest
 from filelock import FileLock
 
+from qalora_export.preflight import machine
 from qalora_export.verify.store import FOLDER
 from tests.models import make_tiny_canonical, make_tiny_model
 from tests.survival.driven import Driver
@@ -65,6 +66,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _kept_answers(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> None:
     """verify-parity's store: one for all workers of this test run, and none of the user's."""
     os.environ[FOLDER] = str(shared_folder(tmp_path_factory, worker_id) / "kept")
+
+
+machine.PRODUCT_SECONDS = 0.01  # how fast this machine is, no test asks
 
 
 PLOTS = {

@@ -11,6 +11,8 @@ from qalora_export.errors import InputError
 from tests.conftest import MadeOnce
 from tests.models import make_tiny_model
 
+pytestmark = pytest.mark.usefixtures("warm_runners")
+
 # Asked for 128: 160 in-features fall to 32, 4 heads of 32 keep 128, and nothing divides 208.
 WIDTHS = {"hidden_size": 160, "intermediate_size": 208, "head_dim": 32, "num_attention_heads": 4}
 GROUPS = {"q_proj": 32, "k_proj": 32, "v_proj": 32, "o_proj": 128, "gate_proj": 32, "up_proj": 32, "down_proj": None}

@@ -20,6 +20,8 @@ from tests.models import TEXT
 from tests.verify.exports import Exported
 from tests.verify.fakes import FakeRuntimes
 
+pytestmark = pytest.mark.usefixtures("warm_runners")
+
 STAGES = ("quantize", "train", "merge", "export_gguf", "export_onnx", "verify_parity", "evaluate", "run")
 REPORTS = [name for name in q.__all__ if name.endswith("Report")]
 IMPORT_ALL = """

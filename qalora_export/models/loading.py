@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,19 @@ def load_model(folder: StrPath, *, dtype: torch.dtype = torch.float32, attention
     return model.eval()
 
 
+_once: ContextVar[dict[Path, Any] | None] = ContextVar("tokenizers loaded once", default=None)
+
+
+@contextmanager
+def tokenizers_loaded_once() -> Iterator[None]:
+    """Inside the block load_tokenizer gives one tokenizer per folder, which nobody may change."""
+    token = _once.set({})
+    try:
+        yield
+    finally:
+        _once.reset(token)
+
+
 def load_tokenizer(folder: StrPath) -> Any:
     """The model's fast tokenizer from local files: its tokenizer.json as it is, where there is one; its expressions
     and its chat template are bounded in time and memory.
@@ -56,9 +72,17 @@ def load_tokenizer(folder: StrPath) -> Any:
     AutoTokenizer of Transformers 5 builds the tokenizer of some classes anew instead of reading tokenizer.json: with
     `LlamaTokenizer` the ids of Yi and Llama 2 were others than those the model was trained on.
     """
+    folder, kept = Path(folder), _once.get()
+    if kept is None:
+        return _load_tokenizer(folder)
+    if folder not in kept:
+        kept[folder] = _load_tokenizer(folder)
+    return kept[folder]
+
+
+def _load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    folder = Path(folder)
     ours = (folder / FILE).is_file()
     kind, bounds = (PreTrainedTokenizerFast, bounds_of(folder)) if ours else (AutoTokenizer, Bounds(False, False))
     with refused_by("Transformers", where=f"{folder}: tokenizer", doing="load the tokenizer"):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qalora_export.errors import InputError, UnsafeInputError
-from qalora_export.safety import read_json
+from qalora_export.safety import read_json, sha256_file
 from qalora_export.safety.confined import MEMORY, SECONDS, Confined, FailedError, OutOfBoundsError, is_confined
 
 FILE = "tokenizer.json"
@@ -28,6 +28,7 @@ PLAIN = {
 }
 MOST_GROWTH = 64.0  # × the text, by replacements
 LOADED_PER_SECOND, MEMORY_PER_BYTE = 1e6, 64  # of tokenizer.json
+_loaded = set[str]()  # sha256 of those that came to an end in this process or the one that it was forked from
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,12 @@ def bounds_of(folder: Path) -> Bounds:
     """
     path = folder / FILE
     found = Bounds.of(read_json(path))
-    if found.encode or found.decode:  # tokens of its own are normalized while it is loaded
-        size = path.stat().st_size
+    if (found.encode or found.decode) and (digest := sha256_file(path)) not in _loaded:
+        size = path.stat().st_size  # tokens of its own are normalized while it is loaded
         load = Confined(_load, seconds=SECONDS + size / LOADED_PER_SECOND, memory=MEMORY + MEMORY_PER_BYTE * size)
         _ending(load, folder, "load")(str(path))
         load.close()
+        _loaded.add(digest)
     return found
 
 

@@ -64,7 +64,10 @@ def examine(recipe: Recipe, pending: Collection[str], findings: Findings) -> Pre
             return None if machine is None else Preflight({}, machine, tuple(findings.notes))
         for note in (*forecast.notes, _left(forecast), gpu_note(machine)):
             findings.note(note)
-        found = _Checks(recipe, pending, forecast, machine, findings).run()
+        from qalora_export.models.loading import tokenizers_loaded_once
+
+        with tokenizers_loaded_once():
+            found = _Checks(recipe, pending, forecast, machine, findings).run()
     result = Preflight({name: found[name] for name in pending if name in found}, machine, tuple(findings.notes))
     _check_room(result, recipe, findings)
     return replace(result, notes=tuple(findings.notes))

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -72,6 +72,36 @@ def atomic_file(target: Path, *, force: bool = False) -> Iterator[Path]:
             _sync(target.parent)
         finally:
             _remove(temporary)
+
+
+@contextlib.contextmanager
+def atomic_files(targets: Sequence[Path], *, force: bool = False) -> Iterator[list[Path]]:
+    """Files that are one output: yield a temporary path beside each, sync all, then rename them in this order.
+
+    What ends the renames half way, a signal say, takes back those that replaced nothing. Errors as in atomic_file.
+    """
+    with contextlib.ExitStack() as stack:
+        for target in targets:
+            stack.enter_context(exclusive(target))
+        stack.enter_context(could_not_write(targets[0]))
+        for target in targets:
+            refuse_existing(target, force=force)
+        temporaries, renamed = [_temporary(target) for target in targets], list[Path]()
+        try:
+            yield temporaries
+            for target, temporary in zip(targets, temporaries, strict=True):
+                _sync(temporary, mode=_ordinary_mode(_temporary(target)))
+                refuse_existing(target, force=force)
+            for target, temporary in zip(targets, temporaries, strict=True):
+                if not (target.exists() or target.is_symlink()):
+                    renamed.append(target)
+                temporary.replace(target)
+            for folder in {target.parent for target in targets}:
+                _sync(folder)
+            renamed.clear()
+        finally:
+            for path in (*temporaries, *renamed):
+                _remove(path)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,8 @@ from qalora_export.quantization.gptq_import import convert
 from qalora_export.quantization.gptq_layer import Stored, check_layer, read_layer
 from qalora_export.quantization.gptq_version import choose_version
 
+pytestmark = pytest.mark.usefixtures("warm_runners")
+
 GOLDEN = Path(__file__).parent / "golden"
 LIBRARIES = ("autogptq", "gptqmodel")
 META = {"autogptq": {}, "gptqmodel": {"meta": {"quantizer": ["gptqmodel:7.3.6"]}}}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qalora_export.errors import InputError
-from qalora_export.safety import atomic_directory, atomic_file, refuse_existing
+from qalora_export.safety import atomic_directory, atomic_file, atomic_files, refuse_existing
 
 
 class Stop(Exception):
@@ -237,3 +237,37 @@ def test_a_link_planted_in_place_of_the_lock_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="could not write"), atomic_file(tmp_path / "file"):
         pytest.fail("the block must not run")
     assert (tmp_path / "victim").read_text() == "untouched"
+
+
+@pytest.mark.parametrize("old", [(), ("b",), ("a", "b", "c")])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("last", [1, 2, 3, 4])
+def test_files_of_one_output_come_together(
+    last: int, after: bool, old: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted before or after the last rename that is made: none is there that was not there before."""
+    for name in old:
+        (tmp_path / name).write_text("old")
+    replace, made = Path.replace, 0
+
+    def interrupted(self: Path, to: Path) -> Path:
+        nonlocal made
+        made += 1
+        if made == last and not after:
+            raise KeyboardInterrupt
+        done = replace(self, to)
+        if made == last:
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    try:
+        with atomic_files([tmp_path / name for name in "abc"], force=True) as partials:
+            for path in partials:
+                path.write_text("new")
+    except KeyboardInterrupt:
+        assert listing(tmp_path) == sorted(old)
+    else:
+        assert last == 4
+        assert [(tmp_path / name).read_text() for name in "abc"] == ["new"] * 3
+        assert listing(tmp_path) == ["a", "b", "c"]

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import MadeOnce
+from tests.survival.inputs import Inputs, fill
 from tests.survival.place import Place, make_original
+from tests.verify.exports import Exported
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +24,9 @@ def place(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pl
     shutil.copytree(original, tmp_path / "place")
     monkeypatch.chdir(tmp_path / "place")
     return Place(tmp_path / "place")
+
+
+@pytest.fixture(scope="session")
+def inputs(tiny_model: Path, tiny_canonical: Path, exported: Exported, made_once: MadeOnce) -> Inputs:
+    folder = made_once("inputs", lambda folder: fill(folder, tiny_canonical))
+    return Inputs(folder, tiny_model, tiny_canonical, exported)

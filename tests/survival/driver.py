@@ -8,7 +8,7 @@ everything it started.
 die_at: the attempt kills itself before its n-th change of the file system (rename, remove, mkdir, rmdir, open for
 writing), which reaches the narrow places between two changes that a clock hardly ever hits. The number of changes an
 attempt made is left in LOG.changes. signal: [number, times], to be sent at that change instead. environment: variables
-to set. prepare: [module, argument], whose function `prepare` is called with it first.
+to set. folder: where to run. prepare: [module, argument], whose function `prepare` is called with it first.
 
 Started as `python -m tests.survival.driver`.
 """
@@ -41,10 +41,12 @@ import qalora_export.formats.onnx.graph
 import qalora_export.formats.onnx.hosts
 import qalora_export.formats.onnx.rewrite
 import qalora_export.models.loading
+import qalora_export.preflight.machine
 import qalora_export.qalora.training.plots
 import qalora_export.qalora.training.trainer
 from tests.survival.changes import count_changes, send
 
+qalora_export.preflight.machine.PRODUCT_SECONDS = 0.01
 for public in qalora_export.__all__:
     getattr(qalora_export, public)
 
@@ -64,6 +66,7 @@ def attempt(request: dict) -> None:
         Path(request["log"] + ".changes"), request.get("die_at"), None if sent is None else partial(send, *sent)
     )
     os.environ.update(request.get("environment", {}))
+    os.chdir(request.get("folder", "."))
     if "prepare" in request:
         module, argument = request["prepare"]
         importlib.import_module(module).prepare(argument)

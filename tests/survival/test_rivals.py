@@ -5,41 +5,16 @@ from __future__ import annotations
 import json
 import random
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qalora_export.checkpoint.manifest import read_manifest, verify_files, verify_manifest
-from tests.qalora.adapters import own_adapter
 from tests.survival.driven import Driver, write_recipe
-from tests.verify.exports import Exported
+from tests.survival.inputs import Inputs
 
 REFUSED = re.compile(r"another command is writing|the output exists already|replaces only what")
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What the commands below read; nothing of it is written."""
-
-    model: Path
-    base: Path
-    adapters: tuple[Path, Path]
-    data: Path
-    artifacts: Exported
-
-
-@pytest.fixture(scope="module")
-def inputs(
-    tiny_model: Path, tiny_canonical: Path, exported: Exported, tmp_path_factory: pytest.TempPathFactory
-) -> Inputs:
-    folder = tmp_path_factory.mktemp("rivals")
-    adapters = (folder / "one", folder / "two")
-    own_adapter(tiny_canonical, adapters[0], rank=2)
-    own_adapter(tiny_canonical, adapters[1], rank=3)
-    write_recipe(folder)
-    return Inputs(tiny_model, tiny_canonical, adapters, folder / "data.jsonl", exported)
 
 
 # stage -> the two commands, and where the manifest of their output says which of them made it

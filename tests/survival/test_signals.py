@@ -7,38 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import qalora_export
-from tests.qalora.adapters import own_adapter
-from tests.survival.driven import Driver, write_recipe
+from tests.survival.driven import Driver
+from tests.survival.inputs import Inputs
 from tests.survival.test_orphans import assert_ends, wait_for
-from tests.verify.exports import Exported
 
 SAID = "interrupted by {}; finished stages are kept, run the same command again to go on"
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What the commands below read; nothing of it is written."""
-
-    folder: Path
-    model: Path
-    base: Path
-    artifacts: Exported
-
-
-@pytest.fixture(scope="module")
-def inputs(
-    tiny_model: Path, tiny_canonical: Path, exported: Exported, tmp_path_factory: pytest.TempPathFactory
-) -> Inputs:
-    folder = tmp_path_factory.mktemp("signals")
-    own_adapter(tiny_canonical, folder / "adapter", rank=2)
-    write_recipe(folder)
-    return Inputs(folder, tiny_model, tiny_canonical, exported)
 
 
 def words(verb: str, inputs: Inputs, out: Path) -> tuple[object, ...]:
@@ -48,7 +26,7 @@ def words(verb: str, inputs: Inputs, out: Path) -> tuple[object, ...]:
         "quantize": ("quantize", inputs.model, "--out", out / "b", "--method", "rtn"),
         "quantize a GGUF": ("quantize", artifacts.gguf, "--out", out / "b", "--method", "rtn"),
         "train": ("train", base, "--data", data, "--validation", data, "--out", out / "a", *training),
-        "merge": ("merge", base, folder / "adapter", "--out", out / "m"),
+        "merge": ("merge", base, inputs.adapters[0], "--out", out / "m"),
         "export gguf": ("export", "gguf", base, "--out", out / "model.gguf", "--layout", "split"),
         "export onnx": ("export", "onnx", base, "--out", out / "onnx"),
         "evaluate": ("evaluate", base, "--data", data, "--max-new-tokens", 2, "--out", out / "score.json"),
@@ -115,24 +93,18 @@ def test_what_nohup_ignores_stays_ignored(driver: Driver, inputs: Inputs, tmp_pa
     assert driver.ended() == 0, attempt.said()
 
 
-def test_a_runner_ends_with_the_command(inputs: Inputs, tmp_path: Path) -> None:
-    """A runner that never gets as far as loading its package; the real command, the real signal."""
+def test_a_runner_ends_with_the_command(driver: Driver, inputs: Inputs, tmp_path: Path) -> None:
+    """A runner that never gets as far as loading its package."""
     pid = tmp_path / "pid"
     (tmp_path / "stand-in").mkdir()
     (tmp_path / "stand-in" / "xllamacpp.py").write_text(
         f"import os, pathlib, time\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\ntime.sleep(300)\n"
     )
-    command = [sys.executable, "-m", "qalora_export.cli", *map(str, words("verify-parity", inputs, tmp_path / "new"))]
-    process = subprocess.Popen(
-        command,
-        env=os.environ | {"PYTHONPATH": str(tmp_path / "stand-in")},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = words("verify-parity", inputs, tmp_path / "new")
+    attempt = driver.start(*command, environment={"PYTHONPATH": str(tmp_path / "stand-in")})
     wait_for(lambda: pid.exists() and pid.read_text() != "", "no runner was started")
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, said
+    os.kill(attempt.pid, signal.SIGTERM)
+    assert driver.ended() == 128 + signal.SIGTERM, attempt.said()
     assert_ends(int(pid.read_text()))
     assert not (tmp_path / "new").exists()
 

@@ -6,11 +6,11 @@ import errno
 import json
 import os
 import resource
-import subprocess
-import sys
 
 import pytest
 
+from tests.survival import limited
+from tests.survival.driven import Driver
 from tests.survival.place import (
     BAD,
     GGUF,
@@ -68,75 +68,49 @@ def test_a_full_disk(
     assert partials(place.path) == []
 
 
-LIMITED = """
-import resource, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-from qalora_export.cli.main import main
-main(sys.argv[2:])
-"""
-
-
 @pytest.mark.parametrize(
     "command", [QUANTIZE, GGUF, ONNX, TRAIN, MERGE], ids=lambda command: command[0] + command[1][:5]
 )
-def test_a_file_that_may_not_grow(command: tuple[str, ...], place: Place) -> None:
+def test_a_file_that_may_not_grow(command: tuple[str, ...], driver: Driver, place: Place) -> None:
     """The real thing: the system refuses bytes beyond 64 kB a file in the middle of writing."""
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
     extra = ("--max-steps", "1", "--rank", "128") if command is TRAIN else ()
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(64 << 10), *command, *extra],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_WAIT_POLICY": "passive"},
-    )
-    check_message(done.stderr, ("could not write", "free disk space"))
-    assert done.returncode == BAD
+    attempt = driver.start(*command, *extra, folder=str(place.path), prepare=[limited.__name__, str(64 << 10)])
+    assert driver.ended() == BAD, attempt.said()
+    check_message(attempt.said(), ("could not write", "free disk space"))
     assert not (place / "new").exists()
     assert partials(place.path) == []
+
+
+def verify_with(driver: Driver, place: Place, runtime: str) -> str:
+    """What verify-parity says that ends with exit code 3, its runner's process importing from the place first."""
+    command = (*VERIFY, "--onnx", "onnx", "--runtime", runtime, "--threads", "1")
+    attempt = driver.start(*command, folder=str(place.path), environment={"PYTHONPATH": str(place.path)})
+    assert driver.ended() == RUNTIME, attempt.said()
+    assert "Traceback" not in attempt.said()
+    return " ".join(attempt.said().split())
 
 
 @pytest.mark.parametrize(
     ("module", "package"), [("onnxruntime", "onnxruntime"), ("onnxruntime_genai", "onnxruntime-genai")]
 )
-def test_an_absent_runtime_is_exit_3_with_its_package(module: str, package: str, place: Place) -> None:
+def test_an_absent_runtime_is_exit_3_with_its_package(module: str, package: str, driver: Driver, place: Place) -> None:
     """Not installed, as the runner's process sees it: a module of that name that cannot be imported."""
     place.write(f"{module}.py", "raise ModuleNotFoundError(f'No module named {__name__!r}', name=__name__)\n")
-    command = [*VERIFY, "--onnx", "onnx", "--runtime", package, "--threads", "1"]
-    done = subprocess.run(
-        [sys.executable, "-m", "qalora_export.cli", *command],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"PYTHONPATH": str(place.path), "OMP_WAIT_POLICY": "passive"},
-    )
-    assert done.returncode == RUNTIME, done.stderr
-    assert f"pip install {package}" in " ".join(done.stderr.split())
-    assert "Traceback" not in done.stderr
+    assert f"pip install {package}" in verify_with(driver, place, package)
     report = json.loads((place / "new/report.json").read_text())
     assert {entry["status"] for entry in report["gates"] if entry["gate"] == "G3"} == {"not run"}
 
 
-def test_a_crashing_runtime_is_exit_3_with_signal_and_remedy(place: Place) -> None:
+def test_a_crashing_runtime_is_exit_3_with_signal_and_remedy(driver: Driver, place: Place) -> None:
     """A stand-in for the package that dies in the runner's process and is the real one everywhere else."""
     place.write(
         "sitecustomize.py",
         "import os, signal, sys\nif 'qalora_runtimes.onnxruntime_' in sys.orig_argv:\n"
         "    os.kill(os.getpid(), signal.SIGSEGV)\n",
     )
-    command = [*VERIFY, "--onnx", "onnx", "--runtime", "onnxruntime", "--threads", "1"]
-    done = subprocess.run(
-        [sys.executable, "-m", "qalora_export.cli", *command],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"PYTHONPATH": str(place.path), "OMP_WAIT_POLICY": "passive"},
-    )
-    assert done.returncode == RUNTIME, done.stderr
-    said = " ".join(done.stderr.split())
+    said = verify_with(driver, place, "onnxruntime")
     assert "SIGSEGV" in said and "a kernel read outside its memory" in said
-    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from qalora_export.formats.gguf.writer import write_gguf
 from qalora_export.formats.streaming import finished
 from qalora_export.models.families import family_of
 from qalora_export.recipe import GgufSettings
-from qalora_export.safety import StrPath, atomic_file, exclusive, local_path
+from qalora_export.safety import StrPath, atomic_file, atomic_files, exclusive, local_path
 from qalora_export.version import __version__
 
 
@@ -62,19 +62,17 @@ def _export(checkpoint: Path, out: Path, settings: GgufSettings, *, force: bool)
     remainders = plan_remainders(model) if settings.layout == "split" else []
     entries = model_entries(model, plans, settings.layout, allow_text_differences=settings.allow_text_differences)
     arch = family_of(model.config).gguf_arch
-    with contextlib.ExitStack() as stack:  # renamed in reverse order: adapter, model, manifest
-        manifest = stack.enter_context(atomic_file(sidecar_path(out), force=force))
-        files = {out.name: stack.enter_context(atomic_file(out, force=force))}
-        tensors = write_gguf(files[out.name], arch, entries, plans)
+    places = [*([adapter_path(out)] if remainders else []), out, sidecar_path(out)]
+    with atomic_files(places, force=force) as (*adapters, unnamed, manifest):
+        files = {out.name: unnamed}
+        tensors = write_gguf(unnamed, arch, entries, plans)
         adapter = None
         if remainders:
-            adapter = stack.enter_context(atomic_file(adapter_path(out), force=force))
+            (adapter,) = adapters
             files[adapter_path(out).name] = adapter
             tensors |= write_gguf(adapter, arch, adapter_entries(model), remainders, description="write adapter")
         with finished(files) as digests:  # hashed and on their way to the disk while they are read back
-            found = _checked(
-                compare(FolderContents(model), read_back(files[out.name], adapter), progress="read back"), out
-            )
+            found = _checked(compare(FolderContents(model), read_back(unnamed, adapter), progress="read back"), out)
         write_sidecar(
             manifest,
             files,

@@ -29,7 +29,7 @@ from qalora_export.formats.gguf.types import F32
 from qalora_export.formats.gguf.writer import write_gguf
 from qalora_export.grid import differing
 from qalora_export.models.families import family_of
-from qalora_export.safety import atomic_file
+from qalora_export.safety import atomic_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def _write_adapter(
     model = CanonicalCheckpoint(base)
     arrays = _arrays(model, modules)
     plans = [TensorPlan(name, F32, array.shape, array.__getitem__) for name, array in arrays.items()]
-    with atomic_file(sidecar_path(out), force=force) as manifest, atomic_file(out, force=force) as temporary:
+    with atomic_files((out, sidecar_path(out)), force=force) as (temporary, manifest):
         tensors = write_gguf(
             temporary, family_of(model.config).gguf_arch, adapter_entries(model), plans, description="write adapter"
         )

@@ -14,6 +14,8 @@ from qalora_export.recipe import GgufSettings
 from tests.formats.gguf.llama_cpp import ask, nmse, torch_logprobs
 from tests.models import make_tiny_canonical, make_tiny_model
 
+pytestmark = pytest.mark.usefixtures("warm_runners")
+
 TEXTS = [
     "",
     " ",

@@ -23,6 +23,8 @@ from qalora_export.recipe import TrainSettings
 from tests.formats.gguf.llama_cpp import ask, nmse, torch_logprobs
 from tests.models import make_tiny_canonical
 
+pytestmark = pytest.mark.usefixtures("warm_runners")
+
 Q_PROJ = "model.layers.1.self_attn.q_proj"
 
 

@@ -24,6 +24,7 @@ from tests.models import TEXT
 from tests.models.families.small import CONFIGS, VARIANTS, make_small
 from tests.models.families.tokenizers import GGUF_DIFFERS
 
+pytestmark = pytest.mark.usefixtures("warm_runners")
 TURNS = [{"role": "user", "content": "Turn on the lamp"}, {"role": "assistant", "content": "on: lamp"}]
 SUSPECT = Suspect("G2", "exact", "prefill", "a sequence", (np.arange(24, dtype=np.int32) * 17) % 300)
 
