@@ -19,6 +19,7 @@ from qalora_export.safety.regular import regular_file
 
 Bits = Literal[2, 3, 4, 8]
 GroupSize = Literal[32, 64, 128]
+GridName = Literal["affine16", "q4_k"]
 Positive = Annotated[int, Field(gt=0)]
 
 
@@ -48,6 +49,7 @@ class QuantizeRule(Settings):
     bits: Bits | None = None
     group_size: GroupSize | None = None
     sym: bool | None = None
+    grid: GridName | None = None
 
 
 class QuantizeSettings(Settings):
@@ -56,6 +58,10 @@ class QuantizeSettings(Settings):
     method: Literal["gptq", "rtn"] = "gptq"
     bits: Bits = 4
     group_size: GroupSize = 32
+    grid: GridName = Field(
+        default="affine16",
+        description="affine16: free float16 scale and offset; q4_k: those of GGUF Q4_K, 4 bits in groups of 32",
+    )
     strict_groups: bool = Field(
         default=False, description="refuse in-features that group_size does not divide, instead of a smaller group"
     )

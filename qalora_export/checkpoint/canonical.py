@@ -189,7 +189,9 @@ class CanonicalWriter:
         self._pending_bytes += tensor.nbytes
 
     def add_quantized(self, module: str, matrix: GroupAffine) -> None:
-        """Store a quantized matrix as codes, scale and offset."""
+        """Store a quantized matrix as codes, scale and offset. Raises InputError for products of unknown levels."""
+        if matrix.levels is None and matrix.scale.dtype != np.float16:
+            raise InputError("scales and offsets are products whose levels are not known", where=module)
         self._modules[module] = {"bits": matrix.bits, "group_size": matrix.group_size}
         self.add(f"{module}.codes", pack_codes(matrix.codes, matrix.bits))
         levels = matrix.levels

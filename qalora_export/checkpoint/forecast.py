@@ -14,7 +14,8 @@ from typing import Any
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.checkpoint.safetensors_file import TensorEntry
-from qalora_export.grid import packed_width
+from qalora_export.grid import AFFINE16, NamedGrid, SuperBlockGrid, packed_width
+from qalora_export.grid.named import SUPER_BLOCK
 
 FP16 = 2  # bytes
 
@@ -25,7 +26,7 @@ class Forecast:
     of quantize, or the checkpoint itself. modules: name -> (bits, group size) of what is quantized; shapes: its
     (out, in). plain: every other tensor. symmetric: modules whose offset will be −2^(bits−1)·scale. codes: lowest and
     highest code of modules that cannot use all of theirs. kept: modules that the source holds in canonical form.
-    calibration_tokens: that quantize will read.
+    grids: of modules that are not on the usual one. calibration_tokens: that quantize will read.
     """
 
     folder: ModelFolder
@@ -35,6 +36,7 @@ class Forecast:
     symmetric: frozenset[str] = frozenset()
     codes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     kept: frozenset[str] = frozenset()
+    grids: Mapping[str, NamedGrid] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     calibration_tokens: int = 0
 
@@ -46,7 +48,10 @@ class Forecast:
             rows, groups = checkpoint.entry(f"{name}.scale").shape
             shapes[name] = (rows, groups * group)
         plain = {name: checkpoint.entry(name) for name in checkpoint.plain_names()}
-        return cls(checkpoint, checkpoint.modules, shapes, plain)
+        return cls(checkpoint, checkpoint.modules, shapes, plain, grids=checkpoint.grids)
+
+    def grid(self, module: str) -> NamedGrid:
+        return self.grids.get(module, AFFINE16)
 
     @property
     def path(self) -> Path:
@@ -64,10 +69,14 @@ class Forecast:
     @property
     def packed_bytes(self) -> int:
         """Codes, scales and offsets."""
-        return sum(
-            out * (packed_width(width, bits) + 2 * FP16 * width // group)
-            for (out, width), (bits, group) in ((self.shapes[name], entry) for name, entry in self.modules.items())
-        )
+        return sum(self._bytes(name) for name in self.modules)
+
+    def _bytes(self, name: str) -> int:
+        (out, width), (bits, group), grid = self.shapes[name], self.modules[name], self.grid(name)
+        numbers = 2 * FP16 * width // group
+        if isinstance(grid, SuperBlockGrid):  # levels of a byte, and steps
+            numbers = 2 * width // group + 2 * FP16 * width // SUPER_BLOCK
+        return out * (packed_width(width, bits) + numbers)
 
     @property
     def plain_values(self) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import typer
 from rich.table import Table
 
-from qalora_export.recipe import QuantizeSettings
+from qalora_export.grid import AFFINE16
+from qalora_export.recipe import GridName, QuantizeSettings
 
 if TYPE_CHECKING:
     from qalora_export.quantization.report import ModuleReport, QuantizeReport
@@ -35,6 +36,13 @@ def command(
         help=f"In-features that share scale and offset. \\[default: {D.group_size}]",
         rich_help_panel=GRID,
     ),
+    grid: str | None = typer.Option(
+        None,
+        metavar="|".join(get_args(GridName)),
+        help="affine16: float16 scale and offset of every group; q4_k: those of GGUF Q4_K, 4.5 bits per weight, for "
+        f"in-features that 256 divides. \\[default: {D.grid}]",
+        rich_help_panel=GRID,
+    ),
     strict_groups: bool | None = typer.Option(
         None,
         "--strict-groups/--fit-groups",
@@ -51,7 +59,7 @@ def command(
     rule: list[str] = typer.Option(
         [],
         "--rule",
-        help="'pattern=skip' or 'pattern=bits:3,group:64,sym:true' on module names; may be repeated, "
+        help="'pattern=skip' or 'pattern=bits:3,group:64,sym:true,grid:affine16' on module names; may be repeated, "
         "the first that matches wins.",
         rich_help_panel=GRID,
     ),
@@ -86,7 +94,7 @@ def command(
     recipe: Path | None = typer.Option(None, help="Take settings from the quantize table of a recipe; flags beat it."),
     force: bool = typer.Option(False, "--force", help="Replace the output if it exists."),
 ) -> None:
-    """Quantize a model into a canonical checkpoint: codes, fp16 scale, fp16 offset.
+    """Quantize a model into a canonical checkpoint: codes, scale and offset.
 
     One decoder layer is in memory at a time, on the GPU when there is one. Embeddings, norms, biases and lm_head stay
     as they are, bit for bit. A checkpoint in GPTQ format and a GGUF file in Q4_1, Q4_0, Q5_0, Q5_1 or Q8_0 are
@@ -139,7 +147,8 @@ def _kinds(report: QuantizeReport) -> Table:
     """One row for every kind of module that was treated alike."""
     kinds: dict[tuple[str, str, int], list[ModuleReport]] = {}
     for module in report.modules:
-        bits = f"{module.bits}{' sym' if module.sym else ''}"
+        grid = "" if module.grid == AFFINE16.name else f" {module.grid}"
+        bits = f"{module.bits}{' sym' if module.sym else ''}{grid}"
         kinds.setdefault((module.kind, bits, module.group_size), []).append(module)
     table = Table("kind", title=f"quantized ({report.method})", title_justify="left")
     for heading in ("count", "bits", "group", "weight error\nmean", "\nworst", "output error\nmean", "\nworst"):

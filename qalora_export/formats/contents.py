@@ -19,7 +19,7 @@ from qalora_export.checkpoint.canonical import PARTS, CanonicalCheckpoint
 from qalora_export.checkpoint.model_folder import ModelFolder, as_float32
 from qalora_export.errors import InputError, QaloraError
 from qalora_export.formats.streaming import prepared, release, row_blocks
-from qalora_export.grid import Differences, PackedAffine, differing
+from qalora_export.grid import AFFINE16, Differences, NamedGrid, PackedAffine, differing, grid_differences
 from qalora_export.models.families import family_of
 from qalora_export.progress import track
 
@@ -32,14 +32,16 @@ NONE, ALL = Differences(0, 0, 0), slice(None)
 class Contents(Protocol):
     """An artifact in the checkpoint's vocabulary; nothing is loaded until it is asked for.
 
-    modules: module -> (bits, group_size) of every quantized matrix. others: names of tensors that are not quantized.
-    opaque: name -> type of tensors in a type without a canonical form, which are in neither. offset_is_implied: modules
-    whose offset is not stored but follows from the scale, so that −0 and +0 cannot be told apart. optional: tensors
-    that an artifact of another format need not hold.
+    modules: module -> (bits, group_size) of every quantized matrix. grids: of those on a grid of super-blocks. others:
+    names of tensors that are not quantized. opaque: name -> type of tensors in a type without a canonical form, which
+    are in neither. offset_is_implied: modules whose offset is not stored but follows from the scale, so that −0 and +0
+    cannot be told apart. optional: tensors that an artifact of another format need not hold.
     """
 
     @property
     def modules(self) -> Mapping[str, tuple[int, int]]: ...
+    @property
+    def grids(self) -> Mapping[str, NamedGrid]: ...
     @property
     def others(self) -> Collection[str]: ...
     @property
@@ -71,9 +73,11 @@ class FolderContents:
     def __init__(self, folder: ModelFolder) -> None:
         self.folder = folder
         self.modules: Mapping[str, tuple[int, int]] = {}
+        self.grids: Mapping[str, NamedGrid] = {}
         self.others: list[str] = folder.names()
         if isinstance(folder, CanonicalCheckpoint):
             self.modules, self.others = folder.modules, folder.plain_names()
+            self.grids = {name: grid for name, grid in folder.grids.items() if grid is not AFFINE16}
         self.opaque: Mapping[str, str] = {}
         self.offset_is_implied = frozenset[str]()
         tied = {HEAD} if ties_head(folder.config) else set()
@@ -253,12 +257,14 @@ def _matrix_difference(left: Contents, right: Contents, module: str, rows: slice
         got = right.packed(module, rows)
     except QaloraError as error:
         return f"unreadable: {error.what}"
+    if want.scale.dtype != got.scale.dtype:
+        return f"it is on another grid, {got.grid.name}"
     same = np.array_equal(want.codes, got.codes)
     codes = 0 if same else differing(want.unpack().codes, got.unpack().codes)
-    offsets = want.offset, got.offset
     if module in left.offset_is_implied or module in right.offset_is_implied:
         offsets = want.offset + POSITIVE_ZERO, got.offset + POSITIVE_ZERO
-    return Differences(codes, differing(want.scale, got.scale), differing(*offsets))
+        return Differences(codes, differing(want.scale, got.scale), differing(*offsets))
+    return Differences(codes, *grid_differences(want, got))
 
 
 def _tensor_difference(left: Contents, name: str, right: Contents, other: str) -> int:

@@ -25,8 +25,8 @@ class GroupAffine:
     """codes uint8 (out, in), scale float16 (out, in//g), offset float16 (out, in//g), bits in {2, 3, 4, 8}.
 
     Groups run along in-features in order: column i belongs to group i // g. levels: what scale and offset are made of
-    on a grid of super-blocks, where both are float32 (`on_levels`). Raises InputError when shapes or dtypes disagree, a
-    code does not fit in `bits`, or a scale or offset is not finite.
+    on a grid of super-blocks, where both are float32 (`on_levels`); None where only their products are known. Raises
+    InputError when shapes or dtypes disagree, a code does not fit in `bits`, or a scale or offset is not finite.
     """
 
     codes: NDArray[np.uint8]
@@ -88,9 +88,10 @@ def _problem(matrix: GroupAffine) -> str:
     codes, scale, offset, bits = matrix.codes, matrix.scale, matrix.offset, matrix.bits
     if bits not in BITS:
         return f"bits is {bits}, not one of {BITS}"
-    wanted = np.dtype(np.float16 if matrix.levels is None else np.float32)
-    if codes.dtype != np.uint8 or scale.dtype != wanted or offset.dtype != wanted:
-        return f"dtypes are {codes.dtype}, {scale.dtype}, {offset.dtype}, not uint8, {wanted}, {wanted}"
+    products = scale.dtype == offset.dtype == np.float32
+    free = matrix.levels is None and scale.dtype == offset.dtype == np.float16
+    if codes.dtype != np.uint8 or not (products or free):
+        return f"dtypes are {codes.dtype}, {scale.dtype}, {offset.dtype}, not uint8, float16, float16"
     if codes.ndim != 2 or scale.ndim != 2 or scale.shape != offset.shape or scale.shape[0] != codes.shape[0]:
         return f"shapes {codes.shape}, {scale.shape}, {offset.shape} do not belong together"
     if 0 in codes.shape or scale.shape[1] == 0 or codes.shape[1] % scale.shape[1]:

@@ -19,8 +19,9 @@ MAGNITUDE, INFINITY = np.uint16(0x7FFF), 0x7C00  # fp16 bit patterns: order of m
 class PackedAffine:
     """codes uint8 (out, in·bits/8) as in grid.packing, scale and offset float16 (out, in/g), bits in {2, 3, 4, 8}.
 
-    levels: what scale and offset, float32 then, are made of on a grid of super-blocks (`on_levels`). Raises InputError
-    when shapes disagree or a scale or offset is not finite; packed codes always fit their bits.
+    levels: what scale and offset, float32 then, are made of on a grid of super-blocks (`on_levels`); None where only
+    their products are known. Raises InputError when shapes disagree or a scale or offset is not finite; packed codes
+    always fit their bits.
     """
 
     codes: NDArray[np.uint8]
@@ -36,7 +37,7 @@ class PackedAffine:
             raise InputError(
                 f"shapes {self.codes.shape}, {self.scale.shape}, {self.offset.shape} do not belong together"
             )
-        if self.levels is None and not (fp16_is_finite(self.scale) and fp16_is_finite(self.offset)):
+        if self.levels is None and not (_is_finite(self.scale) and _is_finite(self.offset)):
             raise InputError(
                 "not a quantized matrix: a scale or offset is NaN or infinite",
                 why='see DESIGN.md, "Canonical form"',
@@ -64,6 +65,10 @@ class PackedAffine:
     def pack(cls, matrix: GroupAffine) -> "PackedAffine":
         codes = pack_codes(matrix.codes, matrix.bits)
         return cls(codes, matrix.scale, matrix.offset, matrix.bits, matrix.group_size, matrix.levels)
+
+
+def _is_finite(values: NDArray[Any]) -> bool:
+    return fp16_is_finite(values) if values.dtype == np.float16 else bool(np.isfinite(values).all())
 
 
 def fp16_is_finite(values: NDArray[np.float16]) -> bool:

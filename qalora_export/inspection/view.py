@@ -20,7 +20,7 @@ from qalora_export.checkpoint.safetensors_file import map_tensor, read_header
 from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.formats.contents import Contents, FolderContents
 from qalora_export.formats.onnx.layout import is_onnx_folder
-from qalora_export.grid import PackedAffine
+from qalora_export.grid import AFFINE16, NamedGrid, PackedAffine
 from qalora_export.safety import StrPath, read_json
 
 
@@ -85,6 +85,7 @@ class AdapterContents:
     def __init__(self, file: Path) -> None:
         self._file, self._entries = file, read_header(file)
         self.modules: Mapping[str, tuple[int, int]] = {}
+        self.grids: Mapping[str, NamedGrid] = {}
         self.others = list(self._entries)
         self.opaque: Mapping[str, str] = {}
         self.offset_is_implied = self.optional = frozenset[str]()
@@ -139,7 +140,7 @@ def _short(value: object, limit: int = 80) -> str:
 def byte_table(view: View) -> dict[str, tuple[int, int, int]]:
     """kind of tensor -> (count, parameters, bytes): quantized by bits and group size, the others by type.
 
-    Bytes of a quantized matrix are those of its information: packed codes, fp16 scale, fp16 offset.
+    Bytes of a quantized matrix are those of its information: packed codes, scale and offset as its grid has them.
     """
     table: dict[str, tuple[int, int, int]] = {}
 
@@ -150,7 +151,10 @@ def byte_table(view: View) -> dict[str, tuple[int, int, int]]:
     contents = view.contents
     for module, (bits, group) in contents.modules.items():
         out, columns = contents.shape(module)
-        add(f"{bits} bit, g {group}", (out, columns), out * columns * bits // 8 + 4 * out * columns // group)
+        grid = contents.grids.get(module, AFFINE16)
+        name = "" if grid is AFFINE16 else f", {grid.name}"
+        size = int(out * columns * grid.bits_per_weight(bits, group) / 8)
+        add(f"{bits} bit, g {group}{name}", (out, columns), size)
     for name in (*contents.others, *contents.opaque):
         kind, size = contents.stored(name)
         add(kind, contents.shape(name), size)

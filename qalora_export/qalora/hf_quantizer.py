@@ -16,14 +16,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qalora_export.checkpoint.canonical import QUANT_METHOD, VERSION
 from qalora_export.errors import InputError
-from qalora_export.grid import BITS, GROUP_SIZES
+from qalora_export.grid import AFFINE16, BITS, GROUP_SIZES, grid_named
 from qalora_export.qalora.layer import QALoraLinear
 
 
 class QALoraConfig(QuantizationConfigMixin):
-    """quantization_config of a canonical checkpoint: modules maps a module name to its bits and group_size."""
+    """quantization_config of a canonical checkpoint: modules maps a module name to its bits, group_size and grid."""
 
-    def __init__(self, modules: dict[str, dict[str, int]] | None = None, version: int = VERSION, **_: Any) -> None:
+    def __init__(self, modules: dict[str, dict[str, Any]] | None = None, version: int = VERSION, **_: Any) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.version = version
         self.modules = modules or {}
@@ -45,7 +45,8 @@ class QALoraHfQuantizer(HfQuantizer):
                     why=f"found {entry!r}"[:200],
                     fix="re-create the checkpoint",
                 )
-            replace_linear(model, name, bits=bits, group_size=group_size)
+            grid = grid_named(entry.get("grid", AFFINE16.name), bits, group_size, where=name)
+            replace_linear(model, name, bits=bits, group_size=group_size, grid=grid.name)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
@@ -69,7 +70,9 @@ class QALoraHfQuantizer(HfQuantizer):
         return True
 
 
-def replace_linear(model: nn.Module, name: str, *, bits: int, group_size: int) -> QALoraLinear:
+def replace_linear(
+    model: nn.Module, name: str, *, bits: int, group_size: int, grid: str = AFFINE16.name
+) -> QALoraLinear:
     """Swap the nn.Linear called `name` for an empty QALoraLinear on the same device. Raises InputError if absent."""
     try:
         old = model.get_submodule(name)
@@ -83,6 +86,7 @@ def replace_linear(model: nn.Module, name: str, *, bits: int, group_size: int) -
             old.out_features,
             bits=bits,
             group_size=group_size,
+            grid=grid,
             bias=old.bias is not None,
             dtype=old.weight.dtype,
         )

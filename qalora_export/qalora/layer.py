@@ -4,7 +4,8 @@
     y          = x · dequant(codes, scale, offset_eff)ᵀ
 
 Training goes *through* offset_eff: there is no adapter branch, so the merged layer is the trained layer and merging
-is writing offset_eff. Backward, with d_offset constant over the groups that one pool covers:
+is writing offset_eff. On a grid of super-blocks it is rounded to that grid instead (qalora/super_blocks.py). Backward,
+with d_offset constant over the groups that one pool covers:
 
     dx = gy · W        d_offset = gyᵀ · poolsum(x)        dB = α/r · d_offset · Aᵀ        dA = α/r · Bᵀ · d_offset
 
@@ -22,9 +23,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qalora_export.errors import InputError
+from qalora_export.grid import AFFINE16, SuperBlockGrid, grid_named
+from qalora_export.grid.named import SUPER_BLOCK
 from qalora_export.grid.packing import packed_width
 from qalora_export.qalora.dequant import dequantize
 from qalora_export.qalora.kernels import dispatch, ops
+from qalora_export.qalora.super_blocks import effective_levels, products, super_block_grid
 
 
 def group_sum(x: Tensor, groups: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -63,31 +67,30 @@ class _QALoraFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        codes: Tensor,
-        scale: Tensor,
-        offset: Tensor,
         a: Tensor | None,
         b: Tensor | None,
         scaling: float,
         bits: int,
+        grid: str,
+        *held: Tensor,
     ) -> Tensor:
-        ctx.scaling, ctx.bits = scaling, bits
+        ctx.scaling, ctx.bits, ctx.grid = scaling, bits, grid
         pooled = None
-        if a is not None and (ctx.needs_input_grad[4] or ctx.needs_input_grad[5]):
+        if a is not None and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
             pooled = group_sum(x, a.shape[1], x.dtype)  # (..., in/pool)
-        ctx.save_for_backward(codes, scale, offset, a, b, pooled)
-        return _product(x, codes, scale, offset, a, b, scaling, bits)
+        ctx.save_for_backward(a, b, pooled, *held)
+        return _product(x, a, b, scaling, bits, grid, *held)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        codes, scale, offset, a, b, pooled = ctx.saved_tensors
+        a, b, pooled, *held = ctx.saved_tensors
         gy = grads[0]
         dx = da = db = None
         if pooled is not None:  # first: its temporaries are gone before the dequantized matrix takes their place
             da, db = _adapter_gradients(gy.flatten(0, -2), pooled.flatten(0, -2), a, b, ctx.scaling)
         if ctx.needs_input_grad[0]:
-            dx = gy @ _weight(codes, scale, offset, a, b, ctx.scaling, ctx.bits, gy.dtype)
-        return dx, None, None, None, da, db, None, None
+            dx = gy @ _weight(gy.dtype, a, b, ctx.scaling, ctx.bits, ctx.grid, *held)
+        return dx, da, db, None, None, None, *(None for _ in held)
 
 
 def _adapter_gradients(gy: Tensor, pooled: Tensor, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
@@ -108,38 +111,37 @@ def _adapter_gradients(gy: Tensor, pooled: Tensor, a: Tensor, b: Tensor, scaling
 
 
 def _product(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
-    scaling: float,
-    bits: int,
+    x: Tensor, a: Tensor | None, b: Tensor | None, scaling: float, bits: int, grid: str, *held: Tensor
 ) -> Tensor:
-    """x · Wᵀ, (..., out) in the dtype of x."""
+    """x · Wᵀ, (..., out) in the dtype of x. held: codes, scale, offset and, on a grid of super-blocks, their steps."""
     if x.numel() <= dispatch.fused_rows * x.shape[-1] and dispatch.applies(x) and x.dtype != torch.float64:
-        effective = offset if a is None or b is None else effective_offset(offset, a, b, scaling)
-        return ops.fused_linear(x, codes, scale, effective, bits)
-    return F.linear(x, _weight(codes, scale, offset, a, b, scaling, bits, x.dtype))
+        scale, offset = _scale_and_offset(a, b, scaling, grid, *held[1:])
+        return ops.fused_linear(x, held[0], scale, offset, bits)
+    return F.linear(x, _weight(x.dtype, a, b, scaling, bits, grid, *held))
 
 
 def _weight(
-    codes: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
-    scaling: float,
-    bits: int,
-    dtype: torch.dtype,
+    dtype: torch.dtype, a: Tensor | None, b: Tensor | None, scaling: float, bits: int, grid: str, *held: Tensor
 ) -> Tensor:
     """The matrix the layer multiplies by, (out, in) in `dtype`."""
-    if a is None or b is None:
-        return dequantize(codes, scale, offset, bits, dtype)
-    if dispatch.applies(codes):
+    codes, scale, offset, *steps = held
+    if a is not None and b is not None and grid == AFFINE16.name and dispatch.applies(codes):
         return ops.dequantize(codes, scale, offset, bits, dtype, a, b, scaling)  # offset_eff never leaves the kernel
-    return dequantize(codes, scale, effective_offset(offset, a, b, scaling), bits, dtype)
+    return dequantize(codes, *_scale_and_offset(a, b, scaling, grid, scale, offset, *steps), bits, dtype)
+
+
+def _scale_and_offset(
+    a: Tensor | None, b: Tensor | None, scaling: float, grid: str, scale: Tensor, offset: Tensor, *steps: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What codes are multiplied with and what is added, adapter and all, both (out, in/g): float16, or on a grid of
+    super-blocks float32.
+    """
+    if not steps:
+        return scale, offset if a is None or b is None else effective_offset(offset, a, b, scaling)
+    scale_step, offset_step = steps
+    if a is not None and b is not None:
+        offset, offset_step = effective_levels(offset, offset_step, a, b, scaling, super_block_grid(grid))
+    return products(scale, scale_step), -products(offset, offset_step)
 
 
 def _frozen(rows: int, columns: int, dtype: torch.dtype, device: torch.device | str | None) -> nn.Parameter:
@@ -149,7 +151,8 @@ def _frozen(rows: int, columns: int, dtype: torch.dtype, device: torch.device | 
 class QALoraLinear(nn.Module):
     """A linear layer in canonical form, optionally with a QA-LoRA adapter.
 
-    Frozen: codes uint8 (out, in·bits/8), scale float16 (out, in/g), offset float16 (out, in/g); bias (out,) or None.
+    Frozen: codes uint8 (out, in·bits/8), scale float16 (out, in/g), offset float16 (out, in/g); bias (out,) or None. On
+    a grid of super-blocks scale and offset are levels, uint8, beside scale_step and offset_step float16 (out, in/256).
     They are parameters that never require gradients, not buffers, because FSDP divides parameters among devices.
     Trainable, float32: lora_A (r, in/pool), lora_B (out, r), where pool is g or a multiple of it.
     """
@@ -161,29 +164,36 @@ class QALoraLinear(nn.Module):
         *,
         bits: int,
         group_size: int,
+        grid: str = AFFINE16.name,
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if in_features % group_size:
-            raise InputError(f"{in_features} in-features do not divide into groups of {group_size}")
+        named = grid_named(grid, bits, group_size, where="a layer")
+        if not named.divides(in_features, group_size):
+            raise InputError(f"{in_features} in-features do not divide into groups of {group_size} on grid {grid}")
         self.in_features, self.out_features = in_features, out_features
-        self.bits, self.group_size = bits, group_size
-        groups = in_features // group_size
-        width = packed_width(in_features, bits)
-        self.codes = _frozen(out_features, width, torch.uint8, device)
-        self.scale = _frozen(out_features, groups, torch.float16, device)
-        self.offset = _frozen(out_features, groups, torch.float16, device)
+        self.bits, self.group_size, self.grid = bits, group_size, grid
+        groups, on_levels = in_features // group_size, isinstance(named, SuperBlockGrid)
+        number = torch.uint8 if on_levels else torch.float16
+        self.codes = _frozen(out_features, packed_width(in_features, bits), torch.uint8, device)
+        self.scale = _frozen(out_features, groups, number, device)
+        self.offset = _frozen(out_features, groups, number, device)
+        if on_levels:
+            blocks = in_features // SUPER_BLOCK
+            self.scale_step = _frozen(out_features, blocks, torch.float16, device)
+            self.offset_step = _frozen(out_features, blocks, torch.float16, device)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         self.lora_A: nn.Parameter | None = None
         self.lora_B: nn.Parameter | None = None
         self.scaling = 0.0
 
     @property
-    def packed(self) -> tuple[Tensor, Tensor, Tensor]:
-        """codes, scale and offset."""
-        return self.codes, self.scale, self.offset
+    def packed(self) -> tuple[Tensor, ...]:
+        """codes, scale and offset, and on a grid of super-blocks the steps of scale and of offset."""
+        numbers = (self.codes, self.scale, self.offset)
+        return numbers if self.grid == AFFINE16.name else (*numbers, self.scale_step, self.offset_step)
 
     @property
     def pool(self) -> int:
@@ -222,23 +232,21 @@ class QALoraLinear(nn.Module):
 
     @torch.no_grad()
     def effective_offset(self) -> Tensor:
-        """offset_eff, float32 holding float16 values, (out, in/g). Merge writes exactly this."""
-        if self.lora_A is None or self.lora_B is None:
-            return self.offset.float()
-        return effective_offset(self.offset, self.lora_A, self.lora_B, self.scaling).float()
+        """offset_eff, float32 (out, in/g), holding float16 values or products of a level. Merge writes exactly this."""
+        return _scale_and_offset(self.lora_A, self.lora_B, self.scaling, self.grid, *self.packed[1:])[1].float()
 
     @torch.no_grad()
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The matrix the layer multiplies by, adapter and all, (out, in) in `dtype`."""
-        return _weight(*self.packed, self.lora_A, self.lora_B, self.scaling, self.bits, dtype)
+        return _weight(dtype, self.lora_A, self.lora_B, self.scaling, self.bits, self.grid, *self.packed)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the dtype of x, or in autocast's dtype when autocast is on (float64 stays)."""
         device = x.device.type
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
-        weight = (*self.packed, self.lora_A, self.lora_B, self.scaling, self.bits)
-        y = _QALoraFunction.apply(x, *weight) if torch.is_grad_enabled() else _product(x, *weight)  # type: ignore[no-untyped-call]
+        run = _QALoraFunction.apply if torch.is_grad_enabled() else _product
+        y = run(x, self.lora_A, self.lora_B, self.scaling, self.bits, self.grid, *self.packed)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QALoraLinear:
@@ -259,5 +267,5 @@ class QALoraLinear(nn.Module):
         rank = 0 if self.lora_A is None else self.lora_A.shape[0]
         return (
             f"in={self.in_features}, out={self.out_features}, bits={self.bits}, group_size={self.group_size}, "
-            f"rank={rank}"
+            f"grid={self.grid}, rank={rank}"
         )

@@ -6,14 +6,14 @@ with the base, and the logits of base + adapter are compared with those of the w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qalora_export.checkpoint.canonical import CanonicalCheckpoint, CanonicalWriter
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint, CanonicalWriter, parts_of
 from qalora_export.checkpoint.manifest import parent_of, require_intact
 from qalora_export.checkpoint.output import claim_output
 from qalora_export.errors import InputError, ParityError
@@ -23,6 +23,7 @@ from qalora_export.models.loading import load_model
 from qalora_export.progress import status, track
 from qalora_export.qalora.adapter_files import Adapter, ModuleAdapter, ModuleShape, load_adapter, read_adapter
 from qalora_export.qalora.layer import effective_offset
+from qalora_export.qalora.super_blocks import effective_levels
 from qalora_export.safety import StrPath, atomic_directory, local_path
 
 PROBE_SEQUENCES, PROBE_LENGTH = 4, 32
@@ -99,18 +100,36 @@ def _merge(base: Path, adapter: Path, out: Path, *, convention: str, force: bool
     return report
 
 
+def merged(matrix: GroupAffine, adapter: ModuleAdapter, *, where: str) -> GroupAffine:
+    """The matrix with offset_eff, by the functions training uses. Raises InputError when float16 cannot hold it."""
+    levels = matrix.levels
+    if levels is None:
+        return GroupAffine(matrix.codes, matrix.scale, merged_offset(matrix, adapter, where=where), matrix.bits)
+    level, step = (torch.from_numpy(np.array(part)) for part in (levels.offset, levels.offset_step))
+    level, step = effective_levels(level, step, adapter.a, adapter.b, adapter.scaling, levels.grid)
+    if bad := np.argwhere(~np.isfinite(step.numpy())).tolist():
+        row, block = bad[0]
+        raise _beyond_fp16(len(bad), step.numel(), f"{where}.offset_step: row {row}, super-block {block}", "")
+    return GroupAffine.on_levels(matrix.codes, replace(levels, offset=level.numpy(), offset_step=step.numpy()))
+
+
 def merged_offset(matrix: GroupAffine, adapter: ModuleAdapter, *, where: str) -> NDArray[np.float16]:
     """offset_eff (out, in/g) by the function training uses. Raises InputError when float16 cannot hold it."""
     offset = effective_offset(torch.from_numpy(np.array(matrix.offset)), adapter.a, adapter.b, adapter.scaling).numpy()
     if bad := np.argwhere(~np.isfinite(offset)).tolist():
         row, group = bad[0]
-        raise InputError(
-            f"the merged offset does not fit in float16 ({len(bad)} of {offset.size})",
-            where=f"{where}.offset: row {row}, group {group}",
-            why=f"base offset {float(matrix.offset[row, group])}, float16 ends at 65504",
-            fix="the adapter has diverged, or its convention is wrong: lower the learning rate, or pass --convention",
-        )
+        base = f"base offset {float(matrix.offset[row, group])}, "
+        raise _beyond_fp16(len(bad), offset.size, f"{where}.offset: row {row}, group {group}", base)
     return offset
+
+
+def _beyond_fp16(count: int, total: int, where: str, base: str) -> InputError:
+    return InputError(
+        f"the merged offset does not fit in float16 ({count} of {total})",
+        where=where,
+        why=f"{base}float16 ends at 65504",
+        fix="the adapter has diverged, or its convention is wrong: lower the learning rate, or pass --convention",
+    )
 
 
 def _shapes(checkpoint: CanonicalCheckpoint) -> dict[str, ModuleShape]:
@@ -122,7 +141,9 @@ def _shapes(checkpoint: CanonicalCheckpoint) -> dict[str, ModuleShape]:
 
 
 def _offsets(checkpoint: CanonicalCheckpoint) -> int:
-    return sum(int(np.prod(checkpoint.entry(f"{name}.offset").shape)) for name in checkpoint.modules)
+    """How many numbers make up the offsets: float16 ones, or levels and steps."""
+    parts = [(name, part) for name, grid in checkpoint.grids.items() for part in parts_of(grid) if "offset" in part]
+    return sum(int(np.prod(checkpoint.entry(f"{name}.{part}").shape)) for name, part in parts)
 
 
 def _write(checkpoint: CanonicalCheckpoint, adapter: Adapter, target: Path, *, parents: tuple[Path, Path]) -> None:
@@ -142,8 +163,7 @@ def _write(checkpoint: CanonicalCheckpoint, adapter: Adapter, target: Path, *, p
         for name in track(checkpoint.modules, "merge", len(checkpoint.modules)):
             matrix = checkpoint.group_affine(name)
             if name in adapter.modules:
-                offset = merged_offset(matrix, adapter.modules[name], where=name)
-                matrix = GroupAffine(matrix.codes, matrix.scale, offset, matrix.bits)
+                matrix = merged(matrix, adapter.modules[name], where=name)
             writer.add_quantized(name, matrix)
 
 

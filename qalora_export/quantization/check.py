@@ -66,6 +66,7 @@ def _planned(skeleton: Skeleton, settings: QuantizeSettings) -> Forecast:
         symmetric=frozenset(symmetric),
         codes=codes,
         kept=frozenset(stored),
+        grids={name: plan.grid for name, plan in plans.items()},
         notes=(*notes_of(folder), *notes),
     )
 

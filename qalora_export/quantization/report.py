@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-OFFSET_AND_SCALE_BITS = 32  # one fp16 each per group
+from qalora_export.grid import AFFINE16, GRIDS
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleReport:
     """One matrix. relative_error = ‖Ŵ − W‖ / ‖W‖.  output_error = tr(E H Eᵀ) / tr(W H Wᵀ), E = Ŵ − W: the normalized
     mean squared error of the layer's output on the calibration text; None without calibration.
-    changed: weights whose value differs from the source's, of `total`; largest_change: by how much at most.
+    changed: weights whose value differs from the source's, of `total`; largest_change: by how much at most. grid: by
+    name.
     """
 
     name: str
@@ -25,6 +26,7 @@ class ModuleReport:
     output_error: float | None
     changed: int
     largest_change: float
+    grid: str = AFFINE16.name
 
     @property
     def kind(self) -> str:
@@ -37,7 +39,7 @@ class ModuleReport:
 
     @property
     def bits_per_weight(self) -> float:
-        return self.bits + OFFSET_AND_SCALE_BITS / self.group_size
+        return GRIDS[self.grid].bits_per_weight(self.bits, self.group_size)
 
 
 REPORT = "quantize_report.json"
@@ -50,6 +52,9 @@ def record(
     runs with equal inputs, such as times.
     """
     rows = [asdict(module) | {"bits_per_weight": module.bits_per_weight} for module in modules]
+    for row in rows:
+        if row["grid"] == AFFINE16.name:
+            del row["grid"]
     return {
         "method": method,
         "calibration_tokens": calibration_tokens,

@@ -1,7 +1,8 @@
 """Which modules are quantized and how: settings, then the first matching rule of the recipe, then what g must divide.
 
 In-features that the group size does not divide: the module falls to the next smaller group size that does (128, 64,
-32), and stays as it is, in 16 bits, where none does. `strict_groups` refuses instead.
+32), and stays as it is, in 16 bits, where none does. A grid of super-blocks falls to free scales and offsets (affine16)
+where 256 does not divide. `strict_groups` refuses instead.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import get_args
 
 from qalora_export.errors import InputError
-from qalora_export.grid import AFFINE16, NamedGrid
+from qalora_export.grid import AFFINE16, GRIDS, NamedGrid, SuperBlockGrid
+from qalora_export.grid.named import SUPER_BLOCK
 from qalora_export.recipe import GroupSize, QuantizeRule, QuantizeSettings
 
 
@@ -31,19 +33,28 @@ class Plan:
 @dataclass(frozen=True, slots=True)
 class Resolution:
     """plans: module name -> plan, in the model's order. fallen: modules with a smaller group than asked for, and those
-    left in 16 bits (None), each with its in-features and the group size asked for."""
+    left in 16 bits (None), each with its in-features and the group size asked for. off_grid: modules that do not divide
+    into super-blocks, each with its in-features and the grid asked for."""
 
     plans: dict[str, Plan]
     fallen: dict[str, tuple[int | None, int, int]]
+    off_grid: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def notes(self) -> tuple[str, ...]:
         """One line for all modules of a kind that fell alike: "30 × down_proj: groups of 64, …"."""
         kinds = Counter((name.rpartition(".")[2], *fall) for name, fall in self.fallen.items())
-        return tuple(
+        groups = (
             f"{count} × {kind}: {'left in 16 bits' if got is None else f'groups of {got}'}, "
             f"{width} in-features do not divide into groups of {asked}"
             for (kind, got, width, asked), count in kinds.items()
         )
+        others = Counter((name.rpartition(".")[2], *fall) for name, fall in self.off_grid.items())
+        grids = (
+            f"{count} × {kind}: grid {AFFINE16.name} instead of {asked}, {width} in-features do not divide into "
+            f"super-blocks of {SUPER_BLOCK}"
+            for (kind, width, asked), count in others.items()
+        )
+        return (*groups, *grids)
 
 
 def resolve(settings: QuantizeSettings, in_features: Mapping[str, int], *, inside: str, tied: bool) -> Resolution:
@@ -56,7 +67,7 @@ def resolve(settings: QuantizeSettings, in_features: Mapping[str, int], *, insid
     """
     for each in settings.rules:
         _check_matches(each, list(in_features))
-    plans, fallen = dict[str, Plan](), dict[str, tuple[int | None, int, int]]()
+    plans, fallen, off_grid = dict[str, Plan](), dict[str, tuple[int | None, int, int]](), dict[str, tuple[int, str]]()
     for module, width in in_features.items():
         rule = next((rule for rule in settings.rules if fnmatchcase(module, rule.match)), None)
         outside = not module.startswith(inside)
@@ -69,7 +80,12 @@ def resolve(settings: QuantizeSettings, in_features: Mapping[str, int], *, insid
                 why="the embedding would change with it",
                 fix="remove the rule for it",
             )
-        plan = _planned(settings, rule)
+        plan = _planned(settings, rule, module)
+        if not plan.grid.divides(width, plan.group_size) and plan.grid is not AFFINE16:
+            if settings.strict_groups:
+                raise _no_super_blocks(module, width, plan.grid)
+            off_grid[module] = (width, plan.grid.name)
+            plan = replace(plan, grid=AFFINE16)
         fitting = _fitting(width, plan.group_size)
         if fitting != plan.group_size:
             if settings.strict_groups:
@@ -84,7 +100,7 @@ def resolve(settings: QuantizeSettings, in_features: Mapping[str, int], *, insid
             why="no group size divides the in-features of any module" if fallen else "the rules skip every module",
             fix="leave something to quantize",
         )
-    return Resolution(plans, fallen)
+    return Resolution(plans, fallen, off_grid)
 
 
 def parse_rule(text: str) -> QuantizeRule:
@@ -101,6 +117,8 @@ def parse_rule(text: str) -> QuantizeRule:
             raw["bits"] = int(value)
         elif key in ("group", "group_size") and value.isdigit():
             raw["group_size"] = int(value)
+        elif key == "grid" and value in GRIDS:
+            raw["grid"] = value
         elif key == "sym" and value in ("true", "false"):
             raw["sym"] = value == "true"
         else:
@@ -115,12 +133,36 @@ def parse_rule(text: str) -> QuantizeRule:
     return validated(QuantizeRule, raw, where=f"--rule {text!r}")
 
 
-def _planned(settings: QuantizeSettings, rule: QuantizeRule | None) -> Plan:
-    chosen = [
+def _planned(settings: QuantizeSettings, rule: QuantizeRule | None, module: str) -> Plan:
+    """Settings, then the rule. Bits, groups or symmetry of a rule that the grid of the settings does not have make the
+    module affine16, as does a rule that says so; a grid that is named beside others than its own is refused.
+    """
+    bits, group_size, sym = (
         getattr(settings, name) if rule is None or getattr(rule, name) is None else getattr(rule, name)
         for name in ("bits", "group_size", "sym")
-    ]
-    return Plan(*chosen)
+    )
+    named = rule.grid if rule is not None else None
+    grid = GRIDS[named or settings.grid]
+    if not isinstance(grid, SuperBlockGrid) or (grid.bits, grid.group_size, False) == (bits, group_size, sym):
+        return Plan(bits, group_size, sym, grid)
+    by_rule = rule is not None and any(getattr(rule, name) is not None for name in ("bits", "group_size", "sym"))
+    if named is None and by_rule:
+        return Plan(bits, group_size, sym)
+    raise InputError(
+        f"grid {grid.name} has {grid.bits} bits in groups of {grid.group_size}, not symmetric",
+        where=f"quantize.rules: {rule.match}" if named and rule else f"quantize.grid ({module})",
+        why=f"the settings say {bits} bits in groups of {group_size}{', symmetric' if sym else ''}",
+        fix="leave them out, or choose another grid",
+    )
+
+
+def _no_super_blocks(module: str, width: int, grid: NamedGrid) -> InputError:
+    return InputError(
+        f"{width} in-features do not divide into super-blocks of {SUPER_BLOCK}",
+        where=module,
+        why=f"grid {grid.name}, and strict_groups is set",
+        fix=f"for this module: --rule '{module}=grid:{AFFINE16.name}'; without strict_groups this is done by itself",
+    )
 
 
 def _check_matches(rule: QuantizeRule, modules: list[str]) -> None:

@@ -22,6 +22,7 @@ from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.checkpoint.output import claim_output
 from qalora_export.data.calibration import calibration_windows
 from qalora_export.errors import InputError
+from qalora_export.grid import AFFINE16
 from qalora_export.memory import peak_rss_bytes
 from qalora_export.models.families import family_of
 from qalora_export.models.skeleton import Activations, Skeleton
@@ -232,6 +233,7 @@ def _report(name: str, plan: Plan, weight: Tensor, result: Tensor, hessian: Tens
         output_error,
         int(torch.count_nonzero(error)),
         float(error.abs().max()),
+        plan.grid.name,
     )
 
 
@@ -256,8 +258,13 @@ def calibration(folder: ModelFolder, settings: QuantizeSettings) -> NDArray[np.i
 
 
 def _recorded(settings: QuantizeSettings) -> dict[str, Any]:
-    """The settings as the manifest keeps them: the calibration text by name and hash, never by path."""
+    """The settings as the manifest keeps them: the calibration text by name and hash, never by path; a grid only where
+    it is not the usual one.
+    """
     recorded = settings.model_dump(mode="json")
+    for entry in (recorded, *recorded["rules"]):
+        if entry["grid"] in (None, AFFINE16.name):
+            del entry["grid"]
     if settings.method == "gptq" and settings.calibration is not None:
         path = Path(settings.calibration)
         recorded["calibration"] = {"name": path.name, "sha256": sha256_file(path)}

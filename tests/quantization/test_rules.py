@@ -1,6 +1,7 @@
 import pytest
 
 from qalora_export.errors import InputError
+from qalora_export.grid import GRIDS
 from qalora_export.quantization.rules import Plan, parse_rule, resolve
 from qalora_export.recipe import QuantizeRule, QuantizeSettings
 
@@ -102,3 +103,40 @@ def test_the_command_line_spelling() -> None:
 def test_rules_that_cannot_be_read(text: str) -> None:
     with pytest.raises(InputError):
         parse_rule(text)
+
+
+def test_a_grid_of_super_blocks_and_what_falls_back_from_it() -> None:
+    """128 in-features do not divide into super-blocks, 256 do."""
+    on, off = Plan(4, 32, False, GRIDS["q4_k"]), Plan(4, 32, False)
+    found = plans(grid="q4_k")
+    assert {name.rpartition(".")[2]: plan for name, plan in found.items()} == {"q_proj": off, "down_proj": on}
+    note = "2 × q_proj: grid affine16 instead of q4_k, 128 in-features do not divide into super-blocks of 256"
+    assert resolve(QuantizeSettings(grid="q4_k"), WIDTHS, inside="model.layers.", tied=False).notes() == (note,)
+    with pytest.raises(InputError, match=r"128 in-features do not divide into super-blocks.*grid:affine16"):
+        plans(grid="q4_k", strict_groups=True)
+    by_rule = plans("*.0.*.down_proj=grid:q4_k", "*.1.*.down_proj=grid:affine16")
+    assert (by_rule["model.layers.0.mlp.down_proj"], by_rule["model.layers.1.mlp.down_proj"]) == (on, off)
+
+
+def test_a_rule_with_other_bits_leaves_the_grid_of_the_settings() -> None:
+    found = plans("*.0.*.down_proj=bits:8,sym:true", "*.1.*.down_proj=group:32", grid="q4_k")
+    assert found["model.layers.0.mlp.down_proj"] == Plan(8, 32, True)
+    assert found["model.layers.1.mlp.down_proj"] == Plan(4, 32, False, GRIDS["q4_k"])
+
+
+@pytest.mark.parametrize(
+    ("rules", "values", "where"),
+    [
+        ((), {"bits": 3}, r"quantize\.grid.*3 bits in groups of 32"),
+        ((), {"sym": True}, r"quantize\.grid.*symmetric"),
+        (("*down_proj=grid:q4_k,bits:8",), {"grid": "affine16"}, r"quantize\.rules: \*down_proj.*8 bits"),
+        (("*down_proj=grid:q4_k",), {"grid": "affine16", "group_size": 64}, r"rules: \*down_proj.*groups of 64"),
+    ],
+)
+def test_bits_that_a_named_grid_does_not_have_are_refused(
+    rules: tuple[str, ...], values: dict[str, object], where: str
+) -> None:
+    with pytest.raises(InputError, match=f"grid q4_k has 4 bits in groups of 32.*{where}"):
+        plans(*rules, **({"grid": "q4_k"} | values))
+    with pytest.raises(InputError, match="cannot read the rule"):
+        parse_rule("*=grid:q9")

@@ -13,8 +13,8 @@ from qalora_export.formats.gguf.metadata import architecture
 from qalora_export.formats.gguf.names import NameMap
 from qalora_export.formats.gguf.tensor_table import plain_type
 from qalora_export.formats.gguf.tokenizer.fields import tokenizer_entries
-from qalora_export.formats.gguf.types import BLOCK_TYPES, BlockType, base_type, check_group, no_exact_type
-from qalora_export.grid import unpack_codes
+from qalora_export.formats.gguf.types import BLOCK_TYPES, BlockType, base_type, check_group, no_exact_type, no_split
+from qalora_export.grid import SuperBlockGrid, unpack_codes
 from qalora_export.models.families import family_of
 from qalora_export.recipe import GgufSettings
 
@@ -45,7 +45,11 @@ def check_gguf(forecast: Forecast, settings: GgufSettings, trained: Collection[s
 def _matrix_bytes(
     forecast: Forecast, name: str, bits: int, group: int, settings: GgufSettings, *, trained: bool
 ) -> int:
-    (out, width), where = forecast.shapes[name], f"{forecast.path}: {name}"
+    (out, width), where, grid = forecast.shapes[name], f"{forecast.path}: {name}", forecast.grid(name)
+    if isinstance(grid, SuperBlockGrid):
+        if settings.layout == "split":
+            raise no_split(grid, where=where)
+        return BLOCK_TYPES[grid.gguf].nbytes((out, width))
     if settings.layout == "split":
         groups = width // group  # lora_a (groups, in) and lora_b (out, groups), both float32
         exact = name in forecast.symmetric and not trained

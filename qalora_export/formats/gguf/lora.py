@@ -27,7 +27,7 @@ from qalora_export.formats.gguf.split import adapter_entries
 from qalora_export.formats.gguf.tensor_table import TensorPlan
 from qalora_export.formats.gguf.types import F32
 from qalora_export.formats.gguf.writer import write_gguf
-from qalora_export.grid import differing
+from qalora_export.grid import AFFINE16, differing
 from qalora_export.models.families import family_of
 from qalora_export.safety import atomic_files
 
@@ -111,6 +111,13 @@ def _arrays(model: CanonicalCheckpoint, modules: Mapping[str, LowRank]) -> dict[
 def _shape(model: CanonicalCheckpoint, module: str) -> tuple[int, int]:
     if module not in model.modules:
         raise InputError("the adapter targets a module that the base has not quantized", where=module)
+    if (grid := model.grids[module]) is not AFFINE16:
+        raise InputError(
+            f"an adapter file is not what was trained over grid {grid.name}",
+            where=f"{model.path}: {module}",
+            why="training rounds its offsets to levels, llama.cpp would add them unrounded",
+            fix="merge, and export the merged checkpoint",
+        )
     rows, groups = model.entry(f"{module}.scale").shape
     return rows, groups * model.modules[module][1]
 

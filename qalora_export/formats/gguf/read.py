@@ -21,7 +21,7 @@ from qalora_export.formats.gguf.remainder import group_indicator, with_remainder
 from qalora_export.formats.gguf.tensor_table import ROPE_FREQUENCIES, ROPE_LONG, ROPE_SHORT, as_stored
 from qalora_export.formats.gguf.types import BLOCK_TYPES, PLAIN_TYPES
 from qalora_export.formats.streaming import release
-from qalora_export.grid import GroupAffine, PackedAffine
+from qalora_export.grid import AFFINE16, GroupAffine, PackedAffine
 from qalora_export.models.families import FAMILIES, Family
 from qalora_export.safety.limits import parse_json
 
@@ -48,6 +48,7 @@ class GgufContents:
         quantized = {n.removesuffix(".weight"): self.types[n] for n in self.types if n in in_blocks - {EMBEDDING}}
         declared = self._source.declared()
         self.modules = {m: declared.get(m, BLOCK_TYPES[kind].native()) for m, kind in quantized.items()}
+        self.grids = {m: g for m, k in quantized.items() if (g := BLOCK_TYPES[k].grid) is not AFFINE16}
         plain = {n for n, k in self.types.items() if k in PLAIN_TYPES} | (in_blocks & {EMBEDDING})
         self.others = [name for name in self.types if name in plain]
         known = {*PLAIN_TYPES, *BLOCK_TYPES}

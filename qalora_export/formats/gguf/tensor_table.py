@@ -26,8 +26,9 @@ from qalora_export.formats.gguf.types import (
     base_type,
     check_group,
     exact_type,
+    no_split,
 )
-from qalora_export.grid import PackedAffine
+from qalora_export.grid import AFFINE16, PackedAffine
 from qalora_export.models.families import Family, family_of, rope_of
 from qalora_export.models.families.family import head_dim
 
@@ -50,9 +51,11 @@ class TensorPlan:
 
 
 def plan_model(checkpoint: CanonicalCheckpoint, layout: str) -> list[TensorPlan]:
-    """Every tensor of the model in one layout: "q4_1" (each by itself), "split" (bases; offsets go elsewhere) or "f32".
+    """Every tensor of the model in one layout: "q4_1" (each by itself, in blocks of its grid), "split" (bases; offsets
+    go elsewhere) or "f32".
 
-    Raises InputError for what GGUF cannot hold exactly or does not name."""
+    Raises InputError for what GGUF cannot hold exactly or does not name.
+    """
     family = family_of(checkpoint.config)
     _check_complete(checkpoint, family)
     names = NameMap(family.gguf_arch, checkpoint.config["num_hidden_layers"])
@@ -95,8 +98,14 @@ def _matrix_type(checkpoint: CanonicalCheckpoint, module: str, layout: str) -> t
     if layout == "f32":  # no blocks: the twin for the exact path of verify-parity
         return F32
     (bits, group_size), where = checkpoint.modules[module], f"{checkpoint.path}: {module}"
-    check_group(group_size, where=where)
-    return base_type(bits) if layout == "split" else exact_type(bits, lambda: checkpoint.packed(module), where=where)
+    grid = checkpoint.grids[module]
+    if layout == "split" and grid is not AFFINE16:
+        raise no_split(grid, where=where)
+    if grid is AFFINE16:
+        check_group(group_size, where=where)
+    if layout == "split":
+        return base_type(bits)
+    return exact_type(bits, lambda: checkpoint.packed(module), where=where, grid=grid)
 
 
 def _plain(checkpoint: CanonicalCheckpoint, family: Family, names: NameMap, name: str, layout: str) -> TensorPlan:

@@ -55,6 +55,7 @@ __all__ = [
     "check_group",
     "exact_type",
     "no_exact_type",
+    "no_split",
 ]
 FP16 = 2  # bytes
 
@@ -101,6 +102,16 @@ def no_exact_type(bits: int, *, where: str) -> InputError:
         why="Q8_0 is symmetric: its offset is −128·scale",
         fix="export to ONNX, which holds them; or use layout split; or quantize this module with "
         "sym = true (and do not train it) or at 4 bits",
+    )
+
+
+def no_split(grid: NamedGrid, *, where: str) -> InputError:
+    """The refusal of layout "split" for a grid that has a block type of its own."""
+    return InputError(
+        f"layout split does not hold grid {grid.name}",
+        where=where,
+        why="its base is Q4_0, with a free float16 scale for 32 in-features",
+        fix="use layout q4_1, which writes each grid in its own blocks",
     )
 
 

@@ -20,6 +20,7 @@ from qalora_export.formats.onnx.layout import DATA, GRAPH
 from qalora_export.formats.onnx.read import MODULES_KEY, read_back
 from qalora_export.formats.onnx.split_form import WrittenForm
 from qalora_export.formats.streaming import finished
+from qalora_export.grid import AFFINE16
 from qalora_export.models.families import family_of
 from qalora_export.progress import track
 from qalora_export.recipe import OnnxSettings
@@ -129,7 +130,9 @@ def make_folder(source: CanonicalCheckpoint, settings: OnnxSettings, data: DataF
         rewriter.place(value)
     rewriter.finish()
     model.producer_name, model.producer_version = PRODUCER, __version__
-    modules = {name: list(entry) for name, entry in source.modules.items()}
+    modules: dict[str, list[int | str]] = {name: list(entry) for name, entry in source.modules.items()}
+    for name, grid in source.grids.items():
+        modules[name] += [grid.name] if grid is not AFFINE16 else []
     model.metadata_props[MODULES_KEY] = json.dumps(modules, separators=(",", ":"))
     graph = ir.serde.serialize_model(model)
     return Made(graph, host_files(package, source), rewriter.forms, rewriter.carried, rewriter.constants)

@@ -7,8 +7,8 @@ by onnx.numpy_helper, zero point and container come from the nodes, and codes ar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,14 +20,16 @@ from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.formats.onnx.layout import graph_file
 from qalora_export.formats.onnx.split_form import CONTAINER_BITS, from_blocks, offset_of
 from qalora_export.formats.onnx.validate import read_model
-from qalora_export.grid import GroupAffine, PackedAffine, pack_codes
+from qalora_export.grid import GRIDS, GroupAffine, NamedGrid, PackedAffine, SuperBlockGrid, pack_codes
 from qalora_export.safety import inside
 from qalora_export.safety.limits import parse_json
 
 if TYPE_CHECKING:
     import onnx
 
-MODULES_KEY = "qalora.modules"  # JSON: module -> [bits, group_size]; a 3-bit code in a 4-bit container shows only here
+# JSON: module -> [bits, group_size], or [bits, group_size, grid] where scale and offset are float32 products instead of
+# float16 numbers. A 3-bit code in a 4-bit container shows only here.
+MODULES_KEY = "qalora.modules"
 OFFSETS = ("remainder", "offset")  # how a file holds m: R = m + z·s, or, in earlier versions, m itself
 
 
@@ -36,7 +38,8 @@ class OnnxContents:
     """A folder in the vocabulary of the checkpoint; tensors are loaded when asked for, one at a time.
 
     It is formats.contents.Contents, and: nodes: module name -> its MatMulNBits node; initializers: every tensor by
-    name, data not loaded; metadata. An implied offset is that of a symmetric matrix, −z·s.
+    name, data not loaded; metadata; grids: of modules on a grid of super-blocks, of which a folder has scales
+    and offsets but not the levels. An implied offset is that of a symmetric matrix, −z·s.
     """
 
     folder: Path
@@ -45,6 +48,7 @@ class OnnxContents:
     modules: dict[str, tuple[int, int]]
     nodes: dict[str, onnx.NodeProto]
     initializers: dict[str, onnx.TensorProto]
+    grids: Mapping[str, NamedGrid] = field(default_factory=dict)
 
     @property
     def data_folder(self) -> Path:
@@ -184,7 +188,8 @@ class OnnxContents:
         if (said.get("bits", 4), said.get("block_size")) != (container, group_size) or shape != expected:
             raise UnsafeInputError(f"MatMulNBits says {said}, its codes are {shape}", where=where)
         blocks, scale = self.tensor(f"{module}.codes", rows), self.tensor(f"{module}.scale", rows)
-        if blocks.dtype != np.uint8 or scale.shape != blocks.shape[:2] or scale.dtype != np.float16:
+        number = np.dtype(np.float32 if module in self.grids else np.float16)
+        if blocks.dtype != np.uint8 or scale.shape != blocks.shape[:2] or scale.dtype != number:
             raise UnsafeInputError(f"codes are {blocks.dtype}, scale {scale.dtype}{scale.shape}", where=where)
         stored = self.stored_offset(module)
         if stored == f"{module}.offset":
@@ -232,12 +237,12 @@ def read_back(folder: Path) -> OnnxContents:
     """Validate a folder and describe what it holds. Errors as in validate.read_model; InputError if it is not ours."""
     model = read_model(folder)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
-    modules, nodes = _modules(metadata, folder), _products(model)
+    (modules, grids), nodes = _modules(metadata, folder), _products(model)
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
     for module in modules:
         if module not in nodes or not {f"{module}.codes", f"{module}.scale"} <= set(initializers):
             raise UnsafeInputError("metadata names a module that the graph does not hold", where=f"{folder}: {module}")
-    return OnnxContents(folder, model, metadata, modules, nodes, initializers)
+    return OnnxContents(folder, model, metadata, modules, nodes, initializers, grids)
 
 
 def integers_of(node: onnx.NodeProto) -> dict[str, int]:
@@ -253,7 +258,8 @@ def _products(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
     return {node.input[1].removesuffix(".codes"): node for node in nodes if node.input[1].endswith(".codes")}
 
 
-def _modules(metadata: dict[str, str], folder: Path) -> dict[str, tuple[int, int]]:
+def _modules(metadata: dict[str, str], folder: Path) -> tuple[dict[str, tuple[int, int]], dict[str, NamedGrid]]:
+    """module -> (bits, group_size), and the grids of modules that are on one of super-blocks."""
     if MODULES_KEY not in metadata:
         raise InputError(
             "not a folder written by qalora-export",
@@ -264,10 +270,13 @@ def _modules(metadata: dict[str, str], folder: Path) -> dict[str, tuple[int, int
     raw = parse_json(metadata[MODULES_KEY].encode(), where=f"{folder}: {MODULES_KEY}")
     if not isinstance(raw, dict) or not all(_is_entry(value) for value in raw.values()):
         raise UnsafeInputError(f"{MODULES_KEY} holds impossible bits or group sizes", where=folder)
-    return {name: (bits, group) for name, (bits, group) in raw.items()}
+    grids = {name: GRIDS[entry[2]] for name, entry in raw.items() if len(entry) > 2}
+    return {name: (entry[0], entry[1]) for name, entry in raw.items()}, grids
 
 
 def _is_entry(value: object) -> bool:
-    if not isinstance(value, list) or len(value) != 2 or not all(type(number) is int for number in value):
+    if not isinstance(value, list) or len(value) not in (2, 3) or not all(type(number) is int for number in value[:2]):
+        return False
+    if len(value) == 3 and not isinstance(GRIDS.get(value[2]) if isinstance(value[2], str) else None, SuperBlockGrid):
         return False
     return value[0] in CONTAINER_BITS and value[1] > 0

@@ -2,7 +2,7 @@
 
 Per quantized module M, with x (batch, sequence, in) and G = in/g groups:
 
-    scale32 = Cast(M.scale)                                       (out, G)
+    scale32 = Cast(M.scale), or M.scale where it is float32         (out, G)
     y       = MatMulNBits(x, M.codes, scale32[, M.zero_points])   (batch, sequence, out)
     y      += ReduceSum_g(x) · Cast(M.remainder)ᵀ                 the GroupSum is shared by every M with the same x
 
@@ -113,13 +113,13 @@ class Rewriter:
 
     def _place_quantized(self, value: ir.Value, module: str) -> None:
         bits, group_size = self.checkpoint.modules[module]
-        scale = self.checkpoint.tensor(f"{module}.scale")
-        offset = self.checkpoint.tensor(f"{module}.offset")
+        matrix = self.checkpoint.packed(module)
+        scale, offset = matrix.scale, matrix.offset
         out, groups = scale.shape
         _check_shape(value, (out, groups * group_size))
         form = choose_form(bits, scale, offset, where=module)
         self.forms[module] = WrittenForm.of(form)
-        codes = self._initializer(f"{module}.codes", to_blocks(self.checkpoint.tensor(f"{module}.codes"), bits, groups))
+        codes = self._initializer(f"{module}.codes", to_blocks(matrix.codes, bits, groups))
         weights = {"codes": codes, "scale": self._initializer(f"{module}.scale", scale)}
         if form.explicit_zero:
             weights["zero_points"] = self._initializer(f"{module}.zero_points", zero_points(form))
@@ -146,10 +146,11 @@ class Rewriter:
         if x is None:
             raise InputError("a linear layer has no input", where=module)
         out, groups, group_size = shape
-        scale32 = _cast(weights["scale"], f"{module}/scale/Cast")
+        scale32 = [_cast(weights["scale"], f"{module}/scale/Cast")] if weights["scale"].dtype != FLOAT else []
+        scale = scale32[0].outputs[0] if scale32 else weights["scale"]
         product = ir.node(
             "MatMulNBits",
-            [x, weights["codes"], scale32.outputs[0], *([weights["zero_points"]] if "zero_points" in weights else [])],
+            [x, weights["codes"], scale, *([weights["zero_points"]] if "zero_points" in weights else [])],
             {
                 "K": groups * group_size,
                 "N": out,
@@ -160,7 +161,7 @@ class Rewriter:
             domain=MICROSOFT,
             name=f"{module}/MatMulNBits",
         )
-        nodes = [scale32, product]
+        nodes = [*scale32, product]
         if "remainder" in weights:
             group_sum = self._group_sum(x, groups, group_size, before=matmul)
             nodes += self._remainder(module, weights["remainder"], group_sum, product.outputs[0])

@@ -5,6 +5,9 @@
     w = s·q + m = s·(q − z) + R : s·(q − z) is exact in float32 (11 + 8 bits), and so is R by the choice of z, so the
     one rounding is that of the sum, and the dequantized weight is the canonical one to 0 ulp.
 
+On a grid of super-blocks s and m are float32 products of 17 bits: s·(q − z) has 21, and R is checked to be a float32 as
+ever.
+
 Every group has its own integer z. The kernel rounds activations to int8 and the second branch does not, so the noise of
 a layer is that of s·(q − z): least where the two nearly cancel R, that is for z next to −m/s.
 
@@ -22,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.errors import InputError, UnsafeInputError
-from qalora_export.grid import fp16_is_finite, implied_offset, pack_codes, unpack_codes
+from qalora_export.grid import differing, fp16_is_finite, implied_offset, pack_codes, unpack_codes
 
 CONTAINER_BITS = {2: 2, 3: 4, 4: 4, 8: 8}  # code bits -> bits of one MatMulNBits element
 
@@ -62,14 +65,14 @@ class WrittenForm:
         return cls(form.container, "" if form.remainder is None else form.remainder.dtype.name, form.moved)
 
 
-def choose_form(bits: int, scale: NDArray[np.float16], offset: NDArray[np.float16], *, where: str) -> SplitForm:
-    """Pick z of every group and compute R; scale and offset are float16 (out, in/g).
+def choose_form(bits: int, scale: NDArray[Any], offset: NDArray[Any], *, where: str) -> SplitForm:
+    """Pick z of every group and compute R; scale and offset are float16, or float32 products, (out, in/g).
 
     R is a multiple of 2^−24, so it is exact in float32 whenever |R| < 1, and where the range of the codes covers
     weight 0 it is even a float16: R and m are multiples of the spacing of s, and |R| ≤ s/2. A group with a large R and
     a tiny scale gets z = 0, where R = m. Raises InputError for NaN or infinity.
     """
-    if not (fp16_is_finite(scale) and fp16_is_finite(offset)):
+    if not (_finite(scale) and _finite(offset)):
         raise InputError("a scale or offset is NaN or infinite", where=where, fix="quantize or merge again")
     zero = nearest_zero(bits, scale, offset)
     product = zero * scale.astype(np.float64)
@@ -78,12 +81,12 @@ def choose_form(bits: int, scale: NDArray[np.float16], offset: NDArray[np.float1
     zero[inexact], product[inexact] = 0, 0
     exact = np.where(product == 0, offset, exact)  # m itself: −0 stays −0
     container = CONTAINER_BITS[bits]
-    if not exact.any() and np.array_equal(implied_offset(scale, zero).view(np.uint16), offset.view(np.uint16)):
+    if not exact.any() and differing(_implied(scale, zero), offset) == 0:
         return SplitForm(bits, container, zero, None, int(inexact.sum()))
     return SplitForm(bits, container, zero, _narrow(exact.astype(np.float32)), int(inexact.sum()))
 
 
-def nearest_zero(bits: int, scale: NDArray[np.float16], offset: NDArray[np.float16]) -> NDArray[np.uint8]:
+def nearest_zero(bits: int, scale: NDArray[Any], offset: NDArray[Any]) -> NDArray[np.uint8]:
     """z (out, in/g): the code whose weight is nearest to 0 (ties to even); the middle code where the scale is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         wanted = np.rint(-offset.astype(np.float64) / scale.astype(np.float64))
@@ -93,18 +96,32 @@ def nearest_zero(bits: int, scale: NDArray[np.float16], offset: NDArray[np.float
 
 
 def offset_of(
-    scale: NDArray[np.float16], zero: NDArray[np.uint8], remainder: NDArray[Any] | None, *, where: object
-) -> NDArray[np.float16]:
-    """The inverse, m = R − z·s. Raises UnsafeInputError when a float16 does not hold it."""
+    scale: NDArray[Any], zero: NDArray[np.uint8], remainder: NDArray[Any] | None, *, where: object
+) -> NDArray[Any]:
+    """The inverse, m = R − z·s, in the dtype of the scale. Raises UnsafeInputError when that does not hold it."""
     if remainder is None:
-        return implied_offset(scale, zero)
+        return _implied(scale, zero)
     with np.errstate(over="ignore", invalid="ignore"):  # a damaged scale or remainder may be infinite; both are refused
         product = zero * scale.astype(np.float64)
         exact = np.where(product == 0, remainder, remainder.astype(np.float64) - product)  # R itself: −0 stays −0
-        offset = exact.astype(np.float16)
+        offset = exact.astype(scale.dtype)
     if not np.array_equal(offset.astype(np.float64), exact, equal_nan=True):
-        raise UnsafeInputError("a remainder does not come from a float16 offset", where=where, fix="export it again")
+        raise UnsafeInputError(
+            f"a remainder does not come from a {scale.dtype} offset", where=where, fix="export it again"
+        )
     return offset
+
+
+def _implied(scale: NDArray[Any], zero: NDArray[np.uint8]) -> NDArray[Any]:
+    """−z·s in the dtype of the scale."""
+    if scale.dtype == np.float16:
+        return implied_offset(scale, zero)
+    product: NDArray[np.float32] = -zero.astype(np.float32) * scale
+    return product
+
+
+def _finite(values: NDArray[Any]) -> bool:
+    return fp16_is_finite(values) if values.dtype == np.float16 else bool(np.isfinite(values).all())
 
 
 def _narrow(remainder: NDArray[np.float32]) -> NDArray[np.float16] | NDArray[np.float32]:

@@ -140,7 +140,7 @@ def _skeleton(forecast: Forecast, settings: TrainSettings) -> tuple[Any, list[st
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     with torch.device("meta"):
         for name, (bits, group) in forecast.modules.items():
-            replace_linear(model, name, bits=bits, group_size=group)
+            replace_linear(model, name, bits=bits, group_size=group, grid=forecast.grid(name).name)
     return model, attach(model, settings)
 
 

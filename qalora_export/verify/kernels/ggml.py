@@ -20,7 +20,7 @@ from qalora_export.formats.gguf.file import GgufFile, StoredTensor
 from qalora_export.formats.gguf.names import NameMap
 from qalora_export.formats.gguf.permute import hf_order
 from qalora_export.formats.gguf.types import BLOCK_TYPES, QK
-from qalora_export.grid import unpack_codes
+from qalora_export.grid import AFFINE16, unpack_codes
 from qalora_export.models.families import family_of
 from qalora_export.verify.kernels.arithmetic import (
     BF16,
@@ -103,12 +103,17 @@ def _branch(weight: str, adapter: GgufFile, base: Product) -> list[Product]:
 
 
 def _rows(tensor: StoredTensor, rows: slice) -> Weight:
-    """d·q without the min of the block where it has one; else what gguf.quants dequantizes."""
+    """d·q without the min of the block or group where it has one; else what gguf.quants dequantizes."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
     stored = np.ascontiguousarray(tensor.rows[rows])
     kind = BLOCK_TYPES.get(tensor.kind)
+    if kind is not None and kind.grid is not AFFINE16:
+        bits, group = kind.native()
+        matrix = kind.unpack(stored, bits=bits, group_size=group).unpack()
+        scale, mins = matrix.scale.astype(np.float64), matrix.offset.astype(np.float64)
+        return Weight(matrix.codes.astype(np.float64) * np.repeat(scale, group, axis=1), mins)
     if kind is None or "m" not in (kind.layout.names or ()):
         return Weight(dequantize(stored, GGMLQuantizationType(tensor.info.type)).astype(np.float64))
     blocks = stored.view(kind.layout)

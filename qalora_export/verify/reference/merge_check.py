@@ -2,6 +2,8 @@
 
     offset_eff = fp16( m + scaling · B A )          codes, scale and everything else as in the base
 
+On a grid of super-blocks: step = fp16(step · largest now / largest of the base), levels next to it.
+
 A checkpoint merged with another convention (sum for mean), alpha or rank is a consistent file with right hashes that
 exports and runs without a flaw; only base and adapter can tell that it is not the trained model. Both are found
 through the manifest, beside the checkpoint.
@@ -15,16 +17,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from qalora_export.checkpoint.canonical import PARTS, CanonicalCheckpoint
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint, parts_of
 from qalora_export.checkpoint.manifest import MANIFEST, read_manifest
 from qalora_export.checkpoint.provenance import parent_folder
 from qalora_export.errors import QaloraError
-from qalora_export.grid import differing
+from qalora_export.grid import Levels, differing
 from qalora_export.qalora.adapter_files import Adapter, ModuleAdapter, ModuleShape, read_adapter
 
 # float64 sums of the product may be ordered otherwise, and torch rounds to float16 through float32: the exact value
 # may lie this far, relative to the terms that were added, on the other side of a rounding boundary.
 FLOAT32_STEP = 2.0**-23
+MOVED = ("offset", "offset_step")  # parts of a matrix that merging writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +80,14 @@ def merge_check(
 def _differences(before: CanonicalCheckpoint, merged: CanonicalCheckpoint, adapter: Adapter | None) -> dict[str, int]:
     """adapter: None where it is not here, so that nothing can be said of offsets."""
     wrong: dict[str, int] = {}
-    for module, _ in sorted(set(before.modules.items()) ^ set(merged.modules.items())):
+    one, other = ({(m, *c.modules[m], c.grids[m].name) for m in c.modules} for c in (before, merged))
+    for module, *_ in sorted(one ^ other):
         wrong[f"{module} (quantized otherwise in base and merged checkpoint)"] = 1
     for module in before.modules:
-        if merged.modules.get(module) == before.modules[module]:
+        if (module, *before.modules[module], before.grids[module].name) in other:
             own = None if adapter is None else adapter.modules.get(module)
-            parts = PARTS if adapter is not None and own is None else PARTS[:2]
+            moved = () if adapter is not None and own is None else MOVED
+            parts = tuple(part for part in parts_of(before.grids[module]) if part not in moved)
             wrong |= _module_differences(before, merged, module, own, parts)
     for name in {*before.plain_names(), *merged.plain_names()}:
         if name not in before or name not in merged or differing(before.tensor(name), merged.tensor(name)):
@@ -105,12 +110,47 @@ def _module_differences(
             wrong[f"{module}.{part} (other than in the base)"] = count
     if adapter is not None:
         a, b = adapter.a.numpy(), adapter.b.numpy()
-        count = wrong_offsets(
-            before.tensor(f"{module}.offset"), merged.tensor(f"{module}.offset"), a, b, adapter.scaling
-        )
+        one, other = before.packed(module), merged.packed(module)
+        if one.levels is None or other.levels is None:
+            count = wrong_offsets(one.offset, other.offset, a, b, adapter.scaling)
+        else:
+            count = wrong_levels(one.levels, other.levels, a, b, adapter.scaling)
         if count:
             wrong[f"{module}.offset (not base + adapter)"] = count
     return wrong
+
+
+def wrong_levels(base: Levels, merged: Levels, a: NDArray[np.float32], b: NDArray[np.float32], scaling: float) -> int:
+    """Steps and levels of offsets that are not those of base + scaling · b a; a (r, in/pool), b (out, r)."""
+    grid, steps = base.grid, base.offset_step.astype(np.float64)
+    blocks = (*steps.shape, grid.groups)
+    before = base.offset.reshape(blocks) * steps[..., None]
+    delta, terms = _moved(a, b, scaling, base.offset.shape[1])
+    wanted, slack = before - delta.reshape(blocks), FLOAT32_STEP * (before + terms.reshape(blocks))
+    largest, most = before.max(axis=-1), slack.max(axis=-1)
+    first = np.where(largest > 0, steps / np.where(largest > 0, largest, 1), 1 / grid.top)  # per largest offset
+
+    def step_of(shift: NDArray[np.float64]) -> NDArray[np.float64]:
+        with np.errstate(over="ignore"):
+            step: NDArray[np.float16] = ((wanted.max(axis=-1) + shift).clip(0) * first).astype(np.float16)
+        return step.astype(np.float64)
+
+    step = merged.offset_step.astype(np.float64)
+    wrong = int(np.count_nonzero(~((step_of(-most) <= step) & (step <= step_of(most)))))
+    wide = np.where(step > 0, step, np.inf)[..., None]
+    low, high = (np.rint((wanted + side * slack) / wide).clip(0, grid.top) for side in (-1, 1))
+    level = merged.offset.reshape(blocks)
+    return wrong + int(np.count_nonzero(~((low <= level) & (level <= high))))
+
+
+def _moved(
+    a: NDArray[np.float32], b: NDArray[np.float32], scaling: float, groups: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(scaling · b a, the sum of the sizes of its terms), each float64 (out, groups)."""
+    repeat = groups // a.shape[1]
+    product = scaling * (b.astype(np.float64) @ a.astype(np.float64))
+    terms = abs(scaling) * (np.abs(b).astype(np.float64) @ np.abs(a).astype(np.float64))
+    return np.repeat(product, repeat, axis=1), np.repeat(terms, repeat, axis=1)
 
 
 def wrong_offsets(
@@ -121,11 +161,9 @@ def wrong_offsets(
     scaling: float,
 ) -> int:
     """Offsets, (out, in/g), that are not float16(base + scaling · b a); a (r, in/pool), b (out, r)."""
-    repeat = base.shape[1] // a.shape[1]
-    product = scaling * (b.astype(np.float64) @ a.astype(np.float64))
-    terms = abs(scaling) * (np.abs(b).astype(np.float64) @ np.abs(a).astype(np.float64))
-    exact = base.astype(np.float64) + np.repeat(product, repeat, axis=1)
-    slack = FLOAT32_STEP * (np.abs(base).astype(np.float64) + np.repeat(terms, repeat, axis=1))
+    product, terms = _moved(a, b, scaling, base.shape[1])
+    exact = base.astype(np.float64) + product
+    slack = FLOAT32_STEP * (np.abs(base).astype(np.float64) + terms)
     with np.errstate(over="ignore"):
         low, high = (exact - slack).astype(np.float16), (exact + slack).astype(np.float16)
     return int(np.count_nonzero(~((low <= merged) & (merged <= high))))

@@ -1,0 +1,51 @@
+"""Scales and offsets of a layer on a grid of super-blocks, and the offsets that training moves (DESIGN.md, "Grids").
+
+    offset_eff = −step · level,  both next to  m + α/r · B A        straight-through in training
+
+The step of a super-block moves with its largest offset, so no level is ever cut off and every level keeps its share:
+step = float16(step of the base · largest now / largest of the base). Without an update that is the base, bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qalora_export.grid import GRIDS, SuperBlockGrid
+from qalora_export.grid.projection import half
+
+
+def super_block_grid(name: str) -> SuperBlockGrid:
+    """The grid of that name, known to be one of super-blocks."""
+    grid = GRIDS[name]
+    assert isinstance(grid, SuperBlockGrid)
+    return grid
+
+
+def products(levels: Tensor, step: Tensor) -> Tensor:
+    """step · level, float32 (out, in/g), exact; levels uint8 (out, in/g), step float16 (out, in/256)."""
+    blocks = levels.unflatten(-1, (step.shape[-1], -1)).to(torch.float32)
+    wide: Tensor = blocks * step.to(torch.float32).unsqueeze(-1)
+    return wide.flatten(-2)
+
+
+def effective_levels(
+    levels: Tensor, step: Tensor, a: Tensor, b: Tensor, scaling: float, grid: SuperBlockGrid
+) -> tuple[Tensor, Tensor]:
+    """(levels uint8 (out, in/g), step float16 (out, in/256)) of base offsets −step · level moved by scaling · B A.
+
+    In float64, as qalora.layer.effective_offset: exact products, sums whose order moves nothing that the grid can see.
+    The step is infinite where float16 cannot hold it.
+    """
+    delta = scaling * (b.double() @ a.double())  # (out, in/pool)
+    if (repeat := levels.shape[1] // a.shape[1]) > 1:
+        delta = delta.repeat_interleave(repeat, dim=1)
+    before = levels.unflatten(1, (-1, grid.groups)).double() * step.double().unsqueeze(-1)  # (out, in/256, groups)
+    wanted = before - delta.unflatten(1, (-1, grid.groups))
+    largest, largest_before = wanted.amax(-1).clamp_min(0), before.amax(-1)
+    free = largest_before <= 0  # a super-block without offsets has no step to go by
+    share = largest / torch.where(free, 1, largest_before)
+    moved = half(torch.where(free, largest / grid.top, step.double() * share))
+    wide = moved.unsqueeze(-1)
+    nearest = (wanted / torch.where(wide > 0, wide, torch.inf)).round().clamp(0, grid.top)
+    return nearest.flatten(1).to(torch.uint8), moved.to(torch.float16)
