@@ -1,4 +1,4 @@
-"""Speed of llama.cpp on one model in six files: our exact layouts and the lossy types users know.
+"""Speed of llama.cpp on one model in seven files: our exact layouts and the lossy types users know.
 
     python -m tests.benchmarks.llama_layouts --work /tmp/llama-bench
 
@@ -35,6 +35,7 @@ RANK = 16
 AIM = 0.9  # of Q4_K_M
 OURS = {
     "q4_1": "one file, exact",
+    "q4_k": "one file on grid q4_k, exact",
     "split": "Q4_0 base + exact offset adapter",
     "split, rank 16": "symmetric Q4_0 base + trained adapter of rank 16",
     "split, F16 lm_head": "as split, lm_head left in float16 (the default of quantize)",
@@ -86,8 +87,10 @@ def _files(work: Path, config: dict[str, Any], group: int) -> dict[str, tuple[Pa
     model = write_random_checkpoint(work / "model", config, group=group, head_bits=8)
     symmetric = write_random_checkpoint(work / "symmetric", config, group=group, head_bits=8, sym=True)
     plain = write_random_checkpoint(work / "plain", config, group=group)
+    levels = write_random_checkpoint(work / "levels", config, head_bits=8, grid="q4_k")
     split = GgufSettings(layout="split")
     export_gguf(model, work / "q4_1.gguf", GgufSettings())
+    export_gguf(levels, work / "q4_k.gguf", GgufSettings())
     export_gguf(model, work / "split.gguf", split)
     export_gguf(symmetric, work / "base.gguf", split)
     export_gguf(plain, work / "plain.gguf", split)
@@ -98,6 +101,7 @@ def _files(work: Path, config: dict[str, Any], group: int) -> dict[str, tuple[Pa
     }
     return {
         "q4_1": (work / "q4_1.gguf", None),
+        "q4_k": (work / "q4_k.gguf", None),
         "split": (work / "split.gguf", adapter_path(work / "split.gguf")),
         "split, rank 16": (work / "base.gguf", adapter),
         "split, F16 lm_head": (work / "plain.gguf", adapter_path(work / "plain.gguf")),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from qalora_export.checkpoint.canonical import CanonicalWriter
-from qalora_export.grid import GroupAffine
+from qalora_export.grid import AFFINE16, GRIDS, GroupAffine, Levels, SuperBlockGrid, project
 from tests.models import TEXT
 
 PACKAGES = (
@@ -117,12 +117,13 @@ def write_random_checkpoint(
     group: int = 32,
     sym: bool = False,
     head_bits: int | None = None,
+    grid: str = AFFINE16.name,
     seed: int = 0,
 ) -> Path:
     """A canonical checkpoint with random weights, streamed; 4-bit linears, lm_head of `head_bits` or float16.
 
-    sym: offset = −8·s. Otherwise the offset is 0.8 … 1.2 times that, so nothing is symmetric by chance. Tokenizer: a
-    tiny real one; the rows of the vocabulary beyond it are padding.
+    grid: of the linears; lm_head is affine16 always. sym: offset = −8·s. Otherwise the offset is 0.8 … 1.2 times that,
+    so nothing is symmetric by chance. Tokenizer: a tiny real one; the rows of the vocabulary beyond it are padding.
     """
     from samples.base.make_base import train_tokenizer
 
@@ -136,7 +137,8 @@ def write_random_checkpoint(
     with CanonicalWriter(path, config, companions, kind="base", force=True) as out:
         out.add("model.embed_tokens.weight", _plain(rng, vocab, hidden))
         for module, rows, columns in linears(config):
-            out.add_quantized(module, random_matrix(rng, rows, columns, group, sym=sym))
+            matrix = random_matrix(rng, rows, columns, group, sym=sym)
+            out.add_quantized(module, matrix if grid == AFFINE16.name else on_super_blocks(matrix, grid))
         for name in norms(config):
             out.add(name, np.ones(hidden, np.float16))
         if head_bits is None:
@@ -144,6 +146,16 @@ def write_random_checkpoint(
         else:
             out.add_quantized("lm_head", random_matrix(rng, vocab, hidden, group, bits=head_bits, sym=True))
     return path
+
+
+def on_super_blocks(matrix: GroupAffine, grid: str) -> GroupAffine:
+    """The same codes, with scales and offsets next to the matrix's own on a grid of super-blocks."""
+    kind = GRIDS[grid]
+    assert isinstance(kind, SuperBlockGrid)
+    (scale, scale_step), (offset, offset_step) = (
+        project(part.astype(np.float64), kind) for part in (matrix.scale, -matrix.offset)
+    )
+    return GroupAffine.on_levels(matrix.codes, Levels(kind, scale, offset, scale_step, offset_step))
 
 
 def linears(config: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
