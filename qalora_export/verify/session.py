@@ -25,6 +25,7 @@ from qalora_export.verify.identity import Identities
 from qalora_export.verify.metrics import EXACT, PositionMetrics, following_ids, position_metrics
 from qalora_export.verify.probes.probe_set import ProbeSet
 from qalora_export.verify.reference.ancestry import Ancestry
+from qalora_export.verify.reference.costliest import Costliest, costliest
 from qalora_export.verify.reference.lineage import Member
 from qalora_export.verify.reference.local_proof import Mode
 from qalora_export.verify.reference.local_run import MODES, LocalProofs, LocalRun
@@ -69,6 +70,7 @@ class Session:
     kept: list[str] = field(default_factory=list)
     links: list[Link] = field(default_factory=list)
     files: Identities = field(default_factory=dict)
+    _costliest: Costliest | None = None
     _noise: dict[int, NDArray[np.float64]] = field(default_factory=dict)
     _accounts: dict[Path, Account | InputError] = field(default_factory=dict)
 
@@ -82,6 +84,13 @@ class Session:
             except InputError as error:
                 self._accounts[artifact] = error
         return self._accounts[artifact]
+
+    def costliest(self, kl: NDArray[np.float64]) -> Costliest:
+        """reference.costliest, tried once: on the dearest sequence of the first runtime that asks."""
+        if self._costliest is None:
+            path, threads = self.checkpoint.path, self.settings.threads
+            self._costliest = costliest(path, self.probes, kl, threads=threads)
+        return self._costliest
 
     def noise(self, positions: NDArray[np.bool_]) -> NDArray[np.float64]:
         """reference.logits.rounding_noise (positions,) in the sequences that hold one of `positions`, 0 in others."""

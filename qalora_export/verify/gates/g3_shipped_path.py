@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from qalora_export.errors import RuntimeUnavailableError
+from qalora_export.progress import status
 from qalora_export.verify.gates.g2_exact_path import NO_BAD
 from qalora_export.verify.gates.positions import described, figures_of, worst_places
 from qalora_export.verify.gates.registry import measures
@@ -23,7 +24,6 @@ from qalora_export.verify.rule import Check, Entry, Gate, Limit
 from qalora_export.verify.session import Target
 
 SHOWN = 12
-COSTLIEST = 3
 PROOF = (
     Limit(
         "product_error",
@@ -79,7 +79,9 @@ def shipped_path(target: Target) -> Entry:
         figures=figures | proven | {"layers": layers_json(local.proof)},
         where=[*findings(local.proof), *worst_places(target.session.probes, measured)],
     )
-    return entry if within(entry.checks, COST) else replace(entry, where=(*remedies(local.proof), *entry.where))
+    if within(entry.checks, COST):
+        return entry
+    return replace(entry, where=(*remedies(target, measured), *entry.where))
 
 
 def cost_figures(measured: PositionMetrics) -> dict[str, Any]:
@@ -133,14 +135,14 @@ def findings(proof: LocalProof) -> list[str]:
     return wrong[:SHOWN]
 
 
-def remedies(proof: LocalProof) -> list[str]:
-    """What to do about a cost beyond the limits; the layers where rounding the input changes the output most."""
-    rounded = {layer.module: max(d.rounding for d in layer.deviations) for layer in proof.layers}
-    worst = sorted(rounded.items(), key=lambda item: -item[1])[:COSTLIEST]
-    named = ", ".join(f"{module} ({100 * share:.1f} %)" for module, share in worst)
+def remedies(target: Target, measured: PositionMetrics) -> list[str]:
+    """What to do about a cost beyond the limits, and the modules that it comes from, by trying."""
+    with status(f"{target.name}: which layers cost most"):
+        found = target.session.costliest(measured.kl)
+    rules = " ".join(f"--rule '{module}=skip'" for module, _ in found.modules)
     return [
-        f"int8 activations cost most in {named}: keep these in 16 bits (quantize --rule '{worst[0][0]}=skip'), export "
-        "with --accuracy-level 1 (ONNX) or layout split (GGUF), or allow it (--max-kl, --min-top1)"
+        f"{found.describe()}: keep these in 16 bits (quantize {rules}), export with --accuracy-level 1 (ONNX) or "
+        "--layout split (GGUF), or allow it (--max-kl, --min-top1)"
     ]
 
 

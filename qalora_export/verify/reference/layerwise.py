@@ -135,9 +135,7 @@ class LayerwiseModel:
         self._skeleton = Skeleton(self._checkpoint, torch.device("cpu"), attention="eager")
         self._skeleton.check_complete()
         if rounding is not None:
-            for name in self._rounded():
-                module = self._skeleton.model.get_submodule(name)
-                module.register_forward_pre_hook(lambda _, x: (rounding(x[0]),))
+            self.change_inputs(lambda _, x: rounding(x))
         if played is not None:
             for name, linear in self._skeleton.linears().items():
                 setattr(linear, "forward", functools.partial(_answered, played, name, linear))  # noqa: B010
@@ -149,6 +147,17 @@ class LayerwiseModel:
                 layer.register_forward_hook(
                     lambda _, _x, y: (noise(y[0]), *y[1:]) if isinstance(y, tuple) else noise(y)
                 )
+
+    @property
+    def rounded(self) -> list[str]:
+        """The layers whose input `rounding` is applied to, by module name."""
+        return list(self._rounded())
+
+    def change_inputs(self, change: Callable[[str, Tensor], Tensor]) -> None:
+        """Apply change(module, x) to the input of each of `rounded`, one sequence after the other as they are run."""
+        for name in self._rounded():
+            module = self._skeleton.model.get_submodule(name)
+            module.register_forward_pre_hook(lambda _, x, name=name: (change(name, x[0]),))
 
     @property
     def frequencies(self) -> NDArray[np.float32]:
