@@ -99,7 +99,9 @@ def _run(arguments: list[str] | None, ending: Ending) -> int:
     except SystemExit as end:
         if isinstance(end.__context__, BrokenPipeError):  # the console of typer's help ends with 1 on it
             leave_closed_pipe()
-        raise
+        if end.code is None or (isinstance(end.code, int) and end.code != int(ExitCode.PARITY_FAILED)):
+            raise
+        return _defect()  # a library that gave up; 1, and any text, would say that parity failed
     except BaseException as error:  # a panic of a native library is no Exception
         if ending.by is not None:  # a signal, or what a library made of it
             raise

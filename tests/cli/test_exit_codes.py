@@ -168,3 +168,11 @@ def test_usage_errors_name_the_help_of_their_verb(capsys: pytest.CaptureFixture[
     assert run("merge", "a", "b") == 2
     said = capsys.readouterr().err
     assert "error: Missing option '--out'" in said and "next: qalora-export merge --help" in said
+
+
+@pytest.mark.parametrize("code", [1, "a library gave up"])
+def test_a_library_that_exits_by_itself_never_says_that_parity_failed(
+    code: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch, SystemExit(code))
+    assert run("inspect", "x") == INTERNAL_ERROR

@@ -129,6 +129,20 @@ def test_wrong_logits_fail_their_gate(
     assert (tmp_path / "report" / "report.json").is_file()
 
 
+def test_a_product_that_the_runtime_does_not_show_is_not_run_and_no_failure(exported: Exported, tmp_path: Path) -> None:
+    def hide(values: dict[str, np.ndarray]) -> None:
+        values.pop("blk.0.attn_v.weight output", None)
+
+    taps = FakeRuntimes(exported.checkpoint, taps_changes={"llama.cpp": hide}).taps
+    settings = SETTINGS.model_copy(update={"runtimes": ("llama.cpp",)})
+    fake = FakeRuntimes(exported.checkpoint)
+    out = tmp_path / "report"
+    report = verify_parity(exported.checkpoint, out, settings, gguf=exported.gguf, launch=fake, taps=taps)
+    assert report.exit_code == ExitCode.RUNTIME_UNAVAILABLE
+    assert {gate for gate, status in statuses(report).items() if status != "pass"} == {"G3", "G4"}
+    assert "does not show 1 of its products, blk.0.attn_v.weight" in report.entries[3].detail
+
+
 def test_the_worst_positions_are_named(exported: Exported, tmp_path: Path) -> None:
     fake = FakeRuntimes(exported.checkpoint, changes={("llama.cpp", "exact", "prefill"): one_nan})
     report = verify(exported, tmp_path / "report", fake)

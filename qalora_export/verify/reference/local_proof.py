@@ -78,17 +78,18 @@ class LayerFinding:
 class LocalProof:
     """layers: in the order of the data flow, prefill before decode. logits: largest NMSE of the answer by mode.
 
-    untapped: products that the runtime did not show.
+    untapped: products that the runtime did not show, by mode; nothing is known of a mode that has any.
     """
 
     layers: tuple[LayerFinding, ...]
     logits: Mapping[Mode, float]
-    untapped: tuple[str, ...]
+    untapped: Mapping[Mode, tuple[str, ...]]
 
     def of(self, mode: Mode) -> LocalProof:
         """What concerns one mode."""
         layers = tuple(layer for layer in self.layers if layer.mode == mode)
-        return LocalProof(layers, {m: value for m, value in self.logits.items() if m == mode}, self.untapped)
+        logits = {m: value for m, value in self.logits.items() if m == mode}
+        return LocalProof(layers, logits, {m: names for m, names in self.untapped.items() if m == mode})
 
 
 def chosen(lengths: NDArray[np.int32]) -> tuple[int, ...]:
@@ -133,12 +134,12 @@ def prove(
     half_activation: it computes the activation function in float16.
     """
     half = tuple(leaf for leaf, wanted in ((ATTENTION, half_cache), (ACTIVATION, half_activation)) if wanted)
-    layers, logits, untapped = list[LayerFinding](), dict[Mode, float](), list[str]()
+    layers, logits, untapped = list[LayerFinding](), dict[Mode, float](), dict[Mode, tuple[str, ...]]()
     for mode, asked in sequences.items():
         values = taps(mode, asked)
         missing = [p.weight for p in _products(graph) if p.x not in values or p.y not in values]
         if missing or graph.logits not in values:
-            untapped += missing or [graph.logits]
+            untapped[mode] = tuple(missing or [graph.logits])
             continue
         playback = _Playback(graph, values, mode, asked, half)
         with fixed_threads(threads), torch.inference_mode():
@@ -147,7 +148,7 @@ def prove(
             (answer,) = model.run(twice, decode=mode == "decode", prefill=mode == "prefill")
         layers += playback.findings
         logits[mode] = float(position_nmse(_log_softmax(_rows(values[graph.logits])), answer[: playback.total]).max())
-    return LocalProof(tuple(layers), logits, tuple(untapped))
+    return LocalProof(tuple(layers), logits, untapped)
 
 
 def _products(graph: TappedGraph) -> Iterator[Product]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,9 +86,13 @@ class LocalProofs:
         known = self.watch(runtime, shipped)
         if isinstance(known, RuntimeUnavailableError):
             raise known
-        watched = known.answers.get(mode)
-        unwatched = math.inf if watched is None else float(position_nmse(answers, watched).max())
-        return LocalRun(known.proof.of(mode), unwatched)
+        proof = known.proof.of(mode)
+        if hidden := proof.untapped.get(mode):  # not measured, which is another thing than wrong
+            raise RuntimeUnavailableError(
+                f"{runtime.taps_of} does not show {len(hidden)} of its products, {hidden[0]} for one",
+                where=shipped.path,
+            )
+        return LocalRun(proof, float(position_nmse(answers, known.answers[mode]).max()))
 
     def rows(self, mode: Mode) -> NDArray[np.intp]:
         """Which positions of the probe set are looked at: whole sequences, or their first tokens."""

@@ -148,7 +148,7 @@ def test_a_product_that_is_not_shown_is_told(run: Callable[..., LocalProof]) -> 
     def change(_mode: Mode, values: dict[str, np.ndarray]) -> None:
         values.pop("blk.0.attn_v.weight output", None)
 
-    assert "blk.0.attn_v.weight" in run("llama.cpp", change).untapped
+    assert "blk.0.attn_v.weight" in run("llama.cpp", change).untapped["prefill"]
 
 
 def test_passes_hold_each_name_once_and_bound_memory(exported: Exported) -> None:
