@@ -30,8 +30,8 @@ FLOOR = -80.0
 TIE_MARGIN = 1e-3
 # NMSE up to which float32 kernels of different libraries may differ at an ordinary position.
 EXACT = 1e-9
-# Noise of float32 rounding (reference.logits.rounding_noise) above which a position counts as ill-conditioned. The
-# exact paths of SmolLM2-135M and of random models of 4 to 30 layers are twice that noise in the median, at most 53 times
+# Noise of float32 rounding (reference.logits.rounding_noise) above which a position counts as ill-conditioned. Exact
+# paths of SmolLM2-135M and of random models of 4 to 30 layers are twice that noise in the median, 53 times at most
 # (tests/benchmarks/rounding.py).
 ORDINARY = EXACT / 125
 # One float64 row block at a time keeps the working set near 64 MiB for any vocabulary.

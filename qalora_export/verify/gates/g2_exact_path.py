@@ -13,8 +13,8 @@ NMSE = Limit(
     EXACT,
     "largest NMSE",
     "float32 kernels of different libraries, measured (tests/benchmarks/rounding.py): at most 5.7e-11 through 4 random "
-    "layers, 5.4e-11 through 14, 1.0e-10 through 30 (2.7e-10, 1.7e-9, 4.8e-9 before scaling) and 4.2e-10 through the 30 "
-    "of SmolLM2-135M (1.8e-7); one wrong code of a matrix shows 5.9e-8 and more there, and 4.7e-9 in SmolLM2",
+    "layers, 5.4e-11 through 14, 1.0e-10 through 30 (2.7e-10, 1.7e-9, 4.8e-9 before scaling) and 4.2e-10 through "
+    "SmolLM2-135M's 30 (1.8e-7); one wrong code of a matrix shows 5.9e-8 and more there, and 4.7e-9 in SmolLM2",
     raw="nmse_max",
     rule=RULE,
 )
