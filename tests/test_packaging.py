@@ -34,7 +34,7 @@ ALLOWED = {
     "qalora": {*BYTES, "data", "formats", "models"},
     "inspection": {*BYTES, "formats"},
     "evaluation": {*BYTES, "data", "models"},
-    "verify": {*BYTES, "data", "evaluation", "formats", "installed", "models", "qalora"},
+    "verify": {*BYTES, "data", "evaluation", "formats", "installed", "models", "qalora", "quantization"},
     "model_card": {*BYTES, "evaluation", "verify"},
     "installed": {"safety"},
     "stage_keys": {"errors", "checkpoint", "installed", "safety"},

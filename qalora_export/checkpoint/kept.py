@@ -18,11 +18,12 @@ TAKEN = {CONFIG, *COMPANIONS}
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
-def changed_on_the_way(parent: Path, child: Path) -> list[str]:
+def changed_on_the_way(parent: Path, child: Path, *, called: str | None = None) -> list[str]:
     """One line for everything in a child's files, but its weights, that is not its parent's.
 
     JSON key by key, with the parent's value and the child's. `quantization_config` is left out: what it says belongs to
-    the weights. A parent may hold files that no stage takes along. Raises InputError for files that cannot be read.
+    the weights. A parent may hold files that no stage takes along. called: the
+    parent's name. Raises InputError for files that cannot be read.
     """
     here, there = set(_files(child)), {name for name in _files(parent) if name in TAKEN}
     found = list[str]()
@@ -30,7 +31,7 @@ def changed_on_the_way(parent: Path, child: Path) -> list[str]:
         if name not in here:
             found.append(f"{name}: not in {child.name}")
         elif name not in there:
-            found.append(f"{name}: not in {parent.name}")
+            found.append(f"{name}: not in {called or parent.name}")
         elif (content := inside(child, name).read_bytes()) != inside(parent, name).read_bytes():
             lines = list(_differences(parent, child, name)) if name.endswith(".json") else []
             same = name.endswith(".json") and not lines  # written anew, and says what it said

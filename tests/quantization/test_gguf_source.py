@@ -21,6 +21,8 @@ from qalora_export.models.loading import load_model, load_tokenizer
 from qalora_export.quantization.stage import quantize
 from qalora_export.recipe import GgufSettings, QuantizeRule, QuantizeSettings
 from qalora_export.safety import sha256_file
+from qalora_export.verify.reference.ancestry import Ancestry, ancestry
+from qalora_export.verify.reference.merge_check import MergeCheck
 from tests.conftest import MadeOnce
 from tests.models import make_tiny_canonical, make_tiny_model
 from tests.quantization.gguf_files import K_QUANTS, rewritten, values_in_file
@@ -118,6 +120,7 @@ def test_the_manifest_names_the_file_and_its_sha256(file: Path, tmp_path: Path) 
     assert manifest["parents"] == [{"role": "source", "name": "m.gguf", "sha256": sha256_file(local)}]
     assert manifest["settings"] == {"method": "import-gguf"}
     assert [link.state for link in checkpoint_links(tmp_path / "b.qalora")] == ["verified"]
+    assert ancestry(tmp_path / "b.qalora", MergeCheck()) == Ancestry(compared=("b.qalora of m.gguf",))
     local.write_bytes(file.read_bytes() + b"\0")
     assert [link.state for link in checkpoint_links(tmp_path / "b.qalora")] == ["broken"]
     assert not list(tmp_path.glob(".*"))  # no scratch is left

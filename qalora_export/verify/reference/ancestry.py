@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from qalora_export.checkpoint.kept import CONFIG, changed_on_the_way
-from qalora_export.checkpoint.manifest import has_manifest
-from qalora_export.checkpoint.model_folder import ModelFolder
+from qalora_export.checkpoint.manifest import has_manifest, read_manifest
 from qalora_export.checkpoint.provenance import kind_of, parent_folder
-from qalora_export.models.multimodal import TextPart, wrapped_family
+from qalora_export.models.sources import Located
+from qalora_export.quantization.source import open_folder
 from qalora_export.safety import HashFile, inside, read_json, sha256_file
 from qalora_export.verify.reference.merge_check import MergeCheck
+from qalora_export.version import __version__
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,37 +72,32 @@ def ancestry(
         source = original or (parent_folder(parent, "source", hash_of=hash_of) if has_manifest(parent) else None)
         if source is None:
             said += (f"the model that {parent.name} was made from is not here (--original gives it)",)
-        elif source.is_file():
-            said += (f"{parent.name} was made from {source.name}, which has no files like config.json to compare",)
         else:
             pairs.insert(0, (source, parent))
     changed = []
     for source, child in pairs:
-        with _as_taken(source) as taken:
-            lines = changed_on_the_way(taken, child)
-            if taken != source and _completed_by(taken) != _completed_by(child):
-                lines = [line for line in lines if not line.startswith(f"{CONFIG}: ")]
-                said += (f"{CONFIG} of {child.name}, whose defaults are those of Transformers {_completed_by(child)}",)
+        with nullcontext(source) if source == parent else _as_taken(source) as taken:
+            lines = changed_on_the_way(taken, child, called=source.name)
+        if lines and taken != source and _versions(child) != _versions(taken):
+            said += (f"what {child.name} took from {source.name}, which other versions made: {_versions(child)}",)
+        else:
             changed += [f"{child.name} {line}" for line in lines]
     return Ancestry(tuple(changed), tuple(f"{child.name} of {source.name}" for source, child in pairs), unchecked, said)
 
 
-def _completed_by(folder: Path) -> str:
-    """The version of Transformers whose defaults stand in a config.json that a stage made."""
-    config = read_json(inside(folder, CONFIG))
-    return str(config.get("transformers_version")) if isinstance(config, dict) else ""
-
-
 @contextmanager
 def _as_taken(source: Path) -> Iterator[Path]:
-    """The folder that a stage reads: the language model of a multimodal checkpoint, every other as it lies there."""
-    whole = ModelFolder(source)
-    family = wrapped_family(whole)
-    if family is None:
-        yield source
-        return
-    with tempfile.TemporaryDirectory(prefix="qalora-text-") as scratch:
-        folder = Path(scratch) / source.name
-        folder.mkdir()
-        TextPart(whole, family, folder)
-        yield folder
+    """The files that quantizing reads: those of a folder, or those made of a GGUF file or a multimodal model."""
+    with (
+        tempfile.TemporaryDirectory(prefix="qalora-parent-") as scratch,
+        open_folder(Located(source), nullcontext(Path(scratch)), dequantize=True) as folder,
+    ):
+        yield folder.path
+
+
+def _versions(folder: Path) -> str:
+    """Whose defaults stand in files that a stage made: qalora-export's, and Transformers' where it completed them."""
+    config = read_json(inside(folder, CONFIG))
+    completed = config.get("transformers_version") if isinstance(config, dict) else None
+    ours = read_manifest(folder).get("created_by") if has_manifest(folder) else f"qalora-export {__version__}"
+    return f"{ours}, Transformers {completed}" if completed else str(ours)
