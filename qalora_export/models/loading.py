@@ -12,7 +12,7 @@ import torch
 
 from qalora_export.errors import InputError, refused_by
 from qalora_export.models.templates import BoundedTemplate
-from qalora_export.models.tokenizers import FILE, Bounds, bind, bounds_of
+from qalora_export.models.tokenizers import FILE, Bounds, bind, bounds_of, require_declared_ids
 from qalora_export.safety import StrPath
 from qalora_export.safety.limits import byte_order_mark
 
@@ -91,6 +91,8 @@ def _load_tokenizer(folder: Path) -> Any:
         )
         bind(tokenizer, bounds, folder)
         tokenizer.decode(tokenizer("a").input_ids)  # some damage shows only in use
+    if ours:
+        require_declared_ids(tokenizer, folder)
     if isinstance(tokenizer.chat_template, str) and tokenizer.chat_template.startswith("\ufeff"):
         raise byte_order_mark(f"{folder}: chat template")
     tokenizer.apply_chat_template = BoundedTemplate(tokenizer, folder)

@@ -9,16 +9,17 @@ limits guarantee: a call ends after safety.confined.SECONDS of CPU time and a se
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qalora_export.errors import InputError, UnsafeInputError
+from qalora_export.errors import InputError, UnsafeInputError, refused_by
 from qalora_export.safety import read_json, sha256_file
 from qalora_export.safety.confined import MEMORY, SECONDS, Confined, FailedError, OutOfBoundsError, is_confined
 
-FILE = "tokenizer.json"
+FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 # Steps whose work is linear in the text, and which make it at most some times as long.
 PLAIN = {
     *("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents", "Nmt", "BertNormalizer", "Prepend"),
@@ -98,6 +99,65 @@ def _load(path: str) -> int:
     return int(Tokenizer.from_file(path).get_vocab_size())
 
 
+def encoder_of(raw: Mapping[str, Any]) -> Callable[..., list[int]]:
+    """ids(text, special) by a tokenizer.json that is at hand parsed; confined where its steps need it.
+
+    special: with what the post-processor adds. Raises InputError when it is no tokenizer, UnsafeInputError when a text
+    takes more time or memory than a call may.
+    """
+    bounds, text = Bounds.of(raw), json.dumps(raw)
+    encode = _Encoder(text)
+    if not bounds.encode:
+        with refused_by("tokenizers", where=FILE, doing="read this tokenizer"):
+            encode.load()
+        return encode
+    size = len(text)
+    call = Confined(encode, seconds=SECONDS + size / LOADED_PER_SECOND, memory=MEMORY + MEMORY_PER_BYTE * size)
+    return _ending(call, None, "encode a text")
+
+
+class _Encoder:
+    """Loaded with the first text, in the process that encodes."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._tokenizer: Any = None
+
+    def load(self) -> Any:
+        from tokenizers import Tokenizer
+
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer.from_str(self._text)
+        return self._tokenizer
+
+    def __call__(self, text: str, special: bool) -> list[int]:
+        return list(self.load().encode(text, add_special_tokens=special).ids)
+
+
+def require_declared_ids(tokenizer: Any, folder: Path) -> None:
+    """Raise InputError when Transformers numbers a token behind all others although tokenizer_config.json says its id.
+
+    InternLM2's tokenizer.json has other names at those ids than its config, so <|im_start|> of the chat template would
+    lie beyond the embedding. What was meant is not to be guessed: renaming changes what every text becomes.
+    """
+    settings = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+    declared = settings.get("added_tokens_decoder") if isinstance(settings, Mapping) else None
+    for index, item in declared.items() if isinstance(declared, Mapping) else ():
+        text = item.get("content") if isinstance(item, Mapping) else None
+        if not isinstance(text, str) or not str(index).isdecimal():
+            continue
+        found, there = tokenizer.convert_tokens_to_ids(text), tokenizer.convert_ids_to_tokens(int(index))
+        if there not in (None, text) and isinstance(found, int) and found > int(index):
+            raise InputError(
+                f"token {text!r} gets id {found}, {SETTINGS} says {index}",
+                where=f"{folder}: tokenizer",
+                why=f"{FILE} has {there!r} at {index}, so Transformers adds the other one behind all tokens, where the "
+                "model has no row for it",
+                fix=f"if the model was trained with {text!r}, rename {there!r} in {FILE} and list it in added_tokens "
+                "there",
+            )
+
+
 def bind(tokenizer: Any, bounds: Bounds, folder: Path) -> None:
     """Confine the calls of a Transformers tokenizer that need it, in place; encodings are then plain lists."""
     kind, calls = type(tokenizer), dict[str, Any]()
@@ -141,9 +201,9 @@ class _Call:
         return self._call(*arguments, **options)
 
 
-def _ending(call: Confined, folder: Path, doing: str) -> Callable[..., Any]:
+def _ending(call: Confined, folder: Path | None, doing: str) -> Callable[..., Any]:
     def bounded(*arguments: Any, **options: Any) -> Any:
-        where = f"{folder}: tokenizer"
+        where = FILE if folder is None else f"{folder}: tokenizer"
         try:
             return call(*arguments, **options)
         except FailedError as error:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from qalora_export.data.samples import load_samples
 from qalora_export.errors import InputError, QaloraError, UnsafeInputError
 from qalora_export.formats.gguf.tokenizer.pretokenizer import NAMED, byte_level_json
+from qalora_export.formats.gguf.tokenizer.reading import LlamaCppReading
 from qalora_export.models.loading import load_tokenizer
 from qalora_export.models.tokenizers import Bounds
 
@@ -130,3 +131,44 @@ def test_every_step_of_the_library_is_known_or_confined() -> None:
     raw = json.loads(Tokenizer.from_str('{"model": {"type": "BPE", "vocab": {}, "merges": []}}').to_str())
     assert Bounds.of(raw) == Bounds(False, False)
     assert Bounds.of(raw | {"pre_tokenizer": {"type": "FixedLength", "length": 5}}).encode
+
+
+def test_a_token_that_would_lie_beyond_the_embedding_is_refused_with_the_remedy(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """As InternLM2's: the config calls ids <|im_start|> that tokenizer.json calls otherwise."""
+    folder = changed(tiny_model, tmp_path / "m")
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    rows = len(load_tokenizer(folder))
+    meant = {"content": "<|start|>", "special": True, "lstrip": False, "rstrip": False, "normalized": False}
+    raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    *merges, last = raw["model"]["merges"]
+    other = "".join(last.split(" ") if isinstance(last, str) else last)
+    index = raw["model"]["vocab"][other]
+    own = {str(index): {**meant, "single_word": False}}
+    settings["added_tokens_decoder"] = settings.get("added_tokens_decoder", {}) | own
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert PreTrainedTokenizerFast.from_pretrained(folder).convert_tokens_to_ids("<|start|>") == rows
+    with pytest.raises(InputError, match=rf"gets id {rows}, .*says {index} .*rename .* in tokenizer.json"):
+        load_tokenizer(folder)
+    del raw["model"]["vocab"][other]
+    raw["model"]["vocab"]["<|start|>"], raw["model"]["merges"] = index, merges
+    raw["added_tokens"].append({"id": index, **meant, "single_word": False})
+    (folder / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+    assert load_tokenizer(folder)("<|start|>", add_special_tokens=False).input_ids == [index]
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_llama_cpps_reading_of_such_a_tokenizer_ends_too(
+    name: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, text = ENDLESS[name]
+    raw = json.loads((changed(tiny_model, tmp_path / "m", **parts) / "tokenizer.json").read_text(encoding="utf-8"))
+    monkeypatch.setattr("qalora_export.models.tokenizers.SECONDS", 0.3)
+    monkeypatch.setattr("qalora_export.safety.confined.PER_SECOND", 10**6)
+    reader = LlamaCppReading(raw)
+    began = time.monotonic()
+    with pytest.raises(QaloraError, match="cannot encode a text"):
+        reader.ids(text)
+    assert time.monotonic() - began < 20
+    assert reader.ids("a") == load_tokenizer(tiny_model)("a").input_ids

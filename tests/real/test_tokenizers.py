@@ -113,6 +113,8 @@ def test_accepted_differences_are_those_of_llama_cpps_nearest_form(name: str, pr
 
 def test_two_names_for_one_id_are_refused_with_the_remedy(tmp_path: Path) -> None:
     folder = tokenizer_folder("internlm2", tmp_path)
+    with pytest.raises(InputError, match=r"gets id 925\d\d, tokenizer_config.json says 925\d\d"):
+        load_tokenizer(folder)
     with pytest.raises(InputError, match=r"92538 belongs to .*141\]' and '<\|plugin\|>'.*rename the first"):
         tokenizer_entries(folder, {"vocab_size": 92544})
 

@@ -14,27 +14,23 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
-from qalora_export.errors import refused_by
 from qalora_export.formats.gguf.tokenizer.alphabet import byte_alphabet
 from qalora_export.formats.gguf.tokenizer.nearest import nearest_name
 from qalora_export.formats.gguf.tokenizer.pretokenizer import NAMED, byte_level_json
 from qalora_export.formats.gguf.tokenizer.token_types import ENDS, FILL_IN
+from qalora_export.models.tokenizers import encoder_of
 
 
 class LlamaCppReading:
-    """The tokenizer of a parsed tokenizer.json with llama.cpp's habits. Raises InputError where tokenizers cannot."""
+    """The tokenizer of a parsed tokenizer.json with llama.cpp's habits. Errors as of encoder_of."""
 
     def __init__(self, tokenizer: Mapping[str, Any]) -> None:
-        from tokenizers import Tokenizer
-
         self._rows = 1 + max([*_ids(tokenizer).values(), *(item["id"] for item in _added(tokenizer))], default=-1)
-        with refused_by("tokenizers", where="tokenizer.json", doing="read this tokenizer"):
-            self._reader = Tokenizer.from_str(json.dumps(_as_llama_cpp_reads(tokenizer, self._rows)))
+        self._encode = encoder_of(_as_llama_cpp_reads(tokenizer, self._rows))
 
     def ids(self, text: str, *, special: bool = True) -> list[int]:
         """special: BOS and EOS as the post-processor adds them."""
-        found: list[int] = self._reader.encode(text, add_special_tokens=special).ids
-        return [index for index in found if index < self._rows]
+        return [index for index in self._encode(text, special) if index < self._rows]
 
 
 def _as_llama_cpp_reads(tokenizer: Mapping[str, Any], rows: int) -> dict[str, Any]:
