@@ -1,4 +1,4 @@
-"""How much memory this process has used, and how much there is."""
+"""How much memory this process has used, how much there is, and how a number of bytes is told."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ from pathlib import Path
 STATUS = Path("/proc/self/status")
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
+
+
+def bytes_text(count: float) -> str:
+    """Bytes with one digit behind the point and a unit."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count / 2**10:.0f} KiB"
 
 
 def peak_rss_bytes() -> int:

@@ -35,3 +35,12 @@ def test_a_control_group_holds_less(group: Path) -> None:
 def test_nobody_knows(group: Path) -> None:
     (group / "meminfo").unlink()
     assert (memory.total_bytes(), memory.available_bytes()) == (None, None)
+
+
+def test_sizes_are_readable() -> None:
+    assert [memory.bytes_text(count) for count in (0, 2000, 2**20, 3 * 2**29)] == [
+        "0 KiB",
+        "2 KiB",
+        "1.0 MiB",
+        "1.5 GiB",
+    ]

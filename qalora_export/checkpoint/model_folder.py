@@ -97,11 +97,6 @@ def _shards(folder: Path) -> list[Path]:
     return shards
 
 
-def same_bytes(left: NDArray[Any], right: NDArray[Any]) -> bool:
-    """Equal shape, dtype and bytes."""
-    return left.shape == right.shape and left.dtype == right.dtype and left.tobytes() == right.tobytes()
-
-
 def as_float32(tensor: NDArray[Any]) -> NDArray[np.float32]:
     """Widen F16, BF16 or F32 to float32, exactly. Raises InputError for other dtypes."""
     if tensor.dtype.itemsize > 4 or tensor.dtype.kind in "iub?":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from qalora_export.console import SafeConsole, results
+from qalora_export.memory import bytes_text
 from qalora_export.pipeline import RunPlan, RunReport
 
 
@@ -19,13 +20,13 @@ def print_plan(plan: RunPlan, to: SafeConsole) -> None:
             table.add_row(stage.name, "up to date")
             continue
         forecast = found.stages[stage.name]
-        memory = "" if forecast.memory is None else size(forecast.memory)
-        table.add_row(stage.name, forecast.detail, size(forecast.disk), memory, duration(forecast.seconds))
+        memory = "" if forecast.memory is None else bytes_text(forecast.memory)
+        table.add_row(stage.name, forecast.detail, bytes_text(forecast.disk), memory, duration(forecast.seconds))
     to.print(table)
     if found.stages:
         to.print(
-            f"about {duration(found.seconds)} in all (rough); up to {size(found.needed)} of disk, "
-            f"{size(found.machine.free)} free"
+            f"about {duration(found.seconds)} in all (rough); up to {bytes_text(found.needed)} of disk, "
+            f"{bytes_text(found.machine.free)} free"
         )
     for note in found.notes:
         to.print(f"note: {note}")
@@ -41,14 +42,6 @@ def print_durations(plan: RunPlan, report: RunReport) -> None:
     for name, seconds in report.seconds.items():
         table.add_row(name, duration(seconds), duration(plan.preflight.stages[name].seconds))
     results.print(table)
-
-
-def size(count: int) -> str:
-    """Bytes with one digit behind the point and a unit."""
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
-        if count >= unit:
-            return f"{count / unit:.1f} {name}"
-    return f"{count / 2**10:.0f} KiB"
 
 
 def duration(seconds: float) -> str:

@@ -146,7 +146,7 @@ def _print_plan(made: TrainPlan) -> None:
     from rich.table import Table
 
     from qalora_export.console import console
-    from qalora_export.qalora.training.memory import gib
+    from qalora_export.memory import bytes_text
 
     memory: MemoryEstimate = made.memory
     console.print(
@@ -159,15 +159,15 @@ def _print_plan(made: TrainPlan) -> None:
     table = Table("memory per device", "estimate", title=f"compute in {str(made.dtype).removeprefix('torch.')}")
     table.columns[1].justify = "right"
     for name, size in memory.rows():
-        table.add_row(name, gib(size))
+        table.add_row(name, bytes_text(size))
     table.add_section()
-    table.add_row("total", gib(memory.total))
+    table.add_row("total", bytes_text(memory.total))
     console.print(table)
 
 
 def _print_report(report: TrainReport, out: Path) -> None:
     from qalora_export.console import console
-    from qalora_export.qalora.training.memory import gib
+    from qalora_export.memory import bytes_text
 
     for name, account in report.data.items():
         if account.lines:
@@ -182,6 +182,6 @@ def _print_report(report: TrainReport, out: Path) -> None:
     if report.tokens_per_second is not None:
         console.print(
             f"{report.tokens_per_second:,.0f} tokens/s on {report.processes} × {report.device}, "
-            f"peak memory {gib(report.peak_memory_bytes)}"
+            f"peak memory {bytes_text(report.peak_memory_bytes)}"
         )
     console.print(f"adapter: {out}   record: {out.with_name(report.record)}")

@@ -100,11 +100,6 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def read_records(path: Path, format: str = "auto") -> list[Record]:
-    """Every record of a data file, in file order; see iter_records."""
-    return list(iter_records(path, format))
-
-
 def iter_records(path: Path, format: str = "auto") -> Iterator[Record]:
     """The records of a data file, one in memory at a time.
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from qalora_export.checkpoint.forecast import Forecast
 from qalora_export.errors import InputError
+from qalora_export.memory import bytes_text
 from qalora_export.models.families import family_of
 from qalora_export.models.families.family import Format
 from qalora_export.preflight import estimates
@@ -247,18 +248,21 @@ def _check_room(made: Preflight, recipe: Recipe, findings: Findings) -> None:
     machine = made.machine
     if made.needed * SPARE > machine.free:
         error = InputError(
-            f"the run needs about {_gib(made.needed)} of disk, {_gib(machine.free)} are free",
+            f"the run needs about {bytes_text(made.needed)} of disk, {bytes_text(machine.free)} are free",
             where=recipe.out,
-            why=", ".join(f"{name} {_gib(stage.disk)}" for name, stage in made.stages.items() if stage.disk > 2**20),
+            why=", ".join(
+                f"{name} {bytes_text(stage.disk)}" for name, stage in made.stages.items() if stage.disk > 2**20
+            ),
             fix="make room, or choose an `out` on another disk",
         )
         findings.add("run", error)
     for name, stage in made.stages.items():
         if stage.memory is None or stage.on_gpu or machine.memory is None:
             continue
+        needs = f"{name} needs about {bytes_text(stage.memory)} of memory"
         if stage.memory > machine.memory:
             error = InputError(
-                f"{name} needs about {_gib(stage.memory)} of memory, this machine has {_gib(machine.memory)}",
+                f"{needs}, this machine has {bytes_text(machine.memory)}",
                 where=recipe.out,
                 why=stage.detail,
                 fix="take a smaller batch, shorter sequences or a larger machine; a single stage's own command does "
@@ -267,10 +271,5 @@ def _check_room(made: Preflight, recipe: Recipe, findings: Findings) -> None:
             findings.add(name, error)
         elif machine.memory_free is not None and stage.memory > machine.memory_free:
             findings.note(
-                f"{name} needs about {_gib(stage.memory)} of memory, {_gib(machine.memory_free)} are free now: "
-                "close other programs, or it may be slow"
+                f"{needs}, {bytes_text(machine.memory_free)} are free now: close other programs, or it may be slow"
             )
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 import torch
@@ -62,13 +61,6 @@ def compile_layers(model: nn.Module) -> int:
     for layer in layers:
         layer.compile()
     return len(layers)
-
-
-def adapter_parameters(model: nn.Module) -> Iterable[nn.Parameter]:
-    """The trainable parameters that attach created: every lora_A and lora_B."""
-    for module in quantized_linears(model).values():
-        if module.lora_A is not None and module.lora_B is not None:
-            yield from (module.lora_A, module.lora_B)
 
 
 def _seed(seed: int, name: str) -> int:

@@ -1,10 +1,12 @@
-"""safetensors files written byte by byte from the format's own description, right and wrong ones."""
+"""safetensors files written byte by byte from the format's own description, right and wrong ones; equal tensors."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 
 def raw_file(path: Path, header: Any, data: bytes = b"", *, length: int | None = None) -> Path:
@@ -16,3 +18,8 @@ def raw_file(path: Path, header: Any, data: bytes = b"", *, length: int | None =
 
 def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, Any]:
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def same_bytes(left: np.ndarray, right: np.ndarray) -> bool:
+    """Equal shape, dtype and bytes."""
+    return left.shape == right.shape and left.dtype == right.dtype and left.tobytes() == right.tobytes()

@@ -14,9 +14,10 @@ from safetensors import safe_open
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint, CanonicalWriter
 from qalora_export.checkpoint.manifest import verify_manifest
-from qalora_export.checkpoint.model_folder import INDEX, same_bytes
+from qalora_export.checkpoint.model_folder import INDEX
 from qalora_export.errors import InputError, QaloraError, UnsafeInputError
 from qalora_export.grid import GroupAffine, difference, pack_codes
+from tests.checkpoint.files import same_bytes
 from tests.qalora.layers import random_matrix
 
 PLAIN = {

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from qalora_export.checkpoint.model_folder import INDEX, SINGLE, ModelFolder, as_float32, same_bytes
+from qalora_export.checkpoint.model_folder import INDEX, SINGLE, ModelFolder, as_float32
 from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.grid import differing
+from tests.checkpoint.files import same_bytes
 
 
 def model(folder: Path, shards: dict[str, dict[str, np.ndarray]], weight_map: object = None) -> Path:

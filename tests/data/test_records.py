@@ -6,12 +6,16 @@ from typing import Any
 import pytest
 
 from qalora_export.data import lines
-from qalora_export.data.records import Record, read_records
+from qalora_export.data.records import Record, iter_records
 from qalora_export.errors import InputError
 from tests.data.files import write
 
 USER, ANSWER, SYSTEM = ({"role": r, "content": r[0]} for r in ("user", "assistant", "system"))
 CHAT = {"messages": [USER, ANSWER]}
+
+
+def read_records(path: Path, format: str = "auto") -> list[Record]:
+    return list(iter_records(path, format))
 
 
 def read(folder: Path, row: object, format: str = "auto") -> Record:

@@ -40,3 +40,8 @@ def foreign_adapter(folder: Path, tensors: dict[str, np.ndarray] | None = None, 
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8} | config))
     return folder
+
+
+def adapter_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Every lora_A and lora_B."""
+    return [value for name, value in model.named_parameters() if name.endswith((".lora_A", ".lora_B"))]

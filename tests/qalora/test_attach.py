@@ -9,8 +9,9 @@ import torch
 
 from qalora_export.errors import InputError
 from qalora_export.models.loading import load_model
-from qalora_export.qalora.attach import adapter_parameters, attach, quantized_linears
+from qalora_export.qalora.attach import attach, quantized_linears
 from qalora_export.recipe import TrainSettings
+from tests.qalora.adapters import adapter_parameters
 
 
 def settings(**changes: object) -> TrainSettings:

@@ -148,7 +148,7 @@ def test_few_rows_take_the_fused_kernel_when_asked(on_kernels: None, monkeypatch
     with torch.no_grad():
         plain = layer(x)
         assert calls == []
-        dispatch.set_fused_rows(4)
+        monkeypatch.setattr(dispatch, "fused_rows", 4)
         torch.testing.assert_close(layer(x[:4]), plain[:4], rtol=1e-5, atol=1e-5)
         assert torch.equal(layer(x), plain)
     assert calls == [4]

@@ -8,10 +8,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
-from qalora_export.checkpoint.model_folder import ModelFolder, same_bytes
+from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.errors import InputError
 from qalora_export.quantization.stage import quantize
 from qalora_export.recipe import QuantizeRule, QuantizeSettings
+from tests.checkpoint.files import same_bytes
 from tests.conftest import MadeOnce
 from tests.models import make_tiny_model
 from tests.quantization.gptq_packer import make_gptq_folder, pack, values

@@ -9,7 +9,7 @@ import torch
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.manifest import verify_manifest
-from qalora_export.checkpoint.model_folder import ModelFolder, as_float32, same_bytes
+from qalora_export.checkpoint.model_folder import ModelFolder, as_float32
 from qalora_export.data.calibration import calibration_windows
 from qalora_export.errors import InputError
 from qalora_export.grid import difference
@@ -21,6 +21,7 @@ from qalora_export.quantization.rtn import round_to_nearest
 from qalora_export.quantization.rules import Plan, parse_rule
 from qalora_export.quantization.stage import quantize
 from qalora_export.recipe import QuantizeSettings
+from tests.checkpoint.files import same_bytes
 from tests.models import TEXT, make_tiny_model
 
 SAMPLES, LENGTH = 40, 128  # more than one batch of 4096 tokens, and a smaller last one

@@ -26,7 +26,7 @@ from qalora_export.formats.gguf.writer import write_gguf
 from qalora_export.formats.streaming import finished
 from qalora_export.models.families import family_of
 from qalora_export.recipe import GgufSettings
-from qalora_export.safety import StrPath, atomic_file, atomic_files, exclusive, local_path
+from qalora_export.safety import StrPath, atomic_files, exclusive, local_path
 from qalora_export.version import __version__
 
 
@@ -88,25 +88,6 @@ def _export(checkpoint: Path, out: Path, settings: GgufSettings, *, force: bool)
     told = [f"{entry.value}: some texts get other ids" for entry in entries if entry.key == TEXT_DIFFERENCES]
     told += [str(bound)] if (bound := family_of(model.config).bound(model.config, "gguf")) else []
     return _report((*(out.with_name(name) for name in files), sidecar_path(out)), plans, found, told)
-
-
-def export_f32_twin(checkpoint: Path, out: Path, *, force: bool = False) -> ExportReport:
-    """The same model with every tensor in F32 (quantized ones by GroupAffine.dequantize), for rounding-free kernels.
-
-    Straight from the checkpoint, as the oracle of what verify-parity makes of a file (verify/runtimes/twin.py); it is
-    no artifact, so it has no manifest.
-    """
-    model = _open(checkpoint)
-    plans = plan_model(model, "f32")
-    with atomic_file(out, force=force) as temporary:
-        write_gguf(
-            temporary,
-            family_of(model.config).gguf_arch,
-            model_entries(model, plans, "f32"),
-            plans,
-            description="write F32 twin",
-        )
-    return _report((out,), plans, Comparison())
 
 
 def provenance(model: CanonicalCheckpoint, layout: str) -> list[Entry]:

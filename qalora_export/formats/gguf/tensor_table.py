@@ -51,8 +51,8 @@ class TensorPlan:
 
 
 def plan_model(checkpoint: CanonicalCheckpoint, layout: str) -> list[TensorPlan]:
-    """Every tensor of the model in one layout: "q4_1" (each by itself, in blocks of its grid), "split" (bases; offsets
-    go elsewhere) or "f32".
+    """Every tensor of the model in one layout: "q4_1" (each by itself, in blocks of its grid) or "split" (bases; offsets
+    go elsewhere).
 
     Raises InputError for what GGUF cannot hold exactly or does not name.
     """
@@ -60,7 +60,7 @@ def plan_model(checkpoint: CanonicalCheckpoint, layout: str) -> list[TensorPlan]
     _check_complete(checkpoint, family)
     names = NameMap(family.gguf_arch, checkpoint.config["num_hidden_layers"])
     plans = _rope_factors(checkpoint, family)
-    plans += [_plain(checkpoint, family, names, name, layout) for name in exported_names(checkpoint)]
+    plans += [_plain(checkpoint, family, names, name) for name in exported_names(checkpoint)]
     plans += [_quantized(checkpoint, family, names, module, layout) for module in checkpoint.modules]
     if len({plan.name for plan in plans}) != len(plans):
         raise InputError("two tensors would get the same GGUF name", where=checkpoint.path)
@@ -89,14 +89,12 @@ def _quantized(checkpoint: CanonicalCheckpoint, family: Family, names: NameMap, 
 
     def load(wanted: slice) -> NDArray[Any]:
         matrix = gguf_rows(checkpoint, family, module, wanted)
-        return kind.pack(matrix) if issubclass(kind, BlockType) else matrix.unpack().dequantize()
+        return kind.pack(matrix)
 
     return TensorPlan(names.to_gguf(f"{module}.weight"), kind, (rows, groups * checkpoint.modules[module][1]), load)
 
 
-def _matrix_type(checkpoint: CanonicalCheckpoint, module: str, layout: str) -> type[GgufType]:
-    if layout == "f32":  # no blocks: the twin for the exact path of verify-parity
-        return F32
+def _matrix_type(checkpoint: CanonicalCheckpoint, module: str, layout: str) -> type[BlockType]:
     (bits, group_size), where = checkpoint.modules[module], f"{checkpoint.path}: {module}"
     grid = checkpoint.grids[module]
     if layout == "split" and grid is not AFFINE16:
@@ -108,10 +106,10 @@ def _matrix_type(checkpoint: CanonicalCheckpoint, module: str, layout: str) -> t
     return exact_type(bits, lambda: checkpoint.packed(module), where=where, grid=grid)
 
 
-def _plain(checkpoint: CanonicalCheckpoint, family: Family, names: NameMap, name: str, layout: str) -> TensorPlan:
+def _plain(checkpoint: CanonicalCheckpoint, family: Family, names: NameMap, name: str) -> TensorPlan:
     """A tensor that is not quantized: see plain_type. From any of three dtypes F32 is exact."""
     entry = checkpoint.entry(name)
-    kind = F32 if layout == "f32" else plain_type(checkpoint, name)
+    kind = plain_type(checkpoint, name)
     heads = family.permuted_heads(name.rpartition(".")[0], checkpoint.config)
 
     def load(wanted: slice) -> NDArray[Any]:

@@ -90,11 +90,6 @@ class Header:
     tensors: list[TensorInfo]
 
 
-def validate_gguf(path: Path) -> list[TensorInfo]:
-    """Check the whole header; what tensors there are. Errors as in read_header."""
-    return read_header(path).tensors
-
-
 def read_header(path: Path) -> Header:
     """Parse and check. Raises InputError when the file is missing, UnsafeInputError when anything is off."""
     with regular_file(path, "GGUF file").open("rb") as file:

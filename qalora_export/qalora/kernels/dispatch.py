@@ -30,12 +30,6 @@ def applies(tensor: Tensor) -> bool:
     return TRITON
 
 
-def set_fused_rows(rows: int) -> None:
-    """Send batches of at most `rows` rows through fused_linear (0 turns it off)."""
-    global fused_rows
-    fused_rows = rows
-
-
 _warned = False
 
 

@@ -35,6 +35,7 @@ import torch
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.forecast import Forecast
 from qalora_export.errors import InputError, refused_by
+from qalora_export.memory import bytes_text
 from qalora_export.qalora.kernels import dispatch
 from qalora_export.qalora.training.processes import LAUNCH
 from qalora_export.recipe import TrainSettings
@@ -169,15 +170,10 @@ def check_fits(estimate: MemoryEstimate) -> None:
     free, _ = torch.cuda.mem_get_info()
     if estimate.total > free:
         raise InputError(
-            f"training needs about {gib(estimate.total)}, the GPU has {gib(free)} free",
+            f"training needs about {bytes_text(estimate.total)}, the GPU has {bytes_text(free)} free",
             where=torch.cuda.get_device_name(),
-            why=", ".join(f"{name} {gib(size)}" for name, size in estimate.rows()),
+            why=", ".join(f"{name} {bytes_text(count)}" for name, count in estimate.rows()),
             fix="lower --batch-size (raise --gradient-accumulation), lower --sequence-length, or pass "
             "--gradient-checkpointing or --optimizer paged_adamw_8bit; several GPUs share one model "
             f"with: {LAUNCH}",
         )
-
-
-def gib(size: int) -> str:
-    """Bytes as GiB, or MiB below one."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

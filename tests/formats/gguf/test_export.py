@@ -16,11 +16,12 @@ from qalora_export.checkpoint.canonical import CanonicalCheckpoint, CanonicalWri
 from qalora_export.errors import InputError, ParityError
 from qalora_export.formats.contents import FolderContents, compare
 from qalora_export.formats.gguf import export as export_module
-from qalora_export.formats.gguf.export import export_f32_twin, export_gguf
+from qalora_export.formats.gguf.export import export_gguf
 from qalora_export.formats.gguf.read import read_back, runtime_dequantized
 from qalora_export.grid import GroupAffine, PackedAffine, differing
 from qalora_export.recipe import GgufSettings
 from qalora_export.safety import sha256_file
+from tests.formats.gguf.f32_twin import write_f32_twin
 from tests.models import make_tiny_canonical, round_to_nearest
 
 ROOT = Path(__file__).parents[3]
@@ -231,7 +232,7 @@ def test_checkpoints_that_do_not_fit_their_config(tiny_canonical: Path, tmp_path
 
 
 def test_the_twin_is_dequantized_by_the_canonical_formula(tiny_canonical: Path, tmp_path: Path) -> None:
-    export_f32_twin(tiny_canonical, tmp_path / "t.gguf")
+    write_f32_twin(tiny_canonical, tmp_path / "t.gguf")
     contents, checkpoint = read_back(tmp_path / "t.gguf"), CanonicalCheckpoint(tiny_canonical)
     assert not contents.modules
     for module in checkpoint.modules:
@@ -239,7 +240,7 @@ def test_the_twin_is_dequantized_by_the_canonical_formula(tiny_canonical: Path, 
 
 
 def test_comparison_names_what_is_missing_or_stored_otherwise(tiny_canonical: Path, tmp_path: Path) -> None:
-    export_f32_twin(tiny_canonical, tmp_path / "t.gguf")
+    write_f32_twin(tiny_canonical, tmp_path / "t.gguf")
     found = compare(FolderContents(CanonicalCheckpoint(tiny_canonical)), read_back(tmp_path / "t.gguf"))
     modules = CanonicalCheckpoint(tiny_canonical).modules
     assert set(found.only_left) == set(modules)

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qalora_export.formats.gguf.export import export_f32_twin, export_gguf
+from qalora_export.formats.gguf.export import export_gguf
+from qalora_export.formats.gguf.types import F32
 from qalora_export.recipe import GgufSettings
+from tests.formats.gguf.f32_twin import write_f32_twin
 from tests.formats.gguf.llama_cpp import ask, nmse, torch_logprobs
 from tests.models import make_tiny_canonical, make_tiny_model
 
@@ -142,8 +144,8 @@ def test_the_f32_twin_is_the_pytorch_model_with_its_tokenizer_and_template(case_
     from transformers import AutoTokenizer
 
     case, folder = case_folder
-    report = export_f32_twin(folder / "c", folder / "twin.gguf")
-    assert set(report.types) == {"F32"}
+    plans = write_f32_twin(folder / "c", folder / "twin.gguf")
+    assert {plan.kind for plan in plans} == {F32}
     tokenizer = AutoTokenizer.from_pretrained(folder / "c")
     vocab = json.loads((folder / "c" / "config.json").read_text())["vocab_size"]
     ids = [tokenizer("Turn on the kitchen lights at 7:30")["input_ids"][:10], spread(vocab)]

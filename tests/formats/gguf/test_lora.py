@@ -12,7 +12,6 @@ from gguf import GGUFReader
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.errors import InputError
-from qalora_export.formats.gguf.export import export_f32_twin
 from qalora_export.formats.gguf.lora import LowRank
 from qalora_export.formats.gguf.permute import hf_order
 from qalora_export.models.loading import load_model
@@ -20,6 +19,7 @@ from qalora_export.qalora.adapter_files import save_adapter
 from qalora_export.qalora.attach import attach, quantized_linears
 from qalora_export.qalora.export_adapter import export_gguf_adapter
 from qalora_export.recipe import TrainSettings
+from tests.formats.gguf.f32_twin import write_f32_twin
 from tests.formats.gguf.llama_cpp import ask, nmse, torch_logprobs
 from tests.models import make_tiny_canonical
 
@@ -75,7 +75,7 @@ def test_llama_cpp_computes_base_plus_adapter(
 ) -> None:
     base, adapter, matrices = trained
     export_gguf_adapter(base, adapter, tmp_path / "a.gguf")
-    export_f32_twin(base, tmp_path / "twin.gguf")
+    write_f32_twin(base, tmp_path / "twin.gguf")
     ids = [list(range(3, 300, 30))]
     checkpoint = CanonicalCheckpoint(base)
     model = load_model(tiny_model, attention="eager")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qalora_export.errors import InputError, QaloraError, UnsafeInputError
 from qalora_export.formats.gguf.read import read_back
-from qalora_export.formats.gguf.validate import validate_gguf
+from qalora_export.formats.gguf.validate import read_header
 from tests.verify.exports import Exported
 
 
@@ -81,7 +81,7 @@ FAULTS = {
 
 def test_a_good_file_passes(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(GOOD)
-    infos = validate_gguf(tmp_path / "f")
+    infos = read_header(tmp_path / "f").tensors
     assert [(i.name, i.shape, i.nbytes) for i in infos] == [("t", (32,), 128), ("u", (32,), 128)]
     assert infos[1].begin - infos[0].begin == 128
 
@@ -97,7 +97,7 @@ def test_the_gguf_packages_own_files_pass(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert [info.shape for info in validate_gguf(tmp_path / "f")] == [(3, 5), (2, 7)]
+    assert [info.shape for info in read_header(tmp_path / "f").tensors] == [(3, 5), (2, 7)]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -105,12 +105,12 @@ def test_faults(tmp_path: Path, fault: str) -> None:
     raw, said = FAULTS[fault]
     (tmp_path / "f").write_bytes(raw)
     with pytest.raises(UnsafeInputError, match=said):
-        validate_gguf(tmp_path / "f")
+        read_header(tmp_path / "f")
 
 
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not found"):
-        validate_gguf(tmp_path / "f")
+        read_header(tmp_path / "f")
 
 
 @settings(max_examples=100, deadline=None)
@@ -119,7 +119,7 @@ def test_every_truncation_is_refused(tmp_path_factory: pytest.TempPathFactory, l
     path = tmp_path_factory.mktemp("cut") / "f"
     path.write_bytes(GOOD[:length])
     with pytest.raises(UnsafeInputError):
-        validate_gguf(path)
+        read_header(path)
 
 
 @pytest.fixture(scope="module")

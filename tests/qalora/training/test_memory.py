@@ -7,9 +7,10 @@ import torch
 
 from qalora_export.errors import InputError
 from qalora_export.models.loading import load_model
-from qalora_export.qalora.attach import adapter_parameters, attach, quantized_linears
-from qalora_export.qalora.training.memory import check_fits, estimate_memory, gib
+from qalora_export.qalora.attach import attach, quantized_linears
+from qalora_export.qalora.training.memory import check_fits, estimate_memory
 from qalora_export.recipe import TrainSettings
+from tests.qalora.adapters import adapter_parameters
 
 SETTINGS = TrainSettings(batch_size=4, sequence_length=64, rank=8)
 
@@ -87,8 +88,3 @@ def test_fsdp_divides_what_is_held_and_gathers_two_layers(tiny_canonical: Path) 
     assert (alone.activations, alone.logits, alone.workspace) == (shared.activations, shared.logits, shared.workspace)
     # the tiny model has two layers, so all of its packed weights are whole at one time
     assert (alone.gathered, shared.gathered) == (0, alone.other_weights + alone.packed_weights + alone.adapter)
-
-
-def test_sizes_are_readable() -> None:
-    assert gib(3 * 2**29) == "1.50 GiB"
-    assert gib(2**20) == "1.0 MiB"

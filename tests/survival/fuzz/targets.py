@@ -193,9 +193,9 @@ def template(folder: Path) -> None:
 
 
 def records(file: str, folder: Path) -> None:
-    from qalora_export.data.records import read_records
+    from qalora_export.data.records import iter_records
 
-    read_records(folder / file)
+    list(iter_records(folder / file))
 
 
 def prompts(file: str, folder: Path) -> None:
