@@ -125,12 +125,13 @@ def write_signed(path: Path, text: str, *, comment: tuple[str, str]) -> Path | N
 
     comment: how a comment begins and ends in that kind of file; the last line signs all lines above it.
     """
+    content = text.encode("utf-8", "backslashreplace")  # the name of a file may be no text
     for candidate in (path, path.with_name(f"{path.stem}.qalora{path.suffix}")):
         with exclusive(candidate):
             if _occupied(candidate, comment):
                 continue
             with atomic_file(candidate, force=True) as temporary:
-                temporary.write_bytes(text.encode() + _signature(text.encode(), comment))
+                temporary.write_bytes(content + _signature(content, comment))
             return candidate
     return None
 

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ from qalora_export.safety.regular import regular_file
 
 MAX_HEADER_BYTES = 100 * 1024 * 1024  # the safetensors format caps its header here
 MAX_JSON_BYTES = 256 * 1024 * 1024  # tokenizer.json of a 256k vocabulary is about 35 MB
+MAX_NESTING = 100  # no file of a model has 20; what walks through a value calls itself for each level
 
 
 def read_json(path: Path) -> Any:
     """Parse a JSON file of bounded size.
 
-    Raises InputError when it is missing or does not parse, UnsafeInputError when it is too large, nests too deeply or
-    repeats a key (two readers could disagree about which one counts).
+    Raises InputError when it is missing or does not parse, UnsafeInputError when it is too large, nests too deeply,
+    repeats a key (two readers could disagree about which one counts) or holds half a character (which nothing writes).
     """
     regular_file(path, fix="check the path; is this the folder of a model?")
     if path.stat().st_size > MAX_JSON_BYTES:
@@ -39,11 +41,38 @@ def parse_json(raw: bytes, *, where: object) -> Any:
     if raw.startswith(codecs.BOM_UTF8):
         raise byte_order_mark(where)
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(pairs, where))
+        content = json.loads(raw.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(pairs, where))
     except ValueError as error:  # not UTF-8, not JSON, or an integer of more digits than Python converts
         raise InputError("not valid JSON", where=where, why=str(error), fix="fetch the file again") from error
     except RecursionError as error:
         raise UnsafeInputError("JSON nests too deeply", where=where) from error
+    _check_depth(content, where)
+    if b"\\ud" in raw.lower():
+        _check_characters(content, where)
+    return content
+
+
+def _check_depth(content: Any, where: object) -> None:
+    """Level by level: a value that parses may still be too deep for a function that calls itself."""
+    level: list[Any] = [[content]]
+    depth = 0
+    while level := [part for outer in level for part in _parts(outer) if isinstance(part, dict | list)]:
+        depth += 1
+        if depth > MAX_NESTING:
+            raise UnsafeInputError("JSON nests too deeply", where=where, why=f"more than {MAX_NESTING} levels")
+
+
+def _parts(outer: Any) -> Iterable[Any]:
+    return outer.values() if isinstance(outer, dict) else outer
+
+
+def _check_characters(content: Any, where: object) -> None:
+    try:
+        json.dumps(content, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UnsafeInputError(
+            "JSON holds half a character", where=where, why="a surrogate without the other half: no text, no UTF-8"
+        ) from error
 
 
 def _unique(pairs: list[tuple[str, Any]], where: object) -> dict[str, Any]:

@@ -153,3 +153,10 @@ def test_a_text_of_ours_is_written_again_and_an_edited_one_kept(tmp_path: Path) 
     other.write_text("")
     assert write_signed(path, "five\n", comment=COMMENT) is None
     assert (path.read_text()[:4], other.read_text()) == ("mine", "")
+
+
+def test_a_name_that_is_no_text_can_be_written_of(tmp_path: Path) -> None:
+    path = tmp_path / "a.md"
+    for _ in range(2):
+        assert write_signed(path, "of \udcff\n", comment=COMMENT) == path
+        assert path.read_text("utf-8").startswith("of \\udcff\n")

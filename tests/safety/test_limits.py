@@ -16,6 +16,8 @@ def write(folder: Path, raw: bytes) -> Path:
 
 def test_reads_unicode(tmp_path: Path) -> None:
     assert read_json(write(tmp_path, '{"é": [1, 2.5, null, "東京"]}'.encode())) == {"é": [1, 2.5, None, "東京"]}
+    assert read_json(write(tmp_path, rb'["\uD83D\uDE42", "\\ud800"]')) == ["🙂", r"\ud800"]
+    assert read_json(write(tmp_path, b"[" * 100 + b"]" * 100))
 
 
 BAD = {
@@ -26,6 +28,9 @@ BAD = {
     "repeated key": (b'{"a": 1, "a": 2}', UnsafeInputError, "repeats a key"),
     "repeated inner key": (b'{"x": [{"a": 1, "a": 2}]}', UnsafeInputError, "repeats a key"),
     "deep nesting": (b"[" * 200_000 + b"]" * 200_000, UnsafeInputError, "nests too deeply"),
+    "nesting that parses": (b'{"a":' * 101 + b"1" + b"}" * 101, UnsafeInputError, "nests too deeply"),
+    "half a character": (rb'{"a": ["x\uD800"]}', UnsafeInputError, "half a character"),
+    "half a character in a key": (rb'{"\udc00": 1}', UnsafeInputError, "half a character"),
 }
 
 

@@ -51,8 +51,8 @@ class TensorPlan:
 
 
 def plan_model(checkpoint: CanonicalCheckpoint, layout: str) -> list[TensorPlan]:
-    """Every tensor of the model in one layout: "q4_1" (each by itself, in blocks of its grid) or "split" (bases; offsets
-    go elsewhere).
+    """Every tensor of the model in one layout: "q4_1" (each by itself, in blocks of its grid) or "split" (bases, whose
+    offsets go elsewhere).
 
     Raises InputError for what GGUF cannot hold exactly or does not name.
     """
