@@ -80,8 +80,8 @@ def command(
 ) -> None:
     """Prove that an exported model computes the numbers of its checkpoint; or find out what is broken in any file.
 
-    Six gates per runtime, each on every position of the probe set: G0 bytes, G1 weights, G2 exact path, G3 shipped
-    path, G4 decode, G5 text. A gate that could not run is "not run", never a pass.
+    Seven gates per runtime, on every position of the probe set: G0 bytes, G1 weights, G2 exact path, G3 shipped path,
+    G4 decode, G5 text, G6 behaviour. A gate that could not run is "not run", never a pass.
 
     Given a plain model instead of a checkpoint, the file may be of any tool in any quantization: weights, graph and
     metadata, tokenizer, chat template, end tokens and sampling, kernels are looked at one after the other, and the

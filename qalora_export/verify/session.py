@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -15,16 +16,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.generation import Generation, generation_of
 from qalora_export.checkpoint.provenance import Link, artifact_manifest
 from qalora_export.errors import InputError, RuntimeUnavailableError
 from qalora_export.formats.account import Account
 from qalora_export.models.families.family import activation
+from qalora_export.models.loading import load_tokenizer
 from qalora_export.recipe import VerifySettings
 from qalora_export.safety import HashedOnce
 from qalora_export.verify.identity import Identities
 from qalora_export.verify.metrics import EXACT, PositionMetrics, following_ids, position_metrics
+from qalora_export.verify.probes.behaviour import BehaviourProbes, decoded, make_behaviour
 from qalora_export.verify.probes.probe_set import ProbeSet
 from qalora_export.verify.reference.ancestry import Ancestry
+from qalora_export.verify.reference.answers import GreedyReference
 from qalora_export.verify.reference.costliest import Costliest, costliest
 from qalora_export.verify.reference.lineage import Member
 from qalora_export.verify.reference.local_proof import Mode
@@ -91,6 +96,35 @@ class Session:
             path, threads = self.checkpoint.path, self.settings.threads
             self._costliest = costliest(path, self.probes, kl, threads=threads)
         return self._costliest
+
+    def __post_init__(self) -> None:
+        self.runs.behaviour_asked = lambda: self.behaviour.request
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The checkpoint's own."""
+        return load_tokenizer(self.checkpoint.path)
+
+    @cached_property
+    def generation(self) -> Generation:
+        """How the checkpoint's folder generates."""
+        return generation_of(self.checkpoint.path, self.checkpoint.config)
+
+    @cached_property
+    def behaviour(self) -> BehaviourProbes:
+        """What gate G6 asks of every runtime."""
+        return make_behaviour(self.tokenizer, self.checkpoint.config, self.generation, self.probes, self.settings)
+
+    @cached_property
+    def greedy(self) -> GreedyReference:
+        return GreedyReference(self.checkpoint.path, self.settings.threads)
+
+    def answer_texts(self, answers: list[list[int]]) -> list[str]:
+        """What Hugging Face's tokenizer shows of answers, without an end token behind them."""
+        ends, anchor = self.generation.ends, self.behaviour.request.anchor
+        shown = [tokens[:-1] if tokens and tokens[-1] in ends else tokens for tokens in answers]
+        before, *texts = decoded(self.tokenizer, [[anchor], *([anchor, *tokens] for tokens in shown)], hide=True)
+        return [text.removeprefix(before) for text in texts]
 
     def noise(self, positions: NDArray[np.bool_]) -> NDArray[np.float64]:
         """reference.logits.rounding_noise (positions,) in the sequences that hold one of `positions`, 0 in others."""

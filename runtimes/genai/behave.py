@@ -23,10 +23,9 @@ class Behaviour:
     def __init__(self, genai: Any, model: Any, request: Request) -> None:
         self._genai, self._model, self._request = genai, model, request
         try:
-            self._tokenizer, self._showing = genai.Tokenizer(model), genai.Tokenizer(model)
+            self._tokenizer = genai.Tokenizer(model)
         except RuntimeError as error:
             raise RunnerError(f"ONNX Runtime GenAI cannot load the tokenizer: {error}") from error
-        self._showing.update_options(skip_special_tokens="false")
         self._defaults = dict(genai.GeneratorParams(model).get_search_options())
         self._errors: list[str] = []
 
@@ -64,7 +63,11 @@ class Behaviour:
                 ids = behind(before, answers[-1]["tokens"], question.prompt)
             else:
                 generator = self._generator()
-            answers.append(self._answer(generator, ids, question.tokens))
+            try:
+                answers.append(self._answer(generator, ids, question.tokens))
+            except RuntimeError as error:  # its own default length does not hold the prompt
+                self._errors.append(f"question {index}: {error}")
+                answers.append({"tokens": [], "stop": LIMIT, "text": "", "cached": 0, "chat": None})
             before = ids
         return answers
 
@@ -97,8 +100,12 @@ class Behaviour:
         padding = int(self._tokenizer.pad_token_id)
         rows = np.array([[*row, *[padding] * (longest - len(row))] for row in self._request.batch], np.int32)
         generator = self._generator(len(rows))
-        generator.append_tokens(rows)
         made: list[list[int]] = [[] for _ in rows]
+        try:
+            generator.append_tokens(rows)
+        except RuntimeError as error:
+            self._errors.append(f"batch: {error}")
+            return made
         ends = set(self._tokenizer.eos_token_ids)
         for _ in range(self._request.questions[0].tokens):
             if generator.is_done():
@@ -111,24 +118,26 @@ class Behaviour:
 
     def _forced(self) -> dict[str, str]:
         """What happens when each end token is the next one, behind the first question."""
-        found = {}
-        for end in self._request.ends:
-            generator = self._generator()
-            _append(generator, [*self._request.questions[0].prompt])
-            logits = np.full_like(np.asarray(generator.get_logits(), np.float32), -SURE)
-            logits[..., end] = SURE
-            generator.set_logits(logits)
-            generator.generate_next_token()
-            came = [int(token) for token in generator.get_next_tokens()]
-            found[str(end)] = (END if generator.is_done() else ASKED) if came == [end] else f"{came} came instead"
-        return found
+        return {str(end): self._force(end) for end in self._request.ends}
 
-    def _pieces(self) -> dict[str, list[str]]:
+    def _force(self, end: int) -> str:
+        generator = self._generator()
+        try:
+            _append(generator, [*self._request.questions[0].prompt])
+        except RuntimeError as error:
+            return str(error)
+        logits = np.full_like(np.asarray(generator.get_logits(), np.float32), -SURE)
+        logits[..., end] = SURE
+        generator.set_logits(logits)
+        generator.generate_next_token()
+        came = [int(token) for token in generator.get_next_tokens()]
+        return (END if generator.is_done() else ASKED) if came == [end] else f"{came} came instead"
+
+    def _pieces(self) -> dict[str, list[str] | None]:
+        """Special tokens hidden, as it ships; told to show them, GenAI still hides some of SentencePiece's."""
         anchor, count = self._request.anchor, self._request.vocabulary
-        return {
-            name: [tokenizer.decode(np.array([anchor, index, anchor], np.int32)) for index in range(count)]
-            for name, tokenizer in (("hidden", self._tokenizer), ("shown", self._showing))
-        }
+        rows = (np.array([anchor, index, anchor], np.int32) for index in range(count))
+        return {"hidden": [self._tokenizer.decode(row) for row in rows], "shown": None}
 
     def _stream(self, ids: Iterable[int]) -> str:
         stream = self._tokenizer.create_stream()

@@ -16,17 +16,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from qalora_runtimes.behaviour import ASKED, END, Request, behind
 from qalora_runtimes.launch import RunnerResult
 from qalora_runtimes.protocol import Job, read_job
 from qalora_runtimes.taps import TapsResult
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.generation import generation_of
+from qalora_export.models.loading import load_tokenizer
 from qalora_export.verify.gates.g5_text import expected_answers
 from qalora_export.verify.kernels.arithmetic import Weight, product_of
 from qalora_export.verify.kernels.products import TappedGraph
-from qalora_export.verify.probes.probe_set import ProbeSet
+from qalora_export.verify.probes.behaviour import decoded
+from qalora_export.verify.probes.probe_set import ProbeSet, rendered
 from qalora_export.verify.reference.layerwise import LayerwiseModel
-from qalora_export.verify.reference.logits import reference_logprobs
+from qalora_export.verify.reference.logits import float32_model, reference_logprobs
 from qalora_export.verify.reference.text import folder_answers
 from qalora_export.verify.runtimes.record import all_runtimes
 
@@ -80,19 +84,66 @@ def shipped(checkpoint: Path, runtime: str, model: Path, ids: bytes, lengths: by
     return logprobs, {graph.logits: logprobs} | kernels.taps()
 
 
+@cache
+def _greedy(checkpoint: Path, prompt: tuple[int, ...], tokens: int, ends: tuple[int, ...]) -> list[int]:
+    model, cache, ids, made = _model(checkpoint), None, [*prompt], list[int]()
+    while len(made) < tokens and not (made and made[-1] in ends):
+        with torch.inference_mode():
+            out = model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+        cache, ids = out.past_key_values, [int(out.logits[0, -1].argmax())]
+        made += ids
+    return made
+
+
+@cache
+def _model(checkpoint: Path) -> Any:
+    return float32_model(checkpoint)
+
+
+def right_behaviour(checkpoint: Path, runtime: str, asked: Request) -> dict[str, Any]:
+    """What PyTorch and Hugging Face's tokenizer answer, in the form of a runner's answers."""
+    record, tokenizer = all_runtimes()[runtime], load_tokenizer(checkpoint)
+    config = CanonicalCheckpoint(checkpoint).config
+    answers, before = list[dict[str, Any]](), list[int]()
+    for question in asked.questions:
+        prompt = behind(before, answers[-1]["tokens"], question.prompt) if question.continues else [*question.prompt]
+        made = _greedy(checkpoint, tuple(prompt), question.tokens, asked.ends)
+        stop = END if made[-1] in asked.ends else ASKED
+        shown = [asked.anchor, *(made[:-1] if stop == END else made)]
+        text = decoded(tokenizer, [shown], hide=True)[0].removeprefix(tokenizer.decode([asked.anchor]))
+        answers.append({"tokens": [*made], "stop": stop, "text": text, "cached": len(before), "chat": None})
+        before = prompt
+    rows = [[asked.anchor, index, asked.anchor] for index in range(asked.vocabulary)]
+    bos = tokenizer.bos_token if record.habits.cuts_bos else ""
+    unprompted = [rendered(tokenizer, chat, generation_prompt=False).removeprefix(bos) for chat in asked.unprompted]
+    tokens = asked.questions[0].tokens
+    return {
+        "answers": answers,
+        "batch": [[*_greedy(checkpoint, prompt, tokens, asked.ends)] for prompt in asked.batch],
+        "ends": {"all": [*asked.ends], "forced": dict.fromkeys(map(str, asked.ends), END)},
+        "pieces": {"hidden": decoded(tokenizer, rows, hide=True), "shown": decoded(tokenizer, rows, hide=False)},
+        "decoded": decoded(tokenizer, [[*row] for row in asked.sequences], hide=True),
+        "unprompted": unprompted,
+        "defaults": record.expected_defaults(generation_of(checkpoint, config), config),
+        "errors": [],
+    }
+
+
 @dataclass
 class FakeRuntimes:
     """changes: (runtime, "exact" | "shipped", mode) -> what is done to the right log-probabilities of the probe set.
 
     taps_changes: runtime -> what is done to the values inside it.
 
-    broken: the same keys -> a RunnerResult to return instead. answers: changes a runtime's answers about text.
+    broken: the same keys -> a RunnerResult to return instead. answers, behaviour: change a runtime's answers about text
+    and what it generates.
     """
 
     checkpoint: Path
     changes: dict[tuple[str, str, str], Change] = field(default_factory=dict)
     broken: dict[tuple[str, str, str], RunnerResult] = field(default_factory=dict)
     answers: dict[str, Callable[[dict[str, Any]], None]] = field(default_factory=dict)
+    behaviour: dict[str, Callable[[dict[str, Any]], None]] = field(default_factory=dict)
     taps_changes: dict[str, Callable[[dict[str, np.ndarray]], None]] = field(default_factory=dict)
 
     def taps(self, runtime: str, *, model: Path, job: Job, data: Path | None = None, **_: object) -> TapsResult:
@@ -107,9 +158,10 @@ class FakeRuntimes:
     def __call__(self, runtime: str, *, model: Path, job: Path, exact: bool, **_: object) -> RunnerResult:
         request = read_job(job)
         path = "exact" if exact else "shipped"
-        alone = request.text is not None and len(request.passes) == 1
+        alone = (request.text or request.behaviour) is not None and len(request.passes) == 1
         keys = [] if alone else [(runtime, path, each) for each in request.passes]
-        for key in [*keys, *([(runtime, path, "text")] if request.text else [])]:
+        extra = [name for name in ("text", "behaviour") if getattr(request, name) is not None]
+        for key in [*keys, *((runtime, path, name) for name in extra)]:
             if key in self.broken:
                 return self.broken[key]
         ids = np.concatenate(request.sequences)
@@ -120,7 +172,12 @@ class FakeRuntimes:
         )
         passes = [self.changes.get(key, lambda right: right)(right.copy()) for key in keys] or [right]
         text = self._text(runtime, request)
-        return RunnerResult("ok", "", passes[0], text, {"version": "fake"}, decoded=dict(enumerate(passes)).get(1))
+        said = None
+        if request.behaviour is not None:
+            said = right_behaviour(self.checkpoint, runtime, request.behaviour)
+            self.behaviour.get(runtime, lambda _: None)(said)
+        decoded = dict(enumerate(passes)).get(1)
+        return RunnerResult("ok", "", passes[0], text, {"version": "fake"}, decoded=decoded, behaviour=said)
 
     def _shipped(self, runtime: str, model: Path, ids: bytes, lengths: bytes) -> np.ndarray:
         return shipped(self.checkpoint, runtime, model, ids, lengths)[0]

@@ -33,7 +33,8 @@ from tests.verify.fakes import Change, FakeRuntimes
 
 SETTINGS = VerifySettings(threads=1)
 ALL = ("llama.cpp", "onnxruntime", "onnxruntime-genai")
-GATES = ["G0", "G1", "G2", "G3", "G4", "G5"]
+GATES = ["G0", "G1", "G2", "G3", "G4", "G5", "G6"]
+MODES = ("prefill", "decode", "text", "behaviour")
 
 
 def verify(
@@ -177,7 +178,7 @@ CRASHED = RunnerResult("crashed", "llama.cpp died of SIGSEGV", signal_name="SIGS
 
 
 def test_a_missing_runtime_is_exit_3_and_every_gate_of_it_is_not_run(exported: Exported, tmp_path: Path) -> None:
-    keys = [("llama.cpp", path, mode) for path in ("exact", "shipped") for mode in ("prefill", "decode", "text")]
+    keys = [("llama.cpp", path, mode) for path in ("exact", "shipped") for mode in MODES]
     fake = FakeRuntimes(exported.checkpoint, broken=dict.fromkeys(keys, MISSING))
     report = verify(exported, tmp_path / "report", fake)
     assert report.exit_code == ExitCode.RUNTIME_UNAVAILABLE

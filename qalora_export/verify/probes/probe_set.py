@@ -85,13 +85,11 @@ class ProbeSet:
         return f"{self.names[sequence]}[{position - int(self.starts[sequence])}]"
 
 
-def rendered(tokenizer: Any, chat: Chat) -> str:
-    """A conversation by the checkpoint's own template, with the generation prompt behind it."""
+def rendered(tokenizer: Any, chat: Chat, *, generation_prompt: bool = True) -> str:
+    """A conversation by the checkpoint's own template, the generation prompt behind it unless told otherwise."""
     parts = conversation(chat)
-    tools = parts.get("tools")
-    return str(
-        tokenizer.apply_chat_template(parts["messages"], tools=tools, tokenize=False, add_generation_prompt=True)
-    )
+    options = {"tools": parts.get("tools"), "tokenize": False, "add_generation_prompt": generation_prompt}
+    return str(tokenizer.apply_chat_template(parts["messages"], **options))
 
 
 def make_probes(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,12 +179,17 @@ class LayerwiseModel:
         return (name for name in self._skeleton.linears() if name != HEAD)
 
     def run(
-        self, sequences: Iterable[NDArray[np.int32]], *, decode: bool, prefill: bool = True
+        self,
+        sequences: Iterable[NDArray[np.int32]],
+        *,
+        decode: bool,
+        prefill: bool = True,
+        kept: Sequence[NDArray[np.int64]] | None = None,
     ) -> list[NDArray[np.float32]]:
         """Every sequence as a whole prompt and, with `decode`, token by token: [prefill] or [prefill, decoded].
 
         Without `prefill` only the second. Each float32 (positions, vocabulary), the sequences one below the other. A
-        layer is loaded once for all.
+        layer is loaded once for all. kept: of prefill, the positions of each sequence that are answered; else all.
         """
         ids = [torch.from_numpy(sequence.astype(np.int64))[None] for sequence in sequences]
         skeleton = self._skeleton
@@ -198,6 +203,8 @@ class LayerwiseModel:
                 for steps in walks:
                     _advance(layer, index, steps, self._cache())
         with skeleton.materialized(f"{skeleton.prefix}norm"):
+            for steps, positions in zip(prompts, kept or [], strict=kept is not None):
+                steps[0].hidden = steps[0].hidden[:, torch.from_numpy(positions)]
             for step in (step for steps in prompts + walks for step in steps):
                 step.hidden = skeleton.base.norm(step.hidden)
         return self._logprobs([steps for steps in (prompts, walks) if steps])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,13 +12,16 @@ from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.differences import ABSENT
+from qalora_export.checkpoint.generation import Generation
 from qalora_export.formats.account import Account
 from qalora_export.formats.gguf.account import account_gguf
 from qalora_export.formats.gguf.file import GgufFile
+from qalora_export.formats.gguf.metadata import SAMPLERS
 from qalora_export.formats.gguf.read import GgufContents, read_back, runtime_dequantized
 from qalora_export.formats.gguf.split import adapter_path
 from qalora_export.formats.gguf.tokenizer.byte_level import TEXT_DIFFERENCES
 from qalora_export.formats.gguf.tokenizer.sentencepiece import NEVER_JOINED
+from qalora_export.formats.gguf.tokenizer.token_types import ENDS, FILL_IN, SHOWN, effective_ends
 from qalora_export.formats.gguf.tokenizer.unigram import UNUSED_SCORE
 from qalora_export.models.families import FAMILIES
 from qalora_export.safety import HashFile
@@ -34,6 +37,16 @@ from qalora_export.verify.runtimes.facts import (
 from qalora_export.verify.runtimes.record import Artifact, Facts, Matrices, RuntimeRecord, TextHabits, register
 from qalora_export.verify.runtimes.twin import write_twin
 
+# Samplers of llama.cpp that Transformers lacks or that are never asked for, with the values that switch them off.
+UNUSED_SAMPLERS: Mapping[str, Any] = MappingProxyType(
+    {
+        **dict.fromkeys(("presence_penalty", "frequency_penalty", "xtc_probability", "dry_multiplier"), 0.0),
+        "typical_p": 1.0,
+        "top_n_sigma": -1.0,
+        "mirostat": 0,
+        "dynatemp_range": 0.0,
+    }
+)
 FREQUENCY_DIVISORS = "rope_freqs.weight"
 # Looked at where the first is absent: the second by contexts beyond rope.scaling.original_context_length.
 SHORT_DIVISORS, LONG_DIVISORS = "rope_factors_short.weight", "rope_factors_long.weight"
@@ -79,6 +92,21 @@ class LlamaCpp(RuntimeRecord):
         twin = workdir / "twin-f32.gguf"
         write_twin(artifact, twin)
         return Artifact(twin, adapter_of(artifact))
+
+    def expected_defaults(self, generation: Generation, config: Mapping[str, Any]) -> dict[str, Any]:
+        drawn: dict[str, Any] = {"temperature": 0.0}
+        if generation.do_sample:
+            names = ("temperature", "top_k", "top_p", "min_p")
+            drawn = {name: getattr(generation, name) for name in names} | {"samplers": SAMPLERS.split(";")}
+        return {**UNUSED_SAMPLERS} | drawn | {"repeat_penalty": generation.repetition_penalty}
+
+    def ends_by_design(self, texts: Sequence[str | None]) -> dict[int, str]:
+        known = effective_ends([text for text in texts if text is not None])
+        return {i: f"llama.cpp ends at {text!r} by its text" for i, text in enumerate(texts) if text in known}
+
+    def texts_by_design(self, texts: Sequence[str | None]) -> dict[int, str]:
+        marked = ENDS | FILL_IN | SHOWN
+        return {i: f"llama.cpp goes by the text of {text!r}" for i, text in enumerate(texts) if text in marked}
 
     def text_differences_accepted(self, artifact: Path) -> bool:
         return TEXT_DIFFERENCES in GgufFile(artifact).fields

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.differences import ABSENT
-from qalora_export.checkpoint.generation import GENERATION, generation_config
+from qalora_export.checkpoint.generation import GENERATION, Generation, generation_config, generation_of
 from qalora_export.errors import InputError
 from qalora_export.formats.account import Account
 from qalora_export.formats.onnx.account import account_onnx
@@ -20,9 +21,12 @@ from qalora_export.formats.onnx.hosts import CONFIG, web_config
 from qalora_export.formats.onnx.layout import FLAT_GRAPH, TOKENIZER_CONFIG, graph_name
 from qalora_export.formats.onnx.read import OnnxContents, read_back
 from qalora_export.models.families import family_of
+from qalora_export.models.loading import load_tokenizer
 from qalora_export.safety import HashFile, inside, read_json
 from qalora_export.verify.kernels import mlas
 from qalora_export.verify.kernels.products import TappedGraph
+from qalora_export.verify.probes.behaviour import BehaviourProbes, decoded
+from qalora_export.verify.probes.probe_set import rendered
 from qalora_export.verify.runtimes.facts import NOT_CARRIED, expected_graph_facts, expected_text_facts
 from qalora_export.verify.runtimes.onnx_dequantize import runtime_dequantized
 from qalora_export.verify.runtimes.record import Artifact, Facts, Matrices, RuntimeRecord, register
@@ -69,6 +73,28 @@ class OnnxRuntime(RuntimeRecord):
 
     def exact(self, artifact: Path, workdir: Path) -> Artifact:
         return Artifact(exact_variant(artifact, workdir / "exact"))
+
+    def expected_defaults(self, generation: Generation, config: Mapping[str, Any]) -> dict[str, Any]:
+        return _sampling(generation)
+
+    def lost_settings(self, generation: Generation) -> tuple[str, ...]:
+        return ()  # the folder has the whole generation_config.json
+
+    def text_behaviour(self, artifact: Path, probes: BehaviourProbes, said: Mapping[str, Any]) -> dict[str, Any]:
+        """By the tokenizer files of the folder, as transformers.js has them."""
+        tokenizer, asked = load_tokenizer(artifact), probes.request
+        rows = [[asked.anchor, index, asked.anchor] for index in range(asked.vocabulary)]
+        sequences = [[*row] for row in asked.sequences]
+        return {
+            "pieces": {"hidden": decoded(tokenizer, rows, hide=True), "shown": decoded(tokenizer, rows, hide=False)},
+            "decoded": decoded(tokenizer, sequences, hide=True),
+            "unprompted": [rendered(tokenizer, chat, generation_prompt=False) for chat in asked.unprompted],
+            "defaults": _sampling(generation_of(artifact, {})),
+        }
+
+
+def _sampling(generation: Generation) -> dict[str, Any]:
+    return {name: value for name, value in asdict(generation).items() if name != "ends"}
 
 
 def expected_web_facts(checkpoint: CanonicalCheckpoint, template: Any) -> Facts:

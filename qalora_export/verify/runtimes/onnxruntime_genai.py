@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.differences import ABSENT
-from qalora_export.checkpoint.generation import generation_config
+from qalora_export.checkpoint.generation import Generation, generation_config
 from qalora_export.checkpoint.manifest import has_manifest, read_manifest
 from qalora_export.errors import InputError
+from qalora_export.formats.onnx.hosts import search_settings
 from qalora_export.formats.onnx.layout import GENAI_CONFIG
+from qalora_export.models.families import family_of
 from qalora_export.safety import inside, read_json
 from qalora_export.verify.runtimes.facts import expected_graph_facts
 from qalora_export.verify.runtimes.onnxruntime import OnnxRuntime
 from qalora_export.verify.runtimes.record import Facts, TextHabits, register
 
+# Settings of GenAI's search that Transformers lacks or that are never asked for, with the values that switch them off.
+UNUSED_SEARCH: Mapping[str, Any] = MappingProxyType(
+    {"min_length": 0, "num_beams": 1, "num_return_sequences": 1, "no_repeat_ngram_size": 0, "batch_size": 1}
+)
 # Fact -> key of genai_config.json, in `model` or in `model.decoder`.
 GENAI_SIZES = {
     "vocabulary": "vocab_size",
@@ -34,7 +41,7 @@ GENAI_SIZES = {
 @register
 class OnnxRuntimeGenai(OnnxRuntime):
     name = "onnxruntime-genai"
-    habits = TextHabits(adds_specials=False, rewrites_tools=True, reads_as_genai=True)
+    habits = TextHabits(adds_specials=False, rewrites_tools=True, reads_as_genai=True, own_decoder=True)
     own_tokenizer = True
 
     def expected(self, checkpoint: CanonicalCheckpoint, frequencies: NDArray[Any]) -> Facts:
@@ -49,6 +56,13 @@ class OnnxRuntimeGenai(OnnxRuntime):
 
     def text_differences_accepted(self, artifact: Path) -> bool:
         return has_manifest(artifact) and accepts_text_differences(read_manifest(artifact))
+
+    def expected_defaults(self, generation: Generation, config: Mapping[str, Any]) -> dict[str, Any]:
+        context = int(family_of(config).exported(config, "onnx")["max_position_embeddings"])
+        return {**UNUSED_SEARCH, **search_settings(generation), "max_length": context}
+
+    def lost_settings(self, generation: Generation) -> tuple[str, ...]:
+        return (*generation.other, *(["min_p"] if generation.do_sample and generation.min_p else []))
 
 
 def accepts_text_differences(manifest: Mapping[str, Any]) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.generation import Generation
 from qalora_export.errors import InputError
 from qalora_export.formats.account import Account
 from qalora_export.formats.contents import Contents
@@ -33,6 +34,7 @@ from qalora_export.models.families.family import Format
 from qalora_export.safety import HashFile
 from qalora_export.verify import runtimes
 from qalora_export.verify.kernels.products import TappedGraph
+from qalora_export.verify.probes.behaviour import BehaviourProbes
 
 Facts = dict[str, Any]
 Matrices = Iterator[tuple[str, NDArray[np.float32]]]  # (module, dequantized (out, in))
@@ -54,6 +56,7 @@ class TextHabits:
     rewrites_tools: changes the descriptions of tools before the chat template sees them.
     reads_gguf: has the tokenizer from a GGUF file, which cannot say everything (formats/gguf/tokenizer/reading.py).
     reads_as_genai: has a tokenizer of its own that takes parts of tokenizer.json (formats/onnx/genai_text/reading.py).
+    own_decoder: drops bytes that are no character, ends a text at NUL, and drops a space behind a hidden special token.
     """
 
     adds_specials: bool = True
@@ -61,6 +64,7 @@ class TextHabits:
     reads_gguf: bool = False
     reads_as_genai: bool = False
     rewrites_tools: bool = False
+    own_decoder: bool = False
 
 
 class RuntimeRecord(ABC):
@@ -112,6 +116,26 @@ class RuntimeRecord(ABC):
     @abstractmethod
     def exact(self, artifact: Path, workdir: Path) -> Artifact:
         """What to run for gate G2: the same numbers for rounding-free kernels, written into `workdir`."""
+
+    @abstractmethod
+    def expected_defaults(self, generation: Generation, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Gate G6: what the runner must report as `defaults` for a folder that generates so; float, int, bool, list."""
+
+    def lost_settings(self, generation: Generation) -> tuple[str, ...]:
+        """Gate G6: settings of the folder that this runtime has no place for."""
+        return generation.other
+
+    def ends_by_design(self, texts: Sequence[str | None]) -> dict[int, str]:
+        """Gate G6: ids at which the runtime ends whatever a file says, with the reason. texts: of each id."""
+        return {}
+
+    def texts_by_design(self, texts: Sequence[str | None]) -> dict[int, str]:
+        """Gate G6: ids that the runtime hides or shows whatever a file says, with the reason."""
+        return {}
+
+    def text_behaviour(self, artifact: Path, probes: BehaviourProbes, said: Mapping[str, Any]) -> dict[str, Any]:
+        """Gate G6: text answers by the artifact's own tokenizer files, for a runtime without a tokenizer."""
+        raise NotImplementedError
 
     def text_differences_accepted(self, artifact: Path) -> bool:
         """Gate G5: whether the artifact says that it was exported with differences in its tokenizer."""

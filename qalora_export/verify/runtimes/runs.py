@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from qalora_runtimes.behaviour import ANSWER_KEYS, Request
 from qalora_runtimes.heartbeat import Beat
 from qalora_runtimes.process import Watch, patience_for
 from qalora_runtimes.protocol import Job, TextRequest, write_job
@@ -21,7 +22,7 @@ from qalora_export.verify.probes.probe_set import ProbeSet
 from qalora_export.verify.runtimes.record import Artifact
 
 Mode = Literal["prefill", "decode"]
-EXACT, SHIPPED, TEXT = "exact", "shipped", "text"  # labels of runs
+EXACT, SHIPPED, TEXT, BEHAVIOUR = "exact", "shipped", "text", "behaviour"  # labels of runs
 LOG_SHOWN = 600  # characters
 logger = logging.getLogger(__name__)
 
@@ -34,12 +35,12 @@ class CrashedError(RuntimeUnavailableError):
 class Runs:
     """Runs `probes` and keeps what each run said about itself.
 
-    A model is loaded once for all that is asked of it: whole prompts, token by token, and the texts of what ships.
-    What is asked second waits here for its gate. Where such a run fails, each part is run alone, so that a gate is not
-    stopped by what another one asks.
+    A model is loaded once for all that is asked of it: whole prompts, token by token, and the texts and answers of what
+    ships. What is asked second waits here for its gate. Where such a run fails, each part is run alone, so that a gate
+    is not stopped by what another one asks.
 
-    launch: qalora_runtimes.launch.run_runner or a stand-in with its signature. fingerprints: one per run, by
-    "runtime/path/mode".
+    launch: qalora_runtimes.launch.run_runner or a stand-in with its signature. behaviour_asked: what gate G6 will ask
+    of what ships. fingerprints: one per run, by "runtime/path/mode".
     """
 
     probes: ProbeSet
@@ -47,6 +48,7 @@ class Runs:
     workdir: Path
     threads: int
     launch: Callable[..., Any]
+    behaviour_asked: Callable[[], Request] | None = None
     fingerprints: dict[str, dict[str, Any]] = field(default_factory=dict)
     _waiting: dict[tuple[str, str, str], Any] = field(default_factory=dict)
 
@@ -69,14 +71,26 @@ class Runs:
             raise RuntimeUnavailableError(f"{runtime} gave no answers about text", where=artifact.path)
         return answers
 
+    def behaviour(self, runtime: str, artifact: Artifact, request: Request) -> dict[str, Any]:
+        """Gate G6's answers (qalora_runtimes.behaviour.ANSWER_KEYS), complete."""
+        found = self._waiting.pop((runtime, SHIPPED, BEHAVIOUR), None)
+        if found is None:
+            alone = self._shortest
+            found = self._run(runtime, artifact, alone, "prefill", label=BEHAVIOUR, asked=request).behaviour
+        if not isinstance(found, dict) or not ANSWER_KEYS.keys() <= found.keys():
+            raise RuntimeUnavailableError(f"{runtime} gave no answers", where=artifact.path)
+        return found
+
     def _everything(self, runtime: str, artifact: Artifact, label: str) -> None:
         """One run for all that this artifact will be asked. Nothing waits when it crashes."""
+        asked = self.behaviour_asked() if self.behaviour_asked and label == SHIPPED else None
         try:
-            result = self._run(runtime, artifact, self.probes, "both", label=label, text=label == SHIPPED)
+            result = self._run(runtime, artifact, self.probes, "both", label=label, text=label == SHIPPED, asked=asked)
         except CrashedError as error:
             logger.warning("%s; asking for one thing at a time", error)
             return
         found = {"prefill": result.logprobs, "decode": result.decoded, TEXT: result.text_answers}
+        found |= {BEHAVIOUR: result.behaviour}
         self._waiting |= {(runtime, label, what): value for what, value in found.items() if value is not None}
 
     def _checked(self, runtime: str, artifact: Artifact, values: NDArray[np.float32] | None) -> NDArray[np.float32]:
@@ -105,11 +119,13 @@ class Runs:
         *,
         label: str,
         text: bool = False,
+        asked: Request | None = None,
     ) -> Any:
         workdir = self.workdir / f"{runtime}-{label}-{mode}"
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / "job.npz"
-        job = Job(tuple(probes.sequences()), mode, TextRequest(probes.texts, probes.chats) if text else None)
+        texts = TextRequest(probes.texts, probes.chats) if text else None
+        job = Job(tuple(probes.sequences()), mode, texts, asked)
         write_job(path, job)
         with task(f"{runtime}: {label}", job.total * len(job.passes)) as shown:
             result = self.launch(

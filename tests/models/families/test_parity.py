@@ -65,7 +65,7 @@ def test_every_gate_passes_on_every_runtime(line: Line, tmp_path: Path) -> None:
         report = q.verify_parity(line.base, tmp_path / f"report {index}", settings, **some)
         gates |= {(entry.gate, entry.runtime): entry.status for entry in report.entries}
         assert bool(report.facts["artifacts"][0]["context"]["note"]) == (line.family in VARIANTS and "gguf" in some)
-    assert len(gates) == 18
+    assert len(gates) == 21
     assert {key for key, status in gates.items() if status != "pass"} == set()
 
 

@@ -38,6 +38,7 @@ DECODER = [
     {"type": "ByteFallback"},
     {"type": "Fuse"},
 ]
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 FIRST_SPACE = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 
 
@@ -53,7 +54,7 @@ def _sentencepiece() -> Raw:
 
 def _bytes(name: str, *, bos: bool = False, nfc: bool = False) -> Raw:
     raw = byte_level(NAMED[name].splits, ignore_merges=NAMED[name].ignore_merges)
-    raw |= {"normalizer": {"type": "NFC"}} if nfc else {}
+    raw |= {"decoder": BYTES} | ({"normalizer": {"type": "NFC"}} if nfc else {})
     return with_bos(raw, "<s>") if bos else raw
 
 

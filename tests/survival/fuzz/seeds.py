@@ -63,7 +63,7 @@ REPORT = {
             "bound": 1.0,
             "unit": "u",
         }
-        for gate in ("G0", "G1", "G2", "G3", "G4", "G5")
+        for gate in ("G0", "G1", "G2", "G3", "G4", "G5", "G6")
     ],
     "provenance": [
         {"child": "a", "role": "base", "parent": "b", "sha256": "0" * 64, "state": "verified", "note": ""},

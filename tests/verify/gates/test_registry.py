@@ -98,7 +98,7 @@ def test_an_id_is_taken_once() -> None:
 
 
 def test_gates_are_in_the_order_of_their_numbers(odd_bytes: list[float]) -> None:
-    assert list(all_gates()) == ["G0", "G1", "G2", "G3", "G4", "G5", "G77"]
+    assert list(all_gates()) == ["G0", "G1", "G2", "G3", "G4", "G5", "G6", "G77"]
 
 
 def test_each_gate_is_in_a_file_of_its_own() -> None:
