@@ -88,7 +88,7 @@ def command(
         None, metavar="gptq|gptq_v2", help="How a GPTQ checkpoint stores zero points, when it does not say rightly."
     ),
     dequantize: bool | None = typer.Option(
-        None, "--dequantize", help="GGUF: take K-quants and other types without a canonical form as float, anew."
+        None, "--dequantize", help="GGUF: take other K-quants and types without a canonical form as float, anew."
     ),
     revision: str | None = typer.Option(None, help="Branch, tag or commit of a hub model."),
     recipe: Path | None = typer.Option(None, help="Take settings from the quantize table of a recipe; flags beat it."),
@@ -97,7 +97,7 @@ def command(
     """Quantize a model into a canonical checkpoint: codes, scale and offset.
 
     One decoder layer is in memory at a time, on the GPU when there is one. Embeddings, norms, biases and lm_head stay
-    as they are, bit for bit. A checkpoint in GPTQ format and a GGUF file in Q4_1, Q4_0, Q5_0, Q5_1 or Q8_0 are
+    as they are, bit for bit. A checkpoint in GPTQ format and a GGUF file in Q4_K, Q4_1, Q4_0, Q5_0, Q5_1 or Q8_0 are
     imported with their own codes; nothing is quantized again.
 
     [bold]Examples[/bold]

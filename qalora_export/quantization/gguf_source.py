@@ -1,9 +1,9 @@
 """A GGUF file seen as a model folder: canonical matrices where its blocks are canonical numbers, floats elsewhere.
 
-    Q4_1, Q4_0, Q8_0, … on a linear layer   codes, scale, offset as they are, 0 values changed
+    Q4_1, Q4_0, Q4_K, … on a linear layer   codes, scale, offset as they are, 0 values changed
     F32, F16, BF16                          the tensor as it is
     the same block types on an embedding    float32, which holds d·q (11 + 8 bits) and d·q + m as llama.cpp computes it
-    K-quants, IQ, …                         float32 by the gguf package's dequantizer, only when the user asks
+    other K-quants, IQ, …                   float32 by the gguf package's dequantizer, only when the user asks
 
 Rows of q and k change back to Transformers' order. Nothing is held in memory: tensors are read when asked for, and a
 large one that must be dequantized is written to a scratch file and mapped.
@@ -27,9 +27,9 @@ from qalora_export.errors import InputError, QaloraError
 from qalora_export.formats.gguf.model_config import config_from_gguf, gguf_family, sampling_from_gguf
 from qalora_export.formats.gguf.read import GgufContents
 from qalora_export.formats.gguf.tokenizer.from_gguf import tokenizer_files_from_gguf
-from qalora_export.formats.gguf.types import BLOCK_TYPES, PLAIN_TYPES, BlockType
+from qalora_export.formats.gguf.types import BLOCK_TYPES, PLAIN_TYPES
 from qalora_export.formats.streaming import row_blocks
-from qalora_export.grid import AFFINE16, GroupAffine
+from qalora_export.grid import GroupAffine, NamedGrid
 
 SCRATCH_BYTES = 256 << 20  # a dequantized tensor above this is mapped from a file, not held
 F32 = np.dtype(np.float32)
@@ -43,11 +43,7 @@ class GgufModel(ModelFolder):
     def __init__(self, file: Path, folder: Path, *, dequantize: bool) -> None:
         self.file, self.path = file, folder
         self._gguf = GgufContents(file)
-        known = {  # in a type on the grid that every stage knows, or in plain numbers
-            name for name, kind in self._gguf.types.items() if kind not in BLOCK_TYPES or _free(BLOCK_TYPES[kind])
-        }
-        self._stored = {m: entry for m, entry in self._gguf.modules.items() if f"{m}.weight" in known}
-        exact = set(self._stored) | {name.removesuffix(".weight") for name in self._gguf.others if name in known}
+        exact = set(self._gguf.modules) | {name.removesuffix(".weight") for name in self._gguf.others}
         self.foreign = {  # tensors in a type with no canonical form: name -> type
             name: kind
             for name, kind in self._gguf.types.items()
@@ -89,11 +85,27 @@ class GgufModel(ModelFolder):
 
     def stored_modules(self) -> dict[str, tuple[int, int]]:
         """module -> (bits, group_size) of what the file holds in canonical form."""
-        return dict(self._stored)
+        return dict(self._gguf.modules)
 
     def stored(self, module: str) -> GroupAffine:
-        """The file's own codes, scale and offset, rows in Transformers order."""
-        return self._gguf.group_affine(module)
+        """The file's own codes, scale and offset, rows in Transformers order.
+
+        Raises InputError for steps below 0, which llama.cpp never makes and training could not move.
+        """
+        matrix = self._gguf.group_affine(module)
+        levels = matrix.levels
+        if levels is not None and min(float(levels.scale_step.min()), float(levels.offset_step.min())) < 0:
+            raise InputError(
+                "a super-block has a step below 0",
+                where=f"{self.file}: {module}",
+                why="no quantizer of llama.cpp writes one",
+                fix="make the file again with llama-quantize",
+            )
+        return matrix
+
+    def grid_of(self, module: str) -> NamedGrid:
+        """The grid of a stored module."""
+        return BLOCK_TYPES[self.stored_type(module)].grid
 
     def stored_type(self, module: str) -> str:
         """The GGUF type that a stored module has in the file."""
@@ -115,10 +127,6 @@ class GgufModel(ModelFolder):
         return files | {"config.json": _json(self.config), GENERATION: _json(generation)}
 
 
-def _free(kind: type[BlockType]) -> bool:
-    return kind.grid is AFFINE16
-
-
 @contextlib.contextmanager
 def gguf_model(file: Path, scratch: Path, *, dequantize: bool) -> Iterator[GgufModel]:
     """Open a GGUF file; scratch: an empty folder. Errors name the file, not the scratch."""
@@ -134,8 +142,8 @@ def _not_canonical(file: Path, foreign: dict[str, str]) -> InputError:
         f"{len(foreign)} tensors are in types that have no canonical form ({_counted(foreign)})",
         where=f"{file}: {next(iter(foreign))}",
         why="codes, scale and offset of a group cannot be taken from them without a change",
-        fix="pass --dequantize to take their values as float32 and quantize them anew, or start from a Q4_1, Q4_0, "
-        "Q8_0 or F16 file",
+        fix="pass --dequantize to take their values as float32 and quantize them anew, or start from a Q4_K, Q4_1, "
+        "Q4_0, Q8_0 or F16 file",
     )
 
 

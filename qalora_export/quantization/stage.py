@@ -124,7 +124,9 @@ def plan_modules(skeleton: Skeleton, settings: QuantizeSettings) -> tuple[set[st
     """
     folder, linears = skeleton.folder, skeleton.linears()
     kept = folder.stored_modules() if isinstance(folder, GgufModel) else {}
-    plans = {name: Plan(*kept[name], sym=False) for name in linears if name in kept}
+    plans = dict[str, Plan]()
+    if isinstance(folder, GgufModel):
+        plans = {name: Plan(*kept[name], sym=False, grid=folder.grid_of(name)) for name in linears if name in kept}
     rest = {name: linear.in_features for name, linear in linears.items() if name not in plans}
     inside = skeleton.layer_name(0).removesuffix("0")
     if plans and not any(name.startswith(inside) for name in rest):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGUFReader
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.manifest import read_manifest
@@ -25,7 +26,7 @@ from qalora_export.verify.reference.ancestry import Ancestry, ancestry
 from qalora_export.verify.reference.merge_check import MergeCheck
 from tests.conftest import MadeOnce
 from tests.models import make_tiny_canonical, make_tiny_model
-from tests.quantization.gguf_files import K_QUANTS, rewritten, values_in_file
+from tests.quantization.gguf_files import rewritten, values_in_file
 from tests.verify.exports import Exported
 
 RTN = QuantizeSettings(method="rtn")
@@ -168,8 +169,39 @@ def test_what_has_no_canonical_form_is_quantized_beside_what_has(file: Path, tmp
     assert report.changed == sum(m.changed for m in report.modules if m.name.endswith("v_proj"))
 
 
-@pytest.mark.parametrize("kind", list(K_QUANTS))
-def test_k_quants_are_dequantized_only_on_request(wide: Path, tmp_path: Path, kind: str) -> None:
+def q4_k_but_attention(name: str) -> str:
+    return "Q4_K" if "ffn" in name or name == "token_embd.weight" else "Q4_1"
+
+
+def test_q4_k_is_taken_as_it_is_and_goes_back_byte_for_byte(wide: Path, tmp_path: Path) -> None:
+    foreign = rewritten(wide, tmp_path / "m.gguf", q4_k_but_attention)
+    report = quantize(foreign, tmp_path / "b.qalora", RTN)
+    assert (report.method, report.changed) == ("import-gguf", 0)
+    after = CanonicalCheckpoint(tmp_path / "b.qalora")
+    check_values(after, foreign)
+    assert {name.rpartition(".")[2] for name, grid in after.grids.items() if grid.name == "q4_k"} == {
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
+    export_gguf(tmp_path / "b.qalora", tmp_path / "again.gguf", GgufSettings())
+    before, again = ({t.name: t.data for t in GGUFReader(path).tensors} for path in (foreign, tmp_path / "again.gguf"))
+    assert all(np.array_equal(before[name], again[name]) for name in before if "ffn" in name or "attn" in name)
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_step_below_zero_is_refused(wide: Path, tmp_path: Path, at: int) -> None:
+    foreign = rewritten(wide, tmp_path / "m.gguf", q4_k_but_attention)
+    tensor = next(t for t in GGUFReader(foreign).tensors if "ffn_up" in t.name)
+    content = bytearray(foreign.read_bytes())
+    content[tensor.data_offset + at + 1] ^= 0x80  # the sign of a float16
+    foreign.write_bytes(content)
+    with pytest.raises(InputError, match=r"a super-block has a step below 0.*up_proj"):
+        quantize(foreign, tmp_path / "b.qalora", RTN)
+
+
+@pytest.mark.parametrize("kind", ["Q6_K"])
+def test_other_k_quants_are_dequantized_only_on_request(wide: Path, tmp_path: Path, kind: str) -> None:
     def kind_of(name: str) -> str:
         return kind if "ffn" in name or name == "token_embd.weight" else "Q4_1"
 
