@@ -15,8 +15,8 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
-from qalora_export.formats.gguf.tensor_table import plan_model
 from qalora_export.models.families import family_of
+from tests.formats.gguf.f32_twin import f32_plans
 
 T = GGMLQuantizationType
 FILE_TYPES = {"Q4_0": 2, "Q4_K_M": 15}  # enum llama_ftype
@@ -50,7 +50,7 @@ def quantize_gguf(library: Path, checkpoint: Path, exact: Path, out: Path, recip
     layers = model.config["num_hidden_layers"]
     writer = GGUFWriter(out, family_of(model.config).gguf_arch)
     _copy_metadata(GGUFReader(exact), writer, FILE_TYPES[recipe])
-    plans = plan_model(model, "f32")
+    plans = f32_plans(model)
     types = {p.name: type_of(p.name, layers, recipe) if len(p.shape) == 2 else T.F32 for p in plans}
     sizes = {p.name: _row_bytes(types[p.name], p.shape[-1]) * (p.shape[0] if len(p.shape) == 2 else 1) for p in plans}
     for p in plans:
@@ -61,12 +61,11 @@ def quantize_gguf(library: Path, checkpoint: Path, exact: Path, out: Path, recip
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for p in plans:
-        parts = (
-            [p.load(slice(at, at + ROWS)) for at in range(0, p.shape[0], ROWS)]
-            if len(p.shape) == 1
-            else [_quantized(c, types[p.name], p.load(slice(at, at + ROWS))) for at in range(0, p.shape[0], ROWS)]
-        )
-        writer.write_tensor_data(np.concatenate(parts))
+        values = p.load(slice(None))
+        if len(p.shape) == 2:
+            blocks = [values[at : at + ROWS] for at in range(0, p.shape[0], ROWS)]
+            values = np.concatenate([_quantized(c, types[p.name], block) for block in blocks])
+        writer.write_tensor_data(values)
     writer.close()
     return out
 

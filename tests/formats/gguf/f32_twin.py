@@ -21,9 +21,8 @@ from qalora_export.formats.gguf.writer import write_gguf
 from qalora_export.models.families import family_of
 
 
-def write_f32_twin(checkpoint: Path, out: Path) -> list[TensorPlan]:
-    """Quantized matrices by GroupAffine.dequantize; what was written."""
-    model = CanonicalCheckpoint(checkpoint)
+def f32_plans(model: CanonicalCheckpoint) -> list[TensorPlan]:
+    """Quantized matrices by GroupAffine.dequantize; the others widened."""
     family, config = family_of(model.config), model.config
     names = NameMap(family.gguf_arch, config["num_hidden_layers"])
 
@@ -39,5 +38,12 @@ def write_f32_twin(checkpoint: Path, out: Path) -> list[TensorPlan]:
         rows, groups = model.entry(f"{module}.scale").shape
         shape = (rows, groups * group)
         plans.append(plan(f"{module}.weight", shape, lambda name=module: model.group_affine(name).dequantize()))
-    write_gguf(out, family.gguf_arch, model_entries(model, plans, "f32"), plans)
+    return plans
+
+
+def write_f32_twin(checkpoint: Path, out: Path) -> list[TensorPlan]:
+    """What was written."""
+    model = CanonicalCheckpoint(checkpoint)
+    plans = f32_plans(model)
+    write_gguf(out, family_of(model.config).gguf_arch, model_entries(model, plans, "f32"), plans)
     return plans
