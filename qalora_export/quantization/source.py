@@ -17,6 +17,7 @@ from qalora_export.checkpoint.weight_files import AUTOGPTQ_CONFIG
 from qalora_export.errors import InputError
 from qalora_export.models.multimodal import TextPart, wrapped_family
 from qalora_export.models.sources import Located, locate
+from qalora_export.models.spare_tokens import WithoutSpareTokens, spare_tokens
 from qalora_export.quantization.gguf_source import GgufModel, gguf_model
 from qalora_export.safety import StrPath, inside, read_json, scratch_folder
 
@@ -64,24 +65,25 @@ def open_source(model: StrPath, out: Path, *, revision: str | None, dequantize: 
 
 @contextlib.contextmanager
 def open_folder(located: Located, scratch: AbstractContextManager[Path], *, dequantize: bool) -> Iterator[ModelFolder]:
-    """A model that was found, as a model folder for the time of the block. scratch: an empty one, for a GGUF file or
-    the language model of a multimodal checkpoint.
+    """A model that was found, as a model folder for the time of the block. scratch: an empty one, for a GGUF file, the
+    language model of a multimodal checkpoint, or a tokenizer that must be restated.
     """
     if located.path.is_file():
         with scratch as empty, gguf_model(located.path, empty, dequantize=dequantize) as folder:
             yield folder
         return
     whole = ModelFolder(located.path)
-    if (family := wrapped_family(whole)) is None:
+    family, spare = wrapped_family(whole), spare_tokens(whole)
+    if family is None and not spare:
         yield whole
         return
     with scratch as empty:
-        yield TextPart(whole, family, empty)
+        yield WithoutSpareTokens(whole, spare, empty) if family is None else TextPart(whole, family, empty)
 
 
 def notes_of(folder: ModelFolder) -> tuple[str, ...]:
     """What a user must know about how the source is read."""
-    return folder.notes() if isinstance(folder, GgufModel | TextPart) else ()
+    return folder.notes() if isinstance(folder, GgufModel | TextPart | WithoutSpareTokens) else ()
 
 
 def gptq_config(folder: ModelFolder) -> dict[str, Any] | None:

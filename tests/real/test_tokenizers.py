@@ -7,8 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.errors import InputError
 from qalora_export.formats.gguf.file import GgufFile
 from qalora_export.formats.gguf.tokenizer.byte_level import TEXT_DIFFERENCES
@@ -16,6 +19,7 @@ from qalora_export.formats.gguf.tokenizer.fields import name_for_llama_cpp, toke
 from qalora_export.formats.gguf.tokenizer.from_gguf import tokenizer_files_from_gguf
 from qalora_export.formats.gguf.tokenizer.reading import LlamaCppReading, shows_the_difference
 from qalora_export.models.loading import load_tokenizer
+from qalora_export.models.spare_tokens import WithoutSpareTokens, spare_tokens
 from tests.formats.gguf.llama_vocab import llama_ids
 from tests.formats.gguf.tokenizer.synthetic import write_vocabulary
 from tests.real.packages import member
@@ -109,6 +113,22 @@ def test_accepted_differences_are_those_of_llama_cpps_nearest_form(name: str, pr
     differing = [text for text, ids in zip(texts, found, strict=True) if ids != tokenizer(text)["input_ids"]]
     assert any("हिन्दी" in text for text in differing)
     assert len(differing) < len(texts) / 2
+
+
+def test_gemma_3_without_the_token_that_its_smallest_model_has_no_row_for(tmp_path: Path) -> None:
+    """The same files come with models of 262,144 (1B) and of 262,208 rows."""
+    source = tokenizer_folder("gemma3", tmp_path / "hf")
+    (source / "config.json").write_text(json.dumps({"vocab_size": 262144}))
+    save_file({"x": np.zeros(1, np.float32)}, source / "model.safetensors")
+    whole = ModelFolder(source)
+    assert spare_tokens(whole) == ["<image_soft_token>"]
+    with pytest.raises(InputError, match="the embedding has 262144 rows"):
+        tokenizer_entries(source, whole.config)
+    (tmp_path / "restated").mkdir()
+    folder = WithoutSpareTokens(whole, spare_tokens(whole), tmp_path / "restated").path
+    model = write_vocabulary(tmp_path / "v.gguf", tokenizer_entries(folder, whole.config))
+    tokenizer, texts = load_tokenizer(folder), [*corpus(folder)[:500], "a<image_soft_token>b"]
+    assert llama_ids(model, texts) == [tokenizer(text)["input_ids"] for text in texts]
 
 
 def test_two_names_for_one_id_are_refused_with_the_remedy(tmp_path: Path) -> None:
