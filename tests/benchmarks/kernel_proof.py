@@ -1,6 +1,7 @@
 """How many right models the local proof of gate G3 passes, and how many wrong kernels it catches.
 
     python -m tests.benchmarks.kernel_proof --work /tmp/kernel-proof
+    python -m tests.benchmarks.kernel_proof --work /tmp/kernel-proof --emulate Haswell --json avx2.json      # QEMU
 
 Random Llamas of 2 layers in every width of codes and group, as quantized and with offsets moved as a merge moves them,
 as they are and with one channel of every norm × 64, so that activations have outliers; exported to GGUF (q4_1 where a
@@ -15,6 +16,7 @@ import argparse
 import itertools
 import json
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -47,15 +49,29 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--json", type=Path, default=RESULTS / "kernel_proof.json")
     parser.add_argument("--smoke", action="store_true", help="one model")
+    parser.add_argument("--emulate", metavar="CPU", help="run the runtimes on this x86-64 CPU of QEMU: other kernels")
     options = parser.parse_args()
     models = list(itertools.product(BITS, GROUPS, OUTLIERS, MERGED))
+    if options.emulate:
+        models = [model for model in models if model[1] != GROUPS[1] and not model[3]]  # emulation is slow
+        _emulate(options.emulate, options.work)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for model in models[:1] if options.smoke else models:
         rows += _model(options.work, *model)
-        found = {"benchmark": "kernel_proof", "machine": machine(), "summary": _summary(rows), "rows": rows}
+        where = machine() | ({"emulated": options.emulate} if options.emulate else {})
+        found = {"benchmark": "kernel_proof", "machine": where, "summary": _summary(rows), "rows": rows}
         options.json.write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(_summary(rows), indent=2))
+
+
+def _emulate(cpu: str, work: Path) -> None:
+    """Runners start as `sys.executable -m …`: from now on that is Python on an emulated CPU."""
+    wrapper = work / "python-emulated"
+    work.mkdir(parents=True, exist_ok=True)
+    wrapper.write_text(f'#!/bin/sh\nexec qemu-x86_64-static -cpu {cpu} {sys.executable} "$@" 2>/dev/null\n')
+    wrapper.chmod(0o755)
+    sys.executable = str(wrapper)
 
 
 def _model(work: Path, bits: int, group: int, outlier: int, merged: bool) -> Iterator[dict[str, Any]]:

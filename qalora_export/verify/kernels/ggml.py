@@ -1,8 +1,9 @@
 """llama.cpp's matrix products: which arithmetic belongs to which tensor type, and the weights of a GGUF file.
 
 Sources: ggml/src/ggml-cpu/ggml-cpu.c (type_traits_cpu: vec_dot_type), ggml-quants.c (quantize_row_*_ref), and for each
-processor arch/*/quants.c and arch/*/repack.cpp (repacked weights see the same blocks). Measured with xllamacpp 2026.10
-on AVX-512, one token and many: F32, F16, Q4_0, Q4_1 and Q8_0.
+processor arch/*/quants.c and arch/*/repack.cpp (repacked weights see the same blocks). Measured with xllamacpp 2026.10,
+whose x86 wheel is compiled for AVX2 and runs that code on every newer processor (llama_print_system_info), one token
+and many: F32, F16, Q4_0, Q4_1 and Q8_0.
 """
 
 from __future__ import annotations
