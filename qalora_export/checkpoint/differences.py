@@ -54,5 +54,8 @@ def explain(expected: Any, found: Any) -> str:
 
 def clip(value: Any) -> str:
     """A value as text of one short line."""
-    text = str(value) if isinstance(value, np.floating) else repr(value)
+    try:
+        text = str(value) if isinstance(value, np.floating) else repr(value)
+    except RecursionError:
+        return "a value that nests too deeply to be shown"
     return text if len(text) <= CLIP else text[:CLIP] + "…"

@@ -10,7 +10,7 @@ from qalora_export.checkpoint.differences import differences
 from qalora_export.checkpoint.manifest import MANIFEST, steering_files
 from qalora_export.checkpoint.model_folder import COMPANIONS
 from qalora_export.errors import QaloraError
-from qalora_export.safety import inside, read_json
+from qalora_export.safety import inside, read_json, sha256_file
 
 CONFIG, QUANTIZATION = "config.json", "quantization_config"
 OURS = {MANIFEST, "quantize_report.json"}  # a stage's own notes on what it did
@@ -32,10 +32,10 @@ def changed_on_the_way(parent: Path, child: Path, *, called: str | None = None) 
             found.append(f"{name}: not in {child.name}")
         elif name not in there:
             found.append(f"{name}: not in {called or parent.name}")
-        elif (content := inside(child, name).read_bytes()) != inside(parent, name).read_bytes():
+        elif sha256_file(inside(child, name)) != sha256_file(inside(parent, name)):
             lines = list(_differences(parent, child, name)) if name.endswith(".json") else []
             same = name.endswith(".json") and not lines  # written anew, and says what it said
-            found += [] if same else lines or [f"{name}: other text ({len(content)} bytes)"]
+            found += [] if same else lines or [f"{name}: other text ({(child / name).stat().st_size} bytes)"]
     return found
 
 

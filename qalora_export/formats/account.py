@@ -24,7 +24,8 @@ class Account:
 
     options: what the export was asked for, read from the artifact. harmless: what differs and steers nothing, with the
     reason. other_bytes: files that are not byte for byte those of a fresh export; excuse: why that may be so, and ""
-    where it may not.
+    where it may not. unproven: differences in what other versions of the tools may make otherwise: neither right nor
+    wrong.
     """
 
     entries: int
@@ -33,6 +34,7 @@ class Account:
     harmless: tuple[str, ...] = ()
     other_bytes: tuple[str, ...] = ()
     excuse: str = ""
+    unproven: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """One sentence for a report."""

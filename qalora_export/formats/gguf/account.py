@@ -19,13 +19,14 @@ from qalora_export.formats.gguf.metadata import Entry
 from qalora_export.formats.gguf.split import adapter_entries, plan_remainders
 from qalora_export.formats.gguf.tensor_table import ROPE_FREQUENCIES, TensorPlan, plan_model
 from qalora_export.formats.gguf.tokenizer.byte_level import TEXT_DIFFERENCES
-from qalora_export.formats.gguf.validate import ALIGNMENT, Field, TensorInfo, parse_header
+from qalora_export.formats.gguf.validate import ALIGNMENT, ARRAY, Field, TensorInfo, parse_header
 from qalora_export.formats.gguf.writer import header_of, stream_gguf
 from qalora_export.formats.streaming import HashSink
 from qalora_export.models.families import family_of
 from qalora_export.safety import HashFile, sha256_file
 
 VERSION = "qalora.version"
+FIRST = 16  # items of a list that are shown
 LAYOUTS = ("q4_1", "split")
 ALLOWED = 1e-6  # relative: the divisors of rope_freqs.weight come from this machine's powers, rounded to float32
 
@@ -113,12 +114,12 @@ def _entry_differences(fresh: _Fresh, there: GgufFile, harmless: list[str]) -> I
         if expected is None or found is None:
             yield f"{key}: expected {_shown(expected)}, found {_shown(found)}"
         elif (expected.kind, expected.item) != (found.kind, found.item):
-            yield f"{key}: expected {_type(expected)}, found {_type(found)} {clip(found.value)}"
+            yield f"{key}: expected {_type(expected)}, found {_shown(found)}"
         elif not same(expected.stored, found.stored):
             if key == VERSION:
-                harmless.append(f"{key} {clip(found.value)}, written by another version")
+                harmless.append(f"{_shown(found)} as {key}, of another version")
             else:
-                yield f"{key}: {explain(expected.value, found.value)}"
+                yield f"{key}: {_explained(expected, found)}"
     for name in (*fresh.tensors, *(name for name in there.tensors if name not in fresh.tensors)):
         stored = there.tensors.get(name)
         infos = fresh.tensors.get(name), None if stored is None else stored.info
@@ -141,7 +142,22 @@ def _frequency_differences(fresh: _Fresh, there: GgufFile, harmless: list[str]) 
 
 
 def _shown(field: Field | None) -> str:
-    return ABSENT if field is None else f"{_type(field)} {clip(field.value)}"
+    if field is None:
+        return ABSENT
+    begin = Field(field.kind, field.item, field.stored[:FIRST]) if field.kind == ARRAY else field
+    return f"{_type(field)} {clip(begin.value)}"
+
+
+def _explained(expected: Field, found: Field) -> str:
+    """Both values at the first place that differs. A list of numbers is not made Python's, which may be very long."""
+    want, got = expected.stored, found.stored
+    if expected.kind != ARRAY or not isinstance(want, np.ndarray) or not isinstance(got, np.ndarray):
+        return explain(expected.value, found.value)
+    shared = min(len(want), len(got))
+    index = next(iter(np.flatnonzero(want[:shared] != got[:shared])), shared)
+    values = [clip(side[index].item()) if index < len(side) else ABSENT for side in (want, got)]
+    sizes = f"({len(want)} expected, {len(got)} found)"
+    return f"item {index}: expected {values[0]}, found {values[1]} {sizes}"
 
 
 def _type(field: Field) -> str:

@@ -27,7 +27,7 @@ from qalora_export.formats.onnx.layout import DATA, FLAT_DATA, FLAT_GRAPH, GENAI
 from qalora_export.formats.onnx.read import OnnxContents
 from qalora_export.formats.streaming import HashSink
 from qalora_export.recipe import OnnxSettings
-from qalora_export.safety import HashFile, inside, sha256_bytes, sha256_file
+from qalora_export.safety import HashFile, inside, read_json, sha256_bytes, sha256_file
 from qalora_export.safety.limits import parse_json
 
 if TYPE_CHECKING:
@@ -60,19 +60,23 @@ def account_onnx(
     found = list(_file_differences(folder, {*fresh.files, graph, data}, harmless))
     other = []
     for name, content in fresh.files.items():
-        if (folder / name).is_file() and inside(folder, name).read_bytes() != content:
+        if (folder / name).is_file() and hash_of(inside(folder, name)) != sha256_bytes(content):
             other.append(name)
             found += _content_differences(inside(folder, name), content, name)
     same_data = (folder / data).is_file() and hash_of(inside(folder, data)) == fresh.data_sha256
     tensors = _Tensors(fresh, contents, same_data, harmless)
-    found += [f"{graph}: {line}" for line in graph_differences(fresh.graph, contents.model, tensors=tensors)]
+    made = made_with(folder / MANIFEST)
+    others = other_tools(made, onnx_tools())
+    lines = tuple(f"{graph}: {line}" for line in graph_differences(fresh.graph, contents.model, tensors=tensors))
+    unproven = lines if made and others else ()  # those versions may well build another graph of the same function
+    found += () if unproven else lines
     if sha256_bytes(fresh.graph.SerializeToString(deterministic=True)) != hash_of(inside(folder, graph)):
         other.append(graph)
     other += [] if same_data else [data]
-    excuse = other_tools(made_with(folder / MANIFEST), onnx_tools()) if other else ""
-    if graph == FLAT_GRAPH and other:
-        excuse = excuse or "earlier versions wrote other bytes"
-    return Account(entries, tuple(found), options, tuple(harmless), tuple(other), excuse)
+    excuse = others or ("earlier versions wrote other bytes" if graph == FLAT_GRAPH else "")
+    return Account(
+        entries, tuple(found), options, tuple(harmless), tuple(other), excuse if other else "", unproven=unproven
+    )
 
 
 @dataclass
@@ -128,7 +132,7 @@ def _content_differences(path: Path, content: bytes, name: str) -> Iterator[str]
         yield f"{name}: other bytes than in the checkpoint"
         return
     try:
-        found = parse_json(path.read_bytes(), where=path)
+        found = read_json(path)
     except QaloraError as error:
         yield f"{name}: {error.what}"
         return

@@ -80,8 +80,8 @@ def bytes_entry(
     """Every code, scale, offset and other value, every fact, every entry, every link of the provenance chain.
 
     account: entries and bytes against a fresh export, or why the checkpoint cannot be exported. merge: whether the
-    checkpoint itself is its base plus its adapter. line: whether it kept everything else of its ancestors; the gate has
-    not run where something of it is unchecked.
+    checkpoint itself is its base plus its adapter. line: whether it kept everything else of its ancestors. The gate has
+    not run where something of these could not be compared.
     """
     line = line or Ancestry()
     if isinstance(account, InputError):
@@ -118,8 +118,12 @@ def bytes_entry(
         ),
         figures=measured | {"compared_values": compared.values, "tensors": tensors},
     )
-    if entry.status == "pass" and line.unchecked:
-        return replace(entry, status="not run", detail=f"{'; '.join(line.unchecked)}. What is here: {entry.detail}")
+    gaps = list(line.unchecked)
+    if account.unproven:
+        gaps.append(f"{account.excuse}: its graph cannot be held against one that is made here; export it again")
+    if entry.status == "pass" and gaps:
+        shown = (*entry.where, *account.unproven[:SHOWN])
+        return replace(entry, status="not run", detail=f"{'; '.join(gaps)}. Beside that: {entry.detail}", where=shown)
     return entry
 
 

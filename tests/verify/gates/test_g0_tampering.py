@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
+from qalora_export.formats.gguf.validate import ARRAY, Field
 from tests.verify.exports import Exported, copy_of, onnx_tensor, patch, read_at
 from tests.verify.tampering import (
     F32,
@@ -184,6 +185,44 @@ def assert_red(runtime: str, damage: Damage, place: str, copy: Exported) -> None
     entry = g0(runtime, copy)
     assert entry.status == "fail"
     assert any(place in found for found in entry.where), entry.where
+
+
+@pytest.mark.parametrize(
+    ("damage", "status", "said"),
+    [
+        (
+            bit_of_the_padding,
+            "pass",
+            "onnx/model.onnx_data not byte for byte what a fresh export gives (onnx-ir 0.1 made",
+        ),
+        (ONNX["metadata"][0], "not run", "onnx-ir 0.1 made it, here is "),
+        (ONNX["sampling"][0], "fail", "genai_config.json not byte for byte"),
+        (low_bit_of_a_cosine, "pass", "model.rotary_emb.cos_cache, within what float32 sines of two machines differ"),
+    ],
+)
+def test_what_other_versions_made_is_no_pass_where_they_may_make_it_otherwise(
+    damage: Damage, status: str, said: str, exported: Exported, tmp_path: Path
+) -> None:
+    copy = copy_of(exported, tmp_path)
+    damage(copy)
+    change_json(copy.onnx / "manifest.json", lambda content: content["made_with"].update({"onnx-ir": "0.1"}))
+    reseal(copy)
+    entry = g0("onnxruntime", copy)
+    assert (entry.status, said in entry.detail) == (status, True), entry
+
+
+def test_a_list_too_long_or_too_deep_to_show_is_named(exported: Exported, tmp_path: Path) -> None:
+    copy = copy_of(exported, tmp_path)
+    long = np.zeros(10**6, np.uint8)
+    change_fields(copy.gguf, lambda f: f.update({"llama.long": Field(ARRAY, 0, long)}))
+    deep = "[" * 900 + "]" * 900
+    path = copy.onnx / "generation_config.json"
+    path.write_text(path.read_text().replace("{", f'{{"deep": {deep},', 1))
+    reseal(copy)
+    assert any(
+        "llama.long: expected absent, found array of uint8 [0, 0" in place for place in g0("llama.cpp", copy).where
+    )
+    assert any("generation_config.json: deep: " in place for place in g0("onnxruntime", copy).where)
 
 
 def test_what_steers_nothing_is_said_and_not_red(exported: Exported, tmp_path: Path) -> None:
