@@ -52,6 +52,7 @@ THOROUGH = (
     "test_wheels.py",
     "verify/bisect/",
     "verify/foreign/test_diagnosis.py",
+    "verify/foreign/test_onnx.py",
     "verify/test_stage.py",
 )
 

@@ -161,11 +161,8 @@ def _diagnose(
     force: bool,
 ) -> NoReturn:
     from qalora_export.cli.diagnosis_table import print_diagnosis
-    from qalora_export.errors import InputError
     from qalora_export.verify.foreign.stage import diagnose
 
-    if gguf is None or onnx is not None:
-        raise InputError("one file is looked at in one run", fix="pass --gguf FILE")
-    diagnosis = diagnose(model, out, settings, gguf=gguf, cache=cache, force=force)
+    diagnosis = diagnose(model, out, settings, gguf=gguf, onnx=onnx, cache=cache, force=force)
     print_diagnosis(diagnosis)
     raise typer.Exit(int(diagnosis.exit_code))

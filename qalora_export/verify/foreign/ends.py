@@ -20,6 +20,8 @@ MODULE = "qalora_runtimes.llama_cpp.stops"
 MAX_ANSWER = 64 << 20  # bytes
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 # What generate() of Transformers does where generation_config.json does not say.
+TRANSFORMERS: Mapping[str, Any] = {"temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0}
+SHORTEST = 256  # tokens that a conversation may be expected to have
 DEFAULTS: Mapping[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
 
 
@@ -54,7 +56,7 @@ def ends_part(
     return Part("ends", runtime, "broken", findings[0], tuple(findings), figures=figures)
 
 
-def sampling_differences(metadata: Mapping[str, Any], generation: Mapping[str, Any]) -> list[str]:
+def gguf_sampling_differences(metadata: Mapping[str, Any], generation: Mapping[str, Any]) -> list[str]:
     """general.sampling.* of a GGUF against generation_config.json; a file that says nothing leaves it to the user."""
     found = sampling_from_gguf(metadata)
     differences = []
@@ -63,9 +65,28 @@ def sampling_differences(metadata: Mapping[str, Any], generation: Mapping[str, A
         if key == "do_sample" or (not found.get("do_sample", True) and not generation.get("do_sample")):
             continue  # temperature tells
         if wanted is None or np.float32(wanted) != np.float32(found[key]):
-            differences.append(
-                f"sampling {key} is {found[key]}, the model's is {'unset' if wanted is None else wanted}"
-            )
+            differences.append(f"sampling {key} is {found[key]}, the model's {'unset' if wanted is None else wanted}")
+    return differences
+
+
+def genai_sampling_differences(config: Any, generation: Mapping[str, Any]) -> list[str]:
+    """`search` of genai_config.json against generation_config.json; greedy by default is a choice, not a fault."""
+    search = config.get("search") if isinstance(config, dict) else None
+    found: Mapping[str, Any] = search if isinstance(search, dict) else {}
+    model = config.get("model") if isinstance(config, dict) else None
+    context = model.get("context_length") if isinstance(model, dict) else None
+    differences = []
+    longest = found.get("max_length")
+    if isinstance(longest, int) and longest < min(SHORTEST, context if isinstance(context, int) else SHORTEST):
+        differences.append(f"search.max_length is {longest}: prompt and answer together end there")
+    if not found.get("do_sample") or found.get("top_k") == 1:
+        return differences
+    if not generation.get("do_sample"):
+        differences.append("search.do_sample is true, the model's is not")
+    for key in (key for key in SAMPLING[1:] if found.get(key) is not None):
+        wanted = generation.get(key, TRANSFORMERS.get(key))
+        if wanted is not None and np.float32(wanted) != np.float32(found[key]):
+            differences.append(f"search.{key} is {found[key]}, the model's {wanted}")
     return differences
 
 

@@ -7,15 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qalora_export.errors import InputError
 from qalora_export.formats.gguf.file import GgufFile, StoredTensor
 from qalora_export.formats.gguf.names import SUFFIXES, NameMap
 from qalora_export.formats.gguf.permute import hf_order
-from qalora_export.formats.gguf.tensor_table import ROPE_FREQUENCIES
+from qalora_export.formats.gguf.tensor_table import ROPE_FREQUENCIES, ROPE_LONG, ROPE_SHORT
 from qalora_export.formats.streaming import release
 from qalora_export.models.families import Family, family_of
 from qalora_export.verify.foreign.artifact import Foreign, Rows, Tensor
+
+# Divisors of the rotary frequencies; the long ones (longrope) beyond the context that a model was first trained on.
+ROTARY = (ROPE_FREQUENCIES, ROPE_LONG, ROPE_SHORT)
+
+
+def rotary_divisors(path: Path) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
+    """(by which the probes are rotated, those of long contexts), None where the file has none."""
+    tensors = GgufFile(path).tensors
+    short, long = (
+        next((tensors[name].dequantized().reshape(-1) for name in names if name in tensors), None)
+        for names in ((ROPE_FREQUENCIES, ROPE_SHORT), (ROPE_LONG,))
+    )
+    return short, long
 
 
 def open_gguf(path: Path, config: Mapping[str, Any], source: set[str]) -> Foreign:
@@ -34,18 +48,33 @@ def open_gguf(path: Path, config: Mapping[str, Any], source: set[str]) -> Foreig
         )
     names = NameMap(family.gguf_arch, config["num_hidden_layers"])
     modules = [*family.required_modules({**config, "tie_word_embeddings": False})]
-    expected = {names.to_gguf(module + suffix): module + suffix for module in modules for suffix in SUFFIXES}
+    expected = {
+        known: module + suffix
+        for module in modules
+        for suffix in SUFFIXES
+        if (known := _in_gguf(names, module + suffix)) is not None
+    }
     tensors, extra = dict[str, Tensor](), list[str]()
     for name, stored in file.tensors.items():
         if name in expected:
             tensors[expected[name]] = _tensor(expected[name], stored, family, config)
-        elif name != ROPE_FREQUENCIES:
+        elif name not in ROTARY:
             extra.append(name)
     needed = {name for name in expected.values() if name in source}
     if family.ties_head(config):
         needed.discard("lm_head.weight")
     absent = tuple(sorted(needed - tensors.keys()))
     return Foreign(path, tensors, tuple(extra), absent, file.metadata)
+
+
+def _in_gguf(names: NameMap, name: str) -> str | None:
+    """None for a head where the architecture has none of its own (Gemma)."""
+    try:
+        return names.to_gguf(name)
+    except InputError:
+        if name.startswith("lm_head."):
+            return None
+        raise
 
 
 def _tensor(name: str, stored: StoredTensor, family: Family, config: Mapping[str, Any]) -> Tensor:

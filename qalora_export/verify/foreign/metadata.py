@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from qalora_export.formats.gguf.metadata import architecture
 from qalora_export.models.families import family_of
 from qalora_export.models.families.family import head_dim
+from qalora_export.verify.runtimes.facts import windows
 
 # <arch>.KEY -> key of config.json that does the same in Transformers.
 SETTINGS = {
@@ -81,6 +82,10 @@ def gguf_differences(
         if not _same(wanted, got):
             change = {SETTINGS[key]: got} if key in SETTINGS and _usable(got) else {}
             differences.append(Difference(f"{prefix}{key}", wanted, got, change))
+    if windows(family, config) and not found.get("attention.sliding_window"):
+        unlimited = {"sliding_window": None, "layer_types": None}
+        name = f"{prefix}attention.sliding_window"
+        differences.append(Difference(name, config.get("sliding_window"), None, unlimited))
     if (rotary := _rotary(prefix, found, expected, divisors, frequencies)) is not None:
         differences.append(rotary)
     return differences

@@ -22,6 +22,7 @@ from qalora_export.errors import InputError
 from qalora_export.verify.foreign.artifact import Foreign, Tensor
 from qalora_export.verify.foreign.fit import HEAD
 from qalora_export.verify.foreign.metadata import Difference
+from qalora_export.verify.metrics import EXACT
 from qalora_export.verify.probes.probe_set import ProbeSet
 from qalora_export.verify.reference.layerwise import LayerwiseModel
 from qalora_export.verify.reference.logits import fixed_threads, noise_of, round_to_int8
@@ -73,13 +74,21 @@ class ArtifactFolder(ModelFolder):
 class OwnNumbers:
     """An artifact in Transformers, with any of its settings in place of the source's.
 
-    config: the source's, complete. folder: an empty one for what is written on the way.
+    config: the source's, complete. folder: an empty one for what is written on the way. bound: NMSE up to which a
+    runtime that does the same may be off.
     """
 
     def __init__(
-        self, artifact: Foreign, config: Mapping[str, Any], probes: ProbeSet, folder: Path, *, threads: int
+        self,
+        artifact: Foreign,
+        config: Mapping[str, Any],
+        probes: ProbeSet,
+        folder: Path,
+        *,
+        threads: int,
+        bound: float = EXACT,
     ) -> None:
-        self.artifact, self.config, self.probes = artifact, config, probes
+        self.artifact, self.config, self.probes, self.bound = artifact, config, probes, bound
         self._folder, self._threads, self._count = folder, threads, 0
 
     def logprobs(

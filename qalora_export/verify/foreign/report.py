@@ -3,7 +3,7 @@
 report.json (format "qalora-diagnosis/1"):
 
     sentence, exit_code   the diagnosis;  verdict  "nothing broken" | "broken" | "not known"
-    model, artifact       names; sha256 and bytes of the artifact
+    model, artifact       names; files: name -> sha256
     parts                 in order: part, title, runtime, state ("ok" | "broken" | "not run"), sentence, findings,
                           proof, figures, seconds
     costs                 by step away from the model: kl (mean), kl_max (nats), top1 (share), nmse, scaled
@@ -37,13 +37,14 @@ MARKS = {"ok": "✓", "broken": "✗", "not run": "–"}
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One run. out: the report folder. figures: what each step away from the model costs (report.json: costs)."""
+    """One run. out: the report folder. files: of the artifact, name -> sha256. figures: what each step away from the
+    model costs (report.json: costs).
+    """
 
     out: Path
     model: str
     artifact: str
-    sha256: str
-    nbytes: int
+    files: Mapping[str, str]
     parts: list[Part]
     tensors: list[Finding]
     figures: Mapping[str, Mapping[str, float]]
@@ -88,7 +89,7 @@ class Diagnosis:
             "exit_code": int(self.exit_code),
             "sentence": self.sentence,
             "model": self.model,
-            "artifact": {"name": self.artifact, "sha256": self.sha256, "bytes": self.nbytes},
+            "artifact": {"name": self.artifact, "files": dict(self.files)},
             "parts": [
                 {
                     "part": part.id,

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from qalora_runtimes.launch import run_runner
 
@@ -20,8 +19,6 @@ from qalora_export.checkpoint.manifest import write_manifest
 from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.checkpoint.output import claim_output
 from qalora_export.errors import InputError, RuntimeUnavailableError
-from qalora_export.formats.gguf.file import GgufFile
-from qalora_export.formats.gguf.tensor_table import ROPE_FREQUENCIES
 from qalora_export.models.families import family_of
 from qalora_export.models.loading import load_tokenizer
 from qalora_export.models.sources import locate
@@ -30,13 +27,13 @@ from qalora_export.recipe import VerifySettings
 from qalora_export.safety import HashedOnce, StrPath, atomic_directory, local_path
 from qalora_export.verify.foreign.artifact import Foreign
 from qalora_export.verify.foreign.diagnosis import Part
-from qalora_export.verify.foreign.ends import ends_part, llama_cpp_ends, sampling_differences
+from qalora_export.verify.foreign.ends import ends_part
 from qalora_export.verify.foreign.fit import source_of
-from qalora_export.verify.foreign.gguf_file import open_gguf
 from qalora_export.verify.foreign.graph import LogProbs, graph_part, kernels_part, measured
-from qalora_export.verify.foreign.metadata import complete_config, gguf_differences
+from qalora_export.verify.foreign.metadata import complete_config
 from qalora_export.verify.foreign.model import OwnNumbers
 from qalora_export.verify.foreign.report import Diagnosis, write_diagnosis
+from qalora_export.verify.foreign.sides import GgufSide, OnnxSide, Side
 from qalora_export.verify.foreign.text import template_part, tokenizer_part, without_bos
 from qalora_export.verify.foreign.weights import Finding, compared
 from qalora_export.verify.identity import changes, identities
@@ -45,14 +42,12 @@ from qalora_export.verify.reference.logits import Reference, reference_logprobs
 from qalora_export.verify.reference.text import folder_answers
 from qalora_export.verify.report.parity_report import withdraw
 from qalora_export.verify.runtimes.facts import expected_text_facts
-from qalora_export.verify.runtimes.llama_cpp import facts_of
 from qalora_export.verify.runtimes.onnxruntime_genai import expected_generation_ends
-from qalora_export.verify.runtimes.record import Artifact, all_runtimes
-from qalora_export.verify.runtimes.runs import CrashedError, Runs
-from qalora_export.verify.runtimes.twin import write_twin
+from qalora_export.verify.runtimes.record import Artifact
+from qalora_export.verify.runtimes.runs import CrashedError, Mode, Runs
 from qalora_export.verify.store import kept_in, opened
 
-LLAMA_CPP = "llama.cpp"
+MODES: tuple[Mode, ...] = ("prefill", "decode")
 
 
 @dataclass
@@ -80,7 +75,8 @@ def diagnose(
     out: StrPath,
     settings: VerifySettings | None = None,
     *,
-    gguf: StrPath,
+    gguf: StrPath | None = None,
+    onnx: StrPath | None = None,
     revision: str | None = None,
     force: bool = False,
     cache: bool = True,
@@ -88,11 +84,15 @@ def diagnose(
 ) -> Diagnosis:
     """Find out what is broken in a file that any tool made of a plain Transformers model; write the report folder.
 
-    model: a folder or hub id, in 16 or 32 bits. gguf: in any quantization. launch: stands in for
+    model: a folder or hub id, in 16 or 32 bits. gguf or onnx: in any quantization. launch: stands in for
     qalora_runtimes.launch.run_runner. Raises InputError (2) and UnsafeInputError (4) for input that cannot be read at
     all; what a runtime does is a finding. Nothing is printed.
     """
-    settings, out, artifact = settings or VerifySettings(), local_path(out), local_path(gguf)
+    settings, out = settings or VerifySettings(), local_path(out)
+    given = [path for path in (gguf, onnx) if path is not None]
+    if len(given) != 1:
+        raise InputError("one artifact is looked at in one run", fix="pass --gguf FILE or --onnx FOLDER")
+    artifact = local_path(given[0])
     located = locate(model, revision)
     hashed = HashedOnce()
     store = opened(hashed) if cache else None
@@ -103,7 +103,9 @@ def diagnose(
             workdir.mkdir()
             before = identities(located.path, artifact, hashed=hashed)
             source = _source(located.path, settings, workdir)
-            findings, figures = _gguf(source, artifact, launch or run_runner)
+            kind = GgufSide if gguf is not None else OnnxSide
+            side = kind(artifact, source.config, set(source.folder.names()))
+            findings, figures = _parts(source, side, launch or run_runner)
             changed = changes(before, identities(located.path, artifact, hashed=HashedOnce()))
         if changed:
             raise InputError("a file changed while it was looked at", where=changed[0], fix="run the command again")
@@ -112,8 +114,7 @@ def diagnose(
             out=out,
             model=located.hub_id or located.path.name,
             artifact=artifact.name,
-            sha256=before[artifact].sha256,
-            nbytes=artifact.stat().st_size,
+            files={path.name: before[path].sha256 for path in before if path == artifact or artifact in path.parents},
             parts=source.parts,
             tensors=findings,
             figures=figures,
@@ -141,27 +142,26 @@ def _source(path: Path, settings: VerifySettings, workdir: Path) -> Source:
     return Source(folder, config, tokenizer, probes, reference, text, settings.threads, workdir)
 
 
-def _gguf(source: Source, path: Path, launch: Callable[..., Any]) -> tuple[list[Finding], dict[str, Any]]:
-    """Every part of a GGUF file in llama.cpp: (tensors, what it costs)."""
-    artifact = open_gguf(path, source.config, set(source.folder.names()))
+def _parts(source: Source, side: Side, launch: Callable[..., Any]) -> tuple[list[Finding], dict[str, Any]]:
+    """Every part of an artifact in its runtime: (tensors, what it costs)."""
+    artifact, name = side.artifact, side.runtime
     findings = compared(artifact, source.folder, source.heads)
-    own = OwnNumbers(artifact, source.config, source.probes, source.workdir, threads=source.threads)
+    own = OwnNumbers(artifact, source.config, source.probes, source.workdir, threads=source.threads, bound=side.bound)
     runs = Runs(source.probes, source.config["vocab_size"], source.workdir, source.threads, launch)
     numbers = _own_numbers(own)
-    paths, refusal = _paths(source, path, runs)
+    paths, refusal = _paths(source, side, runs)
     source.parts.append(_weights(source, artifact, findings, own, numbers))
-    divisors = _divisors(path)
-    differences = gguf_differences(artifact.metadata, source.config, divisors, source.reference.frequencies)
     if refusal is not None:
-        source.parts += _refused(refusal)
+        source.parts += _refused(name, refusal)
     else:
         with _timed(source):
-            source.parts.append(graph_part(LLAMA_CPP, own, paths["exact"], differences, numbers))
-    source.parts += _text(source, artifact, runs)
+            differences = side.differences(source.config, source.reference.frequencies)
+            source.parts.append(graph_part(name, own, paths["exact"], differences, numbers))
+    source.parts += _text(source, side, runs)
     if refusal is None:
         with _timed(source):
-            source.parts.append(kernels_part(LLAMA_CPP, own, paths, numbers))
-    return findings, _costs(source, numbers, paths)
+            source.parts.append(kernels_part(name, own, paths, numbers))
+    return findings, _costs(source, name, numbers, paths)
 
 
 @contextmanager
@@ -178,27 +178,24 @@ def _own_numbers(own: OwnNumbers) -> LogProbs | None:
         return None
 
 
-def _paths(source: Source, path: Path, runs: Runs) -> tuple[dict[str, LogProbs], RuntimeUnavailableError | None]:
-    """Log-probabilities of the file as it is, and of its numbers as float32; or why there are none."""
-    twin = source.workdir / "twin-f32.gguf"
+def _paths(source: Source, side: Side, runs: Runs) -> tuple[dict[str, LogProbs], RuntimeUnavailableError | None]:
+    """Log-probabilities of the artifact as it is, and of its numbers without rounding; or why there are none."""
     try:
-        shipped = runs.logprobs(LLAMA_CPP, Artifact(path), "prefill", exact=False)
-        write_twin(path, twin)
-        exact = {mode: runs.logprobs(LLAMA_CPP, Artifact(twin), mode, exact=True) for mode in ("prefill", "decode")}
+        shipped = runs.logprobs(side.runtime, Artifact(side.artifact.path), "prefill", exact=False)
+        with side.exact(source.workdir) as exact:
+            found = {mode: runs.logprobs(side.runtime, exact, mode, exact=True) for mode in MODES}
     except RuntimeUnavailableError as error:
         return {}, error
-    finally:
-        twin.unlink(missing_ok=True)
-    return {"shipped": shipped, "exact": exact["prefill"], "decode": exact["decode"]}, None
+    return {"shipped": shipped, "exact": found["prefill"], "decode": found["decode"]}, None
 
 
-def _refused(error: RuntimeUnavailableError) -> list[Part]:
+def _refused(runtime: str, error: RuntimeUnavailableError) -> list[Part]:
     """A runtime that is not there leaves its parts open; one that cannot run the file has found something."""
     if isinstance(error, CrashedError):
-        graph = Part("graph", LLAMA_CPP, "broken", f"{LLAMA_CPP} cannot run the file: {error.reason}")
+        graph = Part("graph", runtime, "broken", f"{runtime} cannot run it: {error.reason}")
     else:
-        graph = Part("graph", LLAMA_CPP, "not run", error.reason)
-    return [graph, Part("kernels", LLAMA_CPP, "not run", error.reason)]
+        graph = Part("graph", runtime, "not run", error.reason)
+    return [graph, Part("kernels", runtime, "not run", error.reason)]
 
 
 def _weights(
@@ -240,41 +237,33 @@ def _proof(source: Source, own: OwnNumbers, numbers: LogProbs | None, repaired: 
     return f"KL {before:.3g} nats with them, {after:.3g} with the model's {len(repaired)} tensors in their place"
 
 
-def _divisors(path: Path) -> NDArray[np.float32] | None:
-    found = GgufFile(path).tensors.get(ROPE_FREQUENCIES)
-    return None if found is None else np.asarray(found.dequantized(), np.float32).reshape(-1)
-
-
-def _text(source: Source, artifact: Foreign, runs: Runs) -> list[Part]:
+def _text(source: Source, side: Side, runs: Runs) -> list[Part]:
     """Tokenizer, chat template, end tokens."""
-    habits, metadata = all_runtimes()[LLAMA_CPP].habits, artifact.metadata
-    folder = source.folder.path
+    habits, name, folder = side.habits, side.runtime, source.folder.path
     try:
-        answers = runs.text_answers(LLAMA_CPP, Artifact(artifact.path))
+        answers = side.text_answers(runs, source.probes)
     except RuntimeUnavailableError as error:
-        why = error.reason
-        return [Part(part, LLAMA_CPP, "not run", why) for part in ("tokenizer", "template", "ends")]
+        return [Part(part, name, "not run", error.reason) for part in ("tokenizer", "template", "ends")]
     answers = without_bos(answers, source.text["bos"] if habits.cuts_bos else "")
-    facts = (expected_text_facts(folder), facts_of(artifact.path, metadata))
-    templates = (source.tokenizer.chat_template, metadata.get("tokenizer.chat_template"))
+    facts = side.facts()
+    templates = (source.tokenizer.chat_template, facts.get("chat template"))
     parts = [
-        tokenizer_part(LLAMA_CPP, source.probes, source.text, answers, habits, facts),
-        template_part(LLAMA_CPP, source.probes, source.text, answers, habits, templates),
+        tokenizer_part(name, source.probes, source.text, answers, habits, (expected_text_facts(folder), facts)),
+        template_part(name, source.probes, source.text, answers, habits, templates),
     ]
-    generation = generation_config(folder, source.config)
     try:
-        found = llama_cpp_ends(artifact.path, source.workdir / "stops")
+        found = side.ends(source.workdir / "stops")
     except RuntimeUnavailableError as error:
-        return [*parts, Part("ends", LLAMA_CPP, "not run", error.reason)]
+        return [*parts, Part("ends", name, "not run", error.reason)]
     wanted = expected_generation_ends(folder, source.config)
-    sampling = sampling_differences(metadata, generation)
-    return [*parts, ends_part(LLAMA_CPP, wanted, found, source.tokenizer, sampling)]
+    sampling = side.sampling(generation_config(folder, source.config))
+    return [*parts, ends_part(name, wanted, found, source.tokenizer, sampling)]
 
 
-def _costs(source: Source, numbers: LogProbs | None, paths: Mapping[str, LogProbs]) -> dict[str, Any]:
+def _costs(source: Source, runtime: str, numbers: LogProbs | None, paths: Mapping[str, LogProbs]) -> dict[str, Any]:
     """What each step away from the model costs, against the model: its own numbers, exact and shipped kernels."""
-    steps = {"its numbers in Transformers": numbers, f"exact path in {LLAMA_CPP}": paths.get("exact")}
-    steps |= {f"as shipped in {LLAMA_CPP}": paths.get("shipped")}
+    steps = {"its numbers in Transformers": numbers, f"exact path in {runtime}": paths.get("exact")}
+    steps |= {f"as shipped in {runtime}": paths.get("shipped")}
     return {
         name: measured(source.probes, source.reference.logprobs, logprobs).figures()
         for name, logprobs in steps.items()

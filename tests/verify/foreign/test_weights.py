@@ -29,7 +29,7 @@ def looked_at(plain: Plain, file: Path) -> tuple[list[Finding], tuple[str, ...]]
     return compared(artifact, folder, {"q_proj": 4, "k_proj": 2}), artifact.absent
 
 
-@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "K mix", "Q2_K", "Q3_K", "IQ4_XS", "IQ3_S"])
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0", "K mix", "Q2_K", "IQ4_XS"])
 def test_right_files_have_nothing_wrong(kind: str, plain: Plain, tmp_path: Path) -> None:
     file = rewritten(plain.gguf, tmp_path / "model.gguf", K_MIX if kind == "K mix" else kind)
     found, absent = looked_at(plain, file)
@@ -38,12 +38,10 @@ def test_right_files_have_nothing_wrong(kind: str, plain: Plain, tmp_path: Path)
     assert [finding for finding in found if finding.cause] == []
 
 
-@pytest.mark.parametrize("kind", ["F16", "Q8_0", "K mix", "Q2_K"])
+@pytest.mark.parametrize("kind", ["F16", "K mix"])
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_damage_is_named(name: str, kind: str, plain: Plain, tmp_path: Path) -> None:
     damage = BY_NAME[name]
-    if (name, kind) == ("one tensor × 1.1", "Q2_K"):
-        pytest.skip("two bits leave an error of 30 %: a factor of 1.1 is within what right files of that type have")
     file = damaged(plain.gguf, tmp_path / "model.gguf", K_MIX if kind == "K mix" else kind, damage)
     found, absent = looked_at(plain, file)
     said = [finding.cause for finding in found if finding.cause] + [f"{name} is missing" for name in absent]
@@ -56,10 +54,10 @@ def test_what_every_type_holds_by_llama_cpps_own_quantizer(kind: str) -> None:
     """Right numbers are right with and without importance matrices; other numbers never are."""
     random = np.random.default_rng(0)
     numbers = {
-        "normal": random.normal(0, 0.02, (64, 512)),
-        "heavy": random.standard_t(3, (64, 512)) * 0.02,
-        "columns": random.normal(0, 0.02, (64, 512)) * np.exp(random.normal(size=512)),
-        "shifted": random.normal(0.05, 0.02, (64, 512)),
+        "normal": random.normal(0, 0.02, (32, 512)),
+        "heavy": random.standard_t(3, (32, 512)) * 0.02,
+        "columns": random.normal(0, 0.02, (32, 512)) * np.exp(random.normal(size=512)),
+        "shifted": random.normal(0.05, 0.02, (32, 512)),
     }
     importances = [None, np.exp(random.normal(size=512) * 1.5)]
     for name, values in numbers.items():
@@ -73,7 +71,7 @@ def test_what_every_type_holds_by_llama_cpps_own_quantizer(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K", "Q3_K", "Q8_0", "Q4_0"])
 def test_a_block_whose_scale_has_another_exponent_is_found(kind: str) -> None:
-    source = np.random.default_rng(1).normal(0, 0.02, (64, 512)).astype(np.float32)
+    source = np.random.default_rng(1).normal(0, 0.02, (32, 512)).astype(np.float32)
     found = dequantized(source, kind, None)
     block = HELD[kind].above or HELD[kind].block
     found[17, block : 2 * block] *= 4

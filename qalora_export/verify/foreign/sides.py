@@ -1,0 +1,146 @@
+"""What differs between the formats: how an artifact is opened, run without rounding, and what it says about itself."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qalora_export.errors import InputError
+from qalora_export.formats.gguf.tensor_table import ROPE_LONG
+from qalora_export.formats.onnx.exact import exact_variant
+from qalora_export.formats.onnx.layout import GENAI_CONFIG
+from qalora_export.safety import inside, read_json
+from qalora_export.verify.foreign.artifact import Foreign
+from qalora_export.verify.foreign.ends import genai_sampling_differences, gguf_sampling_differences, llama_cpp_ends
+from qalora_export.verify.foreign.gguf_file import open_gguf, rotary_divisors
+from qalora_export.verify.foreign.graph_settings import graph_differences
+from qalora_export.verify.foreign.metadata import Difference, gguf_differences
+from qalora_export.verify.foreign.onnx_folder import Graph, open_onnx
+from qalora_export.verify.metrics import EXACT
+from qalora_export.verify.probes.probe_set import ProbeSet
+from qalora_export.verify.reference.text import folder_answers
+from qalora_export.verify.runtimes.facts import expected_text_facts
+from qalora_export.verify.runtimes.llama_cpp import facts_of
+from qalora_export.verify.runtimes.onnxruntime_genai import expected_generation_ends
+from qalora_export.verify.runtimes.record import Artifact, TextHabits, all_runtimes
+from qalora_export.verify.runtimes.runs import Runs
+from qalora_export.verify.runtimes.twin import write_twin
+
+# NMSE that float16 arithmetic leaves: (2^-11)² of every sum, through a few dozen layers.
+HALF = 1e-4
+
+
+class Side(ABC):
+    """One artifact in one runtime. artifact: its tensors. bound: NMSE up to which its exact path may be off."""
+
+    runtime: str
+    artifact: Foreign
+    bound: float = EXACT
+
+    @property
+    def habits(self) -> TextHabits:
+        return all_runtimes()[self.runtime].habits
+
+    @abstractmethod
+    def differences(self, config: Mapping[str, Any], frequencies: NDArray[np.floating[Any]]) -> list[Difference]:
+        """Settings that are not the model's. frequencies: by which the model rotates."""
+
+    @abstractmethod
+    def exact(self, workdir: Path) -> contextlib.AbstractContextManager[Artifact]:
+        """The same numbers for kernels that do not round."""
+
+    @abstractmethod
+    def text_answers(self, runs: Runs, probes: ProbeSet) -> dict[str, Any]:
+        """The answers to texts and conversations. Raises RuntimeUnavailableError, InputError."""
+
+    @abstractmethod
+    def facts(self) -> Mapping[str, Any]:
+        """What its tokenizer decides by, in the names of runtimes.facts."""
+
+    @abstractmethod
+    def ends(self, workdir: Path) -> list[int]:
+        """Where a generation stops. Raises RuntimeUnavailableError."""
+
+    @abstractmethod
+    def sampling(self, generation: Mapping[str, Any]) -> list[str]:
+        """Sampling defaults that are not the model's generation config."""
+
+
+class GgufSide(Side):
+    """A GGUF file in llama.cpp."""
+
+    runtime = "llama.cpp"
+
+    def __init__(self, path: Path, config: Mapping[str, Any], source: set[str]) -> None:
+        self.artifact = open_gguf(path, config, source)
+
+    def differences(self, config: Mapping[str, Any], frequencies: NDArray[np.floating[Any]]) -> list[Difference]:
+        short, long = rotary_divisors(self.artifact.path)
+        found = gguf_differences(self.artifact.metadata, config, short, frequencies)
+        wanted = (config.get("rope_parameters") or {}).get("long_factor")
+        same = wanted is None or (long is not None and np.allclose(long, wanted, rtol=1e-6, atol=0))
+        return found if same else [*found, Difference(ROPE_LONG, wanted, None if long is None else long.tolist())]
+
+    @contextlib.contextmanager
+    def exact(self, workdir: Path) -> Iterator[Artifact]:
+        twin = workdir / "twin-f32.gguf"
+        write_twin(self.artifact.path, twin)
+        yield Artifact(twin)
+        twin.unlink()
+
+    def text_answers(self, runs: Runs, probes: ProbeSet) -> dict[str, Any]:
+        return runs.text_answers(self.runtime, Artifact(self.artifact.path))
+
+    def facts(self) -> Mapping[str, Any]:
+        return facts_of(self.artifact.path, self.artifact.metadata)
+
+    def ends(self, workdir: Path) -> list[int]:
+        return llama_cpp_ends(self.artifact.path, workdir)
+
+    def sampling(self, generation: Mapping[str, Any]) -> list[str]:
+        return gguf_sampling_differences(self.artifact.metadata, generation)
+
+
+class OnnxSide(Side):
+    """An ONNX folder in ONNX Runtime GenAI where it has that one's config, else in plain ONNX Runtime."""
+
+    def __init__(self, path: Path, config: Mapping[str, Any], source: set[str]) -> None:
+        self.artifact = open_onnx(path, config, source)
+        self.genai = read_json(inside(path, GENAI_CONFIG)) if (path / GENAI_CONFIG).exists() else None
+        self.runtime = "onnxruntime" if self.genai is None else "onnxruntime-genai"
+        if Graph(path).is_half:
+            self.bound = HALF
+
+    def differences(self, config: Mapping[str, Any], frequencies: NDArray[np.floating[Any]]) -> list[Difference]:
+        return graph_differences(Graph(self.artifact.path), config, frequencies)
+
+    @contextlib.contextmanager
+    def exact(self, workdir: Path) -> Iterator[Artifact]:
+        yield Artifact(exact_variant(self.artifact.path, workdir / "exact"))
+
+    def text_answers(self, runs: Runs, probes: ProbeSet) -> dict[str, Any]:
+        if self.genai is None:
+            return folder_answers(self.artifact.path, probes)
+        return runs.text_answers(self.runtime, Artifact(self.artifact.path))
+
+    def facts(self) -> Mapping[str, Any]:
+        try:
+            return expected_text_facts(self.artifact.path)
+        except InputError:
+            return {}  # every fact is absent
+
+    def ends(self, workdir: Path) -> list[int]:
+        model = self.genai.get("model") if isinstance(self.genai, dict) else None
+        if not isinstance(model, dict):
+            return expected_generation_ends(self.artifact.path, {})
+        ends = model.get("eos_token_id")
+        return [ends] if isinstance(ends, int) else [end for end in ends or [] if isinstance(end, int)]
+
+    def sampling(self, generation: Mapping[str, Any]) -> list[str]:
+        return [] if self.genai is None else genai_sampling_differences(self.genai, generation)
