@@ -20,6 +20,7 @@ from qalora_export.models.families import FAMILIES, Family
 from qalora_export.models.families.family import head_dim
 from qalora_export.models.families.rope import rope_of
 
+WINDOW = "attention.sliding_window"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SIZES = {
     "context_length": "max_position_embeddings",
@@ -75,6 +76,8 @@ def config_from_gguf(contents: GgufContents, model_type: str | None = None) -> d
         config["original_max_position_embeddings"] = config["rope_scaling"]["original_max_position_embeddings"]
         config["partial_rotary_factor"] = read.number("rope.dimension_count") / config["head_dim"]
     config |= {key: values[0] for key, values in family.only.items() if key == "hidden_act"}
+    if not family.gguf_windows and (window := read.get(WINDOW)):  # the model's own, which llama.cpp ignores
+        config["sliding_window"] = read.number(WINDOW, window)
     config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in contents.types
     config["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in contents.types
     config["tie_word_embeddings"] = HEAD not in contents.types
@@ -201,7 +204,9 @@ def _check(contents: GgufContents, family: Family, config: Mapping[str, Any]) ->
     stored = {key.removeprefix(prefix): v for key, v in contents.metadata.items() if key.startswith(prefix)}
     for key, value in stored.items():
         neutral = NEUTRAL.get(key, ())
-        if key in SIZES or neutral is None or value in neutral or (key in ours and _same(ours[key], value)):
+        if key in SIZES or (key == WINDOW and not family.gguf_windows):  # taken as it is
+            continue
+        if neutral is None or value in neutral or (key in ours and _same(ours[key], value)):
             continue
         raise InputError(
             f"{prefix}{key} = {str(value)[:80]} has no place in a {family.name} model",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from qalora_runtimes.protocol import make_job
 import qalora_export as q
 from qalora_export.errors import InputError
 from qalora_export.formats.gguf.file import GgufFile
+from qalora_export.formats.gguf.model_config import config_from_gguf
+from qalora_export.formats.gguf.read import read_back
 from qalora_export.models.families import family_of, rope_of
 from qalora_export.models.loading import load_model
 from qalora_export.safety import read_json
@@ -157,11 +160,19 @@ def test_files_say_the_context_that_is_proven(line: Line) -> None:
 
 
 def test_a_gguf_file_gives_the_config_back(line: Line) -> None:
-    from qalora_export.formats.gguf.model_config import config_from_gguf
-    from qalora_export.formats.gguf.read import read_back
-
     config, own = config_from_gguf(read_back(line.twin)), read_json(line.base / "config.json")
     ours, theirs = rope_of(config), rope_of(own)
     assert ours.original_context == theirs.original_context
     for name in ("short", "long", "magnitude"):
         assert np.array_equal(np.float32(getattr(ours, name)), np.float32(getattr(theirs, name)))
+
+
+def test_a_file_of_llama_cpps_converter_names_a_window_that_llama_cpp_ignores(line: Line) -> None:
+    ours = read_back(line.twin)
+    metadata = dict(ours.metadata) | {"phi3.attention.sliding_window": 100, "phi3.context_length": 1024}
+    parts = {name: getattr(ours, name) for name in ("types", "shape", "rope_factors", "path")}
+    config = config_from_gguf(SimpleNamespace(metadata=metadata, **parts))  # type: ignore[arg-type]
+    assert (config["sliding_window"], config["max_position_embeddings"]) == (100, 1024)
+    bound = family_of(config).bound(config, "gguf")
+    assert bound is not None
+    assert bound.positions == 100
