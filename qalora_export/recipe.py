@@ -161,6 +161,7 @@ class VerifySettings(Settings):
     sequences: Annotated[int, Field(ge=16)] = 24
     positions: Annotated[int, Field(ge=1000)] = 1000
     max_length: Positive = 128
+    long_length: Positive = Field(default=4096, description="tokens of one long sequence, or the model's context")
     threads: Positive = 2
     seed: int = 0
     without_parents: bool = Field(

@@ -68,6 +68,7 @@ class RunnerResult:
     log: str = ""
     decoded: Logprobs | None = None
     behaviour: dict[str, Any] | None = None
+    long: Logprobs | None = None
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ def run_runner(
     ]
     watch = watch or Watch(patience_for(model, asked.longest))
     # A model may pad its vocabulary; what is larger than that is no answer.
-    limits = {out: 8 * len(asked.passes) * asked.total * vocabulary + 2 * MAX_TEXT_BYTES, fingerprint: MAX_FINGERPRINT}
+    rows = len(asked.passes) * asked.total + (len(asked.long.at) if asked.long else 0)
+    limits = {out: 8 * rows * vocabulary + 2 * MAX_TEXT_BYTES, fingerprint: MAX_FINGERPRINT}
     ended = run_module(runner.module, words, workdir, replace(watch, limits={**watch.limits, **limits}))
     if ended.code != EXIT_OK:
         return failure(name, ended)
@@ -153,7 +155,7 @@ def _answer(name: str, limits: dict[Path, int], asked: Job, log: str) -> RunnerR
     if not isinstance(report, dict):
         return RunnerResult("crashed", f"{name} ended without a usable answer: no fingerprint", log=log)
     said = answers.text, report, None, log
-    return RunnerResult("ok", "", answers.logprobs, *said, answers.decoded, answers.behaviour)
+    return RunnerResult("ok", "", answers.logprobs, *said, answers.decoded, answers.behaviour, answers.long)
 
 
 def failure(name: str, ended: Ended) -> RunnerResult:

@@ -7,11 +7,14 @@ job.npz
     text     uint8 (bytes,)   optional JSON {"texts": [str], "chats": [chat]}, a chat being a list of turns
                               [{"role": str, "content": str, …}] or {"messages": turns, "tools": [object]}
     behaviour uint8 (bytes,)  optional JSON, see behaviour.Request
+    long     int32 (length,)  optional: one more sequence, run CHUNK tokens at a time on the KV cache,
+    long_at  int32 (k,)       and its positions that are answered, ascending
 logits.npz
     logprobs      float32 (total, vocab)   row i = log softmax after seeing this sequence's ids up to and including i
     decoded       float32 (total, vocab)   in mode "both": logprobs are those of prefill, these those of decode
     text_answers  uint8 (bytes,)           optional JSON, see TEXT_ANSWER_KEYS
     behaviour     uint8 (bytes,)           optional JSON, see behaviour.ANSWER_KEYS
+    long          float32 (k, vocab)       optional: log softmax at the positions long_at
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ TEXT_ANSWER_KEYS = {
     "bos_id": "the id of BOS, null if the model has none",
     "errors": "one line for each chat that failed",
 }
+CHUNK = 512  # tokens of a long sequence that are run at once
 MAX_POSITIONS = 1 << 22
 MAX_TEXT_BYTES = 128 << 20  # a text for each of 262,144 tokens, twice, takes 25 MB
 
@@ -69,6 +73,27 @@ def conversation(chat: Chat) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class LongSequence:
+    """ids int32 (length,); at: int32 (k,), ascending positions that are answered. Raises ProtocolError."""
+
+    ids: Ids
+    at: Ids
+
+    def __post_init__(self) -> None:
+        if self.ids.dtype != np.int32 or self.at.dtype != np.int32 or self.ids.ndim != 1 or self.at.ndim != 1:
+            raise ProtocolError("a long sequence and its positions must be one-dimensional int32")
+        inside = self.at.size and self.ids.size and self.at[0] >= 0 and self.at[-1] < self.ids.size
+        if not inside or self.ids.min() < 0 or (np.diff(self.at) <= 0).any() or self.ids.size > MAX_POSITIONS:
+            raise ProtocolError("a long sequence needs ascending positions that lie inside it")
+
+    def chunks(self) -> Iterator[tuple[int, Ids, list[int]]]:
+        """(start, ids of a chunk, its positions that are answered, counted from start)"""
+        for start in range(0, len(self.ids), CHUNK):
+            ids = self.ids[start : start + CHUNK]
+            yield start, ids, [int(at) - start for at in self.at if start <= at < start + len(ids)]
+
+
+@dataclass(frozen=True)
 class Job:
     """One run: sequences (each int32 (length,)), the mode, and optionally texts and what to generate."""
 
@@ -76,6 +101,7 @@ class Job:
     mode: str = "prefill"
     text: TextRequest | None = None
     behaviour: Request | None = None
+    long: LongSequence | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -100,7 +126,8 @@ class Job:
     def longest(self) -> int:
         """Positions that the run needs in a KV cache."""
         generated = 0 if self.behaviour is None else self.behaviour.longest
-        return max(generated, *(len(sequence) for sequence in self.sequences))
+        long = 0 if self.long is None else len(self.long.ids)
+        return max(generated, long, *(len(sequence) for sequence in self.sequences))
 
 
 def make_job(sequences: Iterable[Sequence[int]], mode: str = "prefill", text: TextRequest | None = None) -> Job:
@@ -117,12 +144,14 @@ def write_job(path: Path, job: Job) -> None:
         arrays["text"] = _json_bytes({"texts": job.text.texts, "chats": job.text.chats})
     if job.behaviour is not None:
         arrays["behaviour"] = _json_bytes(job.behaviour.as_json())
+    if job.long is not None:
+        arrays |= {"long": job.long.ids, "long_at": job.long.at}
     write_arrays(path, arrays)
 
 
 def read_job(path: Path) -> Job:
     """Raises ProtocolError for anything that is not a job within the limits."""
-    arrays = read_arrays(path, required={"ids", "lengths", "mode"}, optional={"text", "behaviour"})
+    arrays = read_arrays(path, required={"ids", "lengths", "mode"}, optional={"text", "behaviour", "long", "long_at"})
     ids, lengths, mode = arrays["ids"], arrays["lengths"], arrays["mode"]
     if ids.dtype != np.int32 or lengths.dtype != np.int32 or ids.ndim != 1 or lengths.ndim != 1:
         raise ProtocolError(f"{path}: ids and lengths must be one-dimensional int32")
@@ -136,19 +165,23 @@ def read_job(path: Path) -> Job:
         asked = Request.of(_parse_json(path, arrays["behaviour"])) if "behaviour" in arrays else None
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ProtocolError(f"{path}: behaviour is no such request: {error!r}") from error
-    return Job(sequences, str(mode), text, asked)
+    if ("long" in arrays) != ("long_at" in arrays):
+        raise ProtocolError(f"{path}: long and long_at belong together")
+    long = LongSequence(arrays["long"], arrays["long_at"]) if "long" in arrays else None
+    return Job(sequences, str(mode), text, asked, long)
 
 
 @dataclass(frozen=True)
 class Answers:
     """logprobs float32 (positions, vocab) of the job's first pass, decoded of its second, text and behaviour: to what
-    it asks of them.
+    it asks of them. long: float32 (k, vocab), at the positions of its long sequence.
     """
 
     logprobs: Logprobs
     decoded: Logprobs | None = None
     text: dict[str, Any] | None = None
     behaviour: dict[str, Any] | None = None
+    long: Logprobs | None = None
 
 
 def write_answers(
@@ -156,16 +189,18 @@ def write_answers(
     passes: Iterable[Logprobs],
     text_answers: Mapping[str, Any] | None = None,
     behaviour: Mapping[str, Any] | None = None,
+    long: Logprobs | None = None,
 ) -> None:
     """passes: the rows of each pass of the job, written as they come, one in memory at a time."""
     tables = {"text_answers": text_answers, "behaviour": behaviour}
-    said = [(name, _json_bytes(table)) for name, table in tables.items() if table is not None]
+    said: list[tuple[str, Any]] = [(name, _json_bytes(table)) for name, table in tables.items() if table is not None]
+    said += [] if long is None else [("long", long)]
     write_each(path, itertools.chain(zip(PASSES, passes, strict=False), said))
 
 
 def read_answers(path: Path, *, positions: int) -> Answers:
     """Raises ProtocolError."""
-    arrays = read_arrays(path, required={PASSES[0]}, optional={PASSES[1], "text_answers", "behaviour"})
+    arrays = read_arrays(path, required={PASSES[0]}, optional={PASSES[1], "text_answers", "behaviour", "long"})
     for name, rows in ((name, arrays[name]) for name in PASSES if name in arrays):
         if rows.dtype != np.float32 or rows.ndim != 2 or len(rows) != positions:
             raise ProtocolError(f"{path}: {name} is {rows.dtype} {rows.shape}, expected float32 ({positions}, V)")
@@ -173,7 +208,10 @@ def read_answers(path: Path, *, positions: int) -> Answers:
     for name, table in said.items():
         if not isinstance(table, dict):
             raise ProtocolError(f"{path}: {name} must be a JSON object")
-    return Answers(arrays[PASSES[0]], arrays.get(PASSES[1]), said.get("text_answers"), said.get("behaviour"))
+    long = arrays.get("long")
+    if long is not None and (long.dtype != np.float32 or long.ndim != 2):
+        raise ProtocolError(f"{path}: long is {long.dtype} {long.shape}, expected float32 (k, V)")
+    return Answers(arrays[PASSES[0]], arrays.get(PASSES[1]), said.get("text_answers"), said.get("behaviour"), long)
 
 
 def _text_request(raw: Any) -> TextRequest:

@@ -21,7 +21,16 @@ import numpy as np
 from qalora_runtimes import heartbeat
 from qalora_runtimes.behaviour import Request
 from qalora_runtimes.fingerprint import machine, peak_rss_bytes
-from qalora_runtimes.protocol import Ids, Job, Logprobs, ProtocolError, TextRequest, read_job, write_answers
+from qalora_runtimes.protocol import (
+    Ids,
+    Job,
+    Logprobs,
+    LongSequence,
+    ProtocolError,
+    TextRequest,
+    read_job,
+    write_answers,
+)
 from qalora_runtimes.scoring import MissingRuntimeError, Rows, RunnerError, log_softmax
 
 EXIT_OK, EXIT_REFUSED, EXIT_MISSING = 0, 2, 3
@@ -42,6 +51,9 @@ class Runtime(Protocol):
 
     def behave(self, request: Request) -> dict[str, Any]:
         """behaviour.ANSWER_KEYS: what the runtime generates with the defaults that ship."""
+
+    def long(self, sequence: LongSequence) -> Rows:
+        """Rows (k, vocab) at the positions that are asked for, the sequence run chunk by chunk on the KV cache."""
 
     def describe(self) -> dict[str, Any]:
         """ "runtime", "package", "version", "settings": what ran and every setting that changes numbers."""
@@ -101,7 +113,9 @@ def _run(arguments: argparse.Namespace, open_runtime: Callable[[argparse.Namespa
     behaviour = runtime.behave(job.behaviour) if job.behaviour else None
     seconds: dict[str, float] = {}
     passes = (run_pass(runtime, job, each, seconds) for each in job.passes)
-    write_answers(arguments.out, passes, text_answers, behaviour)
+    heartbeat.at("a long sequence")
+    long = log_softmax(runtime.long(job.long)) if job.long else None
+    write_answers(arguments.out, passes, text_answers, behaviour, long)
     report = _fingerprint(runtime, job, arguments, seconds, load_seconds)
     arguments.fingerprint.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
@@ -142,7 +156,7 @@ def run_pass(runtime: Runtime, job: Job, each: str, seconds: dict[str, float]) -
 def check_vocabulary(job: Job, vocabulary: int) -> None:
     """Raises RunnerError where an id is outside the model's vocabulary: runtimes read out of bounds there."""
     largest = max(int(ids.max()) for ids in job.sequences)
-    largest = max(largest, job.behaviour.largest if job.behaviour else 0)
+    largest = max(largest, job.behaviour.largest if job.behaviour else 0, int(job.long.ids.max()) if job.long else 0)
     if largest >= vocabulary:
         raise RunnerError(f"token id {largest} is outside the model's vocabulary of {vocabulary}")
 

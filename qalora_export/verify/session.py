@@ -14,19 +14,20 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from qalora_runtimes.protocol import LongSequence
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.generation import Generation, generation_of
 from qalora_export.checkpoint.provenance import Link, artifact_manifest
 from qalora_export.errors import InputError, RuntimeUnavailableError
 from qalora_export.formats.account import Account
-from qalora_export.models.families.family import activation
+from qalora_export.models.families.family import Format, activation
 from qalora_export.models.loading import load_tokenizer
 from qalora_export.recipe import VerifySettings
 from qalora_export.safety import HashedOnce
 from qalora_export.verify.identity import Identities
 from qalora_export.verify.metrics import EXACT, PositionMetrics, following_ids, position_metrics
-from qalora_export.verify.probes.behaviour import BehaviourProbes, decoded, make_behaviour
+from qalora_export.verify.probes.behaviour import BehaviourProbes, decoded, long_sequence, make_behaviour
 from qalora_export.verify.probes.probe_set import ProbeSet
 from qalora_export.verify.reference.ancestry import Ancestry
 from qalora_export.verify.reference.answers import GreedyReference
@@ -34,9 +35,9 @@ from qalora_export.verify.reference.costliest import Costliest, costliest
 from qalora_export.verify.reference.lineage import Member
 from qalora_export.verify.reference.local_proof import Mode
 from qalora_export.verify.reference.local_run import MODES, LocalProofs, LocalRun
-from qalora_export.verify.reference.logits import Reference, rounding_noise
+from qalora_export.verify.reference.logits import Reference, long_logprobs, rounding_noise
 from qalora_export.verify.reference.merge_check import MergeCheck
-from qalora_export.verify.runtimes.record import Artifact, RuntimeRecord
+from qalora_export.verify.runtimes.record import Artifact, RuntimeRecord, all_runtimes
 from qalora_export.verify.runtimes.runs import Runs
 
 V = TypeVar("V")
@@ -77,6 +78,7 @@ class Session:
     files: Identities = field(default_factory=dict)
     _costliest: Costliest | None = None
     _noise: dict[int, NDArray[np.float64]] = field(default_factory=dict)
+    _long: dict[int, NDArray[np.float32]] = field(default_factory=dict)
     _accounts: dict[Path, Account | InputError] = field(default_factory=dict)
 
     def account(self, runtime: RuntimeRecord, artifact: Path, contents: Any) -> Account | InputError:
@@ -99,6 +101,15 @@ class Session:
 
     def __post_init__(self) -> None:
         self.runs.behaviour_asked = lambda: self.behaviour.request
+        self.runs.long_asked = lambda runtime: self.long(all_runtimes()[runtime].format)[0]
+
+    def long(self, fmt: Format) -> tuple[LongSequence, NDArray[np.float32]]:
+        """A sequence that reaches the end of an export's context, and the reference at its positions."""
+        sequence = long_sequence(self.checkpoint.config, fmt, self.probes, self.settings)
+        length = len(sequence.ids)
+        if length not in self._long:
+            self._long[length] = long_logprobs(self.checkpoint.path, sequence, threads=self.settings.threads)
+        return sequence, self._long[length]
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 from qalora_runtimes import heartbeat
 from qalora_runtimes.behaviour import Request
 from qalora_runtimes.genai.behave import Behaviour
-from qalora_runtimes.protocol import Ids, Job, TextRequest, conversation
+from qalora_runtimes.protocol import Ids, Job, LongSequence, TextRequest, conversation
 from qalora_runtimes.runner import check_vocabulary
 from qalora_runtimes.scoring import MissingRuntimeError, Rows, RunnerError, every_position
 
@@ -92,6 +92,14 @@ class GenaiRuntime:
 
     def behave(self, request: Request) -> dict[str, Any]:
         return Behaviour(self._genai, self._model, request).answers()
+
+    def long(self, sequence: LongSequence) -> Rows:
+        generator, found = self._generator(), []
+        for _, ids, at in sequence.chunks():
+            _append(generator, ids)
+            found.append(_rows(generator.get_output("logits"))[at])
+            heartbeat.advance(len(ids))
+        return np.concatenate(found)
 
     def describe(self) -> dict[str, Any]:
         search = self._config.get("search", {})

@@ -151,24 +151,30 @@ class Context:
         """Forget the KV cache."""
         self._library.c.llama_memory_clear(self._memory, True)
 
-    def run(self, ids: Ids, start: int) -> Rows:
-        """Evaluate `ids` as one batch at positions start…: float32 logits (len(ids), vocab). KV cache grows by it."""
+    def run(self, ids: Ids, start: int, at: list[int] | None = None) -> Rows:
+        """Evaluate `ids` as one batch at positions start…: float32 logits (len(ids), vocab). KV cache grows by it.
+
+        at: indices into `ids` whose logits are wanted, instead of all.
+        """
         c, batch, count = self._library.c, self._batch, len(ids)
+        wanted = list(range(count)) if at is None else at
         for i, token in enumerate(ids.tolist()):
-            batch.token[i], batch.pos[i], batch.logits[i] = token, start + i, 1
+            batch.token[i], batch.pos[i], batch.logits[i] = token, start + i, 0
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+        for i in wanted:
+            batch.logits[i] = 1
         batch.n_tokens = count
         code = c.llama_decode(self._context, batch)
         if code:
             raise RunnerError(f"llama_decode failed with code {code}: {self._library.last_words()}")
         if c.llama_memory_seq_pos_max(self._memory, 0) != start + count - 1:
             raise RunnerError(f"after position {start + count - 1} llama.cpp's KV cache ends elsewhere")
-        rows = np.empty((count, self.vocabulary), dtype=np.float32)
-        for i in range(count):
+        rows = np.empty((len(wanted), self.vocabulary), dtype=np.float32)
+        for row, i in enumerate(wanted):
             pointer = c.llama_get_logits_ith(self._context, i)
             if not pointer:
                 raise RunnerError(f"llama.cpp gave no logits for position {start + i}")
-            rows[i] = np.ctypeslib.as_array(pointer, (self.vocabulary,))
+            rows[row] = np.ctypeslib.as_array(pointer, (self.vocabulary,))
         heartbeat.advance(count)
         return rows
 

@@ -12,7 +12,7 @@ from qalora_runtimes import heartbeat
 from qalora_runtimes.behaviour import Request
 from qalora_runtimes.llama_cpp.layouts import KV_F32
 from qalora_runtimes.llama_cpp.settings import LlamaSettings
-from qalora_runtimes.protocol import Ids, Job, TextRequest
+from qalora_runtimes.protocol import Ids, Job, LongSequence, TextRequest
 from qalora_runtimes.runner import Runtime, check_vocabulary
 from qalora_runtimes.scoring import MissingRuntimeError, Rows, RunnerError
 
@@ -90,6 +90,9 @@ class BindingRuntime:
     def behave(self, _request: Request) -> dict[str, Any]:
         """What llama.cpp's users run is its server; this package samples and stops in Python."""
         raise RunnerError("llama-cpp-python does not generate as llama.cpp does; use xllamacpp or --server")
+
+    def long(self, _sequence: LongSequence) -> Rows:
+        raise RunnerError("llama-cpp-python keeps the logits of every position; use xllamacpp for a long sequence")
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -8,9 +8,9 @@ import numpy as np
 from qalora_runtimes.behaviour import Request
 from qalora_runtimes.llama_cpp.behave import behave
 from qalora_runtimes.llama_cpp.client import Client
-from qalora_runtimes.protocol import Ids, Job, TextRequest
+from qalora_runtimes.protocol import Ids, Job, LongSequence, TextRequest
 from qalora_runtimes.runner import check_vocabulary
-from qalora_runtimes.scoring import Rows
+from qalora_runtimes.scoring import Rows, RunnerError
 
 
 class ServerRuntime:
@@ -38,6 +38,9 @@ class ServerRuntime:
 
     def behave(self, request: Request) -> dict[str, Any]:
         return behave(self._client, request, None)
+
+    def long(self, _sequence: LongSequence) -> Rows:
+        raise RunnerError("llama-server answers one position per request, too slowly for a long sequence")
 
     def describe(self) -> dict[str, Any]:
         return {

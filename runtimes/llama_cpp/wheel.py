@@ -20,7 +20,7 @@ from qalora_runtimes.llama_cpp.local_server import LocalServer
 from qalora_runtimes.llama_cpp.nodes import Nodes, address, callback
 from qalora_runtimes.llama_cpp.server import ServerRuntime
 from qalora_runtimes.llama_cpp.settings import LlamaSettings
-from qalora_runtimes.protocol import Ids, Job, TextRequest
+from qalora_runtimes.protocol import Ids, Job, LongSequence, TextRequest
 from qalora_runtimes.runner import Runtime, check_vocabulary
 from qalora_runtimes.scoring import MissingRuntimeError, Rows, RunnerError
 
@@ -138,6 +138,10 @@ class CApiRuntime:
 
     def behave(self, request: Request) -> dict[str, Any]:
         return behave(self._server.client(), request, self._context)
+
+    def long(self, sequence: LongSequence) -> Rows:
+        self._context.clear()
+        return np.concatenate([self._context.run(ids, start, at) for start, ids, at in sequence.chunks()])
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -11,7 +11,7 @@ import numpy as np
 from qalora_runtimes import heartbeat
 from qalora_runtimes.behaviour import Request
 from qalora_runtimes.onnxruntime_.behave import Behaviour
-from qalora_runtimes.protocol import Ids, Job, TextRequest
+from qalora_runtimes.protocol import Ids, Job, LongSequence, TextRequest
 from qalora_runtimes.runner import check_vocabulary
 from qalora_runtimes.scoring import MissingRuntimeError, Rows, RunnerError, every_position
 
@@ -162,6 +162,14 @@ class Decoder:
 
     def behave(self, request: Request) -> dict[str, Any]:
         return Behaviour(self._folder, self._run_batch, self._empty, request).answers()
+
+    def long(self, sequence: LongSequence) -> Rows:
+        cache, found = self._empty(), []
+        for start, ids, at in sequence.chunks():
+            rows, cache = self._run(ids, start, cache)
+            found.append(rows[at])
+            heartbeat.advance(len(ids))
+        return np.concatenate(found)
 
     def describe(self) -> dict[str, Any]:
         return {

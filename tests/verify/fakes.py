@@ -30,7 +30,7 @@ from qalora_export.verify.kernels.products import TappedGraph
 from qalora_export.verify.probes.behaviour import decoded
 from qalora_export.verify.probes.probe_set import ProbeSet, rendered
 from qalora_export.verify.reference.layerwise import LayerwiseModel
-from qalora_export.verify.reference.logits import float32_model, reference_logprobs
+from qalora_export.verify.reference.logits import float32_model, long_logprobs, reference_logprobs
 from qalora_export.verify.reference.text import folder_answers
 from qalora_export.verify.runtimes.record import all_runtimes
 
@@ -177,7 +177,8 @@ class FakeRuntimes:
             said = right_behaviour(self.checkpoint, runtime, request.behaviour)
             self.behaviour.get(runtime, lambda _: None)(said)
         decoded = dict(enumerate(passes)).get(1)
-        return RunnerResult("ok", "", passes[0], text, {"version": "fake"}, decoded=decoded, behaviour=said)
+        long = None if request.long is None else long_logprobs(self.checkpoint, request.long, threads=1)
+        return RunnerResult("ok", "", passes[0], text, {"version": "fake"}, decoded=decoded, behaviour=said, long=long)
 
     def _shipped(self, runtime: str, model: Path, ids: bytes, lengths: bytes) -> np.ndarray:
         return shipped(self.checkpoint, runtime, model, ids, lengths)[0]

@@ -4,7 +4,8 @@ Greedy answers of conversations, of a second turn on the KV cache and of a padde
 token, but for near-ties (verify/reference/answers.py says what one is); they stop where they must and nowhere else; the
 text is the same. Every end token of the model's folder is made the next token once, and must end the answer; no other
 id may. Every id of the vocabulary, texts of many scripts and random ids decode alike. Sampling settings that are in
-force when nobody asks for any are those of the folder.
+force when nobody asks for any are those of the folder. One sequence reaches the end of the context, at most
+VerifySettings.long_length tokens, on the exact path.
 
 What a format or a runtime cannot say is by design, and named: llama.cpp ends at tokens with certain texts and hides
 them, GenAI has no place for some settings of `generate`.
@@ -16,10 +17,12 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from qalora_runtimes.behaviour import ASKED, END, Question, behind
 
 from qalora_export.errors import InputError, RuntimeUnavailableError
 from qalora_export.verify.gates.registry import measures
+from qalora_export.verify.metrics import position_metrics
 from qalora_export.verify.probes.behaviour import BehaviourProbes
 from qalora_export.verify.reference.answers import Answer
 from qalora_export.verify.rule import Entry, Gate, Limit
@@ -43,6 +46,12 @@ GATE = Gate(
         ),
         Limit("wrong_texts", 0, "texts", "the same tokens are the same text"),
         Limit("wrong_pieces", 0, "ids", "an id that decodes otherwise is wrong in every answer that holds it"),
+        Limit(
+            "long_nmse",
+            1e-6,
+            "NMSE",
+            "rounding leaves 2e-7 at the worst positions; a window, RoPE or a cache that is wrong, 1e-4 and more",
+        ),
         Limit("wrong_defaults", 0, "settings", "what nobody asks for is what the model's folder says"),
     ),
 )
@@ -52,7 +61,7 @@ GATE = Gate(
 class _Found:
     """counts, findings: by figure. warnings: by design. missing: what could not be asked."""
 
-    counts: dict[str, int] = field(default_factory=lambda: {limit.figure: 0 for limit in GATE.limits})
+    counts: dict[str, float] = field(default_factory=lambda: {limit.figure: 0 for limit in GATE.limits})
     findings: dict[str, list[str]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -90,11 +99,13 @@ def _measured(target: Target) -> Entry:
     _judge_pieces(target, probes, said, found)
     _judge_ends(target, probes, said, found)
     _judge_defaults(target, said, found)
+    positions = _judge_long(target, found)
     tokens = sum(len(answer.tokens) for answer in answers)
     parts = [
         f"{len(answers)} answers, {tokens} tokens, {len(found.near)} near-ties",
         f"{len(probes.request.ends)} end tokens",
         f"{probes.request.vocabulary} ids",
+        f"{positions} positions, NMSE {found.counts['long_nmse']:.2e}",
         *(f"not asked: {what}" for what in found.missing),
     ]
     if found.warnings:
@@ -262,6 +273,30 @@ def _judge_defaults(target: Target, said: dict[str, Any], found: _Found) -> None
             found.wrong("wrong_defaults", f"{name} is {_clip(got)} by default, the model's folder says {want!r}")
     lost = target.runtime.lost_settings(generation)
     found.warnings += [f"{target.name} has no place for {name}" for name in lost]
+
+
+def _judge_long(target: Target, found: _Found) -> int:
+    """One sequence up to the end of the context, on the exact path: windows, RoPE scaling and cache limits show there.
+
+    How many positions it has.
+    """
+    sequence, reference = target.session.long(target.runtime.format)
+    try:
+        values = target.session.runs.long(target.name, target.exact, sequence)
+    except RuntimeUnavailableError as error:
+        found.missing.append(f"a long sequence ({error.reason})")
+        return 0
+    metrics = position_metrics(reference, values, np.zeros(len(reference), np.int32))
+    nmse = np.where(metrics.bad, np.inf, metrics.nmse)
+    found.counts["long_nmse"] = float(nmse.max())
+    beyond = np.flatnonzero(~(nmse <= GATE.limit("long_nmse").bound))
+    if beyond.size:
+        first = int(beyond[0])
+        found.findings["long_nmse"] = [
+            f"a long sequence leaves the reference at position {sequence.at[first]} of {len(sequence.ids)}, "
+            f"NMSE {nmse[first]:.2e}; at {beyond.size} of {len(nmse)} positions in all"
+        ]
+    return len(sequence.ids)
 
 
 def _equal(want: Any, got: Any) -> bool:

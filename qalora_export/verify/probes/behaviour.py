@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from qalora_runtimes.behaviour import Question, Request
-from qalora_runtimes.protocol import conversation
+from qalora_runtimes.protocol import LongSequence, conversation
 
 from qalora_export.checkpoint.generation import Generation
 from qalora_export.data.prompts import read_prompts, token_ids
@@ -28,6 +28,7 @@ FORMATS: tuple[Format, ...] = ("gguf", "onnx")
 TOKENS = 24  # generated per answer
 PROMPTS = 4  # of the user's own
 RANDOM_SEQUENCES, RANDOM_LENGTH = 32, 24
+LONG_AT = 64
 UNPROMPTED = 3  # conversations that are rendered without a generation prompt
 MARK = "Two."  # an assistant's turn, to find what a template puts behind one
 NEXT = "Three?"
@@ -94,6 +95,17 @@ def make_behaviour(
     )
     texts = tokenizer.convert_ids_to_tokens(list(range(vocabulary)))
     return BehaviourProbes(request, tuple(name for name, _ in named), expected, tuple(texts), int(config["vocab_size"]))
+
+
+def long_sequence(config: Mapping[str, Any], fmt: Format, probes: ProbeSet, settings: VerifySettings) -> LongSequence:
+    """The probe set over and over, up to the context that an export of this format has; LONG_AT positions are compared.
+
+    One position stays free, for llama.cpp asks for one more than it answers.
+    """
+    context = int(family_of(config).exported(config, fmt)["max_position_embeddings"])
+    length = max(1, min(settings.long_length, context - 1))
+    at = np.unique(np.linspace(0, length - 1, LONG_AT).astype(np.int32))
+    return LongSequence(np.resize(probes.ids, length).astype(np.int32), at)
 
 
 def decoded(tokenizer: Any, rows: list[list[int]], *, hide: bool) -> list[str]:

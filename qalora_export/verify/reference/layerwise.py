@@ -209,6 +209,25 @@ class LayerwiseModel:
                 step.hidden = skeleton.base.norm(step.hidden)
         return self._logprobs([steps for steps in (prompts, walks) if steps])
 
+    def at(self, ids: NDArray[np.int32], positions: NDArray[np.int32], *, chunk: int) -> NDArray[np.float32]:
+        """Log-probabilities (k, vocabulary) at some positions of one long sequence.
+
+        `chunk` tokens at a time on a KV cache, so that no matrix of attention is larger than (chunk, length).
+        """
+        skeleton, tokens = self._skeleton, torch.from_numpy(ids.astype(np.int64))[None]
+        with skeleton.materialized(f"{skeleton.prefix}embed_tokens"):
+            cache = self._cache()  # counts tokens only
+            begins = range(0, tokens.shape[1], chunk)
+            steps = [_Step(*skeleton.enter(tokens[:, begin : begin + chunk], cache)) for begin in begins]
+        for index, layer in enumerate(track(skeleton.base.layers, "a long sequence in PyTorch, layers")):
+            with skeleton.materialized(skeleton.layer_name(index)):
+                _advance(layer, index, steps, self._cache())
+        hidden = torch.cat([step.hidden for step in steps], dim=1)[:, torch.from_numpy(positions.astype(np.int64))]
+        with skeleton.materialized(f"{skeleton.prefix}norm"):
+            hidden = skeleton.base.norm(hidden)
+        with skeleton.head() as head:
+            return _stacked([hidden], head, self._skeleton.model.config.vocab_size)
+
     def _logprobs(self, passes: list[list[list[_Step]]]) -> list[NDArray[np.float32]]:
         vocabulary = self._skeleton.model.config.vocab_size
         with self._skeleton.head() as head:

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from qalora_runtimes.protocol import CHUNK, LongSequence
 from torch import nn
 
 from qalora_export.errors import InputError
 from qalora_export.models.loading import load_model
 from qalora_export.qalora.layer import QALoraLinear
+from qalora_export.safety import sha256_bytes
 from qalora_export.verify.metrics import following_ids, position_metrics
 from qalora_export.verify.probes.probe_set import ProbeSet
 from qalora_export.verify.reference.layerwise import Change, DequantizedCheckpoint, LayerwiseModel
@@ -75,6 +77,17 @@ def simulated_int8_logprobs(checkpoint: Path, probes: ProbeSet, *, threads: int)
 
     asked = {"probes": probes.ids_sha256, "threads": threads, "block": SIMULATED_BLOCK}
     return remembered("int8 simulation", compute, of=checkpoint, packages=PACKAGES, **asked)["logprobs"]
+
+
+def long_logprobs(checkpoint: Path, sequence: LongSequence, *, threads: int) -> NDArray[np.float32]:
+    """The reference at the positions of one long sequence, float32 (k, vocabulary). Kept as the reference is."""
+
+    def compute() -> Arrays:
+        with fixed_threads(threads), torch.inference_mode():
+            return {"logprobs": LayerwiseModel(checkpoint).at(sequence.ids, sequence.at, chunk=CHUNK)}
+
+    asked = {"sequence": sha256_bytes(sequence.ids, sequence.at), "threads": threads, "chunk": CHUNK}
+    return remembered("long sequence", compute, of=checkpoint, packages=PACKAGES, **asked)["logprobs"]
 
 
 def rounding_noise(

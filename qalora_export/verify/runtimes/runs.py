@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from qalora_runtimes.behaviour import ANSWER_KEYS, Request
 from qalora_runtimes.heartbeat import Beat
 from qalora_runtimes.process import Watch, patience_for
-from qalora_runtimes.protocol import Job, TextRequest, write_job
+from qalora_runtimes.protocol import Job, LongSequence, TextRequest, write_job
 
 from qalora_export.checkpoint.manifest import is_unchanged
 from qalora_export.errors import RuntimeUnavailableError
@@ -22,7 +22,7 @@ from qalora_export.verify.probes.probe_set import ProbeSet
 from qalora_export.verify.runtimes.record import Artifact
 
 Mode = Literal["prefill", "decode"]
-EXACT, SHIPPED, TEXT, BEHAVIOUR = "exact", "shipped", "text", "behaviour"  # labels of runs
+EXACT, SHIPPED, TEXT, BEHAVIOUR, LONG = "exact", "shipped", "text", "behaviour", "long"  # labels of runs
 LOG_SHOWN = 600  # characters
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Runs:
     is not stopped by what another one asks.
 
     launch: qalora_runtimes.launch.run_runner or a stand-in with its signature. behaviour_asked: what gate G6 will ask
-    of what ships. fingerprints: one per run, by "runtime/path/mode".
+    of what ships; long_asked: and of the exact path of a runtime. fingerprints: one per run, by "runtime/path/mode".
     """
 
     probes: ProbeSet
@@ -49,6 +49,7 @@ class Runs:
     threads: int
     launch: Callable[..., Any]
     behaviour_asked: Callable[[], Request] | None = None
+    long_asked: Callable[[str], LongSequence] | None = None
     fingerprints: dict[str, dict[str, Any]] = field(default_factory=dict)
     _waiting: dict[tuple[str, str, str], Any] = field(default_factory=dict)
 
@@ -81,16 +82,27 @@ class Runs:
             raise RuntimeUnavailableError(f"{runtime} gave no answers", where=artifact.path)
         return found
 
+    def long(self, runtime: str, exact: Artifact, sequence: LongSequence) -> NDArray[np.float32]:
+        """float32 (k, vocabulary) at the positions of a long sequence, on the exact path."""
+        found = self._waiting.pop((runtime, EXACT, LONG), None)
+        if found is None:
+            found = self._run(runtime, exact, self._shortest, "prefill", label=EXACT, long=sequence).long
+        if found is None or found.shape != (len(sequence.at), self.vocabulary):
+            raise RuntimeUnavailableError(f"{runtime} gave no answers to a long sequence", where=exact.path)
+        return np.asarray(found)
+
     def _everything(self, runtime: str, artifact: Artifact, label: str) -> None:
         """One run for all that this artifact will be asked. Nothing waits when it crashes."""
         asked = self.behaviour_asked() if self.behaviour_asked and label == SHIPPED else None
+        long = self.long_asked(runtime) if self.long_asked and label == EXACT else None
+        text = label == SHIPPED
         try:
-            result = self._run(runtime, artifact, self.probes, "both", label=label, text=label == SHIPPED, asked=asked)
+            result = self._run(runtime, artifact, self.probes, "both", label=label, text=text, asked=asked, long=long)
         except CrashedError as error:
             logger.warning("%s; asking for one thing at a time", error)
             return
         found = {"prefill": result.logprobs, "decode": result.decoded, TEXT: result.text_answers}
-        found |= {BEHAVIOUR: result.behaviour}
+        found |= {BEHAVIOUR: result.behaviour, LONG: result.long}
         self._waiting |= {(runtime, label, what): value for what, value in found.items() if value is not None}
 
     def _checked(self, runtime: str, artifact: Artifact, values: NDArray[np.float32] | None) -> NDArray[np.float32]:
@@ -120,12 +132,13 @@ class Runs:
         label: str,
         text: bool = False,
         asked: Request | None = None,
+        long: LongSequence | None = None,
     ) -> Any:
         workdir = self.workdir / f"{runtime}-{label}-{mode}"
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / "job.npz"
         texts = TextRequest(probes.texts, probes.chats) if text else None
-        job = Job(tuple(probes.sequences()), mode, texts, asked)
+        job = Job(tuple(probes.sequences()), mode, texts, asked, long)
         write_job(path, job)
         with task(f"{runtime}: {label}", job.total * len(job.passes)) as shown:
             result = self.launch(

@@ -9,12 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx as onnx_package
 import pytest
 
 from qalora_export.formats.gguf import export as gguf_export
 from qalora_export.formats.gguf.export import export_gguf
 from qalora_export.formats.gguf.metadata import Entry
 from qalora_export.formats.onnx.export import export_onnx
+from qalora_export.formats.onnx.layout import GRAPH
 from qalora_export.models.loading import load_tokenizer
 from qalora_export.verify.gates.g6_behaviour import _same, behaviour
 from qalora_export.verify.rule import Entry as Verdict
@@ -156,6 +158,21 @@ def test_tampered_files_of_an_onnx_folder(
     assert entry.status == "fail"
     assert (failed(entry) & figures) == (figures & failed(entry) if len(figures) > 2 else figures)
     assert failed(entry) & figures, entry.where
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "onnxruntime-genai"])
+def test_a_window_that_only_long_texts_reach(runtime: str, session: Session, onnx: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(onnx, tmp_path / "tampered"))
+    model = onnx_package.load(copy / GRAPH, load_external_data=False)
+    for node in model.graph.node:
+        if node.op_type == "GroupQueryAttention":
+            kept = [attribute for attribute in node.attribute if attribute.name != "local_window_size"]
+            del node.attribute[:]
+            node.attribute.extend([*kept, onnx_package.helper.make_attribute("local_window_size", 130)])
+    (copy / GRAPH).write_bytes(model.SerializeToString())
+    entry = behaviour(target_of(session, runtime, copy))
+    assert failed(entry) == {"long_nmse"}
+    assert "position 13" in entry.where[0]
 
 
 @pytest.mark.parametrize(
