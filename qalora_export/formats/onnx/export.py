@@ -87,6 +87,7 @@ class Written:
 def _write(source: CanonicalCheckpoint, folder: Path, settings: OnnxSettings) -> Written:
     """Graph, data file and what hosts need beside them, into `folder`."""
     from qalora_export.formats.onnx.datafile import DataFile
+    from qalora_export.formats.onnx.hosts import genai_notes
 
     with DataFile(folder) as data:
         made = make_folder(source, settings, data, description="export onnx")
@@ -96,7 +97,8 @@ def _write(source: CanonicalCheckpoint, folder: Path, settings: OnnxSettings) ->
     types = Counter(f"MatMulNBits, {form.container} bits" for form in made.forms.values())
     types.update(data.hashes[name]["dtype"] for name in made.carried)
     bound = family_of(source.config).bound(source.config, "onnx")
-    return Written(data.hashes, dict(types), (*_notes(made.forms), *([str(bound)] if bound else [])))
+    notes = (*_notes(made.forms), *([str(bound)] if bound else []), *genai_notes(source.path))
+    return Written(data.hashes, dict(types), notes)
 
 
 @dataclass(frozen=True)

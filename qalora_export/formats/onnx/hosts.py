@@ -18,6 +18,8 @@ from qalora_export.checkpoint.generation import GENERATION, TOKEN_IDS, Generatio
 from qalora_export.checkpoint.model_folder import TOKENIZER_FILES, ModelFolder
 from qalora_export.errors import InputError
 from qalora_export.formats.onnx.genai_text.files import MODULE, OWN, genai_files
+from qalora_export.formats.onnx.genai_text.reading import GenaiReading
+from qalora_export.formats.onnx.genai_text.words import NotPredictableError
 from qalora_export.formats.onnx.layout import GENAI_CONFIG, GRAPH, TOKENIZER_CONFIG
 from qalora_export.models.families import family_of
 from qalora_export.safety import inside, read_json
@@ -56,6 +58,15 @@ def genai_tokenizer(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     tokenizer, settings = _tokenizer_tables(folder)
     written = genai_files(tokenizer, settings)
     return written.get(OWN, tokenizer), settings | written.get(MODULE, {})
+
+
+def genai_notes(folder: Path) -> tuple[str, ...]:
+    """What the user of an export of `folder` should know of GenAI's own tokenizer."""
+    try:
+        GenaiReading(*genai_tokenizer(folder))
+    except NotPredictableError as error:
+        return (f"ONNX Runtime GenAI may not read this tokenizer, gate G5 of verify-parity asks it: {error}",)
+    return ()
 
 
 def _tokenizer_tables(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from qalora_export.formats.gguf.tokenizer.pretokenizer import DEEPSEEK_V3, NAMED
 from qalora_export.formats.onnx.genai_text.files import MODULE, OWN, genai_files
 from qalora_export.formats.onnx.genai_text.reading import GenaiReading
 from qalora_export.formats.onnx.genai_text.words import GPT2, KNOWN, NotPredictableError, cut, matchers
+from qalora_export.formats.onnx.hosts import genai_notes
 from tests.formats.gguf.tokenizer.corpus import CORPUS
 from tests.formats.gguf.tokenizer.synthetic import byte_level, hugging_face_ids, sentencepiece, unigram, with_tokens
 from tests.formats.onnx.genai_text.asking import genai_ids
@@ -143,3 +145,11 @@ def test_words_are_the_whole_text() -> None:
 def test_matchers_do_not_step_back() -> None:
     assert list(cut("  \n  x", matchers(r"\s*[\r\n]+|\s+(?!\S)|\s+"), isolated=True)) == ["  \n ", " ", "x"]
     assert list(cut("\n  x", matchers(r"\s*[\r\n]+|\s+(?!\S)|\s+"), isolated=True)) == ["\n", " ", " ", "x"]
+
+
+def test_the_export_says_where_genai_is_not_predictable(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    for raw, said in ((byte_level((r"\p{Lu}+|\p{N}",)), r"no matcher for '\\p{Lu}+'"), (BYTES["Qwen"], "")):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+        assert said in "".join(genai_notes(tmp_path))
+        assert bool(genai_notes(tmp_path)) == bool(said)
