@@ -19,7 +19,7 @@ from qalora_export.safety.regular import regular_file
 
 Bits = Literal[2, 3, 4, 8]
 GroupSize = Literal[32, 64, 128]
-GridName = Literal["affine16", "q4_k"]
+GridName = Literal["affine16", "q4_k", "q2_k"]
 Positive = Annotated[int, Field(gt=0)]
 
 
@@ -60,7 +60,8 @@ class QuantizeSettings(Settings):
     group_size: GroupSize = 32
     grid: GridName = Field(
         default="affine16",
-        description="affine16: free float16 scale and offset; q4_k: those of GGUF Q4_K, 4 bits in groups of 32",
+        description="affine16: free float16 scale and offset; q4_k, q2_k: those of GGUF Q4_K and Q2_K, whose bits and "
+        "groups they have",
     )
     strict_groups: bool = Field(
         default=False, description="refuse in-features that group_size does not divide, instead of a smaller group"

@@ -1,7 +1,8 @@
 """Named grids: which scales and offsets a group may have, by the formats that hold them byte for byte.
 
-    affine16   s, m any float16, for each group alone                     GGUF Q4_1, Q4_0, Q8_0, …; MatMulNBits
-    q4_k       s = d·k, m = −e·l in super-blocks of 256 in-features       GGUF Q4_K
+    affine16   s, m any float16, for each group alone       GGUF Q4_1, Q4_0, Q8_0, …; MatMulNBits
+    q4_k       s = d·k, m = −e·l in super-blocks of 256     GGUF Q4_K: codes of 4 bits, groups of 32, k and l of 6 bits
+    q2_k       the same                                     GGUF Q2_K: codes of 2 bits, groups of 16, k and l of 4 bits
 
 A weight is s·q + m on every grid. On a grid of super-blocks d and e are float16 and belong to 256 in-features, k and l
 are small unsigned integers, one of each for a group ("levels"). A product of 11 and 6 bits is exact in float32, and so
@@ -65,7 +66,8 @@ class SuperBlockGrid(NamedGrid):
 
 AFFINE16 = NamedGrid("affine16")
 Q4_K = SuperBlockGrid("q4_k", bits=4, group_size=32, level_bits=6, gguf="Q4_K")
-GRIDS: dict[str, NamedGrid] = {grid.name: grid for grid in (AFFINE16, Q4_K)}
+Q2_K = SuperBlockGrid("q2_k", bits=2, group_size=16, level_bits=4, gguf="Q2_K")
+GRIDS: dict[str, NamedGrid] = {grid.name: grid for grid in (AFFINE16, Q4_K, Q2_K)}
 
 
 def grid_named(name: object, bits: int, group_size: int, *, where: str) -> NamedGrid:

@@ -12,12 +12,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import get_args
+from typing import Any, get_args
 
 from qalora_export.errors import InputError
 from qalora_export.grid import AFFINE16, GRIDS, NamedGrid, SuperBlockGrid
 from qalora_export.grid.named import SUPER_BLOCK
 from qalora_export.recipe import GroupSize, QuantizeRule, QuantizeSettings
+
+CHOICES = ("bits", "group_size", "sym")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +83,14 @@ def resolve(settings: QuantizeSettings, in_features: Mapping[str, int], *, insid
                 fix="remove the rule for it",
             )
         plan = _planned(settings, rule, module)
-        if not plan.grid.divides(width, plan.group_size) and plan.grid is not AFFINE16:
+        if plan.grid is not AFFINE16:
+            if plan.grid.divides(width, plan.group_size):
+                plans[module] = plan
+                continue
             if settings.strict_groups:
                 raise _no_super_blocks(module, width, plan.grid)
             off_grid[module] = (width, plan.grid.name)
-            plan = replace(plan, grid=AFFINE16)
+            plan = Plan(plan.bits, max(plan.group_size, min(get_args(GroupSize))), plan.sym)
         fitting = _fitting(width, plan.group_size)
         if fitting != plan.group_size:
             if settings.strict_groups:
@@ -134,24 +139,25 @@ def parse_rule(text: str) -> QuantizeRule:
 
 
 def _planned(settings: QuantizeSettings, rule: QuantizeRule | None, module: str) -> Plan:
-    """Settings, then the rule. Bits, groups or symmetry of a rule that the grid of the settings does not have make the
-    module affine16, as does a rule that says so; a grid that is named beside others than its own is refused.
+    """Settings, then the rule. A grid of super-blocks has its own bits and groups: others are refused beside it, unless
+    they are the usual ones of the settings. Where a rule asks for others, and for no grid, the module is affine16.
     """
-    bits, group_size, sym = (
-        getattr(settings, name) if rule is None or getattr(rule, name) is None else getattr(rule, name)
-        for name in ("bits", "group_size", "sym")
-    )
-    named = rule.grid if rule is not None else None
-    grid = GRIDS[named or settings.grid]
-    if not isinstance(grid, SuperBlockGrid) or (grid.bits, grid.group_size, False) == (bits, group_size, sym):
-        return Plan(bits, group_size, sym, grid)
-    by_rule = rule is not None and any(getattr(rule, name) is not None for name in ("bits", "group_size", "sym"))
-    if named is None and by_rule:
-        return Plan(bits, group_size, sym)
+    asked: dict[str, Any] = {name: None if rule is None else getattr(rule, name) for name in CHOICES}
+    chosen: dict[str, Any] = {n: getattr(settings, n) if asked[n] is None else asked[n] for n in CHOICES}
+    named = None if rule is None else rule.grid
+    grid, free = GRIDS[named or settings.grid], Plan(**chosen)
+    if not isinstance(grid, SuperBlockGrid):
+        return free
+    own = {"bits": grid.bits, "group_size": grid.group_size, "sym": False}
+    if named is None and any(value not in (None, own[name]) for name, value in asked.items()):
+        return free
+    usual = QuantizeSettings()
+    if all(chosen[n] == own[n] or (asked[n] is None and chosen[n] == getattr(usual, n)) for n in CHOICES):
+        return Plan(grid.bits, grid.group_size, False, grid)
     raise InputError(
         f"grid {grid.name} has {grid.bits} bits in groups of {grid.group_size}, not symmetric",
         where=f"quantize.rules: {rule.match}" if named and rule else f"quantize.grid ({module})",
-        why=f"the settings say {bits} bits in groups of {group_size}{', symmetric' if sym else ''}",
+        why=f"the settings say {free.bits} bits in groups of {free.group_size}{', symmetric' if free.sym else ''}",
         fix="leave them out, or choose another grid",
     )
 

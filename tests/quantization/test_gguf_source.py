@@ -173,13 +173,16 @@ def q4_k_but_attention(name: str) -> str:
     return "Q4_K" if "ffn" in name or name == "token_embd.weight" else "Q4_1"
 
 
-def test_q4_k_is_taken_as_it_is_and_goes_back_byte_for_byte(wide: Path, tmp_path: Path) -> None:
-    foreign = rewritten(wide, tmp_path / "m.gguf", q4_k_but_attention)
+@pytest.mark.parametrize("kind", ["Q4_K", "Q2_K"])
+def test_k_quants_with_a_grid_are_taken_as_they_are_and_go_back_byte_for_byte(
+    wide: Path, tmp_path: Path, kind: str
+) -> None:
+    foreign = rewritten(wide, tmp_path / "m.gguf", lambda name: q4_k_but_attention(name).replace("Q4_K", kind))
     report = quantize(foreign, tmp_path / "b.qalora", RTN)
     assert (report.method, report.changed) == ("import-gguf", 0)
     after = CanonicalCheckpoint(tmp_path / "b.qalora")
     check_values(after, foreign)
-    assert {name.rpartition(".")[2] for name, grid in after.grids.items() if grid.name == "q4_k"} == {
+    assert {name.rpartition(".")[2] for name, grid in after.grids.items() if grid.name == kind.lower()} == {
         "gate_proj",
         "up_proj",
         "down_proj",

@@ -118,6 +118,14 @@ def test_a_grid_of_super_blocks_and_what_falls_back_from_it() -> None:
     assert (by_rule["model.layers.0.mlp.down_proj"], by_rule["model.layers.1.mlp.down_proj"]) == (on, off)
 
 
+def test_a_grid_brings_its_own_bits_and_groups() -> None:
+    found = plans("*.1.*.down_proj=grid:q4_k", grid="q2_k")
+    assert found["model.layers.0.mlp.down_proj"] == Plan(2, 16, False, GRIDS["q2_k"])
+    assert found["model.layers.1.mlp.down_proj"] == Plan(4, 32, False, GRIDS["q4_k"])
+    assert found["model.layers.0.self_attn.q_proj"] == Plan(2, 32, False)  # groups of 16 are for super-blocks only
+    assert plans(grid="q2_k", bits=2) == plans(grid="q2_k")
+
+
 def test_a_rule_with_other_bits_leaves_the_grid_of_the_settings() -> None:
     found = plans("*.0.*.down_proj=bits:8,sym:true", "*.1.*.down_proj=group:32", grid="q4_k")
     assert found["model.layers.0.mlp.down_proj"] == Plan(8, 32, True)

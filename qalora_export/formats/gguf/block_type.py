@@ -159,9 +159,9 @@ class BlockType(GgufType):
         Codes and scale are held exactly, and so is the offset where blocks carry it; elsewhere the caller sees to the
         difference (`holds`, or layout "split"). Raises InputError for other bits, smaller groups and larger codes.
         """
-        check_group(matrix.group_size, where=cls.name)
         if matrix.grid != cls.grid:
             raise InputError(f"a matrix on grid {matrix.grid.name} does not go into {cls.name}")
+        check_group(matrix.group_size, where=cls.name)
         if matrix.bits not in cls.bits:
             raise InputError(f"{matrix.bits}-bit codes do not go into {cls.name}", why=f"it holds {cls.bits} bits")
         blocks = np.empty((matrix.shape[0], matrix.shape[1] // QK), cls.layout)

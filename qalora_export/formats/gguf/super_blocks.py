@@ -1,6 +1,7 @@
 """GGUF types in super-blocks of 256 in-features ("K-quants"): the grids of super-blocks, byte for byte.
 
-Sources: ggml/src/ggml-common.h (block_q4_K), ggml-quants.c (get_scale_min_k4, dequantize_row_q4_K).
+Sources: ggml/src/ggml-common.h (block_q4_K, block_q2_K), ggml-quants.c (get_scale_min_k4, dequantize_row_q4_K,
+dequantize_row_q2_K).
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 
 from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.formats.gguf.block_type import BlockType
-from qalora_export.grid import Levels, PackedAffine, SuperBlockGrid
+from qalora_export.grid import Levels, PackedAffine, SuperBlockGrid, pack_codes, unpack_codes
+from qalora_export.grid.named import Q2_K as Q2_K_GRID
 from qalora_export.grid.named import Q4_K as Q4_K_GRID
 from qalora_export.grid.named import SUPER_BLOCK
 
@@ -127,6 +129,48 @@ class Q4_K(SuperBlockType):
             qs = block[16 + 32 * chunk : 48 + 32 * chunk]
             codes += [byte & 15 for byte in qs] + [byte >> 4 for byte in qs]
         return codes, [d * k for k, _ in pairs], [-dmin * level for _, level in pairs]
+
+
+class Q2_K(SuperBlockType):
+    """w = d·k·q − dmin·l for 16 groups of 16, k and l of 4 bits:
+
+    0                  16            80       82                                               84 bytes
+    │ scales: 16 bytes │ qs: 64 bytes │ d fp16 │ dmin fp16 │
+
+    scales   byte j: k of group j | l of group j << 4
+    qs       32 bytes for 128 elements: byte j of them = elements j, 32 + j, 64 + j, 96 + j, two bits each, lowest first
+    """
+
+    id, file_type, grid = 10, 10, Q2_K_GRID
+    layout = np.dtype([("scales", "u1", 16), ("qs", "u1", 64), ("d", "<u2"), ("dmin", "<u2")])
+
+    @classmethod
+    def put_codes(cls, blocks: NDArray[Any], codes: NDArray[np.uint8]) -> None:
+        q = unpack_codes(codes, 2).reshape(*blocks.shape, 2, 4, 32)  # (out, in/256, half, lane, byte)
+        low, second, third, high = (q[..., lane, :] << np.uint8(2 * lane) for lane in range(4))
+        blocks["qs"] = (low | second | third | high).reshape(*blocks.shape, 64)
+
+    @classmethod
+    def take_codes(cls, blocks: NDArray[Any]) -> NDArray[np.uint8]:
+        qs = blocks["qs"].reshape(*blocks.shape, 2, 1, 32)
+        lanes = qs >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & np.uint8(3)
+        return pack_codes(lanes.reshape(len(blocks), -1), 2)
+
+    @classmethod
+    def put_levels(cls, blocks: NDArray[Any], scale: NDArray[np.uint8], offset: NDArray[np.uint8]) -> None:
+        blocks["scales"] = scale | offset << np.uint8(4)
+
+    @classmethod
+    def take_levels(cls, blocks: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        return blocks["scales"] & np.uint8(15), blocks["scales"] >> np.uint8(4)
+
+    @classmethod
+    def slow_unpack(cls, block: bytes) -> tuple[list[int], list[float], list[float]]:
+        d, dmin = struct.unpack_from("<ee", block, 80)
+        codes = [
+            block[16 + 32 * half + byte] >> 2 * lane & 3 for half in range(2) for lane in range(4) for byte in range(32)
+        ]
+        return codes, [d * (byte & 15) for byte in block[:16]], [-dmin * (byte >> 4) for byte in block[:16]]
 
 
 def put_six_bits(packed: NDArray[np.uint8], k: NDArray[np.uint8], levels: NDArray[np.uint8]) -> None:

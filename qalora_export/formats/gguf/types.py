@@ -30,7 +30,7 @@ from qalora_export.formats.gguf.block_type import (
     PlainType,
     check_group,
 )
-from qalora_export.formats.gguf.super_blocks import Q4_K
+from qalora_export.formats.gguf.super_blocks import Q2_K, Q4_K
 from qalora_export.grid import AFFINE16, NamedGrid, PackedAffine, SuperBlockGrid
 from qalora_export.grid.narrow import BFLOAT16
 
@@ -41,6 +41,7 @@ __all__ = [
     "F16",
     "F32",
     "PLAIN_TYPES",
+    "Q2_K",
     "Q4_0",
     "Q4_1",
     "Q4_K",
