@@ -22,9 +22,11 @@ from qalora_export.verify.bisect.points import Point, Shown, value_of
 from qalora_export.verify.reference.local_proof import position_nmse
 from qalora_export.verify.reference.logits import NOISE_DRAWS, fixed_threads, ulps
 
-# Right exports of SmolLM2-135M in llama.cpp and ONNX Runtime: at most 3e-12 and 20 times the noise, 100 times behind
-# products whose input has outliers (1e-12). Without any noise (an embedding) two libraries multiply once.
-TIMES_NOISE, ROUNDING = 1000.0, 1e-13
+# Right exports of SmolLM2-135M in llama.cpp and ONNX Runtime: at most 3e-12 and 20 times the noise, except products of
+# many terms one of which is large: each further term then costs half a unit in the last place of the running sum, which
+# no noise of the input shows (3.5e-12 behind 1,536 terms, K · 2⁻⁴⁸ = 5.5e-12).
+TIMES_NOISE, ROUNDING, BETWEEN_PRODUCTS = 1000.0, 1e-13, 1e-11
+TIMES_SUM, HALF_ULP = 4.0, 2.0**-24
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +49,11 @@ class _Forced:
     disturb: Callable[[Tensor], Tensor]
     found: dict[str, PointError] = field(default_factory=dict)
 
-    def meet(self, point: Point, value: Tensor) -> Tensor | None:
-        """value (1 + NOISE_DRAWS, …) as the reference has it; what to go on with, None for the same."""
+    def meet(self, point: Point, value: Tensor, linear: nn.Linear | None = None) -> Tensor | None:
+        """value (1 + NOISE_DRAWS, …) as the reference has it; what to go on with, None for the same.
+
+        linear: the layer whose output it is.
+        """
         rows = value.transpose(1, 2) if point.heads_first else value
         want = rows.float().flatten(2).numpy()  # (1 + NOISE_DRAWS, positions, features)
         got = self.shown.get(point.key)
@@ -56,7 +61,8 @@ class _Forced:
             return None
         noise = np.mean([position_nmse(disturbed, want[0]) for disturbed in want[1:]], axis=0)
         error = position_nmse(got, want[0])
-        allowed = np.maximum(ROUNDING, TIMES_NOISE * np.where(np.isfinite(noise), noise, 0))
+        least = BETWEEN_PRODUCTS if linear is None else np.maximum(ROUNDING, TIMES_SUM * _sum_rounding(linear, want[0]))
+        allowed = np.maximum(least, TIMES_NOISE * np.where(np.isfinite(noise), noise, 0))
         worst = int(np.argmax(error / allowed))
         self.found[point.key] = PointError(float(error[worst]), float(allowed[worst]))
         if got.shape != want[0].shape or not point.module:  # behind the whole model nothing comes
@@ -66,6 +72,17 @@ class _Forced:
         )
         taken[1:] = self.disturb(taken[1:])
         return taken.transpose(1, 2) if point.heads_first else taken
+
+
+def _sum_rounding(linear: nn.Linear, y: NDArray[np.float32]) -> NDArray[np.float64]:
+    """NMSE of y (positions, out) when each of a row's K terms costs half a unit in the last place of their sum, at
+    random; the bias, which may be most of y, is no such term.
+    """
+    bias = 0.0 if linear.bias is None else linear.bias.detach().numpy().astype(np.float64)
+    whole = (y.astype(np.float64) ** 2).sum(axis=1)
+    summed = ((y - bias) ** 2).sum(axis=1)
+    share = np.divide(summed, whole, out=np.ones_like(whole), where=whole > 0)
+    return np.asarray(linear.in_features * HALF_ULP**2 * share)
 
 
 def point_errors(
@@ -98,7 +115,7 @@ def _hook(model: nn.Module, point: Point, forced: _Forced) -> torch.utils.hooks.
         return None if taken is None else (taken, *x[1:])
 
     def leaving(_: nn.Module, __: object, y: object) -> object:
-        taken = forced.meet(point, value_of(y))
+        taken = forced.meet(point, value_of(y), module if isinstance(module, nn.Linear) else None)
         return (taken, *y[1:]) if taken is not None and isinstance(y, tuple) else taken
 
     if point.side == "input":
