@@ -58,7 +58,9 @@ def divergence(reference: list[torch.Tensor], found: list[torch.Tensor]) -> floa
     return float(torch.cat(parts).mean())
 
 
-def measure(windows: torch.Tensor, bits: int, group: int, reference: list[torch.Tensor]) -> dict[str, Any]:
+def measure(
+    windows: torch.Tensor, bits: int, group: int, reference: list[torch.Tensor], *, calibration_samples: int = 64
+) -> dict[str, Any]:
     """One row of the table."""
     row: dict[str, Any] = {"bits": bits, "group_size": group}
     loss = {}
@@ -68,7 +70,7 @@ def measure(windows: torch.Tensor, bits: int, group: int, reference: list[torch.
             bits=bits,
             group_size=group,
             sequence_length=256,
-            calibration_samples=64,
+            calibration_samples=calibration_samples,
             calibration=str(MODEL / "calibration.txt"),
         )
         with tempfile.TemporaryDirectory() as folder:

@@ -15,7 +15,7 @@ from tests.benchmarks.onnx_decode import with_float_zero_points, without_offset
 ROWS = {
     "hash_inputs": {f"{what} from {place}" for what in ("read", "sha256") for place in ("memory", "disk")},
     "export_streaming": {"gguf q4_1", "gguf split", "onnx"},
-    "llama_layouts": {"q4_1", "split", "split, rank 16", "split, F16 lm_head", "Q4_0", "Q4_K_M"},
+    "llama_layouts": {"q4_1", "q4_k", "split", "split, rank 16", "split, F16 lm_head", "Q4_0", "Q4_K_M"},
     "onnx_decode": {f"g{g}, {name}" for g in (32, 64, 128) for name in ("split", "limit", "float zero_points")},
 }
 
