@@ -51,6 +51,7 @@ THOROUGH = (
     "test_public_face.py",
     "test_wheels.py",
     "verify/bisect/",
+    "verify/foreign/",
     "verify/foreign/test_diagnosis.py",
     "verify/foreign/test_onnx.py",
     "verify/test_stage.py",

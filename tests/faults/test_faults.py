@@ -51,7 +51,8 @@ def line(made_once: MadeOnce) -> Line:
 
 
 def verify(line: Line, runtime: str, out: Path, taps: Any = run_taps) -> ParityReport:
-    settings = VerifySettings(runtimes=(runtime,), threads=1, sequences=16)
+    # The edge cases and no random sequences after them: no fault here is rare.
+    settings = VerifySettings(runtimes=(runtime,), threads=1, sequences=16).model_copy(update={"positions": 1})
     artifact = {"gguf": line.gguf} if KIND[runtime] == "gguf" else {"onnx": line.onnx}
     return verify_parity(line.merged, out, settings, base=line.base, taps=taps, **artifact)
 

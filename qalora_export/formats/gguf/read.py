@@ -22,7 +22,7 @@ from qalora_export.formats.gguf.tensor_table import ROPE_FREQUENCIES, ROPE_LONG,
 from qalora_export.formats.gguf.types import BLOCK_TYPES, PLAIN_TYPES
 from qalora_export.formats.streaming import release
 from qalora_export.grid import AFFINE16, GroupAffine, PackedAffine
-from qalora_export.models.families import FAMILIES, Family
+from qalora_export.models.families import FAMILIES, MAX_LAYERS, Family
 from qalora_export.safety.limits import parse_json
 
 MODULES_KEY = "qalora.modules"  # JSON: module -> [bits, group_size], what the blocks alone do not tell
@@ -166,7 +166,7 @@ class _Source:
         file = GgufFile(path)
         self.path, self.metadata = path, file.metadata
         self.family = self._family()
-        self.names = _hf_names(self.family, self._number("block_count"))
+        self.names = _hf_names(self.family, self._number("block_count", MAX_LAYERS))
         self.tensors: dict[str, StoredTensor] = {}
         self.lora: dict[str, StoredTensor] = {}
         self.rope_factors: dict[str, NDArray[np.float32]] = {}
@@ -228,9 +228,9 @@ class _Source:
             why=f"supported: {', '.join(f.gguf_arch for f in FAMILIES)}",
         )
 
-    def _number(self, key: str) -> int:
+    def _number(self, key: str, most: int = 2**20) -> int:
         value = self.metadata.get(f"{self.family.gguf_arch}.{key}")
-        if type(value) is not int or not 0 < value <= 2**20:
+        if type(value) is not int or not 0 < value <= most:
             raise UnsafeInputError(f"{self.family.gguf_arch}.{key} is {value!r}", where=self.path)
         return value
 

@@ -5,7 +5,7 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
-from qalora_export.errors import InputError
+from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.models.families.family import Family, head_dim
 from qalora_export.models.families.rope import rope_of
 
@@ -31,6 +31,7 @@ SIZES = (
     "vocab_size",
     "max_position_embeddings",
 )
+MAX_LAYERS = 1024  # the largest models have 126; a table of names is made for every layer that a file claims
 
 
 def supported_architectures() -> list[str]:
@@ -58,6 +59,12 @@ def family_of(config: Mapping[str, Any]) -> Family:
     for key in SIZES:
         if type(config.get(key)) is not int or config[key] <= 0:
             raise InputError(f"{key} is {config.get(key)!r}, not a positive number", where=f"config.json: {key}")
+    if config["num_hidden_layers"] > MAX_LAYERS:
+        raise UnsafeInputError(
+            f"a model of {config['num_hidden_layers']} layers",
+            where="config.json: num_hidden_layers",
+            why=f"more than {MAX_LAYERS} are taken for damage",
+        )
     family.check_variant(config)
     rope = rope_of(config, family.rope_types)
     if rope.partial != 1.0 and not family.partial_rotary:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint, CanonicalWriter
-from qalora_export.errors import InputError, ParityError
+from qalora_export.errors import InputError, ParityError, UnsafeInputError
 from qalora_export.formats.contents import FolderContents, compare
 from qalora_export.formats.gguf import export as export_module
 from qalora_export.formats.gguf.export import export_gguf
@@ -23,6 +23,7 @@ from qalora_export.recipe import GgufSettings
 from qalora_export.safety import sha256_file
 from tests.formats.gguf.f32_twin import write_f32_twin
 from tests.models import make_tiny_canonical, round_to_nearest
+from tests.verify.exports import Exported, copy_of, gguf_value, patch
 
 ROOT = Path(__file__).parents[3]
 
@@ -247,3 +248,11 @@ def test_comparison_names_what_is_missing_or_stored_otherwise(tiny_canonical: Pa
     assert set(found.only_right) == {f"{module}.weight" for module in modules}
     assert not found.tensors  # F16 in the checkpoint, F32 in the twin: the same numbers
     assert "(missing)" in found.describe()
+
+
+def test_more_layers_than_any_model_has_are_refused_before_they_are_named(exported: Exported, tmp_path: Path) -> None:
+    """One flipped bit of a number; a table of a million layers took minutes and gigabytes."""
+    copy = copy_of(exported, tmp_path)
+    patch(copy.gguf, gguf_value(copy.gguf, "llama.block_count"), (2**19 + 2).to_bytes(4, "little"))
+    with pytest.raises(UnsafeInputError, match="block_count is 524290"):
+        read_back(copy.gguf)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qalora_export.errors import InputError
+from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.models.families import family_of, rope_of, supported_architectures
 from qalora_export.models.families.rope import rope_tables
 from tests.conftest import ROOT
@@ -54,6 +54,7 @@ def test_multi_head_attention_falls_back_to_the_head_count() -> None:
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"hidden_size": 0}, "hidden_size"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers"),
+        ({"num_hidden_layers": 2**30}, "1073741824 layers"),
         ({"num_key_value_heads": 3}, "key/value"),
         ({"num_attention_heads": 5, "num_key_value_heads": 5}, "divide"),
         ({"head_dim": 15}, "odd"),
@@ -67,7 +68,7 @@ def test_multi_head_attention_falls_back_to_the_head_count() -> None:
     ],
 )
 def test_unsupported_variants_are_refused(change: dict, said: str) -> None:
-    with pytest.raises(InputError, match=said):
+    with pytest.raises((InputError, UnsafeInputError), match=said):
         family_of(LLAMA | change)
 
 

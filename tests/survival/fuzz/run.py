@@ -22,7 +22,8 @@ from pathlib import Path
 from random import Random
 
 from qalora_export.safety import confined
-from tests.survival.fuzz.targets import Misbehaved, Refused, Target
+from tests.survival.fuzz.commands import Misbehaved, Refused
+from tests.survival.fuzz.targets import Target
 
 SECONDS = 10  # of CPU time for one case
 PATIENCE = 40  # seconds for one case on a busy machine
