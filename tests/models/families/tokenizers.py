@@ -66,8 +66,7 @@ FORMS: Mapping[str, tuple[Callable[[], Raw], str, str]] = {
     "Qwen": (lambda: _bytes("qwen2", nfc=True), "Qwen2Tokenizer", WITHOUT_BOS),
     "StarCoder": (lambda: _bytes("starcoder"), "GPT2Tokenizer", WITHOUT_BOS),
     "cl100k": (lambda: _bytes("dbrx"), "GPT2Tokenizer", WITHOUT_BOS),
-    "GPT-4o": (lambda: _bytes("gpt-4o"), "GPT2Tokenizer", WITHOUT_BOS),
-    "o200k": (lambda: byte_level((O200K,)), "GPT2Tokenizer", WITHOUT_BOS),
+    "o200k": (lambda: byte_level((O200K,)) | {"decoder": BYTES}, "GPT2Tokenizer", WITHOUT_BOS),
 }
 
 
