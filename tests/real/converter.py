@@ -9,6 +9,7 @@ from __future__ import annotations
 import runpy
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 
@@ -22,6 +23,12 @@ def convert(llama_cpp: Path, model: Path, out: Path, pre: str, precision: str = 
 
 def _main(llama_cpp: str, model: str, out: str, pre: str, precision: str = "f16") -> None:
     sys.path[:0] = [llama_cpp, f"{llama_cpp}/gguf-py"]
+    from transformers import AutoTokenizer  # noqa: F401  (before the name below is taken: it looks for the package)
+
+    # The converter imports sentencepiece before it sees that these models have no tokenizer.model.
+    absent = types.ModuleType("sentencepiece")
+    absent.SentencePieceProcessor = None  # type: ignore[attr-defined]
+    sys.modules["sentencepiece"] = absent
     from conversion import base  # type: ignore[import-not-found]
 
     base.TextModel.get_vocab_base_pre = lambda _self, _tokenizer: pre

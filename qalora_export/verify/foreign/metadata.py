@@ -82,10 +82,12 @@ def gguf_differences(
         if not _same(wanted, got):
             change = {SETTINGS[key]: got} if key in SETTINGS and _usable(got) else {}
             differences.append(Difference(f"{prefix}{key}", wanted, got, change))
-    if windows(family, config) and not found.get("attention.sliding_window"):
-        unlimited = {"sliding_window": None, "layer_types": None}
+    context, window = found.get("context_length"), config.get("sliding_window")
+    ends_within = isinstance(context, int) and isinstance(window, int) and context <= window
+    if windows(family, config) and not found.get("attention.sliding_window") and not ends_within:
+        unlimited = {"sliding_window": config["max_position_embeddings"]}
         name = f"{prefix}attention.sliding_window"
-        differences.append(Difference(name, config.get("sliding_window"), None, unlimited))
+        differences.append(Difference(name, window, None, unlimited))
     if (rotary := _rotary(prefix, found, expected, divisors, frequencies)) is not None:
         differences.append(rotary)
     return differences

