@@ -131,10 +131,9 @@ class Session:
         return GreedyReference(self.checkpoint.path, self.settings.threads)
 
     def answer_texts(self, answers: list[list[int]]) -> list[str]:
-        """What Hugging Face's tokenizer shows of answers, without an end token behind them."""
-        ends, anchor = self.generation.ends, self.behaviour.request.anchor
-        shown = [tokens[:-1] if tokens and tokens[-1] in ends else tokens for tokens in answers]
-        before, *texts = decoded(self.tokenizer, [[anchor], *([anchor, *tokens] for tokens in shown)], hide=True)
+        """What Hugging Face's tokenizer shows of answers, an end token that is no special one included."""
+        anchor = self.behaviour.request.anchor
+        before, *texts = decoded(self.tokenizer, [[anchor], *([anchor, *tokens] for tokens in answers)], hide=True)
         return [text.removeprefix(before) for text in texts]
 
     def noise(self, positions: NDArray[np.bool_]) -> NDArray[np.float64]:

@@ -64,21 +64,22 @@ class Behaviour:
             else:
                 generator = self._generator()
             try:
-                answers.append(self._answer(generator, ids, question.tokens))
+                cut = question.continues and answers[-1]["stop"] != END
+                answers.append(self._answer(generator, ids, question.tokens, cut=cut))
             except RuntimeError as error:  # its own default length does not hold the prompt
                 self._errors.append(f"question {index}: {error}")
                 answers.append({"tokens": [], "stop": LIMIT, "text": "", "cached": 0, "chat": None})
             before = ids
         return answers
 
-    def _answer(self, generator: Any, ids: list[int], tokens: int) -> dict[str, Any]:
-        """`generator` holds a beginning of `ids`.
+    def _answer(self, generator: Any, ids: list[int], tokens: int, *, cut: bool) -> dict[str, Any]:
+        """`generator` holds a beginning of `ids`. cut: behind an answer that no end token ended.
 
-        The last token of an answer that was cut short is in GenAI's sequence and not in its cache, and append_tokens
-        does not make up for it (0.18); so it is taken back and run with what follows.
+        The last token of such an answer is in GenAI's sequence and not in its cache, and append_tokens does not make up
+        for it (0.18); so it is taken back and run with what follows.
         """
         cached = int(generator.token_count())
-        if cached and ids[:cached][-1:] == [*generator.get_sequence(0)][-1:]:
+        if cut and cached:
             cached -= 1
             generator.rewind_to(cached)
         _append(generator, ids[cached:])
@@ -89,8 +90,7 @@ class Behaviour:
             heartbeat.advance()
         ended = bool(made) and generator.is_done() and made[-1] in self._tokenizer.eos_token_ids
         stop = END if ended else ASKED if len(made) == tokens else LIMIT
-        shown = made[:-1] if ended else made
-        return {"tokens": made, "stop": stop, "text": self._stream(shown), "cached": cached, "chat": None}
+        return {"tokens": made, "stop": stop, "text": self._stream(made), "cached": cached, "chat": None}
 
     def _batch(self) -> list[list[int]] | None:
         """All prompts at once, the shorter ones padded as GenAI's own encode_batch pads them."""

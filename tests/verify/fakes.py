@@ -109,8 +109,7 @@ def right_behaviour(checkpoint: Path, runtime: str, asked: Request) -> dict[str,
         prompt = behind(before, answers[-1]["tokens"], question.prompt) if question.continues else [*question.prompt]
         made = _greedy(checkpoint, tuple(prompt), question.tokens, asked.ends)
         stop = END if made[-1] in asked.ends else ASKED
-        shown = [asked.anchor, *(made[:-1] if stop == END else made)]
-        text = decoded(tokenizer, [shown], hide=True)[0].removeprefix(tokenizer.decode([asked.anchor]))
+        text = decoded(tokenizer, [[asked.anchor, *made]], hide=True)[0].removeprefix(tokenizer.decode([asked.anchor]))
         answers.append({"tokens": [*made], "stop": stop, "text": text, "cached": len(before), "chat": None})
         before = prompt
     rows = [[asked.anchor, index, asked.anchor] for index in range(asked.vocabulary)]

@@ -26,6 +26,7 @@ from qalora_export.verify.probes.text import EDGE_TEXTS, TEXTS
 
 FORMATS: tuple[Format, ...] = ("gguf", "onnx")
 TOKENS = 24  # generated per answer
+ENOUGH = 48  # for answers that should come to their end: the first, which a second turn follows, and the user's own
 PROMPTS = 4  # of the user's own
 RANDOM_SEQUENCES, RANDOM_LENGTH = 32, 24
 LONG_AT = 64
@@ -67,7 +68,7 @@ class BehaviourProbes:
 def make_behaviour(
     tokenizer: Any, config: Mapping[str, Any], generation: Generation, probes: ProbeSet, settings: VerifySettings
 ) -> BehaviourProbes:
-    """Answers of TOKENS tokens, fewer where the model's context holds no more."""
+    """Answers of TOKENS or ENOUGH tokens, fewer where the model's context holds no more."""
     family = family_of(config)
     context = min(int(family.exported(config, fmt)["max_position_embeddings"]) for fmt in FORMATS) - 1
     named = list(_questions(tokenizer, probes, settings, context))
@@ -120,7 +121,8 @@ def _questions(
     """At least one; those that do not fit into the context with their answer are left out, the first is cut."""
     room = context
     for number, (name, ids, chat) in enumerate(_prompts(tokenizer, probes, settings)):
-        tokens = TOKENS if number else max(1, min(TOKENS, context // 4))
+        tokens = ENOUGH if number >= len(probes.chats) else TOKENS
+        tokens = tokens if number else max(1, min(ENOUGH, context // 4))
         if number == 0:
             ids = ids[: max(1, context - tokens - 1)]
         if not ids or len(ids) + tokens >= context:
