@@ -7,7 +7,8 @@ conversations and the user's own prompts, a difference is excused only where the
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 from qalora_export.formats.onnx.genai_text.reading import GenaiReading
@@ -19,46 +20,52 @@ Answer = tuple[list[int], str]
 
 
 class GenaiDifferences(Mapping[int, Answer]):
-    """Index of a text -> (ids that GenAI gives it, why they may differ); read when it is asked for."""
+    """Index of a text -> (ids that GenAI gives it, why they may differ); read when it is asked for.
 
-    def __init__(self, reading: GenaiReading, texts: Sequence[str], excused: Collection[int]) -> None:
-        """excused: indices of the texts that may differ."""
+    Empty where GenAI is not predictable: then its ids must be Hugging Face's.
+    """
+
+    def __init__(
+        self, reading: Callable[[], GenaiReading | None], texts: Sequence[str], excused: Collection[int]
+    ) -> None:
+        """reading: made once, when it is needed. excused: indices of the texts that may differ."""
         self._reading, self._texts, self._excused = reading, texts, excused
 
     def __getitem__(self, index: int) -> Answer:
-        if index not in self._excused:
+        reading = self._reading() if index in self._excused else None
+        if reading is None:
             raise KeyError(index)
         text = self._texts[index]
-        return self._reading.ids(text), reason(self._reading, text)
-
-    def __contains__(self, index: object) -> bool:
-        return index in self._excused
+        return reading.ids(text), reason(reading, text)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._excused)
+        return iter(self._excused if self._reading() else ())
 
     def __len__(self) -> int:
-        return len(self._excused)
+        return len(self._excused) if self._reading() else 0
 
 
 def genai_differences(
     folder: Path, asked: Mapping[str, Sequence[str]], ordinary: Mapping[str, Collection[int]]
 ) -> dict[str, dict[str, Mapping[int, Answer]]]:
-    """ "by_design": kind -> what may differ anyway; "by_permission": kind -> all texts. Empty where GenAI is not
-    predictable: then its ids must be Hugging Face's.
+    """Table "by_design": kind -> what may differ anyway; "by_permission": kind -> all texts.
 
     folder: the checkpoint. ordinary: kind -> indices of the texts on which a difference needs the user's permission.
     """
-    try:
-        reading = GenaiReading(*genai_tokenizer(folder))
-    except NotPredictableError:
-        return {"by_design": {}, "by_permission": {}}
+    reading = cache(partial(_reading, folder))
     every = {kind: set(range(len(texts))) for kind, texts in asked.items()}
     exotic = {kind: indices - set(ordinary.get(kind, ())) for kind, indices in every.items()}
     return {
         name: {kind: GenaiDifferences(reading, texts, excused[kind]) for kind, texts in asked.items()}
         for name, excused in (("by_design", exotic), ("by_permission", every))
     }
+
+
+def _reading(folder: Path) -> GenaiReading | None:
+    try:
+        return GenaiReading(*genai_tokenizer(folder))
+    except NotPredictableError:
+        return None
 
 
 def reason(reading: GenaiReading, text: str) -> str:

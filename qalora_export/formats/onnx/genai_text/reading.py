@@ -193,8 +193,13 @@ def _added_tokens(tokenizer: Mapping[str, Any], settings: Mapping[str, Any]) -> 
     found: dict[str, Mapping[str, Any]] = {}
     for item in tokenizer.get("added_tokens") or []:
         found.setdefault(item["content"], item)
-    for index, item in (settings.get("added_tokens_decoder") or {}).items():
-        found.setdefault(item.get("content", ""), {**item, "id": int(index)})
+    declared = settings.get("added_tokens_decoder") or {}
+    if not isinstance(declared, Mapping):
+        raise NotPredictableError("added_tokens_decoder of tokenizer_config.json is no table")
+    for index, item in declared.items():
+        if not isinstance(item, Mapping) or not str(index).isdecimal():
+            raise NotPredictableError(f"added_tokens_decoder has an odd entry {str(index)[:20]!r}")
+        found.setdefault(str(item.get("content", "")), {**item, "id": int(index)})
     return found
 
 

@@ -153,3 +153,13 @@ def test_the_export_says_where_genai_is_not_predictable(tmp_path: Path) -> None:
         (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
         assert said in "".join(genai_notes(tmp_path))
         assert bool(genai_notes(tmp_path)) == bool(said)
+
+
+@pytest.mark.parametrize("declared", [[], [1], {"x": {}}, {"5": "y"}], ids=str)
+def test_odd_declarations_of_tokens_are_not_predicted(declared: Any) -> None:
+    settings = {"tokenizer_class": "GPT2Tokenizer", "added_tokens_decoder": declared}
+    if not declared:
+        assert GenaiReading(BYTES["Qwen"], settings).ids("a")
+        return
+    with pytest.raises(NotPredictableError, match="added_tokens_decoder"):
+        GenaiReading(BYTES["Qwen"], settings)
