@@ -17,6 +17,8 @@ from qalora_export.models.loading import load_tokenizer
 from qalora_export.models.spare_tokens import WithoutSpareTokens, spare_tokens
 from qalora_export.quantization.check import open_forecast
 from qalora_export.safety import read_json
+from qalora_export.verify.reference.ancestry import ancestry
+from qalora_export.verify.reference.merge_check import MergeCheck
 
 SPARE = "<image_soft_token>"
 RTN = q.QuantizeSettings(method="rtn")
@@ -57,6 +59,8 @@ def test_the_checkpoint_has_a_tokenizer_without_it_and_says_so(model: Path, tiny
         assert ours(text).input_ids == plain(text).input_ids
     tokenizer_entries(base.path, base.config)  # which refuses a token beyond the embedding
     assert SPARE not in "".join(path.read_text() for path in base.path.glob("*token*.json"))
+    kept = ancestry(base.path, MergeCheck(), original=model)  # with what quantize reads of the model
+    assert (kept.changed, len(kept.compared)) == ((), 1)
 
 
 def test_the_plan_says_it_too(model: Path, tmp_path: Path) -> None:
