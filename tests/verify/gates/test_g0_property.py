@@ -128,7 +128,11 @@ def one_of_the_graph(model: onnx.ModelProto, rng: random.Random) -> str:
         if rng.random() < 0.2 and not kind.is_required:
             message.ClearField(kind.name)
             return f"{title}: gone"
-        setattr(message, kind.name, other(value, rng))
+        if kind.type == kind.TYPE_ENUM:
+            value = rng.choice([number for number in kind.enum_type.values_by_number if number != value])
+        else:
+            value = other(value, rng)
+        setattr(message, kind.name, value)
         return f"{title}: other"
 
 
