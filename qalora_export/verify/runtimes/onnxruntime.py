@@ -126,12 +126,8 @@ def _tokenizer_facts(folder: Path) -> Facts:
 
 def graph_facts(contents: OnnxContents) -> dict[str, Any]:
     """Facts that the graph itself computes with; a value that differs between nodes is reported as a list."""
-    import onnx
-
     graph = contents.model.graph
-    attributes = [
-        (node.op_type, {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}) for node in graph.node
-    ]
+    attributes = [(node.op_type, {a.name: _attribute(a) for a in node.attribute}) for node in graph.node]
     attention = [values for kind, values in attributes if kind == ATTENTION]
     shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     heads = _single(a.get("num_heads") for a in attention)
@@ -164,7 +160,8 @@ def _head_size(graph: Any) -> Any:
 
 def _windows(attention: Iterable[Mapping[str, Any]]) -> list[int]:
     """local_window_size of each layer, in the order of the graph; empty when every layer sees everything."""
-    sizes = [max(0, values.get("local_window_size", 0)) for values in attention]
+    found = [values.get("local_window_size", 0) for values in attention]
+    sizes = [max(0, size) if isinstance(size, int) else size for size in found]
     return sizes if any(sizes) else []
 
 
@@ -193,5 +190,15 @@ def _table_name(graph: Any, index: int, layers: list[int]) -> str:
 
 
 def _single(values: Any) -> Any:
-    found = sorted({value for value in values if value is not None})
-    return found[0] if len(found) == 1 else found
+    found = {repr(value): value for value in values if value is not None}  # a list where a number should be has no hash
+    return next(iter(found.values())) if len(found) == 1 else [found[key] for key in sorted(found)]
+
+
+def _attribute(attribute: Any) -> Any:
+    """Its value, whatever its type says it is; ABSENT for a type that ONNX does not have."""
+    import onnx
+
+    try:
+        return onnx.helper.get_attribute_value(attribute)
+    except ValueError:
+        return ABSENT

@@ -154,6 +154,14 @@ ONNX = {
         "onnx/model_quantized.onnx: a file of no fresh export",
     ),
     "a file less": (lambda e: (e.onnx / "generation_config.json").unlink(), "generation_config.json: missing"),
+    "a number typed as a list": (
+        graph(lambda m: [setattr(a, "type", 7) for a in attention(m).attribute if a.name == "kv_num_heads"]),
+        "kv_num_heads.type: expected 2, found 7",
+    ),
+    "a number of no type": (
+        graph(lambda m: [setattr(a, "type", 0) for a in attention(m).attribute if a.name == "kv_num_heads"]),
+        "kv_num_heads.type: expected 2, found 0",
+    ),
     "another opset": (
         graph(lambda m: setattr(m.opset_import[0], "version", m.opset_import[0].version - 1)),
         ".version: expected ",
