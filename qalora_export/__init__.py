@@ -50,6 +50,8 @@ if TYPE_CHECKING:
         VerifySettings,
         load_recipe,
     )
+    from qalora_export.verify.foreign.report import Diagnosis
+    from qalora_export.verify.foreign.stage import diagnose
     from qalora_export.verify.report.parity_report import ParityReport
     from qalora_export.verify.stage import verify_parity
 
@@ -60,6 +62,7 @@ __all__ = [  # noqa: RUF022  (in the order of the line, then what it takes and r
     "export_gguf",
     "export_onnx",
     "verify_parity",
+    "diagnose",
     "evaluate",
     "run",
     "load",
@@ -80,6 +83,7 @@ __all__ = [  # noqa: RUF022  (in the order of the line, then what it takes and r
     "MergeReport",
     "ExportReport",
     "ParityReport",
+    "Diagnosis",
     "EvaluateReport",
     "RunReport",
     "View",
@@ -101,6 +105,7 @@ _HOME = {
     "export_gguf": "formats.gguf.export",
     "export_onnx": "formats.onnx.export",
     "verify_parity": "verify.stage",
+    "diagnose": "verify.foreign.stage",
     "evaluate": "evaluation",
     "run": "pipeline",
     "load": "inspection.view:open_view",
@@ -111,6 +116,7 @@ _HOME = {
     "MergeReport": "qalora.merge",
     "ExportReport": "formats.export_report",
     "ParityReport": "verify.report.parity_report",
+    "Diagnosis": "verify.foreign.report",
     "EvaluateReport": "evaluation",
     "RunReport": "pipeline",
     "View": "inspection.view",

@@ -22,8 +22,8 @@ from tests.verify.fakes import FakeRuntimes
 
 pytestmark = pytest.mark.usefixtures("warm_runners")
 
-STAGES = ("quantize", "train", "merge", "export_gguf", "export_onnx", "verify_parity", "evaluate", "run")
-REPORTS = [name for name in q.__all__ if name.endswith("Report")]
+STAGES = ("quantize", "train", "merge", "export_gguf", "export_onnx", "verify_parity", "diagnose", "evaluate", "run")
+REPORTS = [name for name in q.__all__ if name.endswith("Report") or name == "Diagnosis"]
 IMPORT_ALL = """
 import importlib, pkgutil, types
 import qalora_export as q
@@ -74,6 +74,7 @@ def test_stages_take_paths_as_text_and_return_a_report(name: str) -> None:
 PLAIN = {
     "settings",
     "force",
+    "revision",
     "resume",
     "convention",
     "compare_logits",

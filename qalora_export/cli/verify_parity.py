@@ -100,6 +100,8 @@ def command(
       qalora-export verify-parity merged.qalora --onnx onnx/ --runtime onnxruntime --positions 5000 --out parity/
 
       qalora-export verify-parity HuggingFaceTB/SmolLM2-135M-Instruct --gguf downloaded-Q4_K_M.gguf --out diagnosis/
+
+      qalora-export verify-parity my-model --onnx folder-of-another-tool/ --out diagnosis/
     """
     from qalora_export.cli.parity_table import print_report
     from qalora_export.recipe import VerifySettings, validated
