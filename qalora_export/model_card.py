@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qalora_export.checkpoint.manifest import MANIFEST
+from qalora_export.checkpoint.manifest import MANIFEST, has_manifest, read_manifest
 from qalora_export.checkpoint.output import write_signed
 from qalora_export.evaluation import read_score
+from qalora_export.grid.named import AFFINE16
 from qalora_export.recipe import Recipe
 from qalora_export.safety import sha256_file
 from qalora_export.verify.report.parity_report import read_report
@@ -25,17 +26,29 @@ def write_card(recipe: Recipe) -> Path | None:
 
 def card(recipe: Recipe) -> str:
     """The card as Markdown, from the recipe and from what the stages wrote."""
-    out, q, t = Path(recipe.out), recipe.quantize, recipe.train
+    out, t = Path(recipe.out), recipe.train
     parts = [
-        f"# {Path(recipe.model).name}, INT4 for the edge" if q.bits == 4 else f"# {Path(recipe.model).name}, quantized",
-        f"Quantized with {q.method.upper()} to {q.bits} bits in groups of {q.group_size}, fine-tuned with QA-LoRA of "
-        f"rank {t.rank}, merged without changing a code or a scale. Made by qalora-export.",
+        f"# {Path(recipe.model).name}, quantized for the edge",
+        f"{_quantized(recipe)}, fine-tuned with QA-LoRA of rank {t.rank}, merged without changing a code or a scale. "
+        "Made by qalora-export.",
         _usage(out),
         _score(out),
         _parity(out),
         _provenance(out),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _quantized(recipe: Recipe) -> str:
+    """How the base came to its codes: as it was imported, or by the settings of `quantize`; both for a mixed source."""
+    q, base = recipe.quantize, Path(recipe.out) / "base.qalora"
+    settings = read_manifest(base).get("settings") if has_manifest(base) else None
+    method = str(settings.get("method", q.method)) if isinstance(settings, dict) else q.method
+    grid = "" if q.grid == AFFINE16.name else f" on the grid {q.grid}"
+    anew = f"quantized with {q.method.upper()} to {q.bits} bits in groups of {q.group_size}{grid}"
+    kinds = method.split(" + ")
+    made = ", in part ".join(f"taken as it was quantized ({k})" if k.startswith("import") else anew for k in kinds)
+    return made[0].upper() + made[1:]
 
 
 def _usage(out: Path) -> str:
