@@ -69,10 +69,7 @@ def rows(path: Path, on_bad: OnBad | None = None) -> Iterator[tuple[int, str, di
         where = f"{path}, line {number}"
         row = None
         with passed_on(on_bad):
-            parsed = parse_json(raw, where=where)
-            if b"\\ud" in raw.lower():
-                _check_text(parsed, where)
-            row = _object(parsed, where, raw[:40].decode(errors="replace"))
+            row = _object(parse_json(raw, where=where), where, raw[:40].decode(errors="replace"))
         if row is not None:
             yield number, where, row
 
@@ -159,8 +156,6 @@ def _array(path: Path) -> list[Any] | None:
         )
     raw = path.read_bytes().removeprefix(BOM)
     items = parse_json(raw, where=path)
-    if b"\\ud" in raw.lower():
-        _check_text(items, str(path))
     return items if isinstance(items, list) else [items]
 
 
@@ -168,11 +163,3 @@ def _object(row: Any, where: str, beginning: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise InputError("the line is not a JSON object", where=where, why=f"found {beginning!r}")
     return row
-
-
-def _check_text(value: Any, where: str) -> None:
-    """Raise InputError for half of a surrogate pair, which JSON can spell and no encoding of text can hold."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError("a string is not valid Unicode", where=where, why=str(error)) from error

@@ -17,8 +17,8 @@ MAX_NESTING = 100  # no file of a model has 20; what walks through a value calls
 def read_json(path: Path) -> Any:
     """Parse a JSON file of bounded size.
 
-    Raises InputError when it is missing or does not parse, UnsafeInputError when it is too large, nests too deeply,
-    repeats a key (two readers could disagree about which one counts) or holds half a character (which nothing writes).
+    Raises InputError when it is missing, does not parse or holds half a character, UnsafeInputError when it is too
+    large, nests too deeply or repeats a key (two readers could disagree about which one counts).
     """
     regular_file(path, fix="check the path; is this the folder of a model?")
     if path.stat().st_size > MAX_JSON_BYTES:
@@ -70,8 +70,8 @@ def _check_characters(content: Any, where: object) -> None:
     try:
         json.dumps(content, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UnsafeInputError(
-            "JSON holds half a character", where=where, why="a surrogate without the other half: no text, no UTF-8"
+        raise InputError(
+            "JSON holds half a character", where=where, why="a surrogate without the other half is not valid Unicode"
         ) from error
 
 

@@ -82,5 +82,5 @@ def test_the_kind_follows_from_the_name_or_else_from_the_first_character(tmp_pat
 def test_half_a_character_is_refused_where_it_stands(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "\\ud83d\\ude42"}\n{"text": "\\uD83D"}\n')
-    with pytest.raises(InputError, match=r"not valid Unicode.*line 2"):
+    with pytest.raises(InputError, match=r"half a character.*line 2.*not valid Unicode"):
         numbered(path)

@@ -230,11 +230,11 @@ def test_a_second_run_says_the_same_and_computes_no_reference(
     monkeypatch.setattr(logits, "LayerwiseModel", lambda path, **o: models.append(path) or right(path, **o))
     first, made = verify("first"), models.count(checkpoint)
     second = verify("second")
-    assert made == 2  # the reference and the simulation
+    assert made == 3  # the reference, the simulation, and the long sequence of G6
     assert models.count(checkpoint) == made
     verify("third", cache=False)
     assert models.count(checkpoint) == 2 * made
     unmeasured = [[{**gate, "seconds": None} for gate in report["gates"]] for report in (first, second)]
     assert unmeasured[0] == unmeasured[1]
     assert "int8 simulation" not in first["reference"]["from_earlier_runs"]
-    assert set(second["reference"]["from_earlier_runs"]) == {"reference", "int8 simulation"}
+    assert set(second["reference"]["from_earlier_runs"]) == {"reference", "int8 simulation", "long sequence"}

@@ -223,6 +223,8 @@ def _each_by_itself(
 
     def layer(output: Point, steps: list[Step]) -> Step:
         worst = max(steps, key=lambda one: -1.0 if math.isnan(one.nmse) else one.nmse / one.bound)
+        if not worst.diverges:  # a point that is not shown is never "no point diverges"
+            worst = next((one for one in steps if math.isnan(one.nmse)), worst)
         return replace(worst, name=output.name, what=f"the worst inside layer {output.name.rpartition('.')[2]}")
 
     by_layer = [[step(point) for point in points] for points in inside]
