@@ -1,0 +1,87 @@
+"""Near-ties of greedy answers: by what int8 rounding does to that very margin, in many draws."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from qalora_export.verify.reference import answers as module
+from qalora_export.verify.reference.answers import DRAWN, DRAWS, NEAR, Answer, Deviation, GreedyReference, noise
+from qalora_export.verify.reference.logits import round_to_int8
+from tests.verify.exports import Exported
+
+
+@pytest.fixture
+def reference(exported: Exported) -> GreedyReference:
+    return GreedyReference(exported.checkpoint, 1)
+
+
+def greedy(reference: GreedyReference, length: int) -> Answer:
+    """What the reference itself writes behind a prompt, found a token at a time."""
+    tokens: list[int] = []
+    for _ in range(length):
+        answer = Answer("a", (1, 2, 3), (*tokens, 0))
+        (rows,) = reference._logprobs([(answer, answer.kept)])
+        tokens.append(int(np.argmax(rows[-1])))
+    return Answer("a", (1, 2, 3), tuple(tokens))
+
+
+def test_its_own_answer_has_no_deviation_and_a_far_token_is_one(reference: GreedyReference) -> None:
+    right = greedy(reference, 6)
+    assert reference.deviations([right]) == []
+    (rows,) = reference._logprobs([(right, right.kept)])
+    least = int(np.argmin(rows[3]))
+    wrong = dataclasses.replace(right, tokens=(*right.tokens[:3], least))
+    (found,) = reference.deviations([wrong])
+    assert (found.index, found.token, found.wanted) == (3, least, right.tokens[3])
+    assert found.margin == pytest.approx(float(rows[3].max() - rows[3].min()), rel=1e-5)
+    assert found.margin > NEAR * found.spread and not found.near(1.0)
+
+
+def test_the_spread_is_that_of_the_margin_over_all_draws(reference: GreedyReference) -> None:
+    right = greedy(reference, 2)
+    wrong = dataclasses.replace(right, tokens=(right.tokens[0], (right.tokens[1] + 1) % 100))
+    (found,) = reference.deviations([wrong])
+    (exact,) = reference._logprobs([(wrong, wrong.kept[1:])])
+    draws = reference._logprobs([(wrong, wrong.kept[1:])] * DRAWS, noise())
+    change = np.array([draw[0] - exact[0] for draw in draws], np.float64)
+    margin = change[:, found.wanted] - change[:, found.token]
+    slow = max(np.sqrt((margin**2).mean()), np.sqrt(2 * change.var(axis=1).mean()))
+    assert found.spread == pytest.approx(slow, rel=1e-5)
+    assert len({draw.tobytes() for draw in draws}) == DRAWS  # every draw is another
+    assert np.array_equal(draws, reference._logprobs([(wrong, wrong.kept[1:])] * DRAWS, noise()))  # in every run
+
+
+def test_of_many_other_tokens_those_with_the_largest_margins_are_drawn(
+    reference: GreedyReference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    right = module.LayerwiseModel.run
+
+    def run(self: object, sequences: list[np.ndarray], **options: list[np.ndarray]) -> object:
+        asked.append(options["kept"])
+        return right(self, sequences, **options)
+
+    monkeypatch.setattr(module.LayerwiseModel, "run", run)
+    found = reference.deviations([Answer("a", (1, 2, 3), tuple(range(5, 25)))])
+    margins = sorted((d.margin for d in found), reverse=True)
+    assert len(found) > DRAWN and len(asked[1]) == DRAWS and len(asked[1][0]) == DRAWN
+    drawn = [d for d in found if d.index + 2 in asked[1][0]]
+    assert sorted((d.margin for d in drawn), reverse=True) == margins[:DRAWN]
+    assert {d.spread for d in found} == {d.spread for d in drawn}
+
+
+def test_a_shipped_path_that_costs_more_may_turn_over_more() -> None:
+    tie = Deviation("a", 0, 1, 2, margin=1.0, spread=0.1)
+    assert not tie.near(1.0) and tie.near(2.0) and not dataclasses.replace(tie, margin=1.9).near(100.0)
+
+
+def test_noise_is_int8_rounding_of_what_float16_may_disturb() -> None:
+    import torch
+
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
+    step = x.abs().reshape(4, 2, 32).amax(-1, keepdim=True) / 127
+    moved = (noise()(x) - round_to_int8(x)).reshape(4, 2, 32).abs()
+    assert (moved <= 1.01 * step).all() and moved.any()
