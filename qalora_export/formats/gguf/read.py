@@ -203,7 +203,8 @@ class _Source:
         return rows if heads is None else rows[hf_order(rows.shape[0], heads)]
 
     def heads(self, module: str) -> int | None:
-        kv_heads = self.metadata.get(f"{self.family.gguf_arch}.attention.head_count_kv")
+        shared = "attention.head_count_kv"  # absent: a key/value head for every head
+        kv_heads = self._number(shared) if f"{self.family.gguf_arch}.{shared}" in self.metadata else None
         config = {"num_attention_heads": self._number("attention.head_count"), "num_key_value_heads": kv_heads}
         return self.family.permuted_heads(module, config)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -164,6 +165,8 @@ def _token_order(metadata: Mapping[str, Any]) -> dict[str, Any]:
         return {"merges": metadata.get("tokenizer.ggml.merges", ABSENT)}
     if not isinstance(tokens, list) or not isinstance(scores, list) or len(scores) != len(tokens):
         return {}
+    if not all(isinstance(score, Real) for score in scores):
+        return {}
     if kind == "t5":
         count = max((index + 1 for index, score in enumerate(scores) if score != UNUSED_SCORE), default=0)
         return {"scores": [float(np.float32(score)) for score in scores[:count]]}
@@ -196,13 +199,17 @@ def _windows(arch: Any, of: Any) -> list[int] | str:
 
 
 def _frequencies(artifact: Path, of: Any, *divisors: str) -> NDArray[np.float64] | str:
-    """What llama.cpp rotates by: base^(-2i/d), over the linear factor, over the first of the tensors that is there."""
+    """What llama.cpp rotates by: base^(-2i/d), over the linear factor, over the first of the tensors that is there.
+
+    To llama.cpp a scaling without a type is linear, and one without a factor, or by 0, is none.
+    """
     base, size = of("rope.freq_base"), of("rope.dimension_count")
-    if not isinstance(base, float) or not isinstance(size, int) or base <= 0 or size <= 0:
+    if not isinstance(base, float) or not isinstance(size, int) or not base > 0 or not 0 < size < MOST_ROTATED:
         return ABSENT
     frequencies = 1.0 / np.power(base, np.arange(0, size, 2, dtype=np.float64) / size)
-    if of("rope.scaling.type") == "linear":
-        frequencies = frequencies / float(of("rope.scaling.factor"))
+    factor = of("rope.scaling.factor")
+    if of("rope.scaling.type") in ("linear", ABSENT) and isinstance(factor, Real) and factor:
+        frequencies = frequencies / float(factor)
     found = next((values for name in divisors if (values := _tensor(artifact, name)) is not None), None)
     if found is not None and found.shape != frequencies.shape:
         return f"{found.shape} divisors"

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
+from qalora_export.errors import UnsafeInputError
 from qalora_export.formats.gguf.validate import ARRAY, Field
 from tests.verify.exports import Exported, copy_of, onnx_tensor, patch, read_at
 from tests.verify.tampering import (
@@ -52,6 +53,22 @@ def sets(key: str, kind: int, value: object) -> Damage:
 
 
 GGUF = {
+    "a linear scaling without a factor": (
+        sets("llama.rope.scaling.type", STR, "linear"),
+        "llama.rope.scaling.type: expected absent, found string 'linear'",
+    ),
+    "a factor without a type, linear to llama.cpp": (
+        sets("llama.rope.scaling.factor", F32, 2.0),
+        "RoPE frequencies",
+    ),
+    "a factor that is no number": (
+        sets("llama.rope.scaling.factor", STR, "2"),
+        "llama.rope.scaling.factor: expected absent, found string '2'",
+    ),
+    "a rotary width of gigabytes": (
+        sets("llama.rope.dimension_count", U32, 2**32 - 2),
+        "llama.rope.dimension_count",
+    ),
     "an end token that is '{'": (
         sets("tokenizer.ggml.eot_token_id", U32, BRACE),
         "tokenizer.ggml.eot_token_id: expected absent, found uint32 60",
@@ -180,6 +197,18 @@ ONNX = {
 @pytest.mark.parametrize(("damage", "place"), GGUF.values(), ids=GGUF)
 def test_a_changed_gguf_file_is_red_and_named(damage: Damage, place: str, exported: Exported, tmp_path: Path) -> None:
     assert_red("llama.cpp", damage, place, copy_of(exported, tmp_path))
+
+
+@pytest.mark.parametrize("key", ["llama.attention.head_count", "llama.attention.head_count_kv"])
+@pytest.mark.parametrize(("kind", "value"), [(STR, "x"), (F32, float("nan")), (U32, 0), (U32, 2**32 - 1)])
+def test_a_head_count_that_is_none_is_unsafe(
+    key: str, kind: int, value: object, exported: Exported, tmp_path: Path
+) -> None:
+    copy = copy_of(exported, tmp_path)
+    sets(key, kind, value)(copy)
+    reseal(copy)
+    with pytest.raises(UnsafeInputError, match=key):
+        g0("llama.cpp", copy)
 
 
 @pytest.mark.parametrize(("damage", "place"), ONNX.values(), ids=ONNX)
