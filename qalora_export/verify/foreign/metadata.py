@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qalora_export.checkpoint.differences import ABSENT
 from qalora_export.formats.gguf.metadata import architecture
 from qalora_export.models.families import family_of
 from qalora_export.models.families.family import head_dim
-from qalora_export.verify.runtimes.facts import windows
+from qalora_export.verify.runtimes.facts import theta_frequencies, windows
+from qalora_export.verify.runtimes.llama_cpp import rotation
 
 # <arch>.KEY -> key of config.json that does the same in Transformers.
 SETTINGS = {
@@ -119,11 +121,9 @@ def _rotary(
     base, size = found.get("rope.freq_base", 10000.0), found.get("rope.dimension_count", 2 * len(frequencies))
     if not isinstance(base, float) or base <= 0 or size != 2 * len(frequencies):
         return Difference(f"{prefix}rope.dimension_count", 2 * len(frequencies), size)
-    own = base ** (-np.arange(0, size, 2, dtype=np.float64) / size)
-    kind, factor = found.get("rope.scaling.type", "none"), found.get("rope.scaling.factor", 0.0)
-    if kind == "linear" and factor:
-        own = own / float(factor)
-    elif kind not in ("none", "linear") and factor not in (0.0, 1.0):
+    kind, factor = found.get("rope.scaling.type", ABSENT), found.get("rope.scaling.factor", 0.0)
+    own = rotation(base, size, kind, factor)
+    if kind not in ("none", "linear", ABSENT) and factor not in (0.0, 1.0):
         return Difference(f"{prefix}rope.scaling.type", expected.get("rope.scaling.type", "none"), kind)
     if divisors is not None:
         own = own / np.asarray(divisors, np.float64)
@@ -135,7 +135,7 @@ def _rotary(
         if not _same(wanted, got):
             return Difference(f"{prefix}{key}", wanted, got, frequencies=own)
     what = "the file has none" if divisors is None else f"divisors {np.asarray(divisors)[-SHOWN:].tolist()} at the end"
-    wanted = (base ** (-np.arange(0, size, 2) / size) / frequencies)[-SHOWN:]
+    wanted = (theta_frequencies(base, size) / frequencies)[-SHOWN:]
     return Difference("rope_freqs.weight", f"divisors {np.round(wanted, 4).tolist()} at the end", what, frequencies=own)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
@@ -16,7 +17,7 @@ from qalora_export.checkpoint.differences import ABSENT
 from qalora_export.checkpoint.generation import Generation
 from qalora_export.formats.account import Account
 from qalora_export.formats.gguf.account import account_gguf
-from qalora_export.formats.gguf.file import GgufFile
+from qalora_export.formats.gguf.file import GgufFile, StoredTensor
 from qalora_export.formats.gguf.metadata import SAMPLERS
 from qalora_export.formats.gguf.read import GgufContents, read_back, runtime_dequantized
 from qalora_export.formats.gguf.split import adapter_path
@@ -52,6 +53,7 @@ FREQUENCY_DIVISORS = "rope_freqs.weight"
 # Looked at where the first is absent: the second by contexts beyond rope.scaling.original_context_length.
 SHORT_DIVISORS, LONG_DIVISORS = "rope_factors_short.weight", "rope_factors_long.weight"
 MOST_LAYERS, MOST_ROTATED = 2**16, 2**16
+Stored = Callable[[], Mapping[str, StoredTensor]]  # the tensors of a file, opened when they are asked for
 LOCAL_BASE = 10000.0  # rope_freq_base_train_swa of llama.cpp where the file does not say
 
 
@@ -125,6 +127,7 @@ def adapter_of(artifact: Path) -> Path | None:
 def facts_of(artifact: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Facts by GGUF metadata (docs/gguf.md of ggml), in the names of runtimes.facts."""
     arch = metadata.get("general.architecture")
+    stored = cache(lambda: GgufFile(artifact).tensors)  # of a file without rotary keys nothing is read
 
     def of(key: str) -> Any:
         return metadata.get(f"{arch}.{key}", ABSENT)
@@ -143,12 +146,12 @@ def facts_of(artifact: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
         "key/value heads": of("attention.head_count_kv"),
         "head size": of("attention.key_length"),
         "norm epsilon": of("attention.layer_norm_rms_epsilon"),
-        "RoPE frequencies": _frequencies(artifact, of, FREQUENCY_DIVISORS, SHORT_DIVISORS),
+        "RoPE frequencies": _frequencies(stored, of, FREQUENCY_DIVISORS, SHORT_DIVISORS),
         "RoPE magnitude": 1.0 if (factor := of("rope.scaling.attn_factor")) == ABSENT else factor,
-        "RoPE frequencies in larger contexts": _frequencies(artifact, of, FREQUENCY_DIVISORS, LONG_DIVISORS),
+        "RoPE frequencies in larger contexts": _frequencies(stored, of, FREQUENCY_DIVISORS, LONG_DIVISORS),
         "larger contexts begin after": of("rope.scaling.original_context_length"),
         "attention windows": _windows(arch, of),
-        "RoPE frequencies in windows": _local_frequencies(artifact, arch, of),
+        "RoPE frequencies in windows": _local_frequencies(stored, arch, of),
         "tokens": token("tokens"),
         **_token_order(metadata),
         "BOS id": token("bos_token_id"),
@@ -174,11 +177,11 @@ def _token_order(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {"tokens by rank": [text for _, text in sorted(made)]}
 
 
-def _local_frequencies(artifact: Path, arch: Any, of: Any) -> NDArray[np.float64] | str:
+def _local_frequencies(stored: Stored, arch: Any, of: Any) -> NDArray[np.float64] | str:
     """In layers with a window: by a base of their own, never scaled, in families that have one; else as elsewhere."""
     base, size = of("rope.freq_base_swa"), of("rope.dimension_count")
     if base == ABSENT and not any(f.local_theta for f in FAMILIES if f.gguf_arch == arch):
-        return _frequencies(artifact, of, FREQUENCY_DIVISORS, SHORT_DIVISORS)
+        return _frequencies(stored, of, FREQUENCY_DIVISORS, SHORT_DIVISORS)
     base = LOCAL_BASE if base == ABSENT else base
     if not isinstance(base, float) or not isinstance(size, int) or base <= 0 or not 0 < size < MOST_ROTATED:
         return ABSENT
@@ -198,24 +201,23 @@ def _windows(arch: Any, of: Any) -> list[int] | str:
     return windows(family, {"num_hidden_layers": layers, "sliding_window": window if isinstance(window, int) else 0})
 
 
-def _frequencies(artifact: Path, of: Any, *divisors: str) -> NDArray[np.float64] | str:
-    """What llama.cpp rotates by: base^(-2i/d), over the linear factor, over the first of the tensors that is there.
+def rotation(base: float, size: int, kind: Any, factor: Any) -> NDArray[np.float64]:
+    """Radians per position, (size / 2,), that llama.cpp divides by a file's divisors: base^(-2i/size) over the factor.
 
-    To llama.cpp a scaling without a type is linear, and one without a factor, or by 0, is none.
+    kind, factor: rope.scaling.type and .factor, ABSENT where they are not there. To llama.cpp a scaling without a type
+    is linear, and one without a factor, or by 0, is none.
     """
+    linear = kind in ("linear", ABSENT) and isinstance(factor, Real) and factor
+    return theta_frequencies(base, size) / (float(factor) if linear else 1.0)
+
+
+def _frequencies(stored: Stored, of: Any, *divisors: str) -> NDArray[np.float64] | str:
+    """What llama.cpp rotates by: its rotation over the first of the tensors that is there."""
     base, size = of("rope.freq_base"), of("rope.dimension_count")
     if not isinstance(base, float) or not isinstance(size, int) or not base > 0 or not 0 < size < MOST_ROTATED:
         return ABSENT
-    frequencies = 1.0 / np.power(base, np.arange(0, size, 2, dtype=np.float64) / size)
-    factor = of("rope.scaling.factor")
-    if of("rope.scaling.type") in ("linear", ABSENT) and isinstance(factor, Real) and factor:
-        frequencies = frequencies / float(factor)
-    found = next((values for name in divisors if (values := _tensor(artifact, name)) is not None), None)
+    frequencies = rotation(base, size, of("rope.scaling.type"), of("rope.scaling.factor"))
+    found = next((np.asarray(stored()[name].values, np.float64) for name in divisors if name in stored()), None)
     if found is not None and found.shape != frequencies.shape:
         return f"{found.shape} divisors"
     return frequencies if found is None else frequencies / found
-
-
-def _tensor(artifact: Path, name: str) -> NDArray[np.float64] | None:
-    found = GgufFile(artifact).tensors.get(name)
-    return None if found is None else np.asarray(found.values, np.float64)

@@ -49,6 +49,9 @@ def test_a_difference_is_told(key: str, value: Any, expected: str, plain: Plain)
 def test_scaling_of_the_rotation_is_told(plain: Plain) -> None:
     (linear,) = said(plain, {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0})
     assert linear.startswith("llama.rope.scaling.type is 'linear'")
+    (untyped,) = said(plain, {"llama.rope.scaling.factor": 4.0})  # linear to llama.cpp
+    assert untyped.startswith("llama.rope.scaling.factor is 4")
+    assert said(plain, {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}) == []
     (divisors,) = said(plain, {}, np.full(32, 8.0, np.float32))
     assert divisors.startswith("rope_freqs.weight is")
 
