@@ -87,6 +87,11 @@ def _ids(row: Any) -> tuple[int, ...]:
     return tuple(row)
 
 
+def prompt_of(question: Question, sequence: list[int], tokens: list[int]) -> list[int]:
+    """All ids that a question is asked behind. sequence, tokens: prompt and answer of the question before it."""
+    return behind(sequence, tokens, question.prompt) if question.continues else [*question.prompt]
+
+
 def behind(sequence: list[int], tokens: list[int], suffix: tuple[int, ...]) -> list[int]:
     """The whole prompt of a question that continues: what was run, its answer, and the suffix.
 

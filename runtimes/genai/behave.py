@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from qalora_runtimes import heartbeat
-from qalora_runtimes.behaviour import ASKED, END, LIMIT, Request, behind
+from qalora_runtimes.behaviour import ASKED, END, LIMIT, Request, prompt_of
 from qalora_runtimes.scoring import RunnerError
 
 # Asked for only where the defaults that ship draw at random: then no two answers are alike.
@@ -58,10 +58,8 @@ class Behaviour:
         answers, before, generator = list[dict[str, Any]](), list[int](), None
         for index, question in enumerate(self._request.questions):
             heartbeat.at("answers", index, len(self._request.questions))
-            ids = [*question.prompt]
-            if question.continues:
-                ids = behind(before, answers[-1]["tokens"], question.prompt)
-            else:
+            ids = prompt_of(question, before, answers[-1]["tokens"] if answers else [])
+            if not question.continues:
                 generator = self._generator()
             try:
                 cut = question.continues and answers[-1]["stop"] != END

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qalora_runtimes import heartbeat
-from qalora_runtimes.behaviour import ASKED, END, LIMIT, Question, Request, behind
+from qalora_runtimes.behaviour import ASKED, END, LIMIT, Question, Request, prompt_of
 from qalora_runtimes.llama_cpp.c_api import Context
 from qalora_runtimes.llama_cpp.client import Client
 from qalora_runtimes.scoring import RunnerError
@@ -31,9 +31,7 @@ def behave(client: Client, request: Request, context: Context | None) -> dict[st
     answers, before = list[dict[str, Any]](), list[int]()
     for index, question in enumerate(request.questions):
         heartbeat.at("answers", index, len(request.questions))
-        ids = [*question.prompt]
-        if question.continues:
-            ids = behind(before, answers[-1]["tokens"], question.prompt)
+        ids = prompt_of(question, before, answers[-1]["tokens"] if answers else [])
         chat = _chat(client, question, greedy, errors)  # first: what comes next continues on this answer's cache
         answers.append(_answer(client, ids, question.tokens, greedy) | {"chat": chat})
         before = ids

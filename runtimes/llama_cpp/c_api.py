@@ -86,6 +86,11 @@ class Library:
         if level != LOG_DEBUG:
             self.log.append(text.decode("utf-8", "replace"))
 
+    def ends(self, vocabulary: Any) -> list[int]:
+        """Ids of a vocabulary (llama_model_get_vocab) at which llama.cpp ends a generation."""
+        count = int(self.c.llama_vocab_n_tokens(vocabulary))
+        return [token for token in range(count) if self.c.llama_vocab_is_eog(vocabulary, token)]
+
     def last_words(self, lines: int = 4) -> str:
         return " / ".join("".join(self.log).strip().splitlines()[-lines:])
 
@@ -132,8 +137,7 @@ class Context:
 
     def ends(self) -> list[int]:
         """Ids at which llama.cpp says that generation ends."""
-        is_eog = self._library.c.llama_vocab_is_eog
-        return [index for index in range(self.vocabulary) if is_eog(self._vocab, index)]
+        return self._library.ends(self._vocab)
 
     def piece(self, token: int, *, special: bool) -> bytes:
         """The bytes that llama.cpp shows for a token. special: of a special token too. Raises RunnerError."""

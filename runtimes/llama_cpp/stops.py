@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from ctypes import c_bool, c_int32, c_void_p
 from pathlib import Path
 
 from qalora_runtimes import heartbeat
@@ -24,15 +23,13 @@ MODULE = "qalora_runtimes.llama_cpp.stops"
 def ends_of(library: Library, path: Path) -> tuple[list[int], int]:
     """(ids that end a generation, number of tokens). Raises RunnerError with llama.cpp's own words."""
     c = library.c
-    c.llama_vocab_is_eog.restype, c.llama_vocab_is_eog.argtypes = c_bool, (c_void_p, c_int32)
     parameters = c.llama_model_default_params()
     parameters.vocab_only = 1
     model = c.llama_model_load_from_file(str(path).encode(), parameters)
     if not model:
         raise RunnerError(f"llama.cpp cannot load the vocabulary of {path}: {library.last_words()}")
     vocabulary = c.llama_model_get_vocab(model)
-    count = int(c.llama_vocab_n_tokens(vocabulary))
-    return [token for token in range(count) if c.llama_vocab_is_eog(vocabulary, token)], count
+    return library.ends(vocabulary), int(c.llama_vocab_n_tokens(vocabulary))
 
 
 def main() -> int:

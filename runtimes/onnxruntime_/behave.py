@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from qalora_runtimes import heartbeat
-from qalora_runtimes.behaviour import ASKED, END, LIMIT, Request, behind
+from qalora_runtimes.behaviour import ASKED, END, LIMIT, Request, prompt_of
 from qalora_runtimes.scoring import Rows, RunnerError
 
 Cache = dict[str, Any]
@@ -44,10 +44,8 @@ class Behaviour:
         cache, held = self._empty(1), 0  # tokens whose keys and values are in the cache
         for index, question in enumerate(self._request.questions):
             heartbeat.at("answers", index, len(self._request.questions))
-            ids = [*question.prompt]
-            if question.continues:
-                ids = behind(before, answers[-1]["tokens"], question.prompt)
-            else:
+            ids = prompt_of(question, before, answers[-1]["tokens"] if answers else [])
+            if not question.continues:
                 cache, held = self._empty(1), 0
             cached, made = held, list[int]()
             fresh = ids[held:]

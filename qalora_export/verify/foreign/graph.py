@@ -50,11 +50,11 @@ def measured(probes: ProbeSet, wanted: LogProbs, found: LogProbs) -> Measured:
 
 
 def scaled(own: OwnNumbers, wanted: LogProbs, found: LogProbs, tried: tuple[Difference, ...] = ()) -> Measured:
-    """The same, where needed knowing how much each position amplifies rounding."""
+    """The same, where needed knowing how much each position amplifies rounding. wanted: own.logprobs(tried)."""
     plain = replace(measured(own.probes, wanted, found), bound=own.bound)
     if plain.summary.bad_positions or not (plain.positions.nmse > EXACT).any() or plain.summary.kl_mean > 1e-4:
         return plain
-    positions = plain.positions.scaled_by(own.noise(tried))
+    positions = plain.positions.scaled_by(own.noise(wanted, tried))
     return Measured(positions, positions.summary(), own.bound)
 
 

@@ -107,10 +107,9 @@ class OwnNumbers:
             model = self._model(tried, repaired, rounding=round_to_int8 if int8 else None)
             return model.run(self.probes.sequences(), decode=False)[0]
 
-    def noise(self, tried: tuple[Difference, ...] = ()) -> NDArray[np.float64]:
-        """What float32 rounding alone makes of each position (reference.logits)."""
+    def noise(self, exact: NDArray[np.float32], tried: tuple[Difference, ...] = ()) -> NDArray[np.float64]:
+        """What float32 rounding alone makes of each position (reference.logits). exact: logprobs(tried)."""
         with fixed_threads(self._threads), torch.inference_mode():
-            (exact,) = self._model(tried).run(self.probes.sequences(), decode=False)
             return noise_of(lambda change: self._model(tried, noise=change), self.probes, exact)
 
     def _model(

@@ -52,17 +52,16 @@ class Constant:
     stored_as: str
 
 
-def open_onnx(folder: Path, config: Mapping[str, Any], source: set[str]) -> Foreign:
+def open_onnx(graph: Graph, config: Mapping[str, Any], source: set[str]) -> Foreign:
     """As gguf_file.open_gguf. Raises InputError where no tensor of the model is found at all."""
-    graph = Graph(folder)
     found = dict[str, Constant]()
-    for name, constant in graph.exported(folder) if graph.is_ours else graph.constants():
+    for name, constant in graph.exported() if graph.is_ours else graph.constants():
         for part, values in _parts(name, constant.values, config, source):
             found.setdefault(part, Constant(values, constant.kind, constant.stored_as))
     if not found:
         raise InputError(
             "no tensor of the model is in the graph under a name that tells which it is",
-            where=folder,
+            where=graph.folder,
             why="the tool that made it kept no names of modules",
             fix="export it again with names, or look at its logits only",
         )
@@ -72,7 +71,7 @@ def open_onnx(folder: Path, config: Mapping[str, Any], source: set[str]) -> Fore
         needed.discard("lm_head.weight")
     shift = family.norm_shift
     tensors = {name: _tensor(name, constant, shift) for name, constant in found.items()}
-    return Foreign(folder, tensors, absent=tuple(sorted(needed - tensors.keys())))
+    return Foreign(graph.folder, tensors, absent=tuple(sorted(needed - tensors.keys())))
 
 
 def _tensor(name: str, constant: Constant, shift: float) -> Tensor:
@@ -107,7 +106,7 @@ class Graph:
     """The constants of a graph by what they are in the model."""
 
     def __init__(self, folder: Path) -> None:
-        self.model = read_model(folder)
+        self.folder, self.model = folder, read_model(folder)
         self._data = graph_file(folder).parent
         self._tensors = {tensor.name: tensor for tensor in self.model.graph.initializer}
         self._makers = {name: node for node in self.model.graph.node for name in node.output}
@@ -126,9 +125,9 @@ class Graph:
         """Whether this program exported it, whose matrices are codes and what is added for their offsets."""
         return any(entry.key == MODULES_KEY for entry in self.model.metadata_props)
 
-    def exported(self, folder: Path) -> Iterator[tuple[str, Constant]]:
+    def exported(self) -> Iterator[tuple[str, Constant]]:
         """The same of a folder of ours, by its own reader."""
-        contents = read_back(folder)
+        contents = read_back(self.folder)
         for module, (bits, group) in contents.modules.items():
             values = contents.group_affine(module).dequantize()
             yield f"{module}.weight", Constant(values, f"int{bits} g{group} offset", f"{module}.codes")

@@ -23,8 +23,8 @@ from qalora_export.errors import ExitCode
 from qalora_export.verify.foreign.diagnosis import Part, exit_code, in_one_sentence
 from qalora_export.verify.foreign.weights import Finding
 from qalora_export.verify.report.environment import environment
-from qalora_export.verify.report.html import show
-from qalora_export.verify.report.parity_report import HTML, REPORT, plain
+from qalora_export.verify.report.html import write_page
+from qalora_export.verify.report.parity_report import REPORT, plain
 
 FORMAT, TEMPLATE = "qalora-diagnosis/1", "diagnosis.html.j2"
 VERDICTS = {
@@ -120,18 +120,7 @@ def tensor_json(tensor: Finding) -> dict[str, Any]:
 
 def write_diagnosis(diagnosis: Diagnosis, folder: Path) -> None:
     """report.json and report.html."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-
     content = plain(diagnosis.as_json())
     text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
     (folder / REPORT).write_text(text + "\n", encoding="utf-8")
-    environment = Environment(
-        loader=PackageLoader("qalora_export.verify.report", "templates"),
-        autoescape=select_autoescape(default=True, default_for_string=True),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = show
-    page = environment.get_template(TEMPLATE).render(report=content, diagnosis=diagnosis, marks=MARKS)
-    (folder / HTML).write_text(page, encoding="utf-8")
+    write_page(folder, TEMPLATE, {"report": content, "diagnosis": diagnosis, "marks": MARKS})

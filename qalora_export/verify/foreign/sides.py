@@ -122,10 +122,11 @@ class OnnxSide(Side):
     """An ONNX folder in ONNX Runtime GenAI where it has that one's config, else in plain ONNX Runtime."""
 
     def __init__(self, path: Path, config: Mapping[str, Any], source: set[str]) -> None:
-        self.artifact = open_onnx(path, config, source)
+        self._graph = Graph(path)
+        self.artifact = open_onnx(self._graph, config, source)
         self.genai = read_json(inside(path, GENAI_CONFIG)) if (path / GENAI_CONFIG).exists() else None
         self.runtime = "onnxruntime" if self.genai is None else "onnxruntime-genai"
-        if Graph(path).is_half:
+        if self._graph.is_half:
             self.bound = HALF
 
     @property
@@ -135,7 +136,7 @@ class OnnxSide(Side):
         return found if isinstance(found, int) and found > 0 else None
 
     def differences(self, config: Mapping[str, Any], frequencies: NDArray[np.floating[Any]]) -> list[Difference]:
-        return graph_differences(Graph(self.artifact.path), config, frequencies)
+        return graph_differences(self._graph, config, frequencies)
 
     @contextlib.contextmanager
     def exact(self, workdir: Path) -> Iterator[Artifact]:

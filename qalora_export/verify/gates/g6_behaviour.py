@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from qalora_runtimes.behaviour import ASKED, END, Question, behind
+from qalora_runtimes.behaviour import ASKED, END, Question, prompt_of
 
 from qalora_export.errors import InputError, RuntimeUnavailableError
 from qalora_export.verify.gates.registry import measures
@@ -134,11 +134,9 @@ def _answers(probes: BehaviourProbes, said: dict[str, Any], found: _Found) -> li
         raise RuntimeUnavailableError(f"{len(given)} of {len(questions)} questions were answered")
     answers, before, answer_before = list[Answer](), list[int](), list[int]()
     for name, question, answer in zip(probes.names, questions, given, strict=True):
-        prompt = [*question.prompt]
-        if question.continues:
-            prompt = behind(before, answer_before, question.prompt)
-            if not answer["cached"]:
-                found.missing.append(f"{name}: the cache was empty")
+        prompt = prompt_of(question, before, answer_before)
+        if question.continues and not answer["cached"]:
+            found.missing.append(f"{name}: the cache was empty")
         before, answer_before = prompt, answer["tokens"]
         answers.append(Answer(name, tuple(prompt), tuple(answer["tokens"])))
         if not answer["tokens"]:

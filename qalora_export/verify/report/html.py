@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qalora_export.verify.gates.g3_shipped_path import cost_figures
 from qalora_export.verify.gates.registry import all_gates
 from qalora_export.verify.report import plots
 from qalora_export.verify.report.bisect_plot import data_uri, error_plot
 from qalora_export.verify.report.parity_report import HTML, ParityReport, measured_text, nats, number, rules_of, share
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 TEMPLATE = "report.html.j2"
 HEADLINES = {
@@ -32,7 +36,18 @@ COSTS = {
 
 
 def write_html(report: ParityReport, folder: Path) -> None:
-    """Render the page; everything from outside goes through autoescape."""
+    """Render the page of a verification."""
+    write_page(folder, TEMPLATE, context(report))
+
+
+def write_page(folder: Path, template: str, content: Mapping[str, Any]) -> None:
+    """report.html from a template of this package; everything from outside goes through autoescape."""
+    (folder / HTML).write_text(_environment().get_template(template).render(**content), encoding="utf-8")
+
+
+@cache
+def _environment() -> Environment:
+    """Kept, because it keeps the templates that it compiled."""
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
     environment = Environment(
@@ -44,7 +59,7 @@ def write_html(report: ParityReport, folder: Path) -> None:
     )
     filters: dict[str, Callable[[Any], str]] = {"number": show, "mib": mib, "share": share, "nats": nats}
     environment.filters |= filters | {"both": measured_text}
-    (folder / HTML).write_text(environment.get_template(TEMPLATE).render(**context(report)), encoding="utf-8")
+    return environment
 
 
 def context(report: ParityReport) -> dict[str, Any]:

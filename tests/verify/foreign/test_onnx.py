@@ -20,7 +20,7 @@ from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.errors import ExitCode
 from qalora_export.recipe import VerifySettings
 from qalora_export.verify.foreign.metadata import complete_config
-from qalora_export.verify.foreign.onnx_folder import open_onnx
+from qalora_export.verify.foreign.onnx_folder import Graph, open_onnx
 from qalora_export.verify.foreign.report import Diagnosis
 from qalora_export.verify.foreign.sides import OnnxSide
 from qalora_export.verify.foreign.stage import diagnose
@@ -144,7 +144,7 @@ def test_wrong_weights_are_named(name: str, built: Path, plain: Plain, tmp_path:
     folder = shutil.copytree(built, tmp_path / "onnx")
     damage(folder)
     source, config = ModelFolder(plain.model), complete_config(plain.model)
-    artifact = open_onnx(folder, config, set(source.names()))
+    artifact = open_onnx(Graph(folder), config, set(source.names()))
     causes = [finding.cause for finding in compared(artifact, source, {"q_proj": 4, "k_proj": 2}) if finding.cause]
     assert any(said in cause for cause in causes), causes
 
