@@ -21,6 +21,8 @@ ANSWER_KEYS = {
     "there is no tokenizer or no such way}",
     "decoded": "text of each of the request's sequences, special tokens hidden; null where there is no tokenizer",
     "unprompted": "each of those chats rendered without a generation prompt; null where it failed or cannot be asked",
+    "scored": "one object per question of the task: tokens, the ids generated, an end token included; text, what the "
+    "runtime shows of those before it, null where it has no tokenizer",
     "defaults": "sampling settings that are in force when nobody asks for any, by the runtime's own names",
     "errors": "one line for each thing that failed",
 }
@@ -41,7 +43,8 @@ class Question:
 @dataclass(frozen=True)
 class Request:
     """ends: ids to be made the next token in turn. anchor: an ordinary token. vocabulary: ids to decode one by one.
-    sampled: the defaults draw at random, so that greedy answers must be asked for.
+    sampled: the defaults draw at random, so that greedy answers must be asked for. scored: questions of a task, of
+    which only the answers are wanted; none of them continues.
     """
 
     questions: tuple[Question, ...] = ()
@@ -52,6 +55,7 @@ class Request:
     sequences: tuple[tuple[int, ...], ...] = ()
     unprompted: tuple[Mapping[str, Any], ...] = ()
     sampled: bool = False
+    scored: tuple[Question, ...] = ()
 
     @property
     def longest(self) -> int:
@@ -61,12 +65,17 @@ class Request:
             so_far = len(question.prompt) + question.tokens + (so_far if question.continues else 0)
             longest = max(longest, so_far)
         most = max((question.tokens for question in self.questions), default=0)
-        return max([longest, *(len(prompt) + most for prompt in self.batch)])
+        scored = (len(question.prompt) + question.tokens for question in self.scored)
+        return max([longest, *scored, *(len(prompt) + most for prompt in self.batch)])
 
     @property
     def largest(self) -> int:
         """The largest id in it."""
-        rows = [question.prompt for question in self.questions] + [*self.batch, *self.sequences, self.ends]
+        rows = [question.prompt for question in (*self.questions, *self.scored)] + [
+            *self.batch,
+            *self.sequences,
+            self.ends,
+        ]
         return max((max(row) for row in rows if row), default=0)
 
     def as_json(self) -> dict[str, Any]:
@@ -75,9 +84,12 @@ class Request:
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> Request:
         """The inverse of as_json. Raises TypeError, ValueError, KeyError or AttributeError for anything else."""
-        questions = tuple(Question(**{**q, "prompt": _ids(q["prompt"])}) for q in raw["questions"])
+        questions, scored = (
+            tuple(Question(**{**question, "prompt": _ids(question["prompt"])}) for question in raw.get(name, ()))
+            for name in ("questions", "scored")
+        )
         rows = {name: tuple(_ids(row) for row in raw[name]) for name in ("batch", "sequences")}
-        given = {**raw, **rows, "questions": questions, "ends": _ids(raw["ends"])}
+        given = {**raw, **rows, "questions": questions, "scored": scored, "ends": _ids(raw["ends"])}
         return cls(**{**given, "unprompted": tuple(raw["unprompted"])})
 
 

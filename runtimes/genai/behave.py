@@ -38,6 +38,7 @@ class Behaviour:
                 "pieces": self._pieces(),
                 "decoded": [self._stream(row) for row in self._request.sequences],
                 "unprompted": [self._rendered(chat) for chat in self._request.unprompted],
+                "scored": self._scored(),
                 "defaults": self._defaults,
                 "errors": self._errors,
             }
@@ -68,6 +69,14 @@ class Behaviour:
                 self._errors.append(f"question {index}: {error}")
                 answers.append({"tokens": [], "stop": LIMIT, "text": "", "cached": 0, "chat": None})
             before = ids
+        return answers
+
+    def _scored(self) -> list[dict[str, Any]]:
+        answers, ends = list[dict[str, Any]](), set(self._tokenizer.eos_token_ids)
+        for index, question in enumerate(self._request.scored):
+            heartbeat.at("questions of the task", index, len(self._request.scored))
+            made = self._answer(self._generator(), [*question.prompt], question.tokens, cut=False)["tokens"]
+            answers.append({"tokens": made, "text": self._stream(made[:-1] if made and made[-1] in ends else made)})
         return answers
 
     def _answer(self, generator: Any, ids: list[int], tokens: int, *, cut: bool) -> dict[str, Any]:

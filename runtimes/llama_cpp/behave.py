@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from qalora_runtimes import heartbeat
 from qalora_runtimes.behaviour import ASKED, END, LIMIT, Question, Request, prompt_of
 from qalora_runtimes.llama_cpp.c_api import Context
@@ -42,9 +43,44 @@ def behave(client: Client, request: Request, context: Context | None) -> dict[st
         "pieces": None if context is None else _pieces(context, request),
         "decoded": None if context is None else [_text(context, row) for row in request.sequences],
         "unprompted": [_rendered(client, chat, errors) for chat in request.unprompted],
+        "scored": [_scored(client, request, index, greedy) for index in range(len(request.scored))],
         "defaults": {name: value for name, value in client.defaults().items() if name in SAMPLING},
         "errors": errors,
     }
+
+
+def only_scored(context: Context, request: Request) -> dict[str, Any]:
+    """behaviour.ANSWER_KEYS of a request for a task alone, generated through the C API with the context's settings."""
+    ends, answers = set(context.ends()), list[dict[str, Any]]()
+    for index, question in enumerate(request.scored):
+        heartbeat.at("questions of the task", index, len(request.scored))
+        made = _greedy(context, [*question.prompt], question.tokens, ends)
+        shown = tuple(made[:-1] if made[-1] in ends else made)
+        answers.append({"tokens": made, "text": _text(context, shown)})
+    empty: dict[str, Any] = {name: [] for name in ("answers", "unprompted", "errors")}
+    nothing = dict.fromkeys(("batch", "pieces", "decoded"))
+    return {**empty, **nothing, "ends": {"all": sorted(ends), "forced": {}}, "defaults": {}, "scored": answers}
+
+
+def _greedy(context: Context, ids: list[int], tokens: int, ends: set[int]) -> list[int]:
+    """The likeliest token again and again, up to and with one of `ends`."""
+    context.clear()
+    made, held, fresh = list[int](), 0, ids
+    while not made or (len(made) < tokens and made[-1] not in ends):
+        for at in range(0, len(fresh), context.batch_limit):
+            part = np.array(fresh[at : at + context.batch_limit], np.int32)
+            rows = context.run(part, held, [len(part) - 1])
+            held += len(part)
+        made.append(int(np.argmax(rows[-1])))
+        fresh = made[-1:]
+    return made
+
+
+def _scored(client: Client, request: Request, index: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    heartbeat.at("questions of the task", index, len(request.scored))
+    question = request.scored[index]
+    found = _answer(client, [*question.prompt], question.tokens, options)
+    return {"tokens": found["tokens"], "text": found["text"]}
 
 
 def _answer(client: Client, ids: list[int], tokens: int, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,8 +107,9 @@ def _chat(client: Client, question: Question, options: Mapping[str, Any], errors
 
 def _forced(client: Client, request: Request) -> dict[str, str]:
     """What happens when each end token is the next one, behind the first question."""
-    prompt, found = [*request.questions[0].prompt], dict[str, str]()
+    found = dict[str, str]()
     for end in request.ends:
+        prompt = [*request.questions[0].prompt]
         answer = _answer(client, prompt, 2, {**GREEDY, "logit_bias": [[end, FORCE]]})
         found[str(end)] = answer["stop"] if answer["tokens"][:1] == [end] else f"{answer['tokens'][:1]} came instead"
     return found

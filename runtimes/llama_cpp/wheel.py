@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from qalora_runtimes.behaviour import Request
 from qalora_runtimes.llama_cpp.activations import ExactGelu
-from qalora_runtimes.llama_cpp.behave import behave
+from qalora_runtimes.llama_cpp.behave import behave, only_scored
 from qalora_runtimes.llama_cpp.c_api import Context, Library, UnknownLayoutError
 from qalora_runtimes.llama_cpp.layouts import FLASH_ATTENTION_OFF, KV_F32
 from qalora_runtimes.llama_cpp.local_server import LocalServer
@@ -137,6 +137,9 @@ class CApiRuntime:
         return self._server.client().text_answers(request)
 
     def behave(self, request: Request) -> dict[str, Any]:
+        """A task alone goes through the C API: only there are the settings of the exact path in force."""
+        if request.scored and not request.questions:
+            return only_scored(self._context, request)
         return behave(self._server.client(), request, self._context)
 
     def long(self, sequence: LongSequence) -> Rows:

@@ -35,6 +35,7 @@ class Behaviour:
             "pieces": None,
             "decoded": None,
             "unprompted": [None for _ in self._request.unprompted],
+            "scored": self._scored(),
             "defaults": self._settings,
             "errors": [],
         }
@@ -47,20 +48,33 @@ class Behaviour:
             ids = prompt_of(question, before, answers[-1]["tokens"] if answers else [])
             if not question.continues:
                 cache, held = self._empty(1), 0
-            cached, made = held, list[int]()
-            fresh = ids[held:]
-            while True:
-                held += len(fresh)
-                rows, cache = self._run(np.array([fresh]), np.ones((1, held)), cache)
-                made.append(int(np.argmax(rows[0, -1])))
-                heartbeat.advance()
-                if made[-1] in self._ends or len(made) == question.tokens:
-                    break
-                fresh = made[-1:]
+            made, cache = self._greedy(ids[held:], held, cache, question.tokens)
             stop = self._stop(made, question.tokens)
-            answers.append({"tokens": made, "stop": stop, "text": None, "cached": cached, "chat": None})
-            before = ids
+            answers.append({"tokens": made, "stop": stop, "text": None, "cached": held, "chat": None})
+            before, held = ids, len(ids) + len(made) - 1
         return answers
+
+    def _scored(self) -> list[dict[str, Any]]:
+        answers = list[dict[str, Any]]()
+        for index, question in enumerate(self._request.scored):
+            heartbeat.at("questions of the task", index, len(self._request.scored))
+            made, _ = self._greedy([*question.prompt], 0, self._empty(1), question.tokens)
+            answers.append({"tokens": made, "text": None})
+        return answers
+
+    def _greedy(self, fresh: list[int], held: int, cache: Cache, tokens: int) -> tuple[list[int], Cache]:
+        """The likeliest token again and again behind `held` tokens in `cache` and `fresh` ones, up to and with an end
+        token; all but the last are in the cache then.
+        """
+        made = list[int]()
+        while True:
+            held += len(fresh)
+            rows, cache = self._run(np.array([fresh]), np.ones((1, held)), cache)
+            made.append(int(np.argmax(rows[0, -1])))
+            heartbeat.advance()
+            if made[-1] in self._ends or len(made) == tokens:
+                return made, cache
+            fresh = made[-1:]
 
     def _stop(self, made: list[int], tokens: int) -> str:
         return END if made[-1] in self._ends else ASKED if len(made) == tokens else LIMIT

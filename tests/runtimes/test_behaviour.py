@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qalora_runtimes.behaviour import ASKED, END, Question, Request, behind
+from qalora_runtimes.behaviour import ANSWER_KEYS, ASKED, END, Question, Request, behind
 from qalora_runtimes.launch import run_runner
 from qalora_runtimes.protocol import ProtocolError, make_job, read_job, write_arrays, write_job
 
@@ -37,6 +37,7 @@ def asked(tokenizer: Any) -> Request:
         sequences=(prompt,),
         unprompted=(CHAT,),
         sampled=True,
+        scored=(Question(prompt, TOKENS), Question(prompt[2:], 3)),
     )
 
 
@@ -71,6 +72,10 @@ def test_a_float_model_answers_as_pytorch_does(
     assert second["tokens"] == greedy(behind(prompt, first["tokens"], asked.questions[1].prompt))
     assert second["cached"] > len(prompt)
     assert {first["stop"], second["stop"]} == {ASKED}
+    wanted = [greedy(prompt), greedy(prompt[2:])[:3]]
+    assert [answer["tokens"] for answer in found["scored"]] == wanted
+    shown = [None] * 2 if name == "onnxruntime" else [first["text"], found["scored"][1]["text"]]
+    assert [answer["text"] for answer in found["scored"]] == shown
     forced = {tokenizer.eos_token_id: END, 5: ASKED}
     assert {int(end): stop for end, stop in found["ends"]["forced"].items()} == forced
     assert found["ends"]["all"] == [tokenizer.eos_token_id]
@@ -89,11 +94,32 @@ def test_a_float_model_answers_as_pytorch_does(
         assert first["chat"] == {"text": first["text"], "stop": ASKED}
 
 
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_a_task_alone_is_answered_too(
+    name: str, request: pytest.FixtureRequest, asked: Request, greedy: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    """On the exact path nothing else is asked."""
+    model, prompt = request.getfixturevalue(RUNTIMES[name]), asked.scored[0].prompt
+    job = replace(make_job([[1]]), behaviour=Request(scored=(Question(prompt, TOKENS),)))
+    result = run_runner(name, model=model, job=job, workdir=tmp_path, exact=name == "llama.cpp", threads=1)
+    assert result.status == "ok", (result.message, result.log)
+    assert set(ANSWER_KEYS) == set(result.behaviour)
+    (answer,) = result.behaviour["scored"]
+    made = greedy([*prompt])
+    assert answer["tokens"] == made
+    if name == "onnxruntime":
+        assert answer["text"] is None
+    else:  # GenAI drops bytes that are no character
+        shown = tokenizer.decode(made, skip_special_tokens=True)
+        assert answer["text"].replace("\ufffd", "") == shown.replace("\ufffd", "")
+
+
 def test_a_request_survives_its_way_through_a_file(asked: Request, tmp_path: Path) -> None:
     job = replace(make_job([[1, 2]]), behaviour=asked)
     write_job(tmp_path / "job.npz", job)
     assert read_job(tmp_path / "job.npz").behaviour == asked
     assert job.longest == len(asked.questions[0].prompt) + TOKENS + len(asked.questions[1].prompt) + TOKENS
+    assert replace(asked, questions=(), batch=()).longest == len(asked.scored[0].prompt) + TOKENS
     assert asked.largest == max(asked.ends[0], *asked.questions[0].prompt)
 
 

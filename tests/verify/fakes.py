@@ -115,7 +115,12 @@ def right_behaviour(checkpoint: Path, runtime: str, asked: Request) -> dict[str,
     rows = [[asked.anchor, index, asked.anchor] for index in range(asked.vocabulary)]
     bos = tokenizer.bos_token if record.habits.cuts_bos else ""
     unprompted = [rendered(tokenizer, chat, generation_prompt=False).removeprefix(bos) for chat in asked.unprompted]
-    tokens = asked.questions[0].tokens
+    tokens = asked.questions[0].tokens if asked.questions else 0
+    answered = [[*_greedy(checkpoint, one.prompt, one.tokens, asked.ends)] for one in asked.scored]
+
+    def shown(made: list[int]) -> str:
+        return str(tokenizer.decode([token for token in made if token not in asked.ends], skip_special_tokens=True))
+
     return {
         "answers": answers,
         "batch": [[*_greedy(checkpoint, prompt, tokens, asked.ends)] for prompt in asked.batch],
@@ -123,6 +128,7 @@ def right_behaviour(checkpoint: Path, runtime: str, asked: Request) -> dict[str,
         "pieces": {"hidden": decoded(tokenizer, rows, hide=True), "shown": decoded(tokenizer, rows, hide=False)},
         "decoded": decoded(tokenizer, [[*row] for row in asked.sequences], hide=True),
         "unprompted": unprompted,
+        "scored": [{"tokens": made, "text": shown(made)} for made in answered],
         "defaults": record.expected_defaults(generation_of(checkpoint, config), config),
         "errors": [],
     }
