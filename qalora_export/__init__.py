@@ -48,8 +48,8 @@ if TYPE_CHECKING:
         Recipe,
         TrainSettings,
         VerifySettings,
-        load_recipe,
     )
+    from qalora_export.recipe_file import load_recipe
     from qalora_export.verify.foreign.report import Diagnosis
     from qalora_export.verify.foreign.stage import diagnose
     from qalora_export.verify.report.parity_report import ParityReport
@@ -111,6 +111,7 @@ _HOME = {
     "load": "inspection.view:open_view",
     "load_model": "models.loading",
     "load_tokenizer": "models.loading",
+    "load_recipe": "recipe_file",
     "QuantizeReport": "quantization.report",
     "TrainReport": "qalora.training.stage",
     "MergeReport": "qalora.merge",

@@ -21,7 +21,8 @@ from qalora_export.errors import ExitCode, InputError, ParityError, RuntimeUnava
 from qalora_export.model_card import write_card
 from qalora_export.preflight.examine import Preflight, examine
 from qalora_export.preflight.findings import Findings
-from qalora_export.recipe import PATH_KEYS, Recipe, dump_toml, load_recipe, validated
+from qalora_export.recipe import Recipe
+from qalora_export.recipe_file import PATH_KEYS, dump_toml, load_recipe, validated
 from qalora_export.safety import StrPath, atomic_file, exclusive, local_path, read_json
 from qalora_export.stage_keys import intact, output_hash, stage_key
 from qalora_export.stages import STAGES, VERIFY, Stage, plan

@@ -1,29 +1,20 @@
-"""Recipes: one TOML file → frozen, strict settings. Every stage takes one of these; flags beat the recipe."""
+"""Settings of every stage and of the whole line, frozen and strict; recipe_file.py reads them."""
 
 from __future__ import annotations
 
 import difflib
-import json
 import re
-import tomllib
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-from qalora_export.errors import InputError, UnsafeInputError
-from qalora_export.safety.confined import Confined, FailedError, OutOfBoundsError
 from qalora_export.safety.paths import local_path
-from qalora_export.safety.regular import regular_file
 
 Bits = Literal[2, 3, 4, 8]
 GroupSize = Literal[32, 64, 128]
 GridName = Literal["affine16", "q4_k", "q2_k"]
 Positive = Annotated[int, Field(gt=0)]
 
-
-MAX_RECIPE_BYTES = 2**20
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}(?<!\.gguf)")  # owner/name
 
 
@@ -32,7 +23,6 @@ def _at_home(path: str) -> str:
 
 
 LocalPath = Annotated[str, AfterValidator(_at_home)]  # ~ means the home folder wherever settings come from
-SettingsT = TypeVar("SettingsT", bound=BaseModel)
 
 
 class Settings(BaseModel):
@@ -198,118 +188,3 @@ class Recipe(Settings):
     evaluate: EvaluateSettings | None = None
     export: ExportSettings = ExportSettings()
     verify: VerifySettings = VerifySettings()
-
-
-def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
-    """Read a TOML recipe; `overrides` maps dotted keys ("train.rank") to values and beats the file.
-
-    Relative paths in the recipe are relative to the recipe's own folder. Raises InputError with "did you mean",
-    UnsafeInputError for a file that is no recipe by its size or takes too long to parse.
-    """
-    raw = _parsed(regular_file(path, "recipe"))
-    _resolve_paths(raw, path.parent)
-    for dotted, value in (overrides or {}).items():
-        *tables, leaf = dotted.split(".")
-        target = raw
-        for table in tables:
-            target = target.setdefault(table, {}) if isinstance(target, dict) else target
-        if not isinstance(target, dict):
-            raise InputError("a setting lies below a value that is not a table", where=dotted, fix="check the key")
-        target[leaf] = value
-    return validated(Recipe, raw, where=path)
-
-
-def _parsed(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file. Parsed in a confined process: a key of many dots takes memory by their square."""
-    if path.stat().st_size > MAX_RECIPE_BYTES:
-        raise UnsafeInputError(f"the recipe is larger than {MAX_RECIPE_BYTES:,} bytes", where=path)
-    try:
-        raw: dict[str, Any] = Confined(_tables)(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise InputError("the recipe is not valid TOML", where=path, why=str(error)) from error
-    except FailedError as error:
-        raise InputError("the recipe is not valid TOML", where=path, why=str(error)) from error
-    except OutOfBoundsError as error:
-        raise UnsafeInputError("the recipe cannot be parsed", where=path, why=str(error)) from error
-    return raw
-
-
-def _tables(text: str) -> Any:
-    # TOML's dates become strings, which no setting takes.
-    return json.loads(json.dumps(tomllib.loads(text), default=str))
-
-
-def validated(model: type[SettingsT], raw: dict[str, Any], *, where: object) -> SettingsT:
-    """Validate a table of settings; one InputError naming every offending key."""
-    try:
-        # JSON mode: lists become tuples, numbers stay strict.
-        return model.model_validate_json(json.dumps(raw, default=str))
-    except RecursionError as error:
-        raise InputError("settings nest too deeply", where=where) from error
-    except ValidationError as error:
-        problems = [_explain(model, item) for item in error.errors()]
-        raise InputError("settings are not valid", where=where, why="; ".join(problems)) from error
-
-
-def dump_toml(settings: BaseModel) -> str:
-    """The resolved settings as TOML that load_recipe reads back to the same object (unset values left out)."""
-    lines: list[str] = []
-    _dump_table(settings.model_dump(mode="json", exclude_none=True), "", lines)
-    return "\n".join(lines).strip() + "\n"
-
-
-def _dump_table(table: dict[str, Any], prefix: str, lines: list[str]) -> None:
-    nested = {
-        k: v for k, v in table.items() if isinstance(v, dict) or (v and isinstance(v, list) and isinstance(v[0], dict))
-    }
-    lines += [f"{key} = {json.dumps(value)}" for key, value in table.items() if key not in nested]
-    for key, value in nested.items():
-        for item in value if isinstance(value, list) else [value]:
-            header = f"[[{prefix}{key}]]" if isinstance(value, list) else f"[{prefix}{key}]"
-            lines += ["", header]
-            _dump_table(item, f"{prefix}{key}.", lines)
-
-
-PATH_KEYS = {
-    "": ("model", "out"),
-    "quantize": ("calibration",),
-    "train": ("data", "validation"),
-    "evaluate": ("data",),
-    "verify": ("prompts",),
-}
-
-
-def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
-    for table, keys in PATH_KEYS.items():
-        target = raw.get(table, {}) if table else raw
-        for key in keys:
-            if isinstance(target, dict) and isinstance(target.get(key), str):
-                path = folder / local_path(target[key])
-                if key != "model" or path.exists() or not HUB_ID.fullmatch(target[key]):
-                    target[key] = str(path)
-
-
-def _explain(model: type[BaseModel], item: Any) -> str:
-    location = [str(part) for part in item["loc"]]
-    dotted = ".".join(location)
-    if item["type"] != "extra_forbidden":
-        return f"{dotted}: {item['msg'].removeprefix('Value error, ')}"
-    close = difflib.get_close_matches(location[-1], _keys_at(model, location[:-1]), n=1)
-    return f"unknown key {dotted!r}" + (f", did you mean {close[0]!r}?" if close else "")
-
-
-def _keys_at(model: type[BaseModel], location: Iterable[str]) -> list[str]:
-    """Field names of the settings class that sits at a location inside `model`."""
-    for part in location:
-        if part in model.model_fields:
-            model = _settings_class(model.model_fields[part].annotation) or model
-    return list(model.model_fields)
-
-
-def _settings_class(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        if found := _settings_class(argument):
-            return found
-    return None

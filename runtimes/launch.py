@@ -16,16 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import qalora_runtimes
+from qalora_runtimes.arrays import ProtocolError
 from qalora_runtimes.process import Ended, Watch, patience_for, run_module
-from qalora_runtimes.protocol import (
-    MAX_TEXT_BYTES,
-    Job,
-    Logprobs,
-    ProtocolError,
-    read_answers,
-    read_job,
-    write_job,
-)
+from qalora_runtimes.protocol import MAX_TEXT_BYTES, Job, Logprobs, read_answers, read_job, write_job
 from qalora_runtimes.records import Runner
 from qalora_runtimes.runner import EXIT_MISSING, EXIT_OK, EXIT_REFUSED
 

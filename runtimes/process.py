@@ -157,7 +157,7 @@ def _state(process: int) -> str:
 
 
 def _size(path: Path) -> int:
-    """Of the file, finished or still under its temporary name (protocol.write_each)."""
+    """Of the file, finished or still under its temporary name (arrays.write_each)."""
     sizes = [0]
     for name in (path, path.with_name(f"{path.name}.partial")):
         try:

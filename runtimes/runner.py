@@ -19,18 +19,10 @@ from typing import Any, Protocol
 
 import numpy as np
 from qalora_runtimes import heartbeat
+from qalora_runtimes.arrays import ProtocolError
 from qalora_runtimes.behaviour import Request
 from qalora_runtimes.fingerprint import machine, peak_rss_bytes
-from qalora_runtimes.protocol import (
-    Ids,
-    Job,
-    Logprobs,
-    LongSequence,
-    ProtocolError,
-    TextRequest,
-    read_job,
-    write_answers,
-)
+from qalora_runtimes.protocol import Ids, Job, Logprobs, LongSequence, TextRequest, read_job, write_answers
 from qalora_runtimes.scoring import MissingRuntimeError, Rows, RunnerError, log_softmax
 
 EXIT_OK, EXIT_REFUSED, EXIT_MISSING = 0, 2, 3

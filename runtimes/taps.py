@@ -18,9 +18,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 from qalora_runtimes import heartbeat
+from qalora_runtimes.arrays import ProtocolError, Stored, write_each
 from qalora_runtimes.launch import RUNNERS, Status, failure
 from qalora_runtimes.process import Watch, patience_for, run_module
-from qalora_runtimes.protocol import Ids, Job, ProtocolError, Stored, read_job, write_each, write_job
+from qalora_runtimes.protocol import Ids, Job, read_job, write_job
 from qalora_runtimes.runner import EXIT_OK, add_caller, run_guarded
 
 Taps = dict[str, NDArray[np.float32]]

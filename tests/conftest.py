@@ -52,8 +52,7 @@ THOROUGH = (
     "test_wheels.py",
     "verify/bisect/",
     "verify/foreign/",
-    "verify/foreign/test_diagnosis.py",
-    "verify/foreign/test_onnx.py",
+    "verify/test_files_of_a_run.py",
     "verify/test_stage.py",
 )
 

@@ -8,7 +8,8 @@ import pytest
 
 from qalora_export.checkpoint.manifest import write_manifest
 from qalora_export.model_card import card
-from qalora_export.recipe import Recipe, validated
+from qalora_export.recipe import Recipe
+from qalora_export.recipe_file import validated
 
 CASES = [
     ({}, None, "Quantized with GPTQ to 4 bits in groups of 32, fine-tuned"),

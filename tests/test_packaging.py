@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 NAME = "qalora_export"
 # Subpackage or module of the first level -> what it may import beside itself: words from bytes, bytes from numbers.
 NUMBERS = {"errors", "grid"}
-BYTES = {*NUMBERS, "checkpoint", "memory", "progress", "recipe", "safety", "version"}
+BYTES = {*NUMBERS, "checkpoint", "memory", "progress", "recipe", "recipe_file", "safety", "version"}
 ALLOWED = {
     "errors": set[str](),
     "memory": set[str](),
@@ -24,7 +24,8 @@ ALLOWED = {
     "version": set[str](),
     "grid": {"errors"},
     "safety": {"errors"},
-    "recipe": {"errors", "safety"},
+    "recipe": {"safety"},
+    "recipe_file": {"errors", "recipe", "safety"},
     "console": {"errors", "progress"},
     "checkpoint": {*NUMBERS, "progress", "safety", "version"},
     "data": {"errors", "progress", "safety"},
@@ -76,7 +77,7 @@ TORCH_FREE = (
     "qalora_export",
     "qalora_export.grid",
     "qalora_export.safety",
-    "qalora_export.recipe",
+    "qalora_export.recipe_file",
     "qalora_export.checkpoint.canonical",
     "qalora_export.formats.gguf.export",
     "qalora_export.formats.gguf.read",

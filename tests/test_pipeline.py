@@ -13,7 +13,8 @@ from qalora_export.checkpoint.manifest import write_manifest
 from qalora_export.errors import ExitCode, InputError, ParityError
 from qalora_export.evaluation import evaluate
 from qalora_export.pipeline import run
-from qalora_export.recipe import Recipe, dump_toml, load_recipe, validated
+from qalora_export.recipe import Recipe
+from qalora_export.recipe_file import dump_toml, load_recipe, validated
 from qalora_export.stages import plan
 
 

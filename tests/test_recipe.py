@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from qalora_export.errors import InputError, UnsafeInputError
-from qalora_export.recipe import dump_toml, load_recipe
+from qalora_export.recipe_file import dump_toml, load_recipe
 
 MINIMAL = 'model = "m"\nout = "o"\n'
 

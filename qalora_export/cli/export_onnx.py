@@ -43,7 +43,7 @@ def command(
     """
     from qalora_export.console import next_command
     from qalora_export.formats.onnx.export import export_onnx
-    from qalora_export.recipe import validated
+    from qalora_export.recipe_file import validated
 
     chosen = {"accuracy_level": accuracy_level, "allow_text_differences": allow_text_differences}
     settings = validated(OnnxSettings, chosen, where="export onnx")

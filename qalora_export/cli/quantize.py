@@ -128,7 +128,7 @@ def command(
     from qalora_export.console import next_command
     from qalora_export.quantization.rules import parse_rule
     from qalora_export.quantization.stage import quantize
-    from qalora_export.recipe import load_recipe, validated
+    from qalora_export.recipe_file import load_recipe, validated
 
     values: dict[str, Any] = load_recipe(recipe).quantize.model_dump(mode="json", exclude_none=True) if recipe else {}
     values |= {name: value for name, value in given.items() if value is not None}

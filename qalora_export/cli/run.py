@@ -39,7 +39,7 @@ def command(
     """
     from qalora_export.cli.run_plan import print_durations, print_plan
     from qalora_export.pipeline import RunPlan, check, run
-    from qalora_export.recipe import load_recipe
+    from qalora_export.recipe_file import load_recipe
 
     overrides = dict(_parse(text) for text in override or [])
     if out is not None:

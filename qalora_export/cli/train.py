@@ -118,7 +118,7 @@ def command(
     values = {name: value for name, value in locals().items() if name in TrainSettings.model_fields}
     from qalora_export.console import console
     from qalora_export.qalora.training.processes import is_main
-    from qalora_export.recipe import validated
+    from qalora_export.recipe_file import validated
 
     settings = validated(TrainSettings, values, where="train options")
     if not is_main():

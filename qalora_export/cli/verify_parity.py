@@ -104,7 +104,8 @@ def command(
       qalora-export verify-parity my-model --onnx folder-of-another-tool/ --out diagnosis/
     """
     from qalora_export.cli.parity_table import print_report
-    from qalora_export.recipe import VerifySettings, validated
+    from qalora_export.recipe import VerifySettings
+    from qalora_export.recipe_file import validated
     from qalora_export.verify.stage import verify_parity
 
     if patience is not None:

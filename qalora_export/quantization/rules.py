@@ -110,7 +110,7 @@ def resolve(settings: QuantizeSettings, in_features: Mapping[str, int], *, insid
 
 def parse_rule(text: str) -> QuantizeRule:
     """A rule as the command line spells it: "pattern=skip", "pattern=bits:3,group:64,sym:true"."""
-    from qalora_export.recipe import validated
+    from qalora_export.recipe_file import validated
 
     pattern, equals, actions = text.partition("=")
     raw: dict[str, object] = {"match": pattern}

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from qalora_runtimes.protocol import ProtocolError, read_arrays, write_arrays
+from qalora_runtimes.arrays import ProtocolError, read_arrays, write_arrays
 
 from qalora_export.installed import code_version, kernels, package_version
 from qalora_export.safety import HashedOnce, local_path, sha256_bytes, sha256_file

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from qalora_runtimes import heartbeat
+from qalora_runtimes.arrays import ProtocolError, read_each, write_each
 from qalora_runtimes.launch import Status, failure
 from qalora_runtimes.onnxruntime_.decoder import ERRORS_ONLY, PROVIDER, import_package
 from qalora_runtimes.process import Watch, patience_for, run_module
-from qalora_runtimes.protocol import ProtocolError, read_each, write_each
 from qalora_runtimes.runner import EXIT_OK, add_caller, run_guarded
 from qalora_runtimes.scoring import Rows, RunnerError
 

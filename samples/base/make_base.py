@@ -3,25 +3,23 @@
 Why this text: every machine with Python has it, it is under the PSF licence, and it holds prose (the language
 reference, docstrings, comments) as well as code. Nothing is downloaded.
 
-    python samples/base/make_base.py --out samples/base/model            # about an hour on 2 CPU cores
-    python samples/base/make_base.py --out /tmp/tiny --tokens 200000     # a quick look
+    python -m samples.base.make_base --out samples/base/model            # about an hour on 2 CPU cores
+    python -m samples.base.make_base --out /tmp/tiny --tokens 200000     # a quick look
 
 The run is resumable: kill it and start it again with the same arguments. Output: config.json, model.safetensors
 (fp16), tokenizer.json, tokenizer_config.json, chat_template.jinja, generation_config.json and TRAINING.json with the
 held-out perplexity, corpus hash, seed and the count of fp16-rounded values.
 
-Byte-level BPE with Llama 3's splitting expression; the optimizer is Muon for the matrices (Jordan et al. 2024, from
+The optimizer is Muon for the matrices (Jordan et al. 2024, from
 torch.optim) and AdamW for the rest; learning rate: warm-up, constant, linear decay over the last 30 %.
 """
 
 import argparse
-import ast
 import hashlib
 import json
 import math
 import os
 import platform
-import sysconfig
 import time
 from pathlib import Path
 
@@ -30,145 +28,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
-BOS, END, USER, ASSISTANT, SYSTEM, PAD = (
-    "<|begin_of_text|>",
-    "<|end|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|system|>",
-    "<|pad|>",
-)
-SPECIALS = [BOS, END, USER, ASSISTANT, SYSTEM, PAD]
-# Llama 3's splitting expression; llama.cpp knows it as `llama-bpe`.
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-CHAT_TEMPLATE = (
-    "{{- bos_token }}"
-    "{%- for message in messages %}"
-    "{{- '<|' + message['role'] + '|>\n' + message['content'] | trim + '<|end|>\n' }}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|assistant|>\n' }}{%- endif %}"
-)
-VOCAB, HIDDEN, INTER, LAYERS, HEADS, KV_HEADS, CONTEXT = 3072, 384, 1024, 4, 6, 2, 512
-SKIP_DIRS = {
-    "test",
-    "tests",
-    "site-packages",
-    "idlelib",
-    "turtledemo",
-    "encodings",
-    "__pycache__",
-    "ensurepip",
-    "idle_test",
-    "_bundled",
-    "config",
-}
+from samples.base.corpus import build_corpus, shuffled_documents
+from samples.base.tokenizer import CONTEXT, VOCAB, encode, train_tokenizer
 
-
-def library_files() -> list[tuple[str, str]]:
-    """(relative name, text) of every standard-library source outside tests, sorted by name."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    found = []
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if SKIP_DIRS.intersection(parts[:-1]) or any(p.startswith("config-") for p in parts):
-            continue
-        if parts[-1] == "topics.py":  # read as prose below, not as one giant dict literal
-            continue
-        text = path.read_text(encoding="utf-8", errors="ignore").strip()
-        if len(text) > 200:
-            found.append(("/".join(parts), text))
-    return found
-
-
-def dialogues(text: str) -> list[str]:
-    """Docstrings as one-turn conversations, so that the role tokens have trained embeddings."""
-    out = []
-    for node in ast.walk(ast.parse(text)):
-        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            continue
-        doc = ast.get_docstring(node)
-        if doc and 20 < len(doc) < 800:
-            arguments = "" if isinstance(node, ast.ClassDef) else f"({ast.unparse(node.args)})"
-            out.append(f"{USER}\nWhat does {node.name}{arguments[:160]} do?{END}\n{ASSISTANT}\n{doc.strip()}{END}\n")
-    return out
-
-
-def build_corpus() -> tuple[list[str], list[str]]:
-    """(training documents, held-out documents); a document is held out by the hash of its name (about 3 %)."""
-    from pydoc_data import topics
-
-    documents = library_files()
-    pairs: list[tuple[str, str]] = []
-    for name, text in documents:
-        try:
-            talk = dialogues(text)
-        except SyntaxError:
-            continue
-        pairs += [(name, turn) for turn in talk]
-    documents += [(f"topics/{key}", value.strip()) for key, value in sorted(topics.topics.items()) for _ in range(2)]
-    train, held_out = [], []
-    for name, text in documents + pairs:
-        target = held_out if hashlib.sha256(name.encode()).digest()[0] < 8 else train
-        target.append(text)
-    return train, held_out
-
-
-def train_tokenizer(texts: list[str], vocab_size: int = VOCAB) -> PreTrainedTokenizerFast:
-    core = Tokenizer(models.BPE(ignore_merges=True))
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIALS),
-        special_tokens=[],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        max_token_length=16,
-        show_progress=False,
-    )
-    core.train_from_iterator(texts, trainer)
-    core.add_special_tokens(SPECIALS)
-    bos_id = core.token_to_id(BOS)
-    core.post_processor = processors.Sequence(
-        [
-            processors.ByteLevel(trim_offsets=False),
-            processors.TemplateProcessing(
-                single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bos_id)]
-            ),
-        ]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token=BOS,
-        eos_token=END,
-        pad_token=PAD,
-        clean_up_tokenization_spaces=False,
-        model_max_length=CONTEXT,
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
-
-
-def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
-    bos, end = tokenizer.convert_tokens_to_ids([BOS, END])
-    ids: list[int] = []
-    for encoding in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False):
-        ids += [bos, *encoding.ids] if encoding.ids and encoding.ids[-1] == end else [bos, *encoding.ids, end]
-    return np.array(ids, dtype=np.uint16)
-
-
-def shuffled_documents(texts: list[str], seed: int) -> list[str]:
-    order = np.random.default_rng(seed).permutation(len(texts))
-    return [texts[i] for i in order]
+HIDDEN, INTER, LAYERS, HEADS, KV_HEADS = 384, 1024, 4, 6, 2
 
 
 @torch.no_grad()

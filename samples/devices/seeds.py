@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qalora_export import evaluate, merge, quantize, train
-from qalora_export.recipe import load_recipe
+from qalora_export.recipe_file import load_recipe
 
 HERE = Path(__file__).parent
 

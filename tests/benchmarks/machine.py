@@ -125,7 +125,7 @@ def write_random_checkpoint(
     grid: of the linears; lm_head is affine16 always. sym: offset = −8·s. Otherwise the offset is 0.8 … 1.2 times that,
     so nothing is symmetric by chance. Tokenizer: a tiny real one; the rows of the vocabulary beyond it are padding.
     """
-    from samples.base.make_base import train_tokenizer
+    from samples.base.tokenizer import train_tokenizer
 
     folder = path.with_name(f"{path.name}-tokenizer")
     tokenizer = train_tokenizer([TEXT], vocab_size=512)

@@ -111,7 +111,7 @@ def write_model(path: Path, config: Any, device: Any) -> None:
     """A random model in Transformers format, one shard per decoder layer, so that memory holds one at a time."""
     from safetensors.torch import save_file
 
-    from samples.base.make_base import train_tokenizer
+    from samples.base.tokenizer import train_tokenizer
     from tests.models import TEXT
 
     path.mkdir()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qalora_export.cli.main import main
-from qalora_export.recipe import PATH_KEYS, load_recipe
+from qalora_export.recipe_file import PATH_KEYS, load_recipe
 
 # verb -> its words with X where a path is asked for; each X in turn is ~/none, the others are there.
 VERBS = (

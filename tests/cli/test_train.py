@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from qalora_export.cli.main import main
 from qalora_export.qalora.training.stage import train
 from qalora_export.recipe import TrainSettings
-from tests.qalora.training.test_stage import write_commands
+from tests.qalora.training.runs import write_commands
 from tests.survival.driven import Driver
 
 MODULE = ["-m", "qalora_export.cli", "train"]

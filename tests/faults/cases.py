@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.faults import plants as p
+from tests.faults import wrong_stages as w
 from tests.faults.line import MODULE
 from tests.faults.plants import Plant
 from tests.faults.runtime import SCALED_KERNEL
@@ -76,12 +77,12 @@ FAULTS = (
     Fault(
         "RoPE permutation missing, read back with the same fault",
         "exporter and reader",
-        {LLAMA: p.exported_without_permutation},
+        {LLAMA: w.exported_without_permutation},
         "G2 G3",
         ATTENTION_0,
         ATTENTION_0,
         blind="G0 G1",
-        context=p.no_permutation,
+        context=w.no_permutation,
     ),
     Fault(
         "RoPE pairs interleaved",
@@ -125,7 +126,7 @@ FAULTS = (
         "model.layers.1.post_attention_layernorm",
         blind="G1",
     ),
-    Fault("lm_head quantized", "exporter", merged(p.quantized_head), "G0 G2", "lm_head", "lm_head"),
+    Fault("lm_head quantized", "exporter", merged(w.quantized_head), "G0 G2", "lm_head", "lm_head"),
     Fault(
         "BOS missing",
         "artifact",
@@ -140,7 +141,7 @@ FAULTS = (
         "one merge rule of the tokenizer lost",
         "exporter",
         {
-            LLAMA: p.lost_merge_gguf,
+            LLAMA: w.lost_merge_gguf,
             ORT: p.onnx_text("tokenizer.json", p.lost_merge_onnx),
             GENAI: p.onnx_text("tokenizer.json", p.lost_merge_onnx),
         },
@@ -176,9 +177,9 @@ FAULTS = (
         blind="G0 G1 G2",
         runtime_fault=True,
     ),
-    Fault("pool mean merged as sum", "merge", merged(p.mean_pool), "G0", "q_proj.offset (not base + adapter)"),
-    Fault("wrong alpha", "merge", merged(p.double_alpha), "G0", "q_proj.offset (not base + adapter)"),
-    Fault("wrong rank", "merge", merged(p.half_rank), "G0", "down_proj.offset (not base + adapter)"),
-    Fault("adapter of another base", "merge", merged(p.foreign_adapter), "G0", "trained on another base"),
+    Fault("pool mean merged as sum", "merge", merged(w.mean_pool), "G0", "q_proj.offset (not base + adapter)"),
+    Fault("wrong alpha", "merge", merged(w.double_alpha), "G0", "q_proj.offset (not base + adapter)"),
+    Fault("wrong rank", "merge", merged(w.half_rank), "G0", "down_proj.offset (not base + adapter)"),
+    Fault("adapter of another base", "merge", merged(w.foreign_adapter), "G0", "trained on another base"),
 )
 CASES = [(fault, runtime) for fault in FAULTS for runtime in fault.plant]

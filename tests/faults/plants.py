@@ -1,34 +1,24 @@
-"""How each fault is planted: (line, empty folder) -> a line with one thing wrong. The product knows nothing of it."""
+"""Faults planted in artifacts: (line, empty folder) -> a line with one thing wrong. The product knows nothing of it.
+
+Those of a merge or an exporter are in wrong_stages.py.
+"""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 
-from qalora_export.formats.gguf import export as gguf_export
-from qalora_export.models.families.family import Family
-from qalora_export.qalora import merge as merging
-from qalora_export.qalora.adapter_files import Adapter
 from tests.faults.line import (
-    GROUP,
-    RANK,
     Line,
     Matrix,
     edit_gguf,
     edit_onnx,
-    exported,
-    merged_wrongly,
     reseal,
     write_at,
 )
-from tests.models import make_tiny_canonical, make_tiny_model
-from tests.qalora.adapters import own_adapter
 from tests.verify.exports import float32, gguf_block, gguf_value, onnx_tensor, read_at
 
 Plant = Callable[[Line, Path], Line]
@@ -132,16 +122,6 @@ def unpermuted_rows(line: Line, folder: Path) -> Line:
     return line
 
 
-def no_permutation() -> object:
-    """A family table without the permutation, for exporter and read-back alike: gate G0 cannot see it."""
-    return patch.object(Family, "permuted_heads", lambda *_: None)
-
-
-def exported_without_permutation(line: Line, folder: Path) -> Line:
-    with no_permutation():
-        return exported(line, folder, "gguf")
-
-
 def interleaved_rope(model: object) -> None:
     import onnx
 
@@ -170,100 +150,13 @@ def other_rope_tables(line: Line, folder: Path) -> Line:
     return line
 
 
-def scaled(factor: float, kind: str) -> Plant:
-    """A merge that reads every adapter with its scaling off by a factor."""
-
-    def change(adapter: Adapter) -> Adapter:
-        modules = {name: replace(m, scaling=m.scaling * factor) for name, m in adapter.modules.items()}
-        return Adapter(modules, adapter.convention)
-
-    return lambda line, folder: merged_wrongly(line, folder, kind, change)
-
-
-def mean_pool(kind: str) -> Plant:
-    return scaled(1.0 / GROUP, kind)
-
-
-def double_alpha(kind: str) -> Plant:
-    return scaled(2.0, kind)
-
-
-def half_rank(kind: str) -> Plant:
-    """alpha / (r / 2), and only the first half of the rank's columns used."""
-
-    def change(adapter: Adapter) -> Adapter:
-        modules = {
-            name: replace(m, a=m.a[: RANK // 2], b=m.b[:, : RANK // 2].contiguous(), scaling=m.scaling * 2)
-            for name, m in adapter.modules.items()
-        }
-        return Adapter(modules, adapter.convention)
-
-    return lambda line, folder: merged_wrongly(line, folder, kind, change)
-
-
-def foreign_adapter(kind: str) -> Plant:
-    """An adapter trained over another base of the same shape, merged by a merge that forgot to ask."""
-
-    def plant(line: Line, folder: Path) -> Line:
-        other = folder / "other"
-        make_tiny_model(other / "model", seed=1)
-        strange = make_tiny_canonical(other / "base.qalora", other / "model")
-        own_adapter(strange, other / "adapter")
-        shutil.copytree(line.base, folder / line.base.name)
-        shutil.copytree(other / "adapter", folder / "adapter")
-        line = replace(line, base=folder / line.base.name, adapter=folder / "adapter", merged=folder / "merged")
-        right = merging.read_adapter
-        with patch.object(merging, "read_adapter", lambda *a, **k: right(*a, **k | {"base": None})):
-            merging.merge(line.base, line.adapter, line.merged, compare_logits=False)
-        return exported(line, folder, kind)
-
-    return plant
-
-
-def quantized_head(kind: str) -> Plant:
-    """An exporter that quantizes lm_head on its own account; the manifest names the right checkpoint."""
-
-    def plant(line: Line, folder: Path) -> Line:
-        from qalora_export.checkpoint.canonical import CanonicalCheckpoint, CanonicalWriter
-        from tests.models import round_to_nearest
-
-        source = CanonicalCheckpoint(line.merged)
-        config = {k: v for k, v in source.config.items() if k != "quantization_config"}
-        with CanonicalWriter(folder / line.merged.name, config, source.companions(), kind="merged") as out:
-            for module in source.modules:
-                out.add_quantized(module, source.group_affine(module))
-            for name in source.plain_names():
-                if name == "lm_head.weight":
-                    out.add_quantized("lm_head", round_to_nearest(np.asarray(source.tensor(name)), 4, GROUP))
-                else:
-                    out.add(name, np.asarray(source.tensor(name)))
-        made = exported(replace(line, merged=folder / line.merged.name), folder, kind)
-        line = replace(made, merged=line.merged)
-        reseal(line, kind, checkpoint=line.merged)
-        return line
-
-    return plant
-
-
-def lost_merge_gguf(line: Line, folder: Path) -> Line:
-    right = gguf_export.tokenizer_entries
-
-    def entries(*args: object, **options: object) -> list:
-        found = right(*args, **options)
-        rules = next(e for e in found if e.key == "tokenizer.ggml.merges")
-        return [replace(e, value=_without(rules.value)) if e is rules else e for e in found]
-
-    with patch.object(gguf_export, "tokenizer_entries", entries):
-        return exported(line, folder, "gguf")
-
-
 def lost_merge_onnx(text: str) -> str:
     raw = json.loads(text)
-    raw["model"]["merges"] = _without(raw["model"]["merges"])
+    raw["model"]["merges"] = without_a_rule(raw["model"]["merges"])
     return json.dumps(raw)
 
 
-def _without(rules: list) -> list:
+def without_a_rule(rules: list) -> list:
     return [rule for index, rule in enumerate(rules) if index != LOST_RULE]
 
 

@@ -22,7 +22,7 @@ def make_tiny_model(path: Path, *, seed: int = 0, dtype: str = "float16", **over
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from samples.base.make_base import train_tokenizer
+    from samples.base.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer([TEXT], vocab_size=512)
     config = LlamaConfig(

@@ -20,7 +20,7 @@ from qalora_export.checkpoint.manifest import read_manifest
 from qalora_export.errors import InputError
 from qalora_export.models.sources import MAY_DOWNLOAD, lacking, locate
 from qalora_export.quantization.stage import quantize
-from qalora_export.recipe import load_recipe
+from qalora_export.recipe_file import load_recipe
 from tests.conftest import ROOT
 from tests.models import make_tiny_model
 from tests.progress_record import recorded

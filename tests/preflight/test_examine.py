@@ -24,7 +24,8 @@ from qalora_export.formats.onnx.check import check_onnx
 from qalora_export.formats.onnx.export import export_onnx
 from qalora_export.pipeline import check, run
 from qalora_export.quantization.check import open_forecast
-from qalora_export.recipe import GgufSettings, QuantizeRule, QuantizeSettings, Recipe, dump_toml, validated
+from qalora_export.recipe import GgufSettings, QuantizeRule, QuantizeSettings, Recipe
+from qalora_export.recipe_file import dump_toml, validated
 from qalora_export.verify.check import untried_version
 from tests.data.files import write
 from tests.models import TEXT, make_tiny_canonical, make_tiny_model

@@ -18,7 +18,8 @@ from qalora_export.formats.gguf.export import export_gguf
 from qalora_export.pipeline import check
 from qalora_export.quantization.check import open_forecast
 from qalora_export.quantization.stage import quantize
-from qalora_export.recipe import GgufSettings, QuantizeSettings, Recipe, validated
+from qalora_export.recipe import GgufSettings, QuantizeSettings, Recipe
+from qalora_export.recipe_file import validated
 from tests.models import make_tiny_canonical, make_tiny_model
 from tests.quantization.gguf_files import rewritten
 from tests.quantization.gptq_packer import make_gptq_folder

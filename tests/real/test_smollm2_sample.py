@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qalora_export.recipe import load_recipe
+from qalora_export.recipe_file import load_recipe
 from qalora_export.safety import sha256_file
 from samples.smollm2 import fetch
 from samples.smollm2.run import RECIPE

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from qalora_runtimes.arrays import ProtocolError, write_arrays
 from qalora_runtimes.behaviour import ANSWER_KEYS, ASKED, END, Question, Request, behind
 from qalora_runtimes.launch import run_runner
-from qalora_runtimes.protocol import ProtocolError, make_job, read_job, write_arrays, write_job
+from qalora_runtimes.protocol import make_job, read_job, write_job
 
 TOKENS = 6
 CHAT = {"messages": [{"role": "user", "content": "turn on the kitchen light"}]}

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from qalora_runtimes import launch
+from qalora_runtimes.arrays import ProtocolError
 from qalora_runtimes.launch import RUNNERS, available, run_runner
 from qalora_runtimes.process import Watch
-from qalora_runtimes.protocol import ProtocolError, make_job, write_answers
+from qalora_runtimes.protocol import make_job, write_answers
 from qalora_runtimes.records import Runner
 
 ROOT = Path(__file__).parents[2]

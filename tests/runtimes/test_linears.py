@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from qalora_runtimes.arrays import ProtocolError, write_each
 from qalora_runtimes.launch import RunnerResult
 from qalora_runtimes.onnxruntime_ import linears
 from qalora_runtimes.onnxruntime_.linears import run_linears
 from qalora_runtimes.process import Ended, Watch
-from qalora_runtimes.protocol import ProtocolError, write_each
 
 # The third graph kills the process, as a kernel that reads outside its memory does.
 CRASHES = """

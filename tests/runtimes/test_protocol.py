@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qalora_runtimes.arrays import ProtocolError
 from qalora_runtimes.protocol import (
     MAX_POSITIONS,
     MODES,
     Job,
-    ProtocolError,
     TextRequest,
     make_job,
     read_answers,

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +14,15 @@ from qalora_runtimes.process import PATIENCE
 from qalora_runtimes.protocol import read_job
 
 from qalora_export.cli.parity_table import print_report
-from qalora_export.errors import ExitCode, InputError, UnsafeInputError
+from qalora_export.errors import ExitCode, InputError
 from qalora_export.formats.gguf.export import export_gguf
 from qalora_export.qalora.merge import merge
-from qalora_export.recipe import VerifySettings
-from qalora_export.safety import hashing, sha256_file
-from qalora_export.verify.report.parity_report import ParityReport
 from qalora_export.verify.runtimes.record import requested
 from qalora_export.verify.stage import verify_parity
 from tests.qalora.adapters import own_adapter
-from tests.verify.exports import Exported, copy_of
+from tests.verify.exports import Exported
+from tests.verify.fake_runs import ALL, GATES, MODES, SETTINGS, statuses, verify
 from tests.verify.fakes import Change, FakeRuntimes
-
-SETTINGS = VerifySettings(threads=1)
-ALL = ("llama.cpp", "onnxruntime", "onnxruntime-genai")
-GATES = ["G0", "G1", "G2", "G3", "G4", "G5", "G6"]
-MODES = ("prefill", "decode", "text", "behaviour")
-
-
-def verify(
-    exported: Exported, out: Path, fake: Callable[..., Any], runtimes: tuple[str, ...] = ("llama.cpp",)
-) -> ParityReport:
-    settings = SETTINGS.model_copy(update={"runtimes": runtimes})
-    artifacts = {"gguf": exported.gguf, "onnx": exported.onnx}
-    taps = FakeRuntimes(exported.checkpoint).taps
-    return verify_parity(exported.checkpoint, out, settings, **artifacts, launch=fake, taps=taps, bisect=False)
-
-
-def statuses(report: ParityReport, runtime: str = "llama.cpp") -> dict[str, str]:
-    return {entry.gate: entry.status for entry in report.entries if entry.runtime == runtime}
 
 
 def test_right_runtimes_pass_every_gate_and_the_report_is_complete(exported: Exported, tmp_path: Path) -> None:
@@ -262,67 +237,6 @@ def test_the_paths_may_be_strings(exported: Exported, tmp_path: Path) -> None:
     assert report.passed
 
 
-def swapped(path: Path) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-
-
-def put_back(path: Path) -> None:
-    """Another file for a moment, then the same bytes under the same name again."""
-    content = path.read_bytes()
-    path.unlink()
-    path.with_name("other").write_bytes(content)
-    path.with_name("other").rename(path)
-
-
-def put_back_with_its_times(path: Path) -> None:
-    """Other bytes in the same file for a moment; size, inode, modification time and bytes are then as they were."""
-    content, before = path.read_bytes(), path.stat()
-    path.write_bytes(bytes(len(content)))
-    path.write_bytes(content)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
-def swapped_with_its_times(path: Path) -> None:
-    before = path.stat()
-    swapped(path)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda e: swapped(e.gguf), "model.gguf has other bytes"),
-        (lambda e: swapped_with_its_times(e.gguf), "model.gguf has other bytes"),
-        (lambda e: put_back(e.gguf), "model.gguf was written again"),
-        (lambda e: put_back_with_its_times(e.gguf), "model.gguf was touched"),
-        (lambda e: e.gguf.with_name("model.gguf.manifest.json").unlink(), "model.gguf.manifest.json is gone"),
-        (lambda e: swapped(e.checkpoint / "config.json"), "config.json has other bytes"),
-        (lambda e: (e.checkpoint / "new.safetensors").write_bytes(b"x"), "new.safetensors appeared"),
-    ],
-)
-def test_a_file_that_changes_during_the_run_is_red_and_named(
-    change: Callable[[Exported], object], words: str, exported: Exported, tmp_path: Path
-) -> None:
-    shutil.copytree(exported.checkpoint, tmp_path / "base.qalora")
-    copy = replace(copy_of(exported, tmp_path), checkpoint=tmp_path / "base.qalora")
-    before = sha256_file(copy.gguf)
-    fake = FakeRuntimes(exported.checkpoint)
-
-    def last(runtime: str, *, job: Path, **options: Any) -> RunnerResult:
-        result = fake(runtime, job=job, **options)
-        if read_job(job).text is not None:
-            change(copy)
-        return result
-
-    report = verify(copy, tmp_path / "report", last)
-    assert report.exit_code == ExitCode.PARITY_FAILED
-    assert [gate for gate, status in statuses(report).items() if status == "fail"] == ["G0"]
-    assert report.entries[0].where[0].startswith(words)
-    written = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert written["artifacts"][0]["files"]["model.gguf"] == before  # what was verified, not what lies there now
-
-
 def test_a_merge_without_its_parents_is_not_run_and_the_verdict_says_so(
     exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -350,30 +264,6 @@ def test_a_merge_without_its_parents_is_not_run_and_the_verdict_says_so(
     assert "merge recomputed from base and adapter in 4 modules" in report.entries[0].detail
 
 
-def test_every_run_checks_that_its_files_stayed_the_same(exported: Exported, tmp_path: Path) -> None:
-    report = verify(exported, tmp_path / "report", FakeRuntimes(exported.checkpoint), ALL)
-    for entry in report.entries:
-        if entry.gate == "G0":
-            assert entry.checks[-1].figure == "changed_files"
-            assert entry.checks[-1].passed
-
-
-def test_every_file_is_hashed_before_the_gates_and_after_them_and_no_more(
-    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The manifest, the chain, G0 of each runtime and the report all ask for the same files."""
-    digest, times = hashlib.file_digest, Counter[str]()
-
-    def counted(file: Any, name: str) -> Any:
-        times[file.name] += 1
-        return digest(file, name)
-
-    monkeypatch.setattr(hashing.hashlib, "file_digest", counted)
-    verify(exported, tmp_path / "report", FakeRuntimes(exported.checkpoint), ALL)
-    weights = [exported.checkpoint / "model.safetensors", exported.gguf, *exported.onnx.rglob("model.onnx[._]data")]
-    assert [times[str(path)] for path in weights] == [2, 2, 2]
-
-
 def test_a_model_is_loaded_once_for_all_that_is_asked_of_it(exported: Exported, tmp_path: Path) -> None:
     fake, asked = FakeRuntimes(exported.checkpoint), []
 
@@ -385,39 +275,6 @@ def test_a_model_is_loaded_once_for_all_that_is_asked_of_it(exported: Exported, 
     assert verify(exported, tmp_path / "report", counted, ALL).passed
     both = ("prefill", "decode")
     assert asked == [(r, path, both, path == "shipped") for r in ALL for path in ("exact", "shipped")]
-
-
-@pytest.mark.parametrize(
-    "how", ["unreadable artifact", "no artifact", "no checkpoint", "crash of our own", "interrupt"]
-)
-def test_a_run_that_fails_leaves_no_old_verdict(how: str, exported: Exported, tmp_path: Path) -> None:
-    out = tmp_path / "report"
-    assert verify(exported, out, FakeRuntimes(exported.checkpoint)).passed
-    gguf, checkpoint, launch = exported.gguf, exported.checkpoint, FakeRuntimes(exported.checkpoint)
-    if how == "unreadable artifact":
-        gguf = tmp_path / "cut.gguf"
-        gguf.write_bytes(exported.gguf.read_bytes()[:-100])
-    elif how == "no artifact":
-        gguf = tmp_path / "none.gguf"
-    elif how == "no checkpoint":
-        checkpoint = tmp_path / "nothing"
-    else:
-
-        def launch(*_: object, **__: object) -> RunnerResult:
-            raise KeyboardInterrupt if how == "interrupt" else ZeroDivisionError
-
-    with pytest.raises((InputError, UnsafeInputError, ZeroDivisionError, KeyboardInterrupt)):
-        verify_parity(checkpoint, out, SETTINGS, gguf=gguf, launch=launch, force=True)
-    assert not list(tmp_path.rglob("report.*")) and not list(tmp_path.rglob("junit.xml"))
-
-
-def test_without_force_an_old_report_stays_whole(exported: Exported, tmp_path: Path) -> None:
-    out = tmp_path / "report"
-    verify(exported, out, FakeRuntimes(exported.checkpoint))
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    with pytest.raises(InputError, match="exists"):
-        verify(exported, out, FakeRuntimes(exported.checkpoint))
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 @pytest.mark.parametrize("patience", ["soon", "-3", "inf"])

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from qalora_runtimes.protocol import Job, ProtocolError
+from qalora_runtimes.arrays import ProtocolError
+from qalora_runtimes.protocol import Job
 from qalora_runtimes.scoring import log_softmax
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint

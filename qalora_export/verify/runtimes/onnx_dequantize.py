@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from qalora_runtimes.arrays import ProtocolError
 from qalora_runtimes.onnxruntime_.linears import LinearsResult, run_linears
-from qalora_runtimes.protocol import ProtocolError
 
 from qalora_export.errors import RuntimeUnavailableError, UnsafeInputError
 from qalora_export.formats.onnx.exact import EXACT_LEVEL, set_attribute

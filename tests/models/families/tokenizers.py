@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qalora_export.formats.gguf.tokenizer.pretokenizer import NAMED, O200K
-from samples.base.make_base import CHAT_TEMPLATE
+from samples.base.tokenizer import CHAT_TEMPLATE
 from tests.formats.gguf.tokenizer.synthetic import byte_level, sentencepiece, with_bos, with_tokens
 
 Raw = dict[str, Any]

@@ -1,61 +1,24 @@
 """The train stage in one process: what it learns, what it keeps, how it stops and goes on."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.manifest import verify_manifest
 from qalora_export.data.samples import IGNORED, load_samples
 from qalora_export.data.sequence_packing import collate, one_per_row
-from qalora_export.errors import InputError, QaloraError, RuntimeUnavailableError
+from qalora_export.errors import InputError
 from qalora_export.models.loading import load_model, load_tokenizer
 from qalora_export.qalora.adapter_files import load_adapter
 from qalora_export.qalora.training import folder as training_folder
-from qalora_export.qalora.training import stage as train_stage
 from qalora_export.qalora.training import trainer as adapter_trainer
 from qalora_export.qalora.training.plan import plan
-from qalora_export.qalora.training.stage import TrainReport, train
 from qalora_export.recipe import TrainSettings
-
-ROOMS, THINGS = ("kitchen", "hall", "attic", "garden"), ("lights", "radio", "fan", "oven", "heater")
-
-
-def write_commands(path: Path, begin: int, end: int) -> Path:
-    """Spoken commands with JSON answers of different lengths."""
-    rows = []
-    for index in range(begin, end):
-        room, thing = ROOMS[index % 4], THINGS[index % 5]
-        answer = json.dumps({"room": room, "device": thing} | ({"level": index} if index % 3 else {}))
-        rows.append({"prompt": f"turn on the {thing} in the {room}" + ", please" * (index % 2), "output": answer})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("data")
-    return {
-        "data": str(write_commands(folder / "train.jsonl", 0, 24)),
-        "validation": str(write_commands(folder / "validation.jsonl", 30, 37)),
-    }
-
-
-Runner = Callable[..., TrainReport]
-
-
-@pytest.fixture
-def run(tiny_canonical: Path, files: dict[str, str], tmp_path: Path) -> Runner:
-    def call(name: str = "adapter", *, force: bool = False, resume: bool = True, **settings: Any) -> TrainReport:
-        chosen = TrainSettings(**{**files, "batch_size": 8, "max_steps": 6, "rank": 4, **settings})
-        return train(tiny_canonical, tmp_path / name, chosen, force=force, resume=resume)
-
-    return call
+from tests.qalora.training.runs import Runner, folder_bytes
 
 
 def validation_loss(base: Path, files: dict[str, str], adapter: Path | None) -> float:
@@ -126,90 +89,12 @@ def test_without_validation_the_last_adapter_is_kept(run: Runner, tmp_path: Path
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def folder_bytes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def test_the_same_seed_gives_the_same_bytes(run: Runner, tmp_path: Path) -> None:
     for name in ("a", "b"):
         run(name, seed=5)
     run("c", seed=6)
     assert folder_bytes(tmp_path / "a") == folder_bytes(tmp_path / "b")
     assert folder_bytes(tmp_path / "a") != folder_bytes(tmp_path / "c")
-
-
-def test_accumulation_equals_the_larger_batch(run: Runner, tiny_canonical: Path, tmp_path: Path) -> None:
-    whole = run("whole", batch_size=12, max_steps=4)
-    parts = run("parts", batch_size=3, gradient_accumulation=4, max_steps=4)
-    for left, right in zip(whole.train_curve, parts.train_curve, strict=True):
-        assert left[1] == pytest.approx(right[1], rel=1e-5)
-    assert whole.validation_curve[-1][1] == pytest.approx(parts.validation_curve[-1][1], rel=1e-5)
-
-
-def test_packing_learns_from_the_same_tokens(run: Runner) -> None:
-    plain = run("plain", batch_size=24, max_steps=1)
-    packed = run("packed", batch_size=24, max_steps=1, packing=True, sequence_length=200)
-    assert packed.train_curve[0][1] == pytest.approx(plain.train_curve[0][1], rel=1e-5)
-    assert packed.samples == plain.samples and packed.tokens_per_epoch == plain.tokens_per_epoch
-
-
-def test_gradient_checkpointing_changes_nothing(run: Runner, tmp_path: Path) -> None:
-    plain, checkpointed = run("a"), run("b", gradient_checkpointing=True)
-    assert plain.train_curve == checkpointed.train_curve
-    name = "adapter_model.safetensors"
-    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True, "packing": True, "sequence_length": 128}])
-def test_compiled_layers_are_whole_graphs_that_train_the_same(
-    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
-) -> None:
-    """Graphs without the code generator (minutes on a CPU), and an error where one would break."""
-    plain = run("a", max_steps=3, **options)
-    compiled: list[torch.nn.Module] = []
-    original = torch.nn.Module.compile
-
-    def whole_graph(module: torch.nn.Module) -> None:
-        compiled.append(module)
-        original(module, fullgraph=True, backend="aot_eager")
-
-    monkeypatch.setattr(torch.nn.Module, "compile", whole_graph)
-    torch.compiler.reset()
-    other = run("b", max_steps=3, compile=True, **options)
-    torch.compiler.reset()
-    assert [type(module).__name__ for module in compiled] == ["LlamaDecoderLayer"] * 2
-    for curve in ("train_curve", "validation_curve"):
-        left, right = (dict(getattr(report, curve)) for report in (plain, other))
-        assert [right[step] for step in left] == pytest.approx(list(left.values()), rel=1e-5)
-    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("a", "b"))
-    assert one.keys() == two.keys()
-
-
-def test_bf16_follows_fp32(run: Runner) -> None:
-    exact, narrow = run("a", max_steps=4), run("b", max_steps=4, precision="bf16")
-    assert exact.train_curve != narrow.train_curve
-    assert narrow.train_curve[-1][1] == pytest.approx(exact.train_curve[-1][1], rel=0.05)
-
-
-@pytest.mark.parametrize("name", ["adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
-def test_optimizers_of_bitsandbytes_follow_the_one_of_torch(
-    run: Runner, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    """On a CPU bitsandbytes keeps paged states unpaged, and says so; the numbers are the same."""
-    states: list[Any] = []
-    write = train_stage._write
-    monkeypatch.setattr(
-        train_stage,
-        "_write",
-        lambda trainer, *rest, **options: (
-            states.extend(trainer.optimizer.state.values()),
-            write(trainer, *rest, **options),
-        ),
-    )
-    plain, other = run("a", rank=32), run("b", rank=32, optimizer=name)  # below 4096 values states stay in 32 bits
-    assert other.best_loss == pytest.approx(plain.best_loss, rel=0.02)
-    assert (torch.uint8 in {state["state1"].dtype for state in states if "state1" in state}) == ("8bit" in name)
 
 
 def test_targets_limit_the_adapter(run: Runner, tiny_canonical: Path) -> None:
@@ -279,67 +164,6 @@ def test_a_changed_run_is_not_resumed(run: Runner, tmp_path: Path, monkeypatch: 
         run(learning_rate=2e-3)
     assert error.value.why == "changed since then: settings.learning_rate"
     assert run(learning_rate=2e-3, resume=False).resumed_from == 0
-
-
-def test_a_loss_that_is_no_number_stops_the_run(run: Runner, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"not finite \(nan\) at step \d of 6") as error:
-        run(learning_rate=1e6, max_grad_norm=1e9, schedule="constant", warmup_ratio=0.0)
-    assert "--learning-rate" in error.value.fix
-    assert not (tmp_path / "adapter").exists()
-
-
-@pytest.mark.parametrize(
-    ("settings", "kind", "message"),
-    [
-        ({"optimizer": "adamw_torsch"}, InputError, "did you mean 'adamw_torch'"),
-        ({"optimizer": "paged_adamw_8bit"}, RuntimeUnavailableError, "needs bitsandbytes"),
-        ({"data": None}, InputError, "no training data"),
-        ({"targets": ("*.z_proj",)}, InputError, "matches the target"),
-        ({"sequence_length": 30, "too_long": "error"}, InputError, "samples are longer than sequence_length"),
-        ({"sequence_length": 4}, InputError, "24 of 24 samples are longer than sequence_length"),
-        ({"pool": 48}, InputError, "pool length 48"),
-    ],
-)
-def test_bad_settings_are_refused_before_anything_is_written(
-    run: Runner,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    settings: dict[str, Any],
-    kind: type[QaloraError],
-    message: str,
-) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)  # absent, wherever the tests run
-    with pytest.raises(kind, match=message):
-        run(**settings)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed cannot train packed weights"),
-        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM cannot train packed weights"),
-        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP version 1 cannot shard"),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_MIXED_PRECISION": "bf16"}, "round scales"),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "accelerate does not shard here"),  # one CPU process
-    ],
-)
-def test_engines_that_would_not_keep_the_packed_weights_are_refused(
-    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str
-) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match=message):
-        run()
-    assert not (tmp_path / "adapter").exists()
-
-
-def test_fsdp_takes_only_optimizers_that_work_on_shards(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match="paged_adamw_8bit does not work on the shards") as error:
-        run(optimizer="paged_adamw_8bit")
-    assert "adamw_torch" in error.value.fix
 
 
 def test_an_existing_output_is_refused_unless_forced(run: Runner, tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def calibration(file: str, folder: Path) -> None:
 
 
 def recipe(folder: Path) -> None:
-    from qalora_export.recipe import dump_toml, load_recipe
+    from qalora_export.recipe_file import dump_toml, load_recipe
 
     dump_toml(load_recipe(folder / "recipe.toml"))
 
@@ -205,7 +205,7 @@ def run_state(folder: Path) -> None:
 def run_summary(folder: Path) -> None:
     from qalora_export.cli.run_summary import print_summary
     from qalora_export.model_card import write_card
-    from qalora_export.recipe import load_recipe
+    from qalora_export.recipe_file import load_recipe
 
     loaded = load_recipe(folder / "recipe.toml")
     print_summary(loaded)

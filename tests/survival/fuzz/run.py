@@ -99,7 +99,7 @@ def run_case(target: Target, folder: Path, raw: bytes) -> Outcome:
 
 
 def _read(target: Target, folder: Path, *, changed: bool) -> Outcome:
-    from qalora_runtimes.protocol import ProtocolError
+    from qalora_runtimes.arrays import ProtocolError
 
     from qalora_export.errors import QaloraError, from_system
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tests.survival.fuzz import commands, mutate, readers, structures
+from tests.survival.fuzz import commands, languages, mutate, readers, structures
 from tests.survival.fuzz.mutate import Mutator
 
 Read = Callable[[Path], object]
@@ -21,8 +21,8 @@ TENSORS: tuple[Mutator, ...] = (structures.safetensors, structures.safetensors, 
 GGUF: tuple[Mutator, ...] = (structures.gguf, structures.gguf, mutate.any_bytes)
 GRAPH: tuple[Mutator, ...] = (structures.protobuf, structures.protobuf, structures.protobuf, mutate.any_bytes)
 NPZ: tuple[Mutator, ...] = (structures.npz, mutate.any_bytes)
-TOML: tuple[Mutator, ...] = (mutate.toml, mutate.toml, mutate.any_bytes)
-JINJA: tuple[Mutator, ...] = (mutate.jinja, mutate.any_bytes)
+TOML: tuple[Mutator, ...] = (languages.toml, languages.toml, mutate.any_bytes)
+JINJA: tuple[Mutator, ...] = (languages.jinja, mutate.any_bytes)
 
 
 @dataclass(frozen=True)
