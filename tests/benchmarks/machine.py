@@ -115,15 +115,17 @@ def write_random_checkpoint(
     config: dict[str, Any],
     *,
     group: int = 32,
+    bits: int = 4,
     sym: bool = False,
     head_bits: int | None = None,
     grid: str = AFFINE16.name,
     seed: int = 0,
 ) -> Path:
-    """A canonical checkpoint with random weights, streamed; 4-bit linears, lm_head of `head_bits` or float16.
+    """A canonical checkpoint with random weights, streamed; linears of `bits`, lm_head of `head_bits` or float16.
 
-    grid: of the linears; lm_head is affine16 always. sym: offset = −8·s. Otherwise the offset is 0.8 … 1.2 times that,
-    so nothing is symmetric by chance. Tokenizer: a tiny real one; the rows of the vocabulary beyond it are padding.
+    grid: of the linears; lm_head is affine16 always. sym: offset = −2^(bits−1)·s. Otherwise the offset is
+    0.8 … 1.2 times that, so nothing is symmetric by chance. Tokenizer: a tiny real one; the rows of the vocabulary
+    beyond it are padding.
     """
     from samples.base.tokenizer import train_tokenizer
 
@@ -137,7 +139,7 @@ def write_random_checkpoint(
     with CanonicalWriter(path, config, companions, kind="base", force=True) as out:
         out.add("model.embed_tokens.weight", _plain(rng, vocab, hidden))
         for module, rows, columns in linears(config):
-            matrix = random_matrix(rng, rows, columns, group, sym=sym)
+            matrix = random_matrix(rng, rows, columns, group, bits=bits, sym=sym)
             out.add_quantized(module, matrix if grid == AFFINE16.name else on_super_blocks(matrix, grid))
         for name in norms(config):
             out.add(name, np.ones(hidden, np.float16))

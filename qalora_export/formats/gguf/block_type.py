@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.errors import InputError, UnsafeInputError
+from qalora_export.formats.streaming import row_blocks
 from qalora_export.grid import (
     AFFINE16,
     NamedGrid,
@@ -22,10 +24,12 @@ from qalora_export.grid import (
     SuperBlockGrid,
     implied_offset,
     pack_codes,
+    packed_width,
     unpack_codes,
 )
 
 QK = 32
+SLAB_BYTES = 128 << 10  # of codes that change places at a time: what is made on the way stays in a core's cache
 
 BLOCK_TYPES: dict[str, type[BlockType]] = {}
 PLAIN_TYPES: dict[str, type[PlainType]] = {}
@@ -168,14 +172,20 @@ class BlockType(GgufType):
         blocks["d"] = _per_block(matrix.scale, matrix.group_size)
         if cls.zero is None:
             blocks["m"] = _per_block(matrix.offset, matrix.group_size)
-        codes = _repacked(matrix.codes, matrix.bits, cls.carrier)
-        if (code := cls._beyond(codes, cls.carrier if matrix.bits > cls.code_bits else matrix.bits)) is not None:
+        for rows in slabs(matrix.codes):
+            cls.put_codes(blocks[rows], cls._carried(matrix.codes[rows], matrix.bits))
+        return blocks.view(np.uint8)
+
+    @classmethod
+    def _carried(cls, codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+        """Canonical codes packed at `bits` -> those of the blocks, packed at `carrier`."""
+        codes = _repacked(codes, bits, cls.carrier)
+        if (code := cls._beyond(codes, cls.carrier if bits > cls.code_bits else bits)) is not None:
             last = cls.first + 2**cls.code_bits - 1
             raise InputError(f"code {code} does not fit in {cls.name}", why=f"it holds {cls.first} to {last}")
-        if shift := cls.shift(matrix.bits):
+        if shift := cls.shift(bits):
             codes = pack_codes(unpack_codes(codes, cls.carrier) + np.uint8(shift), cls.carrier)
-        cls.put_codes(blocks, codes)
-        return blocks.view(np.uint8)
+        return codes
 
     @classmethod
     def unpack(cls, rows: NDArray[np.uint8], *, bits: int, group_size: int) -> PackedAffine:
@@ -192,10 +202,17 @@ class BlockType(GgufType):
         zero = cls.implied_zero(bits)
         offset = _grouped(blocks["m"], group_size, "offset") if zero is None else _implied(scale, zero)
         try:
-            codes = _unshifted(cls.take_codes(blocks), cls.carrier, cls.shift(bits), bits)
+            codes = np.empty((len(blocks), packed_width(blocks.shape[1] * QK, bits)), np.uint8)
+            for part in slabs(codes):
+                codes[part] = _unshifted(cls.take_codes(blocks[part]), cls.carrier, cls.shift(bits), bits)
             return PackedAffine(codes, scale, offset, bits, group_size)
         except InputError as error:
             raise UnsafeInputError(error.what, why="the blocks hold no canonical numbers") from error
+
+
+def slabs(codes: NDArray[np.uint8]) -> Iterator[slice]:
+    """Rows of packed codes (rows, bytes), SLAB_BYTES at a time."""
+    return row_blocks(len(codes), codes.nbytes, SLAB_BYTES)
 
 
 def check_group(group_size: int, *, where: str) -> None:

@@ -13,14 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.errors import InputError, UnsafeInputError
-from qalora_export.formats.gguf.block_type import BlockType
-from qalora_export.grid import Levels, PackedAffine, SuperBlockGrid, pack_codes, unpack_codes
+from qalora_export.formats.gguf.block_type import BlockType, slabs
+from qalora_export.grid import Levels, PackedAffine, SuperBlockGrid
 from qalora_export.grid.named import Q2_K as Q2_K_GRID
 from qalora_export.grid.named import Q4_K as Q4_K_GRID
 from qalora_export.grid.named import SUPER_BLOCK
 
 LOW, HIGH, FOUR = np.uint64(0x0F0F0F0F0F0F0F0F), np.uint64(0xF0F0F0F0F0F0F0F0), np.uint64(4)
-HALF = SUPER_BLOCK // 8  # bytes of 64 codes of 4 bits
+PAIRS, TWO = np.uint64(0x3333333333333333), np.uint64(2)  # two bits of every four
+EIGHT, SIXTEEN = np.uint16(8), np.uint32(16)
 
 
 class SuperBlockType(BlockType, abstract=True):
@@ -65,7 +66,8 @@ class SuperBlockType(BlockType, abstract=True):
         blocks["d"], blocks["dmin"] = levels.scale_step.view("<u2"), levels.offset_step.view("<u2")
         shape = (*blocks.shape, cls.grid.groups)
         cls.put_levels(blocks, levels.scale.reshape(shape), levels.offset.reshape(shape))
-        cls.put_codes(blocks, matrix.codes)
+        for rows in slabs(matrix.codes):
+            cls.put_codes(blocks[rows], matrix.codes[rows])
         return blocks.view(np.uint8)
 
     @classmethod
@@ -76,8 +78,11 @@ class SuperBlockType(BlockType, abstract=True):
         blocks = np.ascontiguousarray(rows).view(cls.layout)
         scale, offset = (level.reshape(len(blocks), -1) for level in cls.take_levels(blocks))
         steps = (np.ascontiguousarray(blocks[part]).view("<f2").astype(np.float16) for part in ("d", "dmin"))
+        codes = np.empty((len(blocks), blocks.shape[1] * SUPER_BLOCK * bits // 8), np.uint8)
+        for part in slabs(codes):
+            codes[part] = cls.take_codes(blocks[part])
         try:
-            return PackedAffine.on_levels(cls.take_codes(blocks), Levels(cls.grid, scale, offset, *steps))
+            return PackedAffine.on_levels(codes, Levels(cls.grid, scale, offset, *steps))
         except InputError as error:
             raise UnsafeInputError(error.what, why="the blocks hold no canonical numbers") from error
 
@@ -99,18 +104,19 @@ class Q4_K(SuperBlockType):
     @classmethod
     def put_codes(cls, blocks: NDArray[Any], codes: NDArray[np.uint8]) -> None:
         # As words of eight bytes: packed codes 2j | 2j+1 << 4 of the first group in a, of the second in b.
-        a, b = np.moveaxis(np.ascontiguousarray(codes).view("<u8").reshape(*blocks.shape, -1, 2, 2), 3, 0)
+        pairs = np.ascontiguousarray(codes).view("V16").reshape(-1, 2)
+        a, b = (np.ascontiguousarray(pairs[:, group]).view("<u8") for group in (0, 1))
         even, odd = (a & LOW) | ((b & LOW) << FOUR), ((a >> FOUR) & LOW) | (b & HIGH)
-        both = np.stack([even.view(np.uint8), odd.view(np.uint8)], axis=-1)
-        blocks["qs"] = np.ascontiguousarray(both).reshape(*blocks.shape, -1).view("V128")[..., 0]
+        blocks["qs"] = _interleaved(even, odd).view("V128").reshape(blocks.shape)
 
     @classmethod
     def take_codes(cls, blocks: NDArray[Any]) -> NDArray[np.uint8]:
-        both = np.ascontiguousarray(blocks["qs"]).view(np.uint8).reshape(*blocks.shape, -1, HALF // 2, 2)
-        even, odd = (np.ascontiguousarray(part) for part in (both[..., 0], both[..., 1]))
-        first = (even & np.uint8(15)) | (odd & np.uint8(15)) << np.uint8(4)
-        second = even >> np.uint8(4) | odd & np.uint8(0xF0)
-        return np.stack([first, second], axis=-2).reshape(len(blocks), -1)
+        both = np.ascontiguousarray(blocks["qs"]).view("<u2").reshape(-1)
+        even, odd = both.astype(np.uint8).view("<u8"), (both >> EIGHT).astype(np.uint8).view("<u8")
+        pairs = np.empty((even.size // 2, 2), "V16")
+        pairs[:, 0] = ((even & LOW) | (odd & LOW) << FOUR).view("V16")
+        pairs[:, 1] = ((even >> FOUR) & LOW | (odd & HIGH)).view("V16")
+        return pairs.view(np.uint8).reshape(len(blocks), -1)
 
     @classmethod
     def put_levels(cls, blocks: NDArray[Any], scale: NDArray[np.uint8], offset: NDArray[np.uint8]) -> None:
@@ -146,15 +152,19 @@ class Q2_K(SuperBlockType):
 
     @classmethod
     def put_codes(cls, blocks: NDArray[Any], codes: NDArray[np.uint8]) -> None:
-        q = unpack_codes(codes, 2).reshape(*blocks.shape, 2, 4, 32)  # (out, in/256, half, lane, byte)
-        low, second, third, high = (q[..., lane, :] << np.uint8(2 * lane) for lane in range(4))
-        blocks["qs"] = (low | second | third | high).reshape(*blocks.shape, 64)
+        # As words of eight bytes, each 32 codes: element 4i + r of all four lanes is in byte i of word r afterwards.
+        lanes = np.ascontiguousarray(codes).view("<u8").reshape(-1, 4).T
+        first, second, third, fourth = _exchanged(*lanes)
+        low, high = _interleaved(first, second), _interleaved(third, fourth)
+        qs = high.astype("<u4") << SIXTEEN
+        qs |= low
+        blocks["qs"] = qs.view(np.uint8).reshape(*blocks.shape, 64)
 
     @classmethod
     def take_codes(cls, blocks: NDArray[Any]) -> NDArray[np.uint8]:
-        qs = blocks["qs"].reshape(*blocks.shape, 2, 1, 32)
-        lanes = qs >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & np.uint8(3)
-        return pack_codes(lanes.reshape(len(blocks), -1), 2)
+        qs = np.ascontiguousarray(blocks["qs"]).view("<u4").reshape(-1)
+        words = _exchanged(*((qs >> np.uint32(8 * place)).astype(np.uint8).view("<u8") for place in range(4)))
+        return np.stack(words, axis=-1).view(np.uint8).reshape(len(blocks), -1)
 
     @classmethod
     def put_levels(cls, blocks: NDArray[Any], scale: NDArray[np.uint8], offset: NDArray[np.uint8]) -> None:
@@ -173,21 +183,55 @@ class Q2_K(SuperBlockType):
         return codes, [d * (byte & 15) for byte in block[:16]], [-dmin * (byte >> 4) for byte in block[:16]]
 
 
+def _interleaved(even: NDArray[np.uint64], odd: NDArray[np.uint64]) -> NDArray[np.uint16]:
+    """The bytes of two arrays in turn."""
+    both = odd.view(np.uint8).astype("<u2") << EIGHT
+    both |= even.view(np.uint8)
+    return both
+
+
+def _exchanged(
+    a: NDArray[np.uint64], b: NDArray[np.uint64], c: NDArray[np.uint64], d: NDArray[np.uint64]
+) -> tuple[NDArray[np.uint64], ...]:
+    """Of four words w: field j of two bits in every byte of w[i] and field i of that byte of w[j] change places.
+
+    A transpose by halves (Hacker's Delight, 7-3): neighbours first, then pairs of them. It is its own inverse.
+    """
+    (a, b), (c, d) = _swapped(a, b, PAIRS, TWO), _swapped(c, d, PAIRS, TWO)
+    (a, c), (b, d) = _swapped(a, c, LOW, FOUR), _swapped(b, d, LOW, FOUR)
+    return a, b, c, d
+
+
+def _swapped(
+    low: NDArray[np.uint64], high: NDArray[np.uint64], mask: np.uint64, shift: np.uint64
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """The bits of `low` above `mask` and those of `high` in `mask` change places."""
+    moved = ((low >> shift) ^ high) & mask
+    return low ^ (moved << shift), high ^ moved
+
+
 def put_six_bits(packed: NDArray[np.uint8], k: NDArray[np.uint8], levels: NDArray[np.uint8]) -> None:
     """Eight pairs (k, l) of 6 bits, (…, 8) each, into 12 bytes, (…, 12), as get_scale_min_k4 reads them."""
-    high, low, four = np.uint8(0x30), np.uint8(0x0F), np.uint8(4)
-    packed[..., 0:4] = k[..., :4] | (k[..., 4:] & high) << np.uint8(2)
-    packed[..., 4:8] = levels[..., :4] | (levels[..., 4:] & high) << np.uint8(2)
-    packed[..., 8:12] = (k[..., 4:] & low) | (levels[..., 4:] & low) << four
+    high, low, two, four = np.uint32(0x30303030), np.uint32(0x0F0F0F0F), np.uint32(2), np.uint32(4)
+    words = np.empty((*k.shape[:-1], 3), "<u4")  # four bytes at a time
+    (first_k, last_k), (first, last) = (np.ascontiguousarray(x).view("<u4").reshape(-1, 2).T for x in (k, levels))
+    flat = words.reshape(-1, 3)
+    flat[:, 0] = first_k | (last_k & high) << two
+    flat[:, 1] = first | (last & high) << two
+    flat[:, 2] = (last_k & low) | (last & low) << four
+    packed[...] = words.view(np.uint8)
 
 
 def take_six_bits(packed: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """The inverse of put_six_bits."""
-    six, low, four = np.uint8(63), np.uint8(0x0F), np.uint8(4)
-    first, second, third = packed[..., 0:4], packed[..., 4:8], packed[..., 8:12]
-    k = np.concatenate([first & six, (third & low) | (first >> np.uint8(6)) << four], axis=-1)
-    levels = np.concatenate([second & six, third >> four | second >> np.uint8(6) << four], axis=-1)
-    return k, levels
+    six, low, four = np.uint32(0x3F3F3F3F), np.uint32(0x0F0F0F0F), np.uint32(4)
+    top, six_four = np.uint32(0x30303030), np.uint32(2)
+    first, second, third = np.ascontiguousarray(packed).view("<u4").reshape(-1, 3).T
+    k, levels = np.empty((2, len(first), 2), "<u4")
+    k[:, 0], k[:, 1] = first & six, (third & low) | (first >> six_four) & top
+    levels[:, 0], levels[:, 1] = second & six, (third >> four) & low | (second >> six_four) & top
+    shape = (*packed.shape[:-1], 8)
+    return k.view(np.uint8).reshape(shape), levels.view(np.uint8).reshape(shape)
 
 
 def slow_six_bits(packed: bytes) -> list[tuple[int, int]]:
