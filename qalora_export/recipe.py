@@ -10,9 +10,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from qalora_export.safety.paths import local_path
 
-Bits = Literal[2, 3, 4, 8]
+Bits = Literal[2, 3, 4, 5, 8]
 GroupSize = Literal[32, 64, 128]
-GridName = Literal["affine16", "q4_k", "q2_k"]
+GridName = Literal["affine16", "q4_k", "q5_k", "q2_k"]
 Positive = Annotated[int, Field(gt=0)]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}(?<!\.gguf)")  # owner/name
@@ -50,8 +50,8 @@ class QuantizeSettings(Settings):
     group_size: GroupSize = 32
     grid: GridName = Field(
         default="affine16",
-        description="affine16: free float16 scale and offset; q4_k, q2_k: those of GGUF Q4_K and Q2_K, whose bits and "
-        "groups they have",
+        description="affine16: free float16 scale and offset; q4_k, q5_k, q2_k: those of GGUF Q4_K, Q5_K and Q2_K, "
+        "whose bits and groups they have",
     )
     strict_groups: bool = Field(
         default=False, description="refuse in-features that group_size does not divide, instead of a smaller group"

@@ -42,8 +42,8 @@ def make_line(folder: Path, grid: str = "q4_k") -> None:
     report = q.quantize(folder / "model", folder / "base", settings)
     note = f"2 × down_proj: grid affine16 instead of {grid}, 320 in-features do not divide into super-blocks of 256"
     assert report.notes == (note,)
-    assert 0 < report.bits_per_weight - {"q4_k": 4.5, "q2_k": 2.625}[grid] < 0.3
-    training = q.TrainSettings(data=str(folder / "data.jsonl"), rank=2, max_steps=2, batch_size=4, learning_rate=3e-2)
+    assert 0 < report.bits_per_weight - {"q4_k": 4.5, "q5_k": 5.5, "q2_k": 2.625}[grid] < 0.3
+    training = q.TrainSettings(data=str(folder / "data.jsonl"), rank=2, max_steps=2, batch_size=4, learning_rate=1e-2)
     q.train(folder / "base", folder / "adapter", training)
     merged = q.merge(folder / "base", folder / "adapter", folder / "merged")
     assert (merged.changed_codes, merged.changed_scales, merged.logits_differing) == (0, 0, 0)
@@ -158,12 +158,18 @@ def test_it_is_verified_on_every_runtime(line: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_bits_go_the_same_way(tmp_path: Path) -> None:
-    """Groups of 16, which no other grid has in GGUF; 320 in-features fall back to groups of 32."""
-    make_line(tmp_path, grid="q2_k")
+@pytest.mark.parametrize(
+    ("grid", "own", "free", "types"),
+    [("q2_k", (2, 16), (2, 32), {"Q2_K", "Q4_1"}), ("q5_k", (5, 32), (5, 32), {"Q5_K", "Q5_1"})],
+)
+def test_other_bits_go_the_same_way(
+    tmp_path: Path, grid: str, own: tuple[int, int], free: tuple[int, int], types: set[str]
+) -> None:
+    """Groups of 16, which no other grid has in GGUF; codes of 5 bits; 320 in-features fall back to a free grid."""
+    make_line(tmp_path, grid=grid)
     merged = CanonicalCheckpoint(tmp_path / "merged")
-    assert (merged.modules[QUERY], merged.modules[DOWN]) == ((2, 16), (2, 32))
-    assert {tensor.kind for tensor in GgufFile(tmp_path / "model.gguf").tensors.values()} >= {"Q2_K", "Q4_1"}
+    assert (merged.modules[QUERY], merged.modules[DOWN]) == (own, free)
+    assert {tensor.kind for tensor in GgufFile(tmp_path / "model.gguf").tensors.values()} >= types
     assert merge_check(merged, base=tmp_path / "base").wrong == {}
     assert verified(tmp_path, tmp_path / "report") == {"pass"}
 

@@ -28,7 +28,7 @@ def command(
         None, metavar="gptq|rtn", help=f"gptq needs calibration text, rtn needs no data. \\[default: {D.method}]"
     ),
     bits: int | None = typer.Option(
-        None, metavar="2|3|4|8", help=f"Bits per code. \\[default: {D.bits}]", rich_help_panel=GRID
+        None, metavar="2|3|4|5|8", help=f"Bits per code. \\[default: {D.bits}]", rich_help_panel=GRID
     ),
     group_size: int | None = typer.Option(
         None,
@@ -39,8 +39,8 @@ def command(
     grid: str | None = typer.Option(
         None,
         metavar="|".join(get_args(GridName)),
-        help="affine16: float16 scale and offset of every group; q4_k, q2_k: those of GGUF Q4_K and Q2_K, 4.5 and "
-        f"2.625 bits per weight, for in-features that 256 divides. \\[default: {D.grid}]",
+        help="affine16: float16 scale and offset of every group; q4_k, q5_k, q2_k: those of GGUF Q4_K, Q5_K and "
+        f"Q2_K, 4.5, 5.5 and 2.625 bits per weight, for in-features that 256 divides. \\[default: {D.grid}]",
         rich_help_panel=GRID,
     ),
     strict_groups: bool | None = typer.Option(
@@ -97,8 +97,8 @@ def command(
     """Quantize a model into a canonical checkpoint: codes, scale and offset.
 
     One decoder layer is in memory at a time, on the GPU when there is one. Embeddings, norms, biases and lm_head stay
-    as they are, bit for bit. A checkpoint in GPTQ format and a GGUF file in Q4_K, Q2_K, Q4_1, Q4_0, Q5_0, Q5_1 or Q8_0
-    are imported with their own codes; nothing is quantized again.
+    as they are, bit for bit. A checkpoint in GPTQ format and a GGUF file in Q4_K, Q5_K, Q2_K, Q4_1, Q4_0, Q5_0, Q5_1 or
+    Q8_0 are imported with their own codes; nothing is quantized again.
 
     [bold]Examples[/bold]
 

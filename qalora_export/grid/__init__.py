@@ -1,9 +1,9 @@
 """The canonical numbers: codes, scale, offset; packing; exact comparison; counted narrowing. numpy only."""
 
 from qalora_export.grid.exactness import Differences, difference, differing, grid_differences, packed_difference
-from qalora_export.grid.group_affine import BITS, GROUP_SIZES, GroupAffine, implied_offset
+from qalora_export.grid.group_affine import GROUP_SIZES, GroupAffine, implied_offset
 from qalora_export.grid.levels import Levels, factor, project
-from qalora_export.grid.named import AFFINE16, GRIDS, NamedGrid, SuperBlockGrid, grid_named
+from qalora_export.grid.named import AFFINE16, BITS, GRIDS, NamedGrid, SuperBlockGrid, grid_named
 from qalora_export.grid.narrow import Narrowed, narrow
 from qalora_export.grid.packed_affine import PackedAffine, fp16_is_finite, fp16_largest
 from qalora_export.grid.packing import pack_codes, packed_width, unpack_codes

@@ -14,15 +14,14 @@ from numpy.typing import NDArray
 
 from qalora_export.errors import InputError
 from qalora_export.grid.levels import Levels
-from qalora_export.grid.named import AFFINE16, NamedGrid
+from qalora_export.grid.named import AFFINE16, BITS, NamedGrid
 
-BITS = (2, 3, 4, 8)
 GROUP_SIZES = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GroupAffine:
-    """codes uint8 (out, in), scale float16 (out, in//g), offset float16 (out, in//g), bits in {2, 3, 4, 8}.
+    """codes uint8 (out, in), scale float16 (out, in//g), offset float16 (out, in//g), bits one of BITS.
 
     Groups run along in-features in order: column i belongs to group i // g. levels: what scale and offset are made of
     on a grid of super-blocks, where both are float32 (`on_levels`); None where only their products are known. Raises
@@ -86,9 +85,9 @@ def implied_offset(scale: NDArray[np.float16], zero: int | NDArray[np.uint8]) ->
 
 def _problem(matrix: GroupAffine) -> str:
     codes, scale, offset, bits = matrix.codes, matrix.scale, matrix.offset, matrix.bits
+    products = scale.dtype == offset.dtype == np.float32
     if bits not in BITS:
         return f"bits is {bits}, not one of {BITS}"
-    products = scale.dtype == offset.dtype == np.float32
     free = matrix.levels is None and scale.dtype == offset.dtype == np.float16
     if codes.dtype != np.uint8 or not (products or free):
         return f"dtypes are {codes.dtype}, {scale.dtype}, {offset.dtype}, not uint8, float16, float16"

@@ -70,9 +70,11 @@ def factor(
     levels, steps = np.zeros(blocks.shape), np.zeros(largest.shape)
     missing = blocks.any(axis=-1)
     for top in range(grid.top, 0, -1):
-        step = (largest / top).astype(np.float16).astype(np.float64)
-        found = np.rint(np.divide(blocks, step[..., None], out=np.zeros_like(blocks), where=step[..., None] > 0))
-        fits = missing & (found * step[..., None] == blocks).all(axis=-1) & ((found >= 0) & (found <= grid.top)).all(-1)
+        with np.errstate(over="ignore", invalid="ignore"):  # a step that float16 does not hold gives none of them
+            step = (largest / top).astype(np.float16).astype(np.float64)
+            found = np.rint(np.divide(blocks, step[..., None], out=np.zeros_like(blocks), where=step[..., None] > 0))
+            same = (found * step[..., None] == blocks).all(axis=-1)
+        fits = missing & same & ((found >= 0) & (found <= grid.top)).all(-1)
         levels[fits], steps[fits] = found[fits], step[fits]
         missing &= ~fits
     if missing.any():

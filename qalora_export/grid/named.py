@@ -2,6 +2,7 @@
 
     affine16   s, m any float16, for each group alone       GGUF Q4_1, Q4_0, Q8_0, …; MatMulNBits
     q4_k       s = d·k, m = −e·l in super-blocks of 256     GGUF Q4_K: codes of 4 bits, groups of 32, k and l of 6 bits
+    q5_k       the same                                     GGUF Q5_K: codes of 5 bits, groups of 32, k and l of 6 bits
     q2_k       the same                                     GGUF Q2_K: codes of 2 bits, groups of 16, k and l of 4 bits
 
 A weight is s·q + m on every grid. On a grid of super-blocks d and e are float16 and belong to 256 in-features, k and l
@@ -18,6 +19,7 @@ from qalora_export.errors import InputError
 
 SUPER_BLOCK = 256  # in-features
 FP16_BITS = 16
+BITS = (2, 3, 4, 5, 6, 8)  # of codes
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +68,9 @@ class SuperBlockGrid(NamedGrid):
 
 AFFINE16 = NamedGrid("affine16")
 Q4_K = SuperBlockGrid("q4_k", bits=4, group_size=32, level_bits=6, gguf="Q4_K")
+Q5_K = SuperBlockGrid("q5_k", bits=5, group_size=32, level_bits=6, gguf="Q5_K")
 Q2_K = SuperBlockGrid("q2_k", bits=2, group_size=16, level_bits=4, gguf="Q2_K")
-GRIDS: dict[str, NamedGrid] = {grid.name: grid for grid in (AFFINE16, Q4_K, Q2_K)}
+GRIDS: dict[str, NamedGrid] = {grid.name: grid for grid in (AFFINE16, Q4_K, Q5_K, Q2_K)}
 
 
 def grid_named(name: object, bits: int, group_size: int, *, where: str) -> NamedGrid:

@@ -17,7 +17,7 @@ MAGNITUDE, INFINITY = np.uint16(0x7FFF), 0x7C00  # fp16 bit patterns: order of m
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedAffine:
-    """codes uint8 (out, in·bits/8) as in grid.packing, scale and offset float16 (out, in/g), bits in {2, 3, 4, 8}.
+    """codes uint8 (out, in·bits/8) as in grid.packing, scale and offset float16 (out, in/g), bits as in GroupAffine.
 
     levels: what scale and offset, float32 then, are made of on a grid of super-blocks (`on_levels`); None where only
     their products are known. Raises InputError when shapes disagree or a scale or offset is not finite; packed codes

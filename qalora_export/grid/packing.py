@@ -2,7 +2,7 @@
 
 Row by row, least significant bit first: code i of a row occupies bits [i·b, (i+1)·b) of the row's bit string, and
 bit k of the string is bit k % 8 of byte k // 8. So at 4 bits byte j holds code 2j (low nibble) and 2j+1 (high); at
-3 bits eight codes fill three bytes. A row always fills whole bytes because in-features are a multiple of 16.
+3, 5 and 6 bits eight codes fill so many bytes. A row always fills whole bytes because in-features are a multiple of 16.
 """
 
 import numpy as np
@@ -31,10 +31,12 @@ def pack_codes(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
         words = np.ascontiguousarray(codes).view("<u2")
         pairs: NDArray[np.uint8] = (words | (words >> NIBBLE)).astype(np.uint8)
         return pairs
-    if bits == 3:
-        words = codes.reshape(out, -1, 8).astype(np.uint32)  # (out, in/8, 8): 24 bits to a word
-        word = np.bitwise_or.reduce(words << (3 * np.arange(8, dtype=np.uint32)), axis=-1)
-        return np.stack([word & 255, (word >> 8) & 255, word >> 16], axis=-1).astype(np.uint8).reshape(out, width)
+    if 8 % bits:
+        runs = codes.reshape(out, -1, 8)
+        word = np.zeros(runs.shape[:2], _word(bits))  # (out, in/8): a run of eight codes
+        for lane in range(8):
+            word |= runs[..., lane].astype(word.dtype) << word.dtype.type(bits * lane)
+        return np.ascontiguousarray(word[..., None].view(np.uint8)[..., :bits]).reshape(out, width)
     lanes = codes.reshape(out, width, 8 // bits)
     packed = lanes[..., 0].copy()
     for lane in range(1, 8 // bits):
@@ -52,9 +54,19 @@ def unpack_codes(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
         words |= words << NIBBLE
         words &= TWO_NIBBLES
         return np.ascontiguousarray(words).view(np.uint8)
-    if bits == 3:
-        triple = packed.reshape(out, -1, 3).astype(np.uint32)
-        word = triple[..., 0] | (triple[..., 1] << 8) | (triple[..., 2] << 16)
-        return ((word[..., None] >> (3 * np.arange(8, dtype=np.uint32))) & 7).astype(np.uint8).reshape(out, -1)
+    if 8 % bits:
+        runs = packed.reshape(out, -1, bits)
+        wide = np.zeros((*runs.shape[:2], _word(bits).itemsize), np.uint8)
+        wide[..., :bits] = runs
+        word = wide.view(_word(bits))[..., 0]
+        codes = np.empty((*runs.shape[:2], 8), np.uint8)
+        for lane in range(8):
+            codes[..., lane] = (word >> word.dtype.type(bits * lane)) & word.dtype.type(2**bits - 1)
+        return codes.reshape(out, -1)
     shifts = bits * np.arange(8 // bits, dtype=np.uint8)
     return ((packed[..., None] >> shifts) & np.uint8(2**bits - 1)).reshape(out, -1)
+
+
+def _word(bits: int) -> np.dtype[np.unsignedinteger]:
+    """The integer that holds eight codes, lowest byte first."""
+    return np.dtype("<u4" if 8 * bits <= 32 else "<u8")

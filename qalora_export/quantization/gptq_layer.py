@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 
 from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.errors import InputError
-from qalora_export.grid import BITS, GROUP_SIZES, unpack_codes
+from qalora_export.grid import GROUP_SIZES, unpack_codes
 from qalora_export.quantization.gptq_zeros import Rule, zero_points
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 INT32 = np.dtype(np.int32)
+BITS = (2, 3, 4, 8)  # that the format has
 
 
 @dataclass(frozen=True, slots=True)

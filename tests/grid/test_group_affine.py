@@ -30,7 +30,7 @@ def with_value(array: np.ndarray, value: float) -> np.ndarray:
 
 
 REFUSED = {
-    "bits 5": ({"bits": 5}, "bits"),
+    "bits 7": ({"bits": 7}, "bits"),
     "codes of 16 bits": ({"codes": np.ones((3, 64), np.uint16)}, "dtypes"),
     "scale in float32": ({"scale": np.ones((3, 2), np.float32)}, "dtypes"),
     "offset in float64": ({"offset": np.ones((3, 2))}, "dtypes"),

@@ -96,7 +96,7 @@ def test_differences_are_those_of_levels_and_steps(grid: SuperBlockGrid) -> None
     assert difference(one, one).total == 0
     assert difference(one, other) == Differences(0, levels.scale_step.size, 0)
     assert packed_difference(PackedAffine.pack(one), PackedAffine.pack(other)) == difference(one, other)
-    free = GroupAffine(codes, *np.ones((2, *levels.scale.shape), np.float16), grid.bits)
+    free = GroupAffine(codes, *np.ones((2, *levels.scale.shape), np.float16), 4)
     assert difference(one, free) == Differences(0, levels.scale.size, levels.offset.size)
     assert difference(PackedAffine.pack(one).unpack(), one).total == 0
 

@@ -36,7 +36,7 @@ def matrix(bits: int, seed: int = 0) -> GroupAffine:
     return GroupAffine(rng.integers(0, 2**bits, (3, 64), np.uint8), scale, offset, bits)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 def test_round_trip_and_differences(bits: int) -> None:
     one, other = matrix(bits), matrix(bits, seed=1)
     assert difference(PackedAffine.pack(one).unpack(), one).total == 0

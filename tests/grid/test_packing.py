@@ -46,7 +46,7 @@ def test_every_byte_pattern_is_some_matrix(bits: int, rows: int, blocks: int, ra
     np.testing.assert_array_equal(pack_codes(unpack_codes(packed, bits), bits), packed)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
 def test_a_code_that_does_not_fit_is_refused(bits: int) -> None:
     codes = np.zeros((2, 16), np.uint8)
     codes[1, 7] = 2**bits

@@ -14,7 +14,7 @@ finite_half = st.integers(0, 2**16 - 1).filter(lambda bits: bits & 0x7C00 != 0x7
 
 @st.composite
 def matrices(draw: st.DrawFn) -> GroupAffine:
-    bits, group = draw(st.sampled_from((2, 3, 4, 8))), draw(st.sampled_from((16, 32, 64, 128)))
+    bits, group = draw(st.sampled_from((2, 3, 4, 5, 6, 8))), draw(st.sampled_from((16, 32, 64, 128)))
     rows, groups = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     halves = st.lists(finite_half, min_size=rows * groups, max_size=rows * groups)

@@ -12,7 +12,8 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize, quantize
 
-K_QUANTS = {"Q4_K": (0, 2), "Q2_K": (80, 82), "Q6_K": (208,)}  # byte offsets of the fp16 numbers in a block
+# byte offsets of the fp16 numbers in a block
+K_QUANTS = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q2_K": (80, 82), "Q6_K": (208,)}
 
 
 def rewritten(

@@ -173,7 +173,7 @@ def q4_k_but_attention(name: str) -> str:
     return "Q4_K" if "ffn" in name or name == "token_embd.weight" else "Q4_1"
 
 
-@pytest.mark.parametrize("kind", ["Q4_K", "Q2_K"])
+@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q2_K"])
 def test_k_quants_with_a_grid_are_taken_as_they_are_and_go_back_byte_for_byte(
     wide: Path, tmp_path: Path, kind: str
 ) -> None:

@@ -10,7 +10,7 @@ from qalora_export.quantization.rtn import round_to_nearest
 from qalora_export.quantization.rules import Plan
 from tests.quantization.oracle import naive_gptq, weighted_error
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 8)
 
 
 def problem(out: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

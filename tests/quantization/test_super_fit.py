@@ -110,7 +110,7 @@ def test_a_better_fit_is_never_worse_than_the_snapped_free_one(kind: SuperBlockG
 @every_grid
 def test_weights_beyond_float16_are_refused(kind: SuperBlockGrid) -> None:
     with pytest.raises(InputError, match="too large for fp16"):
-        round_to_nearest(torch.full((1, 256), 1e8, dtype=torch.float64), plans(kind)[0], where="w")
+        round_to_nearest(torch.full((1, 256), 1e9, dtype=torch.float64), plans(kind)[0], where="w")
     codes = torch.zeros(1, 256)
     off = Grid(torch.full((1, kind.groups), 1 / 3, dtype=torch.float64), torch.zeros(1, kind.groups))
     with pytest.raises(InputError, match="do not lie on grid"):

@@ -1,7 +1,7 @@
 """GGUF types in super-blocks of 256 in-features ("K-quants"): the grids of super-blocks, byte for byte.
 
-Sources: ggml/src/ggml-common.h (block_q4_K, block_q2_K), ggml-quants.c (get_scale_min_k4, dequantize_row_q4_K,
-dequantize_row_q2_K).
+Sources: ggml/src/ggml-common.h (block_q4_K, …), ggml-quants.c (get_scale_min_k4, dequantize_row_q4_K,
+dequantize_row_q5_K, dequantize_row_q2_K).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from qalora_export.formats.gguf.block_type import BlockType, slabs
 from qalora_export.grid import Levels, PackedAffine, SuperBlockGrid
 from qalora_export.grid.named import Q2_K as Q2_K_GRID
 from qalora_export.grid.named import Q4_K as Q4_K_GRID
+from qalora_export.grid.named import Q5_K as Q5_K_GRID
 from qalora_export.grid.named import SUPER_BLOCK
 
 LOW, HIGH, FOUR = np.uint64(0x0F0F0F0F0F0F0F0F), np.uint64(0xF0F0F0F0F0F0F0F0), np.uint64(4)
@@ -87,14 +88,28 @@ class SuperBlockType(BlockType, abstract=True):
             raise UnsafeInputError(error.what, why="the blocks hold no canonical numbers") from error
 
 
-class Q4_K(SuperBlockType):
+class _SixBitLevels(SuperBlockType, abstract=True):
+    """Eight pairs of levels of 6 bits in the 12 bytes `scales`:
+
+    bytes 0–3: k of groups 0–3, bytes 4–7: l of groups 0–3, each in the low 6 bits; byte 8 + j: low 4 bits of k and of l
+    of group 4 + j; their high 2 bits are those of bytes j and 4 + j
+    """
+
+    @classmethod
+    def put_levels(cls, blocks: NDArray[Any], scale: NDArray[np.uint8], offset: NDArray[np.uint8]) -> None:
+        put_six_bits(blocks["scales"], scale, offset)
+
+    @classmethod
+    def take_levels(cls, blocks: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        return take_six_bits(blocks["scales"])
+
+
+class Q4_K(_SixBitLevels):
     """w = d·k·q − dmin·l for 8 groups of 32, k and l of 6 bits:
 
     0        2           4                16                                                  144 bytes
     │ d fp16 │ dmin fp16 │ scales: 12 u8  │ qs: 128 bytes                                       │
 
-    scales   bytes 0–3: k of groups 0–3, bytes 4–7: l of groups 0–3, each in the low 6 bits; byte 8 + j: low 4 bits of k
-             and of l of group 4 + j; their high 2 bits are those of bytes j and 4 + j
     qs       32 bytes for two groups: byte j of them = element j of the first | element j of the second << 4
     """
 
@@ -119,14 +134,6 @@ class Q4_K(SuperBlockType):
         return pairs.view(np.uint8).reshape(len(blocks), -1)
 
     @classmethod
-    def put_levels(cls, blocks: NDArray[Any], scale: NDArray[np.uint8], offset: NDArray[np.uint8]) -> None:
-        put_six_bits(blocks["scales"], scale, offset)
-
-    @classmethod
-    def take_levels(cls, blocks: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        return take_six_bits(blocks["scales"])
-
-    @classmethod
     def slow_unpack(cls, block: bytes) -> tuple[list[int], list[float], list[float]]:
         d, dmin = struct.unpack_from("<ee", block)
         pairs = slow_six_bits(block[4:16])
@@ -134,6 +141,45 @@ class Q4_K(SuperBlockType):
         for chunk in range(4):
             qs = block[16 + 32 * chunk : 48 + 32 * chunk]
             codes += [byte & 15 for byte in qs] + [byte >> 4 for byte in qs]
+        return codes, [d * k for k, _ in pairs], [-dmin * level for _, level in pairs]
+
+
+class Q5_K(_SixBitLevels):
+    """w = d·k·q − dmin·l for 8 groups of 32, k and l of 6 bits:
+
+    0        2           4                16             48                             176 bytes
+    │ d fp16 │ dmin fp16 │ scales: 12 u8  │ qh: 32 bytes │ qs: 128 bytes                 │
+
+    qh       bit g of byte j = bit 4 of element j of group g
+    qs       the low 4 bits of all elements, as in Q4_K
+    """
+
+    id, file_type, grid = 13, 17, Q5_K_GRID
+    layout = np.dtype([("d", "<u2"), ("dmin", "<u2"), ("scales", "u1", 12), ("qh", "u1", 32), ("qs", "u1", 128)])
+
+    @classmethod
+    def put_codes(cls, blocks: NDArray[Any], codes: NDArray[np.uint8]) -> None:
+        q = unpack_codes(codes, 5).reshape(*blocks.shape, 8, 32)  # (out, in/256, group, element)
+        low = q & np.uint8(15)
+        blocks["qs"] = (low[..., ::2, :] | low[..., 1::2, :] << np.uint8(4)).reshape(*blocks.shape, 128)
+        blocks["qh"] = np.packbits(q >> np.uint8(4), axis=-2, bitorder="little")[..., 0, :]
+
+    @classmethod
+    def take_codes(cls, blocks: NDArray[Any]) -> NDArray[np.uint8]:
+        qs = blocks["qs"].reshape(*blocks.shape, 4, 1, 32)
+        low = np.concatenate([qs & np.uint8(15), qs >> np.uint8(4)], axis=-2).reshape(*blocks.shape, 8, 32)
+        high = np.unpackbits(blocks["qh"][..., None, :], axis=-2, bitorder="little")
+        return pack_codes((low | high << np.uint8(4)).reshape(len(blocks), -1), 5)
+
+    @classmethod
+    def slow_unpack(cls, block: bytes) -> tuple[list[int], list[float], list[float]]:
+        d, dmin = struct.unpack_from("<ee", block)
+        pairs, qh, qs = slow_six_bits(block[4:16]), block[16:48], block[48:]
+        codes = []
+        for group in range(8):
+            for j in range(32):
+                nibble = qs[32 * (group // 2) + j] >> (4 * (group % 2)) & 15
+                codes.append(nibble | (qh[j] >> group & 1) << 4)
         return codes, [d * k for k, _ in pairs], [-dmin * level for _, level in pairs]
 
 

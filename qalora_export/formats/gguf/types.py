@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ from qalora_export.formats.gguf.block_type import (
     PlainType,
     check_group,
 )
-from qalora_export.formats.gguf.super_blocks import Q2_K, Q4_K
+from qalora_export.formats.gguf.super_blocks import Q2_K, Q4_K, Q5_K
 from qalora_export.grid import AFFINE16, NamedGrid, PackedAffine, SuperBlockGrid
 from qalora_export.grid.narrow import BFLOAT16
 
@@ -47,6 +47,7 @@ __all__ = [
     "Q4_K",
     "Q5_0",
     "Q5_1",
+    "Q5_K",
     "Q8_0",
     "QK",
     "BlockType",
@@ -216,7 +217,8 @@ class _FiveBits(BlockType, abstract=True):
     They come and go as codes of 8 bits, the least canonical width that holds them.
     """
 
-    code_bits, bits = 5, (8,)
+    code_bits = 5
+    bits: ClassVar[tuple[int, ...]] = (8,)
 
     @classmethod
     def put_codes(cls, blocks: NDArray[Any], codes: NDArray[np.uint8]) -> None:
@@ -261,7 +263,7 @@ class Q5_1(_FiveBits):
     │ d fp16 │ m fp16 │ qh: u4 │ qs: 16 bytes, see _FiveBits        │
     """
 
-    id, file_type = 7, 9
+    id, file_type, bits = 7, 9, (5, 8)
     layout = np.dtype([("d", "<u2"), ("m", "<u2"), ("qh", "<u4"), ("qs", f"V{QK // 2}")])  # Q5_0 + FP16
 
     @classmethod

@@ -13,7 +13,8 @@ a layer is that of s·(q − z): least where the two nearly cancel R, that is fo
 
 MatMulNBits (com.microsoft, ContribOperators.md) takes B as uint8 (out, in/g, g·b/8), element i of a block at bits
 [i·b, (i+1)·b) of the block, least significant first. That is grid.packing's own order, so 2-, 4- and 8-bit codes go
-across byte for byte; 3-bit codes travel in 4-bit containers. Without zero_points z is 2^(b−1).
+across byte for byte; 3-bit codes travel in 4-bit containers, those of 5 and 6 bits in bytes. Without zero_points z is
+2^(b−1).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.grid import differing, fp16_is_finite, implied_offset, pack_codes, unpack_codes
 
-CONTAINER_BITS = {2: 2, 3: 4, 4: 4, 8: 8}  # code bits -> bits of one MatMulNBits element
+CONTAINER_BITS = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8}  # code bits -> bits of one MatMulNBits element
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ def _narrow(remainder: NDArray[np.float32]) -> NDArray[np.float16] | NDArray[np.
 
 
 def to_blocks(packed: NDArray[np.uint8], bits: int, groups: int) -> NDArray[np.uint8]:
-    """Checkpoint bytes (out, in·bits/8) -> B of MatMulNBits (out, groups, g·container/8). A view except for 3 bits."""
+    """Checkpoint bytes (out, in·bits/8) -> B of MatMulNBits (out, groups, g·container/8). A view where no bits are added."""
     container = CONTAINER_BITS[bits]
     if container != bits:
         packed = pack_codes(unpack_codes(packed, bits), container)

@@ -13,12 +13,12 @@ from torch import Tensor
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 RUN = 8
-# A run as one integer; three bytes are no integer, so 3-bit runs are read byte by byte.
-WORDS = {2: torch.int16, 3: torch.uint8, 4: torch.int32, 8: torch.int64}
+# A run as one integer; three, five and six bytes are no integer, so those runs are read byte by byte.
+WORDS = {2: torch.int16, 3: torch.uint8, 4: torch.int32, 5: torch.uint8, 6: torch.uint8, 8: torch.int64}
 
 
 def as_words(packed: Tensor, bits: int) -> Tensor:
-    """Packed codes uint8 (out, in·bits/8) as a flat tensor of words, one (3 bits: three) per run of eight codes."""
+    """Packed codes uint8 (out, in·bits/8) as a flat tensor of words, one (3, 5, 6 bits: so many) per run of eight codes."""
     flat, word = packed.reshape(-1), WORDS[bits]
     if flat.storage_offset() % word.itemsize or flat.data_ptr() % word.itemsize:
         flat = flat.clone()  # a view that begins between words
@@ -33,6 +33,10 @@ def load_codes(words, run, keep, BITS: tl.constexpr):
         middle = tl.load(words + run * 3 + 1, mask=keep, other=0).to(tl.int32)
         high = tl.load(words + run * 3 + 2, mask=keep, other=0).to(tl.int32)
         word = low | (middle << 8) | (high << 16)
+    elif BITS == 5 or BITS == 6:
+        word = tl.load(words + run * BITS, mask=keep, other=0).to(tl.int64)
+        for byte in tl.static_range(1, BITS):
+            word |= tl.load(words + run * BITS + byte, mask=keep, other=0).to(tl.int64) << (8 * byte)
     elif BITS == 8:
         word = tl.load(words + run, mask=keep, other=0)
     else:

@@ -31,7 +31,7 @@ FLOAT16_VALUES = st.one_of(
 @st.composite
 def matrices(draw: st.DrawFn, ordinary: bool = False) -> GroupAffine:
     """Quantized matrices of every bit width and group size, by default with extreme scales and offsets."""
-    bits, group = draw(st.sampled_from([2, 3, 4, 8])), draw(st.sampled_from([16, 32, 64, 128]))
+    bits, group = draw(st.sampled_from([2, 3, 4, 5, 6, 8])), draw(st.sampled_from([16, 32, 64, 128]))
     out, groups = draw(st.integers(1, 9)), draw(st.integers(1, 11))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     codes = rng.integers(0, 2**bits, (out, groups * group), dtype=np.uint8)
