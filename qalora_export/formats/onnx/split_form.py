@@ -133,7 +133,7 @@ def _narrow(remainder: NDArray[np.float32]) -> NDArray[np.float16] | NDArray[np.
 
 
 def to_blocks(packed: NDArray[np.uint8], bits: int, groups: int) -> NDArray[np.uint8]:
-    """Checkpoint bytes (out, in·bits/8) -> B of MatMulNBits (out, groups, g·container/8). A view where no bits are added."""
+    """Checkpoint bytes (out, in·bits/8) -> B of MatMulNBits (out, groups, g·container/8). A view where it can be."""
     container = CONTAINER_BITS[bits]
     if container != bits:
         packed = pack_codes(unpack_codes(packed, bits), container)

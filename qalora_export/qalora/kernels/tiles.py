@@ -18,7 +18,7 @@ WORDS = {2: torch.int16, 3: torch.uint8, 4: torch.int32, 5: torch.uint8, 6: torc
 
 
 def as_words(packed: Tensor, bits: int) -> Tensor:
-    """Packed codes uint8 (out, in·bits/8) as a flat tensor of words, one (3, 5, 6 bits: so many) per run of eight codes."""
+    """Packed codes uint8 (out, in·bits/8) as a flat tensor of words, one (3, 5, 6 bits: so many) per run of codes."""
     flat, word = packed.reshape(-1), WORDS[bits]
     if flat.storage_offset() % word.itemsize or flat.data_ptr() % word.itemsize:
         flat = flat.clone()  # a view that begins between words
