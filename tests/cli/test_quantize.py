@@ -103,7 +103,7 @@ def test_import_of_a_gptq_checkpoint(tiny_model: Path, tmp_path: Path, capsys: p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--bits", "5"], "bits"),
+        (["--bits", "7"], "bits"),
         (["--method", "awq"], "method"),
         (["--group-size", "48"], "group_size"),
         (["--rule", "*.up_proj=bit:3"], "is not an action"),
