@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.formats.gguf.block_type import BlockType, slabs
-from qalora_export.grid import Levels, PackedAffine, SuperBlockGrid
+from qalora_export.grid import Levels, PackedAffine, SuperBlockGrid, pack_codes, unpack_codes
 from qalora_export.grid.named import Q2_K as Q2_K_GRID
 from qalora_export.grid.named import Q4_K as Q4_K_GRID
 from qalora_export.grid.named import Q5_K as Q5_K_GRID
