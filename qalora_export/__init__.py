@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         VerifySettings,
     )
     from qalora_export.recipe_file import load_recipe
+    from qalora_export.verify.device.pack import PackReport, pack_verification
     from qalora_export.verify.foreign.report import Diagnosis
     from qalora_export.verify.foreign.stage import diagnose
     from qalora_export.verify.report.parity_report import ParityReport
@@ -62,6 +63,7 @@ __all__ = [  # noqa: RUF022  (in the order of the line, then what it takes and r
     "export_gguf",
     "export_onnx",
     "verify_parity",
+    "pack_verification",
     "diagnose",
     "evaluate",
     "run",
@@ -83,6 +85,7 @@ __all__ = [  # noqa: RUF022  (in the order of the line, then what it takes and r
     "MergeReport",
     "ExportReport",
     "ParityReport",
+    "PackReport",
     "Diagnosis",
     "EvaluateReport",
     "RunReport",
@@ -105,6 +108,7 @@ _HOME = {
     "export_gguf": "formats.gguf.export",
     "export_onnx": "formats.onnx.export",
     "verify_parity": "verify.stage",
+    "pack_verification": "verify.device.pack",
     "diagnose": "verify.foreign.stage",
     "evaluate": "evaluation",
     "run": "pipeline",
@@ -116,6 +120,7 @@ _HOME = {
     "TrainReport": "qalora.training.stage",
     "MergeReport": "qalora.merge",
     "ExportReport": "formats.export_report",
+    "PackReport": "verify.device.pack",
     "ParityReport": "verify.report.parity_report",
     "Diagnosis": "verify.foreign.report",
     "EvaluateReport": "evaluation",

@@ -124,17 +124,22 @@ def run_runner(
         *options,
     ]
     watch = watch or Watch(patience_for(model, asked.longest))
-    # A model may pad its vocabulary; what is larger than that is no answer.
-    rows = len(asked.passes) * asked.total + (len(asked.long.at) if asked.long else 0)
-    limits = {out: 8 * rows * vocabulary + 2 * MAX_TEXT_BYTES, fingerprint: MAX_FINGERPRINT}
+    limits = limits_of(out, fingerprint, asked, vocabulary)
     ended = run_module(runner.module, words, workdir, replace(watch, limits={**watch.limits, **limits}))
     if ended.code != EXIT_OK:
         return failure(name, ended)
-    return _answer(name, limits, asked, ended.log)
+    return answer_in(name, out, fingerprint, asked, vocabulary, ended.log)
 
 
-def _answer(name: str, limits: dict[Path, int], asked: Job, log: str) -> RunnerResult:
-    out, fingerprint = limits
+def limits_of(out: Path, fingerprint: Path, asked: Job, vocabulary: int) -> dict[Path, int]:
+    """Bytes that an answer may have. A model may pad its vocabulary; what is larger than twice that is no answer."""
+    rows = len(asked.passes) * asked.total + (len(asked.long.at) if asked.long else 0)
+    return {out: 8 * rows * vocabulary + 2 * MAX_TEXT_BYTES, fingerprint: MAX_FINGERPRINT}
+
+
+def answer_in(name: str, out: Path, fingerprint: Path, asked: Job, vocabulary: int, log: str) -> RunnerResult:
+    """What a runner wrote, checked; status "crashed" where it is no answer to what was asked."""
+    limits = limits_of(out, fingerprint, asked, vocabulary)
     try:
         for path, limit in limits.items():
             if path.stat().st_size > limit:

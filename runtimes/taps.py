@@ -152,7 +152,7 @@ def main(arguments: Namespace, open_runtime: Callable[[Namespace, Job], Tapped])
 
 
 def _run(arguments: Namespace, open_runtime: Callable[[Namespace, Job], Tapped]) -> None:
-    job, passes = read_job(arguments.job), _read_names(arguments.names)
+    job, passes = read_job(arguments.job), read_names(arguments.names)
     heartbeat.at("loading the model")
     runtime = open_runtime(arguments, job)
     write_each(arguments.out, _values(runtime, job, passes))
@@ -172,7 +172,8 @@ def _values(runtime: Tapped, job: Job, passes: list[list[str]]) -> Iterator[tupl
         number += len(names)
 
 
-def _read_names(path: Path) -> list[list[str]]:
+def read_names(path: Path) -> list[list[str]]:
+    """The passes of a names.json. Raises ProtocolError."""
     try:
         passes = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

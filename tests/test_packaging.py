@@ -71,6 +71,7 @@ VERIFY = (
     "bisect",
     "report",
     "foreign",
+    "device",
     "stage",
 )
 TORCH_FREE = (

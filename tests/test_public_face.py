@@ -22,7 +22,8 @@ from tests.verify.fakes import FakeRuntimes
 
 pytestmark = pytest.mark.usefixtures("warm_runners")
 
-STAGES = ("quantize", "train", "merge", "export_gguf", "export_onnx", "verify_parity", "diagnose", "evaluate", "run")
+LINE = ("quantize", "train", "merge", "export_gguf", "export_onnx", "verify_parity", "evaluate", "run")
+STAGES = (*LINE, "pack_verification", "diagnose")
 REPORTS = [name for name in q.__all__ if name.endswith("Report") or name == "Diagnosis"]
 IMPORT_ALL = """
 import importlib, pkgutil, types

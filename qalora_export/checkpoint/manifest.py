@@ -21,7 +21,7 @@ from qalora_export.version import __version__
 
 MANIFEST = "manifest.json"
 FORMAT = "qalora-manifest/1"
-FileKind = Literal["base", "adapter", "merged", "gguf", "onnx", "report"]
+FileKind = Literal["base", "adapter", "merged", "gguf", "onnx", "report", "pack"]
 # What a stage or a runtime reads from a model folder, by the names that readers look for; notes and pictures are not.
 STEERING_SUFFIXES = {".json", ".safetensors", ".jinja", ".model", ".tiktoken", ".onnx", ".onnx_data", ".data"}
 STEERING_NAMES = {*COMPANIONS, "vocab.txt"}

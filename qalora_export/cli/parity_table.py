@@ -42,6 +42,8 @@ def print_report(report: ParityReport) -> None:
             console.print(styled(f"[{STYLES[entry.status]}]{{}}[/]  {{}}", title, explain(entry)))
             for place in entry.where:
                 console.print(f"    {place}")
+    if device := report.facts.get("device"):
+        console.print(styled("answered on {}; the files were read (G0) and dequantized (G1) here", device["words"]))
     for artifact in report.facts["artifacts"]:
         if note := artifact["context"]["note"]:
             console.print(f"note: {artifact['name']}: {note}")

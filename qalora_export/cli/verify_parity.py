@@ -24,7 +24,9 @@ def command(
             "that a file of any tool was made from."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for report.html, report.json, junit.xml and positions.npz.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for report.html, report.json, junit.xml and positions.npz.")
+    ] = None,
     gguf: Annotated[Path | None, typer.Option(help="GGUF file to verify in llama.cpp.")] = None,
     onnx: Annotated[Path | None, typer.Option(help="ONNX folder to verify in ONNX Runtime and GenAI.")] = None,
     base: Annotated[
@@ -49,6 +51,15 @@ def command(
     runtime: Annotated[
         list[str] | None,
         typer.Option(help="llama.cpp, onnxruntime or onnxruntime-genai; repeatable. Default: all that fit."),
+    ] = None,
+    pack: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Verify nothing: write all that is asked of the runtimes into a folder for a device."
+        ),
+    ] = None,
+    answers: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Judge what a device answered to a pack of the same flags.")
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="Your own prompts (JSONL or text), beside the fixed edge cases.")
@@ -87,6 +98,9 @@ def command(
     metadata, tokenizer, chat template, end tokens and sampling, kernels are looked at one after the other, and the
     first sentence says which of them is broken, or what the quantization costs.
 
+    On another device: --pack writes a folder, python -m qalora_runtimes FOLDER answers it there without torch, and
+    --answers judges that file here by the same gates.
+
     Exit codes: 0 every gate passed, nothing broken · 1 parity failed, something broken · 2 bad usage or input · 3 a
     requested runtime is missing or crashed, or the base or adapter of a merge is not here (--without-parents accepts
     that) · 4 unsafe input.
@@ -99,11 +113,16 @@ def command(
 
       qalora-export verify-parity merged.qalora --onnx onnx/ --runtime onnxruntime --positions 5000 --out parity/
 
+      qalora-export verify-parity merged.qalora --gguf model.gguf --pack device/
+
+      qalora-export verify-parity merged.qalora --gguf model.gguf --answers answers.zip --out parity/
+
       qalora-export verify-parity HuggingFaceTB/SmolLM2-135M-Instruct --gguf downloaded-Q4_K_M.gguf --out diagnosis/
 
       qalora-export verify-parity my-model --onnx folder-of-another-tool/ --out diagnosis/
     """
     from qalora_export.cli.parity_table import print_report
+    from qalora_export.errors import InputError
     from qalora_export.recipe import VerifySettings
     from qalora_export.recipe_file import validated
     from qalora_export.verify.stage import verify_parity
@@ -124,7 +143,13 @@ def command(
     }
     flags = {key: value for key, value in given.items() if value is not None}
     settings = validated(VerifySettings, flags, where="command line")
+    if pack is not None:
+        _pack(checkpoint, pack, settings, gguf=gguf, onnx=onnx, force=force)
+    if out is None:
+        raise InputError("nowhere to write the report", where="command line", fix="pass --out FOLDER")
     if not is_checkpoint(checkpoint):
+        if answers is not None:
+            raise InputError("answers are judged for a checkpoint of this tool", where=checkpoint, fix="name that one")
         _diagnose(checkpoint, out, settings, gguf=gguf, onnx=onnx, cache=not no_cache, force=force)
     report = verify_parity(
         checkpoint,
@@ -135,6 +160,7 @@ def command(
         base=base,
         adapter=adapter,
         original=original,
+        answers=answers,
         bisect=not no_bisect,
         cache=not no_cache,
         force=force,
@@ -144,6 +170,20 @@ def command(
     compared = [] if report.passed else [checkpoint]  # value by value, when something is wrong
     next_command(shlex.join(["qalora-export", "inspect", *map(str, [artifact, *compared])]))
     raise typer.Exit(int(report.exit_code))
+
+
+def _pack(
+    checkpoint: Path, pack: Path, settings: VerifySettings, *, gguf: Path | None, onnx: Path | None, force: bool
+) -> NoReturn:
+    from qalora_export.console import console, styled
+    from qalora_export.verify.device.pack import pack_verification
+
+    report = pack_verification(checkpoint, pack, settings, gguf=gguf, onnx=onnx, force=force)
+    asked = f"{report.requests} runs of {', '.join(report.runtimes)}, {report.positions} positions"
+    console.print(styled("packed {}: {}, {} MB", str(report.out), asked, f"{report.nbytes / 1e6:,.0f}"))
+    name = shlex.quote(report.out.name)
+    console.print(styled("on the device: python3 -m qalora_runtimes {}; README.txt in it says what it needs", name))
+    raise typer.Exit(0)
 
 
 def is_checkpoint(model: Path) -> bool:

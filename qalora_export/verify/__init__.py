@@ -11,7 +11,7 @@ Each gate states what it compares and every bound with its reason, and registers
 each runtime in `runtimes/` (`runtimes/record.py`). Imports go one way:
 
     metrics, rule, identity, store → probes/ → kernels/ → runtimes/ → check, reference/ → session → gates/ → bisect/
-    → report/ → foreign/ → stage
+    → report/ → foreign/ → device/ → stage
 
 metrics     distances between logits            session   what the gates of one run share
 rule        what a gate is, when it passes      gates/    the gates
@@ -21,6 +21,7 @@ probes/     what is asked                       stage     the run itself
 kernels/    each matrix product of a runtime against the arithmetic that it documents
 runtimes/   reading an artifact back, runs
 check       before a run: artifacts, runtimes, probe set
+device/     the questions of a run as a folder for another machine, and its answers in place of the runtimes
 foreign/    a file of another tool beside the plain model it was made from: which part broke
 reference/  what is right: float32 logits, each layer by itself, the merge, the text; what the model was made from
 """

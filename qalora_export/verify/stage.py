@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from qalora_export.progress import status, track
 from qalora_export.recipe import VerifySettings
 from qalora_export.safety import HashedOnce, StrPath, atomic_directory, local_path
 from qalora_export.verify.bisect.search import Bisection, bisect_failures, explain
+from qalora_export.verify.device.answers import DeviceAnswers
+from qalora_export.verify.device.questions import about
 from qalora_export.verify.gates.g0_bytes import GATE as BYTES
 from qalora_export.verify.gates.g0_bytes import still_the_same
 from qalora_export.verify.gates.registry import Measured, registered
@@ -60,6 +63,7 @@ def verify_parity(
     base: StrPath | None = None,
     adapter: StrPath | None = None,
     original: StrPath | None = None,
+    answers: StrPath | None = None,
     force: bool = False,
     bisect: bool = True,
     cache: bool = True,
@@ -71,7 +75,8 @@ def verify_parity(
     gguf, onnx: what was exported from `checkpoint`; without settings.runtimes every runtime that can run what is given
     is verified. base, adapter: the base checkpoint and the adapter that were merged into this one; what is not given is
     looked for beside the checkpoint by its manifest hash. original: the model that the base was quantized from, found
-    likewise; it is compared, and the first row of the table of costs. bisect: look for the first layer and tensor that
+    likewise; it is compared, and the first row of the table of costs. answers: a device's, to what pack_verification
+    asked with the same settings; no runtime runs here but for gate G1. bisect: look for the first layer and tensor that
     diverges when a logits gate fails. cache: keep what PyTorch computes for a checkpoint for later runs on the same
     machine (verify.store). launch, taps: stand in for qalora_runtimes.launch.run_runner and
     qalora_runtimes.taps.run_taps; a stand-in runtime without taps has nothing inside to look at.
@@ -81,9 +86,9 @@ def verify_parity(
     InputError (2) and UnsafeInputError (4) for bad input.
     """
     checkpoint, out, settings = local_path(checkpoint), local_path(out), settings or VerifySettings()
-    paths = (gguf, onnx, base, adapter, original)
-    gguf, onnx, base, adapter, original = (None if path is None else local_path(path) for path in paths)
-    inputs = (checkpoint, gguf, onnx, base, adapter, original, settings.prompts)
+    paths = (gguf, onnx, base, adapter, original, answers)
+    gguf, onnx, base, adapter, original, answers = (None if path is None else local_path(path) for path in paths)
+    inputs = (checkpoint, gguf, onnx, base, adapter, original, answers, settings.prompts)
     hashed = HashedOnce()
     store = opened(hashed) if cache else None
     with (
@@ -97,9 +102,12 @@ def verify_parity(
         require_intact(checkpoint, "the checkpoint", hash_of=hashed)
         if base is not None:
             require_intact(base, "the base", hash_of=hashed)
-        line = _Line(model, base, adapter, original, hashed)
+        device = None if answers is None else DeviceAnswers(answers, hashed)
+        line = _Line(model, base, adapter, original, hashed, device, {"gguf": gguf, "onnx": onnx})
         workdir = folder / "work"
         workdir.mkdir()
+        if device is not None:
+            launch, taps = device.run, device.taps
         if launch is None and taps is None:
             from qalora_runtimes.taps import run_taps
 
@@ -120,6 +128,8 @@ def verify_parity(
                 entries = explain(entries, bisection)
         entries = _still_the_same(entries, targets)
         links, facts = [*session.links, *session.chain], describe_inputs(session, targets, base)
+        facts["device"] = None if device is None else device.described()
+        facts["command"] += "" if device is None else f" --answers {shlex.quote(device.path.name)}"
         report = ParityReport(out, entries, links, facts, positions, bisections, cost_table(session, targets))
         shutil.rmtree(workdir)
         for write in (write_report, write_html, write_junit):
@@ -144,13 +154,15 @@ def _still_the_same(entries: list[Entry], targets: list[Target]) -> list[Entry]:
 
 @dataclass(frozen=True)
 class _Line:
-    """The checkpoint, and what was given of those that it was made from."""
+    """The checkpoint, what was given of those that it was made from, artifacts by format, a device's answers."""
 
     model: CanonicalCheckpoint
     base: Path | None
     adapter: Path | None
     original: Path | None
     hashed: HashedOnce
+    device: DeviceAnswers | None
+    artifacts: Mapping[str, Path | None]
 
 
 def _prepare(
@@ -166,6 +178,8 @@ def _prepare(
     tokenizer = load_tokenizer(model.path)
     probes = make_probes(tokenizer, model.config, settings, formats=formats)
     logger.info("probe set: %d sequences, %d positions", len(probes.lengths), probes.ids.size)
+    if line.device is not None:
+        line.device.require(about(model, probes, settings, line.artifacts, hashed))
     began = time.perf_counter()
     with status("PyTorch reference"):
         reference = reference_logprobs(model.path, probes, threads=settings.threads)

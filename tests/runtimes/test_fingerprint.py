@@ -18,12 +18,25 @@ MODEL = {"x86": "Some CPU @ 3 GHz", "arm": "Board"}
 @pytest.mark.parametrize("kind", CPUINFO)
 def test_flags_come_from_cpuinfo(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(fingerprint, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(fingerprint.platform, "machine", lambda: "some processor")
     if CPUINFO[kind]:
         (tmp_path / "cpuinfo").write_text(CPUINFO[kind])
     machine = fingerprint.machine()
     assert machine["flags"] == FLAGS[kind]
     assert machine["model"] == MODEL.get(kind, machine["model"])
     assert machine["architecture"]
+
+
+def test_an_emulated_arm_core_is_named_as_one_and_its_flags_are_not_those_of_the_machine_below(tmp_path, monkeypatch):
+    monkeypatch.setattr(fingerprint, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(fingerprint.platform, "machine", lambda: "aarch64")
+    (tmp_path / "cpuinfo").write_text("vendor_id\t: AuthenticAMD\nmodel name\t: EPYC\nflags\t: avx2\n")
+    assert fingerprint.machine()["model"] == "emulated on EPYC"
+    assert "avx2" not in fingerprint.machine()["flags"]
+    assert (
+        fingerprint.model_of("CPU implementer\t: 0x41\nCPU part\t: 0xd0c\n", "aarch64")
+        == "Arm implementer 0x41, part 0xd0c"
+    )
 
 
 def test_peak_memory_grows_with_what_is_touched(tmp_path, monkeypatch):

@@ -154,6 +154,6 @@ def test_an_answer_with_other_passes_than_asked_is_none(mode: str, passes: int, 
     out, fingerprint, job = tmp_path / "logits.npz", tmp_path / "fingerprint.json", make_job([[1, 2]], mode)
     write_answers(out, [np.zeros((2, 8), np.float32)] * passes)
     fingerprint.write_text("{}")
-    found = launch._answer("onnxruntime", {out: 10_000, fingerprint: 100}, job, "")
+    found = launch.answer_in("onnxruntime", out, fingerprint, job, 8, "")
     assert found.status == "crashed"
     assert f"mode '{mode}'" in found.message

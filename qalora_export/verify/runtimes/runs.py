@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,8 @@ from qalora_export.verify.runtimes.record import Artifact
 
 Mode = Literal["prefill", "decode"]
 EXACT, SHIPPED, TEXT, BEHAVIOUR, LONG = "exact", "shipped", "text", "behaviour", "long"  # labels of runs
+WHOLE = "everything"
+PARTS = {SHIPPED: ("prefill", "decode", TEXT, BEHAVIOUR), EXACT: ("prefill", "decode", LONG)}  # of a run, by its label
 LOG_SHOWN = 600  # characters
 logger = logging.getLogger(__name__)
 
@@ -60,14 +63,14 @@ class Runs:
             self._everything(runtime, artifact, label)
         values = self._waiting.pop((runtime, label, mode), None)
         if values is None:
-            values = self._run(runtime, artifact, self.probes, mode, label=label).logprobs
+            values = self._alone(runtime, artifact, label, mode).logprobs
         return self._checked(runtime, artifact, values)
 
     def text_answers(self, runtime: str, artifact: Artifact) -> dict[str, Any]:
         """Gate G5's answers (qalora_runtimes.protocol.TEXT_ANSWER_KEYS)."""
         answers = self._waiting.pop((runtime, SHIPPED, TEXT), None)
         if answers is None:
-            answers = self._run(runtime, artifact, self._shortest, "prefill", label=TEXT, text=True).text_answers
+            answers = self._alone(runtime, artifact, SHIPPED, TEXT).text_answers
         if not isinstance(answers, dict):
             raise RuntimeUnavailableError(f"{runtime} gave no answers about text", where=artifact.path)
         return answers
@@ -76,8 +79,7 @@ class Runs:
         """Gate G6's answers (qalora_runtimes.behaviour.ANSWER_KEYS), complete."""
         found = self._waiting.pop((runtime, SHIPPED, BEHAVIOUR), None)
         if found is None:
-            alone = self._shortest
-            found = self._run(runtime, artifact, alone, "prefill", label=BEHAVIOUR, asked=request).behaviour
+            found = self._alone(runtime, artifact, SHIPPED, BEHAVIOUR, request).behaviour
         if not isinstance(found, dict) or not ANSWER_KEYS.keys() <= found.keys():
             raise RuntimeUnavailableError(f"{runtime} gave no answers", where=artifact.path)
         return found
@@ -86,24 +88,46 @@ class Runs:
         """float32 (k, vocabulary) at the positions of a long sequence, on the exact path."""
         found = self._waiting.pop((runtime, EXACT, LONG), None)
         if found is None:
-            found = self._run(runtime, exact, self._shortest, "prefill", label=EXACT, long=sequence).long
+            found = self._alone(runtime, exact, EXACT, LONG, sequence).long
         if found is None or found.shape != (len(sequence.at), self.vocabulary):
             raise RuntimeUnavailableError(f"{runtime} gave no answers to a long sequence", where=exact.path)
         return np.asarray(found)
 
     def _everything(self, runtime: str, artifact: Artifact, label: str) -> None:
         """One run for all that this artifact will be asked. Nothing waits when it crashes."""
-        asked = self.behaviour_asked() if self.behaviour_asked and label == SHIPPED else None
-        long = self.long_asked(runtime) if self.long_asked and label == EXACT else None
-        text = label == SHIPPED
         try:
-            result = self._run(runtime, artifact, self.probes, "both", label=label, text=text, asked=asked, long=long)
+            result = self._whole(runtime, artifact, label)
         except CrashedError as error:
             logger.warning("%s; asking for one thing at a time", error)
             return
         found = {"prefill": result.logprobs, "decode": result.decoded, TEXT: result.text_answers}
         found |= {BEHAVIOUR: result.behaviour, LONG: result.long}
         self._waiting |= {(runtime, label, what): value for what, value in found.items() if value is not None}
+
+    def rehearse(self, runtime: str, artifact: Artifact, *, exact: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """(name, run) of every run that an artifact can be asked for on a path: all at once, then each part alone."""
+        label = EXACT if exact else SHIPPED
+        yield WHOLE, lambda: self._whole(runtime, artifact, label)
+        for part in PARTS[label]:
+            yield part, partial(self._alone, runtime, artifact, label, part)
+
+    def _whole(self, runtime: str, artifact: Artifact, label: str) -> Any:
+        asked = self.behaviour_asked() if self.behaviour_asked and label == SHIPPED else None
+        long = self.long_asked(runtime) if self.long_asked and label == EXACT else None
+        text = label == SHIPPED
+        return self._run(runtime, artifact, self.probes, "both", label=label, text=text, asked=asked, long=long)
+
+    def _alone(self, runtime: str, artifact: Artifact, label: str, part: str, asked: Any = None) -> Any:
+        """One part of PARTS[label]. asked: the request or long sequence, where the caller has it."""
+        if part == TEXT:
+            return self._run(runtime, artifact, self._shortest, "prefill", label=TEXT, text=True)
+        if part == BEHAVIOUR:
+            asked = asked or (self.behaviour_asked and self.behaviour_asked())
+            return self._run(runtime, artifact, self._shortest, "prefill", label=BEHAVIOUR, asked=asked)
+        if part == LONG:
+            asked = asked or (self.long_asked and self.long_asked(runtime))
+            return self._run(runtime, artifact, self._shortest, "prefill", label=EXACT, long=asked)
+        return self._run(runtime, artifact, self.probes, part, label=label)
 
     def _checked(self, runtime: str, artifact: Artifact, values: NDArray[np.float32] | None) -> NDArray[np.float32]:
         expected = (int(self.probes.ids.size), self.vocabulary)
