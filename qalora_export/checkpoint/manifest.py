@@ -5,9 +5,13 @@ and sha256, the settings that made them, and the sha256 of each parent's manifes
 path, so equal inputs and settings give equal bytes. That of a single file lies beside it: `<out>.manifest.json`.
 """
 
+import contextlib
+import functools
 import json
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +29,7 @@ FileKind = Literal["base", "adapter", "merged", "gguf", "onnx", "report", "pack"
 # What a stage or a runtime reads from a model folder, by the names that readers look for; notes and pictures are not.
 STEERING_SUFFIXES = {".json", ".safetensors", ".jinja", ".model", ".tiktoken", ".onnx", ".onnx_data", ".data"}
 STEERING_NAMES = {*COMPANIONS, "vocab.txt"}
+LARGE = 2**24  # bytes of a file that is checked beside the work that reads it
 SHOW_PROGRESS = 2**30  # bytes; hashing less takes a moment
 
 
@@ -195,7 +200,40 @@ def require_intact(folder: Path, what: str, *, hash_of: HashFile = sha256_file) 
     takes (tests/benchmarks/hash_inputs.py); within one run, `hash_of` may remember. Raises InputError naming the
     files, UnsafeInputError when the manifest is not one of ours.
     """
-    if has_manifest(folder) and (wrong := verify_manifest(folder, hash_of=hash_of)):
+    if has_manifest(folder):
+        _refuse(folder, what, verify_manifest(folder, hash_of=hash_of))
+
+
+@contextlib.contextmanager
+def intact_meanwhile(folder: Path, what: str) -> Iterator[Callable[[], None]]:
+    """require_intact beside the work: small files before the block begins, large ones on a thread while it reads them.
+
+    What is yielded waits for the answer and raises as require_intact; nothing that the block makes may get its name
+    before it was called. An error inside the block that damage explains is replaced by that refusal. What is no error,
+    a signal, does not wait.
+    """
+    files = read_manifest(folder)["files"] if has_manifest(folder) else {}
+    large = {name for name, entry in files.items() if isinstance(size := entry.get("bytes"), int) and size > LARGE}
+    if has_manifest(folder):
+        small = {name: entry for name, entry in files.items() if name not in large}
+        _refuse(folder, what, verify_files(folder, small) + _unlisted(folder, files))
+    stop = threading.Event()
+    hash_of = functools.partial(sha256_file, stop=stop)
+    with ThreadPoolExecutor(1) as pool:
+        wrong = pool.submit(lambda: [name for name in large if not _matches(folder, name, files[name], hash_of)])
+        try:
+            yield lambda: _refuse(folder, what, wrong.result())
+        except Exception:
+            _refuse(folder, what, wrong.result())
+            raise
+        except BaseException:
+            stop.set()
+            raise
+        _refuse(folder, what, wrong.result())
+
+
+def _refuse(folder: Path, what: str, wrong: list[str]) -> None:
+    if wrong:
         raise InputError(
             f"{what} differs from its manifest",
             where=f"{folder}: {', '.join(wrong)}",
@@ -210,8 +248,11 @@ def verify_manifest(folder: Path, *, hash_of: HashFile = sha256_file) -> list[st
     Empty means intact.
     """
     files = read_manifest(folder)["files"]
-    unlisted = [name for name in steering_files(folder) if name not in files and name != MANIFEST]
-    return verify_files(folder, files, hash_of=hash_of) + unlisted
+    return verify_files(folder, files, hash_of=hash_of) + _unlisted(folder, files)
+
+
+def _unlisted(folder: Path, files: Collection[str]) -> list[str]:
+    return [name for name in steering_files(folder) if name not in files and name != MANIFEST]
 
 
 def is_unchanged(path: Path) -> bool:

@@ -10,19 +10,17 @@ import contextlib
 import hashlib
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
 from numpy.typing import NDArray
-
-from qalora_export.safety import sha256_file
 
 BLOCK_BYTES = 2 << 20  # fits a core's cache together with its encoded form
 WORKERS = 2
 AHEAD = 8  # blocks prepared and not yet consumed
+SENT_BYTES = 1 << 27  # written between two syncs of a file that is still being written
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -89,7 +87,7 @@ def release(array: NDArray[Any]) -> None:
 
 
 class BlockHasher:
-    """sha256 of consecutive tensors on a thread of its own, at most AHEAD blocks behind the writer.
+    """sha256 of consecutive pieces, tensors say, on a thread of its own, at most AHEAD blocks behind the writer.
 
     Use as a context manager; the futures that `finish` returns are done when it ends.
     """
@@ -105,32 +103,70 @@ class BlockHasher:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
 
-    def update(self, block: NDArray[np.uint8]) -> None:
+    def update(self, block: bytes | memoryview) -> None:
         """The block must not change afterwards; it is kept until it has been hashed."""
-        self._waiting.append(self._pool.submit(self._digest.update, block.data))
+        self._waiting.append(self._pool.submit(self._digest.update, block))
         if len(self._waiting) > AHEAD:
             self._waiting.popleft().result()
 
     def finish(self) -> Future[str]:
-        """Hex digest of the tensor whose last block was given; the next block begins another one."""
+        """Hex digest of the piece whose last block was given; the next block begins another one."""
         answer = self._pool.submit(self._digest.hexdigest)
         self._digest = hashlib.sha256()
         return answer
 
 
-@contextlib.contextmanager
-def finished(files: Mapping[str, Path]) -> Iterator[dict[str, str]]:
-    """While the block runs, send finished files to the disk and hash them; when it ends the digests are in the dict.
+class HashedFile:
+    """A new file that takes bytes in their order: threads hash them and send them to the disk while more are made.
 
-    files: name -> path. The final sync of safety.atomic then finds little left to do. Errors surface when the block
-    ends without one of its own.
+    Use as a context manager; `sha256` is known when it ends. The digest is that of the bytes that were given: should
+    the file ever hold others, its manifest tells.
     """
-    digests: dict[str, str] = {}
-    with ThreadPoolExecutor(2) as pool:
-        syncing = pool.submit(_sync, files.values())
-        hashing = pool.submit(lambda: {name: sha256_file(path) for name, path in files.items()})
-        yield digests
-        digests |= hashing.result()
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._hasher, self._pool = BlockHasher(), ThreadPoolExecutor(1)
+        self._syncing: Future[None] | None = None
+        self._unsent, self.sha256 = 0, ""
+
+    def __enter__(self) -> HashedFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        digest = self._hasher.finish()
+        self._hasher.__exit__()
+        self._pool.shutdown()  # before the file is closed, whose number another file may get
+        self._file.close()
+        self._sent()
+        self.sha256 = digest.result()
+
+    def write(self, data: bytes | memoryview, /) -> None:
+        """The bytes must not change afterwards."""
+        self._file.write(data)
+        self._hasher.update(data)
+        self._unsent += data.nbytes if isinstance(data, memoryview) else len(data)
+        if self._unsent >= SENT_BYTES and (self._syncing is None or self._syncing.done()):
+            self._sent()
+            self._syncing, self._unsent = self._pool.submit(os.fsync, self._file.fileno()), 0
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def _sent(self) -> None:
+        """Raise what the last sync raised: the system tells of a lost write once."""
+        if self._syncing is not None:
+            self._syncing.result()
+
+
+@contextlib.contextmanager
+def synced(paths: Iterable[Path]) -> Iterator[None]:
+    """While the block runs, send finished files to the disk: the final sync of safety.atomic finds little left to do.
+
+    Errors surface when the block ends without one of its own.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        syncing = pool.submit(_sync, paths)
+        yield
         syncing.result()
 
 

@@ -2,13 +2,16 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 
+from qalora_export.checkpoint import manifest
 from qalora_export.checkpoint.manifest import (
     MANIFEST,
     Parent,
+    intact_meanwhile,
     parent_of,
     read_manifest,
     verify_manifest,
@@ -16,6 +19,7 @@ from qalora_export.checkpoint.manifest import (
 )
 from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.safety import sha256_file
+from qalora_export.safety.hashing import Stopped
 
 
 @pytest.fixture
@@ -63,6 +67,60 @@ def test_names_in_a_manifest_cannot_escape(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(content))
     with pytest.raises(UnsafeInputError, match="outside its folder"):
         verify_manifest(folder)
+
+
+@pytest.fixture
+def large(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same folder, in which a.txt counts as a large file."""
+    monkeypatch.setattr(manifest, "LARGE", 4)
+    return folder
+
+
+def test_a_large_file_is_checked_beside_the_work(large: Path) -> None:
+    with intact_meanwhile(large, "the base") as require:
+        require()
+    begun = []
+    (large / "a.txt").write_text("alphb")
+    with pytest.raises(InputError, match=r"the base differs.*a\.txt"), intact_meanwhile(large, "the base"):
+        begun.append("the work")
+    with pytest.raises(InputError, match=r"a\.txt"), intact_meanwhile(large, "the base") as require:
+        require()
+        begun.append("what may only be kept when all is right")
+    assert begun == ["the work"]
+
+
+def test_damage_is_named_instead_of_what_it_leads_to(large: Path) -> None:
+    (large / "a.txt").write_text("alphb")
+    with pytest.raises(InputError, match="differs from its manifest"), intact_meanwhile(large, "the base"):
+        raise InputError("a scale is NaN")
+    (large / "a.txt").write_text("alpha")
+    with pytest.raises(InputError, match="a scale is NaN"), intact_meanwhile(large, "the base"):
+        raise InputError("a scale is NaN")
+
+
+def test_small_files_are_checked_before_the_work(folder: Path) -> None:
+    (folder / "a.txt").write_text("alphb")
+    with pytest.raises(InputError, match=r"a\.txt"), intact_meanwhile(folder, "the base"):
+        pytest.fail("the work began")
+
+
+def test_a_signal_does_not_wait_for_the_check(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = threading.Event()
+
+    def endless(_: Path, *, stop: threading.Event) -> str:
+        begun.set()
+        assert stop.wait(60)
+        raise Stopped
+
+    monkeypatch.setattr(manifest, "sha256_file", endless)
+    with pytest.raises(KeyboardInterrupt), intact_meanwhile(large, "the base"):
+        assert begun.wait(60)
+        raise KeyboardInterrupt
+
+
+def test_a_folder_without_manifest_has_nothing_to_be_held_against(tmp_path: Path) -> None:
+    with intact_meanwhile(tmp_path, "the base") as require:
+        require()
 
 
 def test_no_manifest_means_not_finished(tmp_path: Path) -> None:

@@ -2,12 +2,19 @@
 
 import hashlib
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from qalora_export.formats.streaming import AHEAD, BlockHasher, finished, prepared, release, row_blocks
+from qalora_export.formats import contents, streaming
+from qalora_export.formats.gguf import writer
+from qalora_export.formats.gguf.export import export_gguf
+from qalora_export.formats.onnx.export import export_onnx
+from qalora_export.formats.streaming import AHEAD, BlockHasher, HashedFile, prepared, release, row_blocks, synced
+from qalora_export.recipe import GgufSettings
+from qalora_export.safety import sha256_file
 
 
 @pytest.mark.parametrize("rows, nbytes, block", [(1, 10, 1), (7, 700, 200), (5, 5, 100), (100, 10_000, 333), (3, 0, 9)])
@@ -36,18 +43,68 @@ def test_an_error_in_one_block_reaches_the_consumer() -> None:
         list(prepared(lambda item: 1 // (item - 5), range(50)))
 
 
-def test_finished_hashes_while_the_block_runs(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"x" * 1000)
-    with finished({"final": tmp_path / "a"}) as digests:
-        assert not digests
-    assert digests == {"final": hashlib.sha256(b"x" * 1000).hexdigest()}
+def test_a_hashed_file_holds_the_bytes_and_is_sent_to_the_disk_while_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = threading.Event()
+    monkeypatch.setattr(streaming, "SENT_BYTES", 1000)
+    monkeypatch.setattr(streaming.os, "fsync", lambda _: sent.set())
+    pieces = [bytes([number]) * 700 for number in range(3 * AHEAD)]
+    with HashedFile(tmp_path / "a") as file:
+        for place, piece in enumerate(pieces):
+            assert file.tell() == 700 * place
+            file.write(memoryview(piece) if place % 2 else piece)
+            assert place < 1 or sent.wait(60)
+    whole = b"".join(pieces)
+    assert (tmp_path / "a").read_bytes() == whole
+    assert file.sha256 == hashlib.sha256(whole).hexdigest()
+
+
+def test_a_write_that_the_disk_lost_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(_: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(streaming, "SENT_BYTES", 10)
+    monkeypatch.setattr(streaming.os, "fsync", lost)
+    with pytest.raises(OSError, match="Input/output"), HashedFile(tmp_path / "a") as file:
+        file.write(b"x" * 20)
 
 
 def test_an_error_of_the_block_is_not_hidden(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="mine"), finished({"missing": tmp_path / "missing"}):
+    with pytest.raises(ValueError, match="mine"), synced([tmp_path / "missing"]):
         raise ValueError("mine")
-    with pytest.raises(FileNotFoundError), finished({"missing": tmp_path / "missing"}):
+    with pytest.raises(FileNotFoundError), synced([tmp_path / "missing"]):
         pass
+
+
+@pytest.mark.parametrize("layout", ["q4_1", "split", "onnx"])
+def test_threads_write_the_bytes_that_one_thread_writes(
+    layout: str, tiny_canonical: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file, manifest included, of an export by many threads in small blocks, and by one in whole tensors."""
+
+    def export(folder: Path) -> dict[str, str]:
+        if layout == "onnx":
+            export_onnx(tiny_canonical, folder / "onnx")
+        else:
+            export_gguf(tiny_canonical, folder / "model.gguf", GgufSettings(layout=layout))
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
+
+    def blocks(rows: int, nbytes: int, _: int = 0) -> Iterator[slice]:
+        return row_blocks(rows, nbytes, 1000)
+
+    with monkeypatch.context() as patch:
+        for module in (streaming, writer, contents):
+            patch.setattr(module, "row_blocks", blocks)
+        threaded = export(tmp_path / "threads")
+    with monkeypatch.context() as patch:
+        for module in (writer, contents):
+            patch.setattr(module, "prepared", map)
+            patch.setattr(module, "row_blocks", lambda rows, *_: [slice(0, rows)])
+        serial = export(tmp_path / "one")
+    assert threaded == serial
+    assert len(threaded) >= 2
 
 
 def test_released_pages_leave_memory_and_stay_readable(tmp_path: Path) -> None:
@@ -73,7 +130,7 @@ def test_digests_are_those_of_hashlib() -> None:
         answers = []
         for blocks in tensors:
             for block in blocks:
-                hasher.update(block)
+                hasher.update(block.data)
             answers.append(hasher.finish())
     expected = [hashlib.sha256(b"".join(block.tobytes() for block in blocks)).hexdigest() for blocks in tensors]
     assert [answer.result() for answer in answers] == expected

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.generation import generation_of
-from qalora_export.checkpoint.manifest import files_of, parent_of, require_intact, sidecar_path, write_sidecar
+from qalora_export.checkpoint.manifest import files_of, intact_meanwhile, parent_of, sidecar_path, write_sidecar
 from qalora_export.checkpoint.output import claim_output
 from qalora_export.errors import ParityError
 from qalora_export.formats.account import tools
@@ -23,7 +23,7 @@ from qalora_export.formats.gguf.tensor_table import TensorPlan, plan_model, prev
 from qalora_export.formats.gguf.tokenizer.byte_level import TEXT_DIFFERENCES
 from qalora_export.formats.gguf.tokenizer.fields import name_for_llama_cpp, tokenizer_entries
 from qalora_export.formats.gguf.writer import write_gguf
-from qalora_export.formats.streaming import finished
+from qalora_export.formats.streaming import synced
 from qalora_export.models.families import family_of
 from qalora_export.recipe import GgufSettings
 from qalora_export.safety import StrPath, atomic_files, exclusive, local_path
@@ -52,11 +52,13 @@ def export_gguf(
             stack.enter_context(claim_output(adapter_path(out), force=force, inputs=[checkpoint]))
         else:  # one that an earlier model left may have to go
             stack.enter_context(exclusive(adapter_path(out)))
-        require_intact(checkpoint, "the checkpoint")
-        return _export(checkpoint, out, settings, force=force)
+        require_intact = stack.enter_context(intact_meanwhile(checkpoint, "the checkpoint"))
+        return _export(checkpoint, out, settings, require_intact, force=force)
 
 
-def _export(checkpoint: Path, out: Path, settings: GgufSettings, *, force: bool) -> ExportReport:
+def _export(
+    checkpoint: Path, out: Path, settings: GgufSettings, require_intact: Callable[[], None], *, force: bool
+) -> ExportReport:
     model = _open(checkpoint)
     plans = plan_model(model, settings.layout)
     remainders = plan_remainders(model) if settings.layout == "split" else []
@@ -65,21 +67,24 @@ def _export(checkpoint: Path, out: Path, settings: GgufSettings, *, force: bool)
     places = [*([adapter_path(out)] if remainders else []), out, sidecar_path(out)]
     with atomic_files(places, force=force) as (*adapters, unnamed, manifest):
         files = {out.name: unnamed}
-        tensors = write_gguf(unnamed, arch, entries, plans)
+        written = {out.name: write_gguf(unnamed, arch, entries, plans)}
         adapter = None
         if remainders:
             (adapter,) = adapters
             files[adapter_path(out).name] = adapter
-            tensors |= write_gguf(adapter, arch, adapter_entries(model), remainders, description="write adapter")
-        with finished(files) as digests:  # hashed and on their way to the disk while they are read back
+            written[adapter_path(out).name] = write_gguf(
+                adapter, arch, adapter_entries(model), remainders, description="write adapter"
+            )
+        with synced(files.values()):  # on their way to the disk while they are read back
             found = _checked(compare(FolderContents(model), read_back(unnamed, adapter), progress="read back"), out)
+        require_intact()
         write_sidecar(
             manifest,
             files,
-            tensors,
+            {name: entry for file in written.values() for name, entry in file.tensors.items()},
             [parent_of(checkpoint, "checkpoint")],
             settings.model_dump(),
-            digests=digests,
+            digests={name: file.sha256 for name, file in written.items()},
             made_with=gguf_tools(),
         )
         if adapter is None and adapter_path(out).name in files_of(sidecar_path(out)):

@@ -73,12 +73,19 @@ def _write_adapter(
     arrays = _arrays(model, modules)
     plans = [TensorPlan(name, F32, array.shape, array.__getitem__) for name, array in arrays.items()]
     with atomic_files((out, sidecar_path(out)), force=force) as (temporary, manifest):
-        tensors = write_gguf(
+        written = write_gguf(
             temporary, family_of(model.config).gguf_arch, adapter_entries(model), plans, description="write adapter"
         )
         _check(temporary, arrays, out)
         parents = [parent_of(base, "checkpoint"), parent]
-        write_sidecar(manifest, {out.name: temporary}, tensors, parents, {"layout": "adapter"})
+        write_sidecar(
+            manifest,
+            {out.name: temporary},
+            written.tensors,
+            parents,
+            {"layout": "adapter"},
+            digests={out.name: written.sha256},
+        )
     offsets, rounded, largest, error, update = _rounding(model, modules)
     return AdapterReport(
         out, len(modules), out.stat().st_size, offsets, rounded, largest, error / update if update else 0

@@ -20,7 +20,7 @@ from qalora_export.formats.gguf.permute import hf_order
 from qalora_export.formats.gguf.remainder import group_indicator, with_remainder
 from qalora_export.formats.gguf.tensor_table import ROPE_FREQUENCIES, ROPE_LONG, ROPE_SHORT, as_stored
 from qalora_export.formats.gguf.types import BLOCK_TYPES, PLAIN_TYPES
-from qalora_export.formats.streaming import release
+from qalora_export.formats.streaming import release, row_blocks
 from qalora_export.grid import AFFINE16, GroupAffine, PackedAffine
 from qalora_export.models.families import FAMILIES, MAX_LAYERS, Family
 from qalora_export.safety.limits import parse_json
@@ -190,10 +190,13 @@ class _Source:
         """lora_b of an offset adapter, rows in GGUF order. UnsafeInputError unless lora_a is the group indicator."""
         indicator, rest = (self.lora[f"{module}.weight.{part}"].values for part in ("lora_a", "lora_b"))
         if module not in self._indicators:
-            expected = group_indicator(rest.shape[1], group_size)
-            if not np.array_equal(indicator, expected):
+            groups = rest.shape[1]
+            shaped = indicator.shape == (groups, groups * group_size)
+            for rows in row_blocks(groups, indicator.nbytes) if shaped else ():
+                shaped &= np.array_equal(indicator[rows], group_indicator(groups, group_size, rows))
+                release(indicator)
+            if not shaped:
                 raise UnsafeInputError("not an offset adapter of this matrix", where=f"{self.path}: {module}")
-            release(indicator)
             self._indicators.add(module)
         values: NDArray[np.float32] = rest
         return values

@@ -11,16 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.errors import InputError, UnsafeInputError
-from qalora_export.grid import GroupAffine, PackedAffine
+from qalora_export.grid import PackedAffine
 
 
-def remainder(matrix: GroupAffine | PackedAffine, zero: int, *, where: str) -> NDArray[np.float32]:
+def remainder(scale: NDArray[np.float16], offset: NDArray[np.float16], zero: int, *, where: str) -> NDArray[np.float32]:
     """R = m + zero·s, float32 (out, in/g): what a block format with a fixed zero leaves over.
 
     Raises InputError when float32 cannot hold R exactly (m and s more than about 13 binary orders apart); float64
     always can, as fp16 spans 40 binary orders.
     """
-    exact = matrix.offset.astype(np.float64) + zero * matrix.scale.astype(np.float64)
+    exact = offset.astype(np.float64) + zero * scale.astype(np.float64)
     held = exact.astype(np.float32)
     if not np.array_equal(held.astype(np.float64), exact):
         raise InputError(
@@ -42,11 +42,14 @@ def with_remainder(matrix: PackedAffine, rest: NDArray[np.float32], zero: int, *
     if not np.isfinite(offset).all():
         raise UnsafeInputError("a remainder makes an offset that fp16 does not hold", where=where)
     found = dataclasses.replace(matrix, offset=offset)
-    if not np.array_equal(remainder(found, zero, where=str(where)), rest):
+    if not np.array_equal(remainder(found.scale, offset, zero, where=str(where)), rest):
         raise UnsafeInputError("a remainder does not come from an fp16 offset", where=where)
     return found
 
 
-def group_indicator(groups: int, group_size: int) -> NDArray[np.float32]:
-    """float32 (groups, groups · g): row k is 1 on group k, so lora_a · x is the sum of each group of x."""
-    return np.repeat(np.eye(groups, dtype=np.float32), group_size, axis=1)
+def group_indicator(groups: int, group_size: int, rows: slice = slice(None)) -> NDArray[np.float32]:
+    """float32 (groups, groups · g), or some rows of it: row k is 1 on group k, so lora_a · x sums each group of x."""
+    wanted = np.arange(groups)[rows]
+    indicator = np.zeros((len(wanted), groups, group_size), np.float32)
+    indicator[np.arange(len(wanted)), wanted] = 1
+    return indicator.reshape(len(wanted), -1)

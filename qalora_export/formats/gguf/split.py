@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.manifest import parent_of
+from qalora_export.formats.gguf.block_type import SLAB_BYTES
 from qalora_export.formats.gguf.metadata import Entry, architecture
 from qalora_export.formats.gguf.names import NameMap
 from qalora_export.formats.gguf.remainder import group_indicator, remainder
-from qalora_export.formats.gguf.tensor_table import TensorPlan, gguf_rows
+from qalora_export.formats.gguf.tensor_table import TensorPlan, gguf_order
 from qalora_export.formats.gguf.types import F32, base_type
+from qalora_export.formats.streaming import row_blocks
 from qalora_export.models.families import Family, family_of
 from qalora_export.version import __version__
 
@@ -62,9 +64,9 @@ def plan_remainders(model: CanonicalCheckpoint) -> list[TensorPlan]:
     plans: list[TensorPlan] = []
     for module, (bits, group_size) in model.modules.items():
         zero = base_type(bits).implied_zero(bits)
-        if zero is None or not remainder(model.packed(module), zero, where=f"{model.path}: {module}").any():
-            continue
         rows, groups = model.entry(f"{module}.scale").shape
+        if zero is None or not _any_remainder(model, module, zero, rows):
+            continue
         name = names.to_gguf(f"{module}.weight")
         load_a = functools.partial(_indicator_rows, groups, group_size)
         load_b = functools.partial(_remainder_rows, model, family, module, zero)
@@ -73,11 +75,22 @@ def plan_remainders(model: CanonicalCheckpoint) -> list[TensorPlan]:
     return plans
 
 
+def _any_remainder(model: CanonicalCheckpoint, module: str, zero: int, rows: int) -> bool:
+    """Whether any remainder is not 0; every one is checked to be exact."""
+    scale, offset = (np.asarray(model.tensor(f"{module}.{part}")) for part in ("scale", "offset"))
+    where, found = f"{model.path}: {module}", False
+    for part in row_blocks(rows, scale.nbytes, SLAB_BYTES):
+        found |= bool(remainder(scale[part], offset[part], zero, where=where).any())
+    return found
+
+
 def _indicator_rows(groups: int, group_size: int, rows: slice) -> NDArray[np.float32]:
-    return group_indicator(groups, group_size)[rows]
+    return group_indicator(groups, group_size, rows)
 
 
 def _remainder_rows(
     model: CanonicalCheckpoint, family: Family, module: str, zero: int, rows: slice
 ) -> NDArray[np.float32]:
-    return remainder(gguf_rows(model, family, module, rows), zero, where=f"{model.path}: {module}")
+    wanted = gguf_order(model, family, module, rows)
+    scale, offset = (np.asarray(model.tensor(f"{module}.{part}")[wanted]) for part in ("scale", "offset"))
+    return remainder(scale, offset, zero, where=f"{model.path}: {module}")

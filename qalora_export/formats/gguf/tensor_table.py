@@ -28,7 +28,7 @@ from qalora_export.formats.gguf.types import (
     exact_type,
     no_split,
 )
-from qalora_export.grid import AFFINE16, PackedAffine
+from qalora_export.grid import AFFINE16
 from qalora_export.models.families import Family, family_of, rope_of
 from qalora_export.models.families.family import head_dim
 
@@ -76,11 +76,10 @@ def prevailing_type(plans: list[TensorPlan]) -> type[GgufType]:
     return max(totals, key=lambda kind: totals[kind])
 
 
-def gguf_rows(checkpoint: CanonicalCheckpoint, family: Family, module: str, rows: slice) -> PackedAffine:
-    """Rows `rows`, counted in GGUF order, of the quantized matrix of a module."""
+def gguf_order(checkpoint: CanonicalCheckpoint, family: Family, module: str, rows: slice) -> slice | NDArray[np.intp]:
+    """Rows `rows` of a quantized matrix, counted in GGUF order, as rows of the checkpoint."""
     heads = family.permuted_heads(module, checkpoint.config)
-    total = checkpoint.entry(f"{module}.scale").shape[0]
-    return checkpoint.packed(module, rows if heads is None else row_order(total, heads)[rows])
+    return rows if heads is None else row_order(checkpoint.entry(f"{module}.scale").shape[0], heads)[rows]
 
 
 def _quantized(checkpoint: CanonicalCheckpoint, family: Family, names: NameMap, module: str, layout: str) -> TensorPlan:
@@ -88,8 +87,7 @@ def _quantized(checkpoint: CanonicalCheckpoint, family: Family, names: NameMap, 
     rows, groups = checkpoint.entry(f"{module}.scale").shape
 
     def load(wanted: slice) -> NDArray[Any]:
-        matrix = gguf_rows(checkpoint, family, module, wanted)
-        return kind.pack(matrix)
+        return kind.pack(checkpoint.packed(module, gguf_order(checkpoint, family, module, wanted)))
 
     return TensorPlan(names.to_gguf(f"{module}.weight"), kind, (rows, groups * checkpoint.modules[module][1]), load)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,25 @@ from qalora_export.formats.gguf.metadata import Entry
 from qalora_export.formats.gguf.tensor_table import TensorPlan
 from qalora_export.formats.gguf.types import BlockType
 from qalora_export.formats.gguf.validate import ALIGNMENT
-from qalora_export.formats.streaming import BlockHasher, Sink, prepared, row_blocks
+from qalora_export.formats.streaming import BlockHasher, HashedFile, Sink, prepared, row_blocks
 from qalora_export.progress import track
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFile:
+    """tensors: per name its GGUF dtype, shape and the sha256 of its bytes in the file. sha256: of the whole file."""
+
+    tensors: dict[str, dict[str, Any]]
+    sha256: str
 
 
 def write_gguf(
     path: Path, arch: str, entries: list[Entry], plans: list[TensorPlan], *, description: str = "write GGUF"
-) -> dict[str, dict[str, Any]]:
-    """Write `path` and return, per tensor name, its GGUF dtype, shape and the sha256 of its bytes in the file.
-
-    The caller passes a temporary path (safety.atomic_file): this function neither syncs nor renames.
-    """
-    with path.open("wb") as file:
-        return stream_gguf(file, header_of(arch, entries, plans), plans, description=description)
+) -> WrittenFile:
+    """Write `path`. The caller passes a temporary one (safety.atomic_file), which gets its name when all is checked."""
+    with HashedFile(path) as file:
+        tensors = stream_gguf(file, header_of(arch, entries, plans), plans, description=description)
+    return WrittenFile(tensors, file.sha256)
 
 
 def stream_gguf(
@@ -77,7 +84,7 @@ def _write_tensor(
     missing = plan.nbytes
     while missing > 0:
         block = next(blocks)
-        hasher.update(block)
+        hasher.update(block.data)
         file.write(block.data)
         missing -= block.nbytes
     _pad(file)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from qalora_export.errors import InputError
 from qalora_export.formats.onnx.layout import DATA
-from qalora_export.formats.streaming import BlockHasher, Sink, release
+from qalora_export.formats.streaming import BlockHasher, HashedFile, Sink, release
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -31,7 +31,7 @@ class DataFile:
         self._path, self._opened = folder / DATA, None
         if sink is None:
             self._path.parent.mkdir(exist_ok=True)
-            sink = self._opened = self._path.open("wb")
+            sink = self._opened = HashedFile(self._path)
         self._file = sink
         self._hasher = BlockHasher()
         self._digests: dict[str, Future[str]] = {}
@@ -45,7 +45,12 @@ class DataFile:
     ) -> None:
         self._hasher.__exit__(kind, error, trace)
         if self._opened is not None:
-            self._opened.close()
+            self._opened.__exit__(kind, error, trace)
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the file, once it is closed; of a sink of somebody else's it is not known here."""
+        return self._opened.sha256 if self._opened is not None else ""
 
     @property
     def hashes(self) -> dict[str, dict[str, Any]]:
@@ -64,7 +69,7 @@ class DataFile:
         raw = array.reshape(-1).view(np.uint8)
         for start in range(0, raw.size, CHUNK):  # a mapped tensor is never in memory whole
             chunk = raw[start : start + CHUNK]
-            self._hasher.update(chunk)
+            self._hasher.update(chunk.data)
             self._file.write(chunk.data)
             release(array)
         self._digests[name] = self._hasher.finish()

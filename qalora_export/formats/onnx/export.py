@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
-from qalora_export.checkpoint.manifest import MANIFEST, parent_of, require_intact, write_manifest
+from qalora_export.checkpoint.manifest import MANIFEST, intact_meanwhile, parent_of, write_manifest
 from qalora_export.checkpoint.output import claim_output
 from qalora_export.errors import ParityError
 from qalora_export.formats.account import tools
@@ -19,7 +20,7 @@ from qalora_export.formats.onnx.check import check_runnable
 from qalora_export.formats.onnx.layout import DATA, GRAPH
 from qalora_export.formats.onnx.read import MODULES_KEY, read_back
 from qalora_export.formats.onnx.split_form import WrittenForm
-from qalora_export.formats.streaming import finished
+from qalora_export.formats.streaming import synced
 from qalora_export.grid import AFFINE16
 from qalora_export.models.families import family_of
 from qalora_export.progress import track
@@ -47,26 +48,31 @@ def export_onnx(
     every case nothing is left behind.
     """
     checkpoint, out, settings = local_path(checkpoint), local_path(out), settings or OnnxSettings()
-    with claim_output(out, force=force, inputs=[checkpoint]):
-        require_intact(checkpoint, "the checkpoint")
-        return _export(checkpoint, out, settings, force=force)
+    with (
+        claim_output(out, force=force, inputs=[checkpoint]),
+        intact_meanwhile(checkpoint, "the checkpoint") as require_intact,
+    ):
+        return _export(checkpoint, out, settings, require_intact, force=force)
 
 
-def _export(checkpoint: Path, out: Path, settings: OnnxSettings, *, force: bool) -> ExportReport:
+def _export(
+    checkpoint: Path, out: Path, settings: OnnxSettings, require_intact: Callable[[], None], *, force: bool
+) -> ExportReport:
     source = CanonicalCheckpoint(checkpoint)
     check_runnable(source.config, where=checkpoint)
     parents = [parent_of(checkpoint, "checkpoint")]
     with atomic_directory(out, force=force) as folder:
         written = _write(source, folder, settings)
-        with finished({DATA: folder / DATA}) as digests:  # hashed while it is read back
+        with synced([folder / DATA]):  # on its way to the disk while it is read back
             found = _checked(compare(FolderContents(source), read_back(folder), progress="read back"), out)
+        require_intact()
         write_manifest(
             folder,
             "onnx",
             tensors=written.hashes,
             parents=parents,
             settings=settings.model_dump(mode="json"),
-            digests=digests,
+            digests={DATA: written.sha256},
             made_with=onnx_tools(),
         )
     written_files = (path for path in out.rglob("*") if path.is_file())
@@ -77,9 +83,10 @@ def _export(checkpoint: Path, out: Path, settings: OnnxSettings, *, force: bool)
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """hashes: manifest entries of the tensors; types, notes: for the report."""
+    """hashes: manifest entries of the tensors; sha256: of the data file; types, notes: for the report."""
 
     hashes: dict[str, dict[str, Any]]
+    sha256: str
     types: dict[str, int]
     notes: tuple[str, ...]
 
@@ -98,7 +105,7 @@ def _write(source: CanonicalCheckpoint, folder: Path, settings: OnnxSettings) ->
     types.update(data.hashes[name]["dtype"] for name in made.carried)
     bound = family_of(source.config).bound(source.config, "onnx")
     notes = (*_notes(made.forms), *([str(bound)] if bound else []), *genai_notes(source.path))
-    return Written(data.hashes, dict(types), notes)
+    return Written(data.hashes, data.sha256, dict(types), notes)
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ def test_q4_0_and_remainder_are_the_matrix_whenever_the_remainder_is_exact(matri
     zero = Q4_0.implied_zero(matrix.bits)
     assert zero == 2 ** (matrix.bits - 1)
     try:
-        rest = remainder(matrix, zero, where="w")
+        rest = remainder(matrix.scale, matrix.offset, zero, where="w")
     except InputError:
         exact = matrix.offset.astype(np.float64) + zero * matrix.scale.astype(np.float64)
         assert (exact.astype(np.float32) != exact).any()
@@ -163,7 +163,7 @@ def test_a_realistic_remainder_is_exact(scale: NDArray[np.float16], bits: int) -
     """Offsets within the range of the codes, as every quantizer makes them, leave an exact remainder."""
     offset = (-(2 ** (bits - 1)) * np.clip(scale, -4000, 4000).astype(np.float32)).astype(np.float16)
     matrix = GroupAffine(np.zeros((2, 64), np.uint8), np.clip(scale, -4000, 4000), offset, bits)
-    assert remainder(matrix, 8, where="w").dtype == np.float32
+    assert remainder(matrix.scale, matrix.offset, 8, where="w").dtype == np.float32
 
 
 def matrix(bits: int, group: int) -> PackedAffine:
