@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -57,14 +57,16 @@ def row_blocks(rows: int, nbytes: int, block_bytes: int = BLOCK_BYTES) -> Iterat
         yield slice(start, min(start + step, rows))
 
 
-def prepared(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """map(work, items) in order, computed by WORKERS threads at most AHEAD items before they are asked for."""
+def prepared(
+    work: Callable[[Item], Result], items: Iterable[Item], *, ahead: int = AHEAD
+) -> Generator[Result, None, None]:
+    """map(work, items) in order, computed by WORKERS threads at most `ahead` items before they are asked for."""
     waiting: collections.deque[Future[Result]] = collections.deque()
     with ThreadPoolExecutor(WORKERS) as pool:
         try:
             for item in items:
                 waiting.append(pool.submit(work, item))
-                if len(waiting) >= AHEAD:
+                if len(waiting) >= ahead:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

@@ -143,7 +143,7 @@ def edit_onnx(folder: Path, change: Callable[[Matrix], None], *, module: str = M
     rest = part("remainder", np.float16, *shape).astype(np.float64)
     matrix = Matrix(codes, scale, (rest - zero * scale.astype(np.float64)).astype(np.float16))
     change(matrix)
-    zero = nearest_zero(4, matrix.scale, np.nan_to_num(matrix.offset))
+    zero = nearest_zero(4, *(part.astype(np.float32) for part in (matrix.scale, np.nan_to_num(matrix.offset))))
     exact = matrix.offset.astype(np.float64) + zero * matrix.scale.astype(np.float64)
     rounded = exact.astype(np.float16) != exact
     zero[rounded], exact[rounded] = 0, matrix.offset[rounded]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -134,10 +135,10 @@ def make_folder(source: CanonicalCheckpoint, settings: OnnxSettings, data: DataF
 
     package = build_graph(source.config, untied_head=HEAD in source.modules)
     model = package["model"]
-    rewriter = Rewriter(model, source, data, settings.accuracy_level)
-    for value in track(rewriter.weights(), description) if description else rewriter.weights():
-        rewriter.place(value)
-    rewriter.finish()
+    with contextlib.closing(Rewriter(model, source, data, settings.accuracy_level)) as rewriter:
+        for value in track(rewriter.weights(), description) if description else rewriter.weights():
+            rewriter.place(value)
+        rewriter.finish()
     model.producer_name, model.producer_version = PRODUCER, __version__
     modules: dict[str, list[int | str]] = {name: list(entry) for name, entry in source.modules.items()}
     for name, grid in source.grids.items():

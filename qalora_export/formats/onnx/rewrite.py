@@ -22,11 +22,13 @@ from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.errors import InputError
 from qalora_export.formats.contents import exported_names
 from qalora_export.formats.onnx.datafile import DataFile
-from qalora_export.formats.onnx.split_form import WrittenForm, choose_form, to_blocks, zero_points
+from qalora_export.formats.onnx.split_form import SplitForm, WrittenForm, choose_form, to_blocks, zero_points
+from qalora_export.formats.streaming import prepared
 
 MICROSOFT = "com.microsoft"
 FLOAT = ir.DataType.FLOAT
 SOURCE_DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+FORMS_AHEAD = 2  # matrices whose zero points and remainders are computed before they are placed
 INLINE_BYTES = 1024  # graph constants (axes, shapes) up to here stay in model.onnx; larger ones go to the data file
 
 
@@ -40,6 +42,12 @@ class Rewriter:
         self.carried: list[str] = []  # other tensors, by checkpoint name
         self.constants: dict[str, NDArray[Any]] = {}  # large ones of the graph itself
         self._group_sums: dict[tuple[str, int], ir.Value] = {}
+        modules = [name for value in self.weights() if (name := _module(value)) in checkpoint.modules]
+        self._forms = prepared(self._form, modules, ahead=FORMS_AHEAD)
+
+    def close(self) -> None:
+        """Nothing more is placed, whether everything was or not."""
+        self._forms.close()
 
     def weights(self) -> list[ir.Value]:
         """The initializers of the graph in its own order: the work list, one tensor each."""
@@ -48,7 +56,7 @@ class Rewriter:
     def place(self, value: ir.Value) -> None:
         """Give one initializer its data. Raises InputError when checkpoint and graph do not belong together."""
         name = value.name or ""
-        module = name.removesuffix(".weight")
+        module = _module(value)
         if value.const_value is not None:
             self._place_constant(value, value.const_value.numpy())
         elif module in self.checkpoint.modules:
@@ -111,16 +119,20 @@ class Rewriter:
         for use in uses:
             use.node.replace_input_with(use.idx, cast.outputs[0])
 
+    def _form(self, module: str) -> SplitForm:
+        bits, _ = self.checkpoint.modules[module]
+        matrix = self.checkpoint.packed(module)
+        return choose_form(bits, matrix.scale, matrix.offset, where=module)
+
     def _place_quantized(self, value: ir.Value, module: str) -> None:
         bits, group_size = self.checkpoint.modules[module]
         matrix = self.checkpoint.packed(module)
-        scale, offset = matrix.scale, matrix.offset
-        out, groups = scale.shape
+        out, groups = matrix.scale.shape
         _check_shape(value, (out, groups * group_size))
-        form = choose_form(bits, scale, offset, where=module)
+        form = next(self._forms)
         self.forms[module] = WrittenForm.of(form)
         codes = self._initializer(f"{module}.codes", to_blocks(matrix.codes, bits, groups))
-        weights = {"codes": codes, "scale": self._initializer(f"{module}.scale", scale)}
+        weights = {"codes": codes, "scale": self._initializer(f"{module}.scale", matrix.scale)}
         if form.explicit_zero:
             weights["zero_points"] = self._initializer(f"{module}.zero_points", zero_points(form))
         if form.remainder is not None:
@@ -204,6 +216,10 @@ class Rewriter:
         value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(value)
         return value
+
+
+def _module(value: ir.Value) -> str:
+    return (value.name or "").removesuffix(".weight")
 
 
 def _cast(value: ir.Value, name: str) -> ir.Node:

@@ -26,8 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.errors import InputError, UnsafeInputError
+from qalora_export.formats.streaming import row_blocks
 from qalora_export.grid import differing, fp16_is_finite, implied_offset, pack_codes, unpack_codes
 
+SLAB_BYTES = 32 << 10  # of scales that are worked on at a time: what is made of them stays in a core's cache
 CONTAINER_BITS = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8}  # code bits -> bits of one MatMulNBits element
 
 
@@ -75,22 +77,59 @@ def choose_form(bits: int, scale: NDArray[Any], offset: NDArray[Any], *, where: 
     """
     if not (_finite(scale) and _finite(offset)):
         raise InputError("a scale or offset is NaN or infinite", where=where, fix="quantize or merge again")
-    zero = nearest_zero(bits, scale, offset)
-    product = zero * scale.astype(np.float64)
-    exact = offset + product  # 48 bits at most
-    inexact = exact.astype(np.float32) != exact
-    zero[inexact], product[inexact] = 0, 0
-    exact = np.where(product == 0, offset, exact)  # m itself: −0 stays −0
-    container = CONTAINER_BITS[bits]
-    if not exact.any() and differing(_implied(scale, zero), offset) == 0:
-        return SplitForm(bits, container, zero, None, int(inexact.sum()))
-    return SplitForm(bits, container, zero, _narrow(exact.astype(np.float32)), int(inexact.sum()))
+    container, implied, moved = CONTAINER_BITS[bits], True, 0
+    zero = np.empty(scale.shape, np.uint8)
+    rest, half = np.empty(scale.shape, np.float32), np.empty(scale.shape, np.float16)
+    narrow = True
+    for rows in row_blocks(len(scale), scale.nbytes, SLAB_BYTES):
+        zero[rows], rest[rows], count = _split(bits, scale[rows], offset[rows])
+        moved += count
+        implied = implied and not rest[rows].any() and not differing(_implied(scale[rows], zero[rows]), offset[rows])
+        narrow = narrow and _narrow(rest[rows], half[rows])
+    remainder = None if implied else half if narrow else rest
+    return SplitForm(bits, container, zero, remainder, moved)
+
+
+def _split(bits: int, scale: NDArray[Any], offset: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[np.float32], int]:
+    """z and R, and how many z had to be 0 for R to be a float32."""
+    s, m = _widened(scale), _widened(offset)
+    zero = nearest_zero(bits, s, m)
+    product = zero.astype(s.dtype) * s
+    rest, inexact = _exact_sum(m, product)
+    if moved := int(np.count_nonzero(inexact)):
+        zero[inexact], product[inexact] = 0, 0
+    at_zero = product == 0
+    rest[at_zero] = m[at_zero]  # m itself: −0 stays −0
+    return zero, rest, moved
+
+
+def _widened(values: NDArray[Any]) -> NDArray[Any]:
+    """float16 as float32, in which z·s of float16 numbers is exact and a quotient of them is rounded to the same
+    integer as in any wider float (next to a half they are 2^−13 apart from it or equal to it); float32 as float64.
+    """
+    return values.astype(np.float32 if values.dtype == np.float16 else np.float64)
+
+
+def _exact_sum(left: NDArray[Any], right: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """left + right as float32, and where that is not the sum itself.
+
+    In float32 the error of a rounded sum is a float32 that follows from it without rounding (Knuth's TwoSum).
+    """
+    total = left + right
+    if total.dtype == np.float32:
+        back = total - left
+        return total, ((left - (total - back)) + (right - back)) != 0
+    rounded: NDArray[np.float32] = total.astype(np.float32)
+    return rounded, rounded != total
 
 
 def nearest_zero(bits: int, scale: NDArray[Any], offset: NDArray[Any]) -> NDArray[np.uint8]:
-    """z (out, in/g): the code whose weight is nearest to 0 (ties to even); the middle code where the scale is 0."""
+    """z (out, in/g): the code whose weight is nearest to 0 (ties to even); the middle code where the scale is 0.
+
+    scale, offset: float32 that come from float16, or float64.
+    """
     with np.errstate(divide="ignore", invalid="ignore"):
-        wanted = np.rint(-offset.astype(np.float64) / scale.astype(np.float64))
+        wanted = np.rint(-offset / scale)
     wanted[scale == 0] = 2 ** (bits - 1)
     zero: NDArray[np.uint8] = np.clip(wanted, 0, 2**bits - 1).astype(np.uint8)
     return zero
@@ -102,15 +141,25 @@ def offset_of(
     """The inverse, m = R − z·s, in the dtype of the scale. Raises UnsafeInputError when that does not hold it."""
     if remainder is None:
         return _implied(scale, zero)
-    with np.errstate(over="ignore", invalid="ignore"):  # a damaged scale or remainder may be infinite; both are refused
-        product = zero * scale.astype(np.float64)
-        exact = np.where(product == 0, remainder, remainder.astype(np.float64) - product)  # R itself: −0 stays −0
-        offset = exact.astype(scale.dtype)
-    if not np.array_equal(offset.astype(np.float64), exact, equal_nan=True):
-        raise UnsafeInputError(
-            f"a remainder does not come from a {scale.dtype} offset", where=where, fix="export it again"
-        )
+    offset = np.empty(scale.shape, scale.dtype)
+    for rows in row_blocks(len(scale), scale.nbytes, SLAB_BYTES):
+        if not _offset(scale[rows], zero[rows], remainder[rows], offset[rows]):
+            raise UnsafeInputError(
+                f"a remainder does not come from a {scale.dtype} offset", where=where, fix="export it again"
+            )
     return offset
+
+
+def _offset(scale: NDArray[Any], zero: NDArray[np.uint8], remainder: NDArray[Any], out: NDArray[Any]) -> bool:
+    """Write R − z·s; False when the dtype of `out` does not hold it."""
+    s, rest = _widened(scale), remainder.astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # a damaged scale or remainder may be infinite; both are refused
+        product = zero.astype(s.dtype) * s
+        exact, inexact = _exact_sum(rest.astype(s.dtype), -product)
+        at_zero = product == 0
+        exact[at_zero], inexact[at_zero] = rest[at_zero], False  # R itself: −0 stays −0
+        out[:] = exact
+        return not inexact.any() and np.array_equal(out.astype(np.float32), exact)
 
 
 def _implied(scale: NDArray[Any], zero: NDArray[np.uint8]) -> NDArray[Any]:
@@ -125,11 +174,11 @@ def _finite(values: NDArray[Any]) -> bool:
     return fp16_is_finite(values) if values.dtype == np.float16 else bool(np.isfinite(values).all())
 
 
-def _narrow(remainder: NDArray[np.float32]) -> NDArray[np.float16] | NDArray[np.float32]:
-    """As float16 when no value changes, else as it is."""
+def _narrow(remainder: NDArray[np.float32], half: NDArray[np.float16]) -> bool:
+    """Write the remainder as float16; False when a value changes."""
     with np.errstate(over="ignore"):
-        narrow = remainder.astype(np.float16)
-    return narrow if np.array_equal(narrow.astype(np.float32), remainder) else remainder
+        half[:] = remainder
+    return np.array_equal(half.astype(np.float32), remainder)
 
 
 def to_blocks(packed: NDArray[np.uint8], bits: int, groups: int) -> NDArray[np.uint8]:

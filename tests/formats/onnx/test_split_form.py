@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 
 from qalora_export.errors import InputError, UnsafeInputError
+from qalora_export.formats.onnx import split_form
 from qalora_export.formats.onnx.split_form import (
     CONTAINER_BITS,
     choose_form,
@@ -49,6 +52,48 @@ def test_split_form_is_exact_with_one_rounding(matrix: GroupAffine) -> None:
     weight = s[..., None] * (q - z[..., None]) + remainder[..., None]
     assert np.array_equal(weight.reshape(matrix.shape), matrix.dequantize())
     assert differing(offset_of(matrix.scale, form.zero, form.remainder, where="test"), matrix.offset) == 0
+
+
+def slow_form(matrix: GroupAffine) -> tuple[list[list[int]], list[list[float]], int]:
+    """z, R and the number of moved z, one group at a time in exact fractions."""
+    zeros, rests, moved = [], [], 0
+    for scales, offsets in zip(matrix.scale.tolist(), matrix.offset.tolist(), strict=True):
+        row: list[tuple[int, float]] = []
+        for s, m in zip(scales, offsets, strict=True):
+            z = min(max(round(-Fraction(m) / Fraction(s)), 0), 2**matrix.bits - 1) if s else 2 ** (matrix.bits - 1)
+            rest = Fraction(m) + z * Fraction(s)
+            if Fraction(float(np.float32(float(rest)))) != rest:
+                z, rest, moved = 0, Fraction(m), moved + 1
+            row.append((z, m if z * s == 0 else float(rest)))
+        zeros.append([z for z, _ in row])
+        rests.append([rest for _, rest in row])
+    return zeros, rests, moved
+
+
+@settings(max_examples=300)
+@given(matrices())
+def test_the_fast_form_is_that_of_exact_fractions(matrix: GroupAffine) -> None:
+    zeros, rests, moved = slow_form(matrix)
+    form = choose_form(matrix.bits, matrix.scale, matrix.offset, where="test")
+    assert (form.zero.tolist(), form.moved) == (zeros, moved)
+    expected = np.array(rests)
+    if form.remainder is None:
+        assert not expected.any()
+    else:
+        assert differing(form.remainder.astype(np.float64), expected) == 0
+        held = np.array_equal(expected.astype(np.float16).astype(np.float64), expected)
+        assert form.remainder.dtype == (np.float16 if held else np.float32)
+
+
+@given(matrices())
+def test_slabs_of_rows_give_the_same_form(matrix: GroupAffine) -> None:
+    whole = choose_form(matrix.bits, matrix.scale, matrix.offset, where="test")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(split_form, "SLAB_BYTES", 1)
+        rows = choose_form(matrix.bits, matrix.scale, matrix.offset, where="test")
+    assert (rows.moved, differing(rows.zero, whole.zero)) == (whole.moved, 0)
+    assert (rows.remainder is None) == (whole.remainder is None)
+    assert rows.remainder is None or whole.remainder is None or differing(rows.remainder, whole.remainder) == 0
 
 
 @given(matrices())
