@@ -82,7 +82,7 @@ def available() -> list[Availability]:
 def run_runner(
     name: str,
     *,
-    model: Path,
+    model: Path | None,
     job: Path | Job,
     workdir: Path,
     exact: bool = False,
@@ -94,10 +94,10 @@ def run_runner(
 ) -> RunnerResult:
     """Run one job in one runtime. Never raises for what the runtime does; see RunnerResult.status.
 
-    workdir: made if missing; holds logits.npz, fingerprint.json and stderr.txt afterwards. vocabulary: bounds the
-    answer. lora and options go to the runner's command line. watch: how long it may be silent, by default what the
-    model and the longest sequence need. Raises KeyError for an unknown name (see RUNNERS) and
-    ProtocolError for a bad job.
+    model: None where the options name something else that runs (--server). workdir: made if missing; holds logits.npz,
+    fingerprint.json and stderr.txt afterwards. vocabulary: bounds the answer. lora and options go to the runner's
+    command line. watch: how long it may be silent, by default what the model and the longest sequence need. Raises
+    KeyError for an unknown name (see RUNNERS) and ProtocolError for a bad job.
     """
     runner = RUNNERS[name]
     workdir.mkdir(parents=True, exist_ok=True)
@@ -109,8 +109,7 @@ def run_runner(
     out.unlink(missing_ok=True)
     fingerprint.unlink(missing_ok=True)
     words = [
-        "--model",
-        model,
+        *([] if model is None else ["--model", model]),
         "--job",
         job,
         "--out",
@@ -123,7 +122,7 @@ def run_runner(
         *(["--lora", lora] if lora else []),
         *options,
     ]
-    watch = watch or Watch(patience_for(model, asked.longest))
+    watch = watch or Watch(patience_for(model or workdir, asked.longest))
     limits = limits_of(out, fingerprint, asked, vocabulary)
     ended = run_module(runner.module, words, workdir, replace(watch, limits={**watch.limits, **limits}))
     if ended.code != EXIT_OK:

@@ -61,6 +61,13 @@ def command(
     answers: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Judge what a device answered to a pack of the same flags.")
     ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Ask a running llama-server, not llama.cpp here, as far as its API goes."),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Key of that server. Default: $LLAMA_API_KEY.")
+    ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="Your own prompts (JSONL or text), beside the fixed edge cases.")
     ] = None,
@@ -117,6 +124,8 @@ def command(
 
       qalora-export verify-parity merged.qalora --gguf model.gguf --answers answers.zip --out parity/
 
+      qalora-export verify-parity merged.qalora --gguf model.gguf --server http://phone:8080 --out parity/
+
       qalora-export verify-parity HuggingFaceTB/SmolLM2-135M-Instruct --gguf downloaded-Q4_K_M.gguf --out diagnosis/
 
       qalora-export verify-parity my-model --onnx folder-of-another-tool/ --out diagnosis/
@@ -148,8 +157,8 @@ def command(
     if out is None:
         raise InputError("nowhere to write the report", where="command line", fix="pass --out FOLDER")
     if not is_checkpoint(checkpoint):
-        if answers is not None:
-            raise InputError("answers are judged for a checkpoint of this tool", where=checkpoint, fix="name that one")
+        if answers is not None or server is not None:
+            raise InputError("a device is judged by a checkpoint of this tool", where=checkpoint, fix="name that one")
         _diagnose(checkpoint, out, settings, gguf=gguf, onnx=onnx, cache=not no_cache, force=force)
     report = verify_parity(
         checkpoint,
@@ -161,6 +170,8 @@ def command(
         adapter=adapter,
         original=original,
         answers=answers,
+        server=server,
+        api_key_file=api_key_file,
         bisect=not no_bisect,
         cache=not no_cache,
         force=force,

@@ -26,6 +26,7 @@ from qalora_export.safety import HashedOnce, StrPath, atomic_directory, local_pa
 from qalora_export.verify.bisect.search import Bisection, bisect_failures, explain
 from qalora_export.verify.device.answers import DeviceAnswers
 from qalora_export.verify.device.questions import about
+from qalora_export.verify.device.server import RUNTIME, LlamaServer
 from qalora_export.verify.gates.g0_bytes import GATE as BYTES
 from qalora_export.verify.gates.g0_bytes import still_the_same
 from qalora_export.verify.gates.registry import Measured, registered
@@ -64,6 +65,8 @@ def verify_parity(
     adapter: StrPath | None = None,
     original: StrPath | None = None,
     answers: StrPath | None = None,
+    server: str | None = None,
+    api_key_file: StrPath | None = None,
     force: bool = False,
     bisect: bool = True,
     cache: bool = True,
@@ -76,9 +79,10 @@ def verify_parity(
     is verified. base, adapter: the base checkpoint and the adapter that were merged into this one; what is not given is
     looked for beside the checkpoint by its manifest hash. original: the model that the base was quantized from, found
     likewise; it is compared, and the first row of the table of costs. answers: a device's, to what pack_verification
-    asked with the same settings; no runtime runs here but for gate G1. bisect: look for the first layer and tensor that
-    diverges when a logits gate fails. cache: keep what PyTorch computes for a checkpoint for later runs on the same
-    machine (verify.store). launch, taps: stand in for qalora_runtimes.launch.run_runner and
+    asked with the same settings; no runtime runs here but for gate G1. server: the address of a llama-server that runs
+    the file, api_key_file: the file with its key; what its API does not give is "not run". bisect: look for the first
+    layer and tensor that diverges when a logits gate fails. cache: keep what PyTorch computes for a checkpoint for
+    later runs on the same machine (verify.store). launch, taps: stand in for qalora_runtimes.launch.run_runner and
     qalora_runtimes.taps.run_taps; a stand-in runtime without taps has nothing inside to look at.
 
     With `force` an old report's verdict is withdrawn first: a run that fails leaves none.
@@ -86,8 +90,12 @@ def verify_parity(
     InputError (2) and UnsafeInputError (4) for bad input.
     """
     checkpoint, out, settings = local_path(checkpoint), local_path(out), settings or VerifySettings()
-    paths = (gguf, onnx, base, adapter, original, answers)
-    gguf, onnx, base, adapter, original, answers = (None if path is None else local_path(path) for path in paths)
+    paths = (gguf, onnx, base, adapter, original, answers, api_key_file)
+    gguf, onnx, base, adapter, original, answers, api_key_file = (
+        None if path is None else local_path(path) for path in paths
+    )
+    if answers is not None and server is not None:
+        raise InputError("answers and a server are given", where="server", fix="give one of them")
     inputs = (checkpoint, gguf, onnx, base, adapter, original, answers, settings.prompts)
     hashed = HashedOnce()
     store = opened(hashed) if cache else None
@@ -97,13 +105,15 @@ def verify_parity(
         kept_in(store),
     ):
         withdraw(out)
-        artifacts = requested(settings.runtimes, {"gguf": gguf, "onnx": onnx})
+        asked = settings.runtimes or (None if server is None else (RUNTIME,))
+        artifacts = requested(asked, {"gguf": gguf, "onnx": onnx})
         model = CanonicalCheckpoint(checkpoint)
         require_intact(checkpoint, "the checkpoint", hash_of=hashed)
         if base is not None:
             require_intact(base, "the base", hash_of=hashed)
-        device = None if answers is None else DeviceAnswers(answers, hashed)
-        line = _Line(model, base, adapter, original, hashed, device, {"gguf": gguf, "onnx": onnx})
+        recorded = None if answers is None else DeviceAnswers(answers, hashed)
+        device = recorded if server is None else LlamaServer(server, api_key_file)
+        line = _Line(model, base, adapter, original, hashed, recorded, {"gguf": gguf, "onnx": onnx})
         workdir = folder / "work"
         workdir.mkdir()
         if device is not None:
@@ -129,7 +139,8 @@ def verify_parity(
         entries = _still_the_same(entries, targets)
         links, facts = [*session.links, *session.chain], describe_inputs(session, targets, base)
         facts["device"] = None if device is None else device.described()
-        facts["command"] += "" if device is None else f" --answers {shlex.quote(device.path.name)}"
+        facts["command"] += f" --answers {shlex.quote(answers.name)}" if answers else ""
+        facts["command"] += f" --server {shlex.quote(server)}" if server else ""
         report = ParityReport(out, entries, links, facts, positions, bisections, cost_table(session, targets))
         shutil.rmtree(workdir)
         for write in (write_report, write_html, write_junit):

@@ -25,7 +25,7 @@ SAMPLING = {  # of /props: what changes which token comes
 
 def behave(client: Client, request: Request, context: Context | None) -> dict[str, Any]:
     """behaviour.ANSWER_KEYS. context: the C API of the same file, where it is known; a server cannot be asked which ids
-    end generation, nor for the text of one token without another round trip for each.
+    end generation, nor for texts with special tokens hidden.
     """
     errors: list[str] = []
     greedy = GREEDY if request.sampled else {}
@@ -40,7 +40,7 @@ def behave(client: Client, request: Request, context: Context | None) -> dict[st
         "answers": answers,
         "batch": None,
         "ends": {"all": None if context is None else context.ends(), "forced": _forced(client, request)},
-        "pieces": None if context is None else _pieces(context, request),
+        "pieces": _shown(client, request) if context is None else _pieces(context, request),
         "decoded": None if context is None else [_text(context, row) for row in request.sequences],
         "unprompted": [_rendered(client, chat, errors) for chat in request.unprompted],
         "scored": [_scored(client, request, index, greedy) for index in range(len(request.scored))],
@@ -122,6 +122,12 @@ def _pieces(context: Context, request: Request) -> dict[str, list[str]]:
         return [(anchor + piece + anchor).decode("utf-8", "replace") for piece in pieces]
 
     return {"hidden": sandwiches(special=False), "shown": sandwiches(special=True)}
+
+
+def _shown(client: Client, request: Request) -> dict[str, list[str] | None]:
+    """By a server, which hides no special token: a question for each id."""
+    rows = ([request.anchor, index, request.anchor] for index in range(request.vocabulary))
+    return {"hidden": None, "shown": [client.shown(row) for row in rows]}
 
 
 def _text(context: Context, ids: tuple[int, ...]) -> str:

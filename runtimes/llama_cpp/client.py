@@ -29,7 +29,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 class Client:
-    """/completion, /tokenize, /apply-template, /v1/models and /props of llama-server."""
+    """/completion, /tokenize, /detokenize, /apply-template, /v1/models and /props of llama-server."""
 
     def __init__(self, address: str, owner: object = None, *, key: str | None = None) -> None:
         """owner: kept alive as long as this client, for a server that ends with its Python object.
@@ -48,10 +48,15 @@ class Client:
         proxies = urllib.request.ProxyHandler({})  # a device or loopback is never behind the user's web proxy
         self._opener = urllib.request.build_opener(proxies, _NoRedirects())
 
+    def model(self) -> dict[str, Any]:
+        """What it tells of the loaded model: n_vocab, n_params, size in bytes and more."""
+        models = self._call("/v1/models").get("data")
+        meta = models[0].get("meta") if models else None
+        return dict(meta) if isinstance(meta, dict) else {}
+
     def vocabulary(self) -> int:
         """Number of tokens of the loaded model."""
-        models = self._call("/v1/models").get("data")
-        size = models[0].get("meta", {}).get("n_vocab") if models else None
+        size = self.model().get("n_vocab")
         if not isinstance(size, int):
             raise RunnerError(f"{self.address} does not tell its vocabulary size; use a newer llama-server")
         return size
@@ -131,6 +136,10 @@ class Client:
         if not isinstance(settings, dict):
             raise RunnerError(f"{self.address} does not tell its sampling defaults; use a newer llama-server")
         return dict(settings.get("params", settings))
+
+    def shown(self, ids: list[int]) -> str:
+        """The text of ids, special tokens shown."""
+        return str(self._field("/detokenize", {"tokens": ids}, "content"))
 
     def _tokenize(self, text: str, *, special: bool) -> list[int]:
         question = {"content": text, "add_special": special, "parse_special": special}

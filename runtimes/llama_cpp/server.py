@@ -20,6 +20,7 @@ class ServerRuntime:
         """version: of the wheel that runs the server; None asks a remote one for its build."""
         self._client, self._settings = client, settings
         self._version = version or client.build()
+        self._model = client.model()
         self._vocabulary = client.vocabulary()
         check_vocabulary(job, self._vocabulary)
 
@@ -49,4 +50,5 @@ class ServerRuntime:
             "version": self._version,
             "logits_through": "server, one position per request",
             "settings": self._settings,
+            "model": {name: self._model.get(name) for name in ("n_params", "size")},
         }

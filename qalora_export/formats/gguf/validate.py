@@ -60,6 +60,10 @@ class TensorInfo:
     begin: int
     nbytes: int
 
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
 
 @dataclass(frozen=True, slots=True)
 class Field:

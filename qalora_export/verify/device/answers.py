@@ -18,11 +18,13 @@ from qalora_runtimes.protocol import Job, ProtocolError, read_job
 from qalora_runtimes.taps import StoredTaps, TapsResult
 
 from qalora_export.errors import InputError, UnsafeInputError
+from qalora_export.installed import code_version
 from qalora_export.safety import HashedOnce, regular_file
 from qalora_export.verify.device.questions import Question, run_question, taps_question
 
 STATUSES = ("ok", "missing", "refused", "crashed")
 NOT_PACKED = "it asks something that was not packed: the answers of a device are there once"
+OTHER_VERSION = "it was packed by another version of qalora-export, which asked something else: pack again"
 LONGEST = 4000  # characters of what a device says about a failure
 SHORT = 80  # characters of a name
 # By which runtimes choose kernels; every flag is in report.json.
@@ -120,13 +122,14 @@ class DeviceAnswers:
         key = question.key(self.hashed)
         request, outcome = self._requests.get(key), self._file.outcome(key)
         if request is None:
-            packed = question.runtime in {request.runtime for request in self._requests.values()}
-            message = (
-                NOT_PACKED if packed else f"{question.runtime} was not packed: name it with --runtime, or leave it"
-            )
+            message = f"{question.runtime} was not packed: name it with --runtime, or leave it"
+            if question.runtime in {packed.runtime for packed in self._requests.values()}:
+                same = self._file.pack.about.get("code") == code_version()
+                message = NOT_PACKED if same else OTHER_VERSION
             return None, {"status": "missing", "message": message}
         if outcome is None and request.unless is not None:  # it was to be run only where that one crashed
-            outcome = self._file.outcome(request.unless)
+            whole = self._file.outcome(request.unless)
+            outcome = whole if whole is not None and whole.get("status") != "ok" else None
         if outcome is None:
             return None, {"status": "missing", "message": "it was not run on the device"}
         status, said = outcome.get("status"), {name: outcome.get(name) for name in ("message", "signal_name", "log")}

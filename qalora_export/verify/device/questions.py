@@ -13,6 +13,7 @@ from qalora_runtimes.protocol import Job, write_job
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.manifest import MANIFEST
 from qalora_export.formats.gguf.split import adapter_path
+from qalora_export.installed import code_version
 from qalora_export.recipe import VerifySettings
 from qalora_export.safety import HashedOnce, HashFile, sha256_bytes, sha256_file
 from qalora_export.verify.identity import combined, identities
@@ -97,6 +98,7 @@ def about(
         "checkpoint": {"name": model.path.name, "sha256": _identity_of(model.path, hashed)},
         "artifacts": artifacts,
         "probe_sha256": probes.sha256,
+        "code": code_version(),
         "settings": {name: getattr(settings, name) for name in ASKED_BY},
     }
 

@@ -207,7 +207,9 @@ def _judge_texts(target: Target, probes: BehaviourProbes, said: dict[str, Any], 
             if got is not None and not _same(want, got, loose=loose):
                 found.wrong("wrong_texts", f"{what}: expected {_clip(want)}, got {_clip(got)}")
     decoded = said["decoded"] or []
-    for index, want in enumerate(probes.expected.decoded):
+    if said["decoded"] is None:
+        found.missing.append("texts of sequences")
+    for index, want in enumerate(probes.expected.decoded if said["decoded"] is not None else []):
         got = decoded[index] if index < len(decoded) else None
         if got is None or not _same(want, got, loose=loose):
             found.wrong("wrong_texts", f"text {index}: expected {_clip(want)}, got {_clip(got)}")

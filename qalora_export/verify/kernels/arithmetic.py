@@ -26,7 +26,7 @@ from qalora_export.grid.narrow import BFLOAT16
 
 Float64 = NDArray[np.float64]
 Float32 = NDArray[np.float32]
-INT8_TOP = np.float32(127)
+INT8_BOTTOM, INT8_TOP = np.float32(-128), np.float32(127)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +116,36 @@ class SignedInt8Blocks(Arithmetic):
         d = np.divide(np.float32(1), factor, out=np.zeros_like(factor), where=factor != 0)
         q = np.minimum(_rounded(blocks * factor, "even"), INT8_TOP)
         return Seen((q.astype(np.float64) * d.astype(np.float64)).reshape(x.shape))
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Rows(Arithmetic):
+    """x̂ = (q − z) / f: a whole row of x in 256 levels from its least value, or 0, to its largest, or 0.
+
+    f = 255 / (largest − least) and the integer z, the level of 0, in float32, halves to even. The sums of the blocks
+    are those of x as it is, not of x̂: the kernel takes them off by themselves, in float32. Source: KleidiAI,
+    kai_lhs_quant_pack_qai8dxp_f32.c.
+    """
+
+    name: str
+    block: int
+
+    def seen(self, x: Float32) -> Seen:
+        least, largest = np.minimum(np.float32(0), x.min(axis=1)), np.maximum(np.float32(0), x.max(axis=1))
+        span = largest - least
+        factor = np.divide(np.float32(255), span, out=np.ones_like(span), where=span > 0)
+        below, above = INT8_BOTTOM - least * factor, INT8_TOP - largest * factor  # the level of 0 by either end
+        nearer = np.where(below + above < 0, below, above)
+        zero = np.rint(np.clip(nearer, INT8_BOTTOM, INT8_TOP))[:, None]
+        q = np.clip(_rounded(x * factor[:, None], "even") + zero, INT8_BOTTOM, INT8_TOP)
+        step = (np.float32(1) / factor).astype(np.float64)[:, None]
+        sums = x.reshape(len(x), -1, self.block).astype(np.float64).sum(axis=-1)
+        return Seen((q - zero).astype(np.float64) * step, sums)
+
+
+def cut_to_bfloat16(values: Float32) -> Float32:
+    """The upper 16 bits of each float32: towards 0, as who takes them by a shift."""
+    return (np.ascontiguousarray(values, np.float32).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def _rounded(values: Float32, half: str) -> Float32:

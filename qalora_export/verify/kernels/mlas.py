@@ -4,7 +4,12 @@ Sources: docs/ContribOperators.md (MatMulNBits: accuracy_level 4 computes with i
 (qnbitgemm.cpp; sqnbitgemm_kernel_*: QuantizeARow_CompInt8). Each block of x, as long as a group of the weights, becomes
 int8 with a float32 step of max |x| / 127. Where a processor has no int8 kernel for the bits or the group, MLAS
 dequantizes the weights and multiplies in float32. Measured with onnxruntime 1.31 on AVX-512 VNNI: 2, 4
-and 8 bits; on AVX2 (an emulated Haswell): 2 bits, and 3 in containers of 4.
+and 8 bits; on AVX2 (an emulated Haswell): 2 bits, and 3 in containers of 4; with onnxruntime 1.27 on arm64 (emulated,
+with the dot product and i8mm, and without): `make test-arm64`.
+
+On arm64 with the dot product, MLAS hands 4-bit codes to KleidiAI (kai_matmul_clamp_f32_qai8dxp_qsi4c32p). That one
+rounds whole rows of x, not blocks, and cuts the scales of the weights to bfloat16. It knows no zero points but 8: what
+they are off by, (8 − z)·s, MLAS multiplies with the sums of x itself, in float32 and by scales that are not cut.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ import numpy as np
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.errors import RuntimeUnavailableError
 from qalora_export.formats.onnx.read import OnnxContents, integers_of, read_back
-from qalora_export.verify.kernels.arithmetic import FLOAT32, Arithmetic, Int8Blocks, Weight
+from qalora_export.verify.kernels.arithmetic import FLOAT32, Arithmetic, Int8Blocks, Int8Rows, Weight, cut_to_bfloat16
 from qalora_export.verify.kernels.products import Linear, Product, TappedGraph, linear_modules
 
 if TYPE_CHECKING:
@@ -28,15 +33,19 @@ INT8_LEVEL = 4
 STEP = np.dtype(np.float32)
 LOGITS = "logits"
 TAPPED = "products.onnx"
+KLEIDIAI, KLEIDIAI_BITS, KLEIDIAI_ZERO = "KleidiAI: int8 rows, scales cut to bfloat16", 4, 8
 PASSES_ON = ("Cast", "Transpose", "Identity")  # between a stored weight and the product that reads it
 
 
-def ways_of(level: int, block: int) -> tuple[Arithmetic, ...]:
+def ways_of(level: int, block: int, container: int) -> tuple[Arithmetic, ...]:
+    """container: bits in which the file has a code."""
     if level != INT8_LEVEL:
         return (FLOAT32,)
+    rows = (Int8Rows(KLEIDIAI, block),) if container == KLEIDIAI_BITS else ()
     return (
         Int8Blocks(f"int8 blocks of {block}, x86", block, STEP, "127/max"),
         Int8Blocks(f"int8 blocks of {block}, Arm", block, STEP, "1/d", half="away"),
+        *rows,
         FLOAT32,
     )
 
@@ -76,7 +85,7 @@ class _Graph:
         node = contents.nodes[module]
         out, features = contents.shape(module)
         level = integers_of(node).get("accuracy_level", 0)
-        ways = ways_of(level, contents.modules[module][1])
+        ways = ways_of(level, contents.modules[module][1], integers_of(node)["bits"])
 
         def codes(rows: slice) -> Weight:
             """s·q and −s·z: kernels multiply unsigned codes and take the zero point off by the sums of x̂."""
@@ -84,7 +93,16 @@ class _Graph:
             scale, zero = matrix.scale.astype(np.float64), contents.zeros(module, rows).astype(np.float64)
             return Weight(matrix.codes.astype(np.float64) * np.repeat(scale, matrix.group_size, axis=1), -zero * scale)
 
-        yield Product(f"{module}.codes", node.input[0], node.output[0], (out, features), codes, ways)
+        def cut(rows: slice) -> Weight:
+            """s'·(q − 8), with s cut to bfloat16, and s·(8 − z), not cut."""
+            matrix = contents.packed(module, rows).unpack()
+            scale, zero = matrix.scale.astype(np.float64), contents.zeros(module, rows).astype(np.float64)
+            short = cut_to_bfloat16(matrix.scale.astype(np.float32)).astype(np.float64)
+            centered = matrix.codes.astype(np.float64) - KLEIDIAI_ZERO
+            return Weight(centered * np.repeat(short, matrix.group_size, axis=1), (KLEIDIAI_ZERO - zero) * scale)
+
+        places, rounded = (node.input[0], node.output[0], (out, features)), {KLEIDIAI: cut}
+        yield Product(f"{module}.codes", *places, codes, ways, rounded=rounded)
         stored = contents.stored_offset(module)
         if stored is None:
             return

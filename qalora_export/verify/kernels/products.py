@@ -39,6 +39,7 @@ class Product:
 
     shape: (out, in). rows: Ŵ of some rows. ways: the documented arithmetics, any of which is right. reads: the value of
     another product that its x must be, bit for bit. summed: whether y is part of the layer's sum or feeds another.
+    rounded: by a way's name, Ŵ where that way does not compute with the file's own.
     """
 
     weight: str
@@ -49,14 +50,16 @@ class Product:
     ways: tuple[Arithmetic, ...]
     reads: str = ""
     summed: bool = True
+    rounded: Mapping[str, Callable[[slice], Weight]] = field(default_factory=dict)
 
-    def parts(self) -> Iterator[tuple[slice, Weight]]:
-        """The weights from the first row to the last."""
+    def parts(self, way: str = "") -> Iterator[tuple[slice, Weight]]:
+        """The weights from the first row to the last, as this way has them."""
         out, features = self.shape
+        weights = self.rounded.get(way, self.rows)
         step = max(1, ROWS_BYTES // (8 * features))
         for begin in range(0, out, step):
             rows = slice(begin, min(begin + step, out))
-            yield rows, self.rows(rows)
+            yield rows, weights(rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +121,7 @@ def deviation(of: Product, x: Float32, y: Float32, bound: float = BACKWARD) -> D
     found = []
     for way in of.ways:
         sums, seen = _Sums(), way.seen(x)
-        for rows, weight in of.parts():
+        for rows, weight in of.parts(way.name):
             sums.add(rows.start, y[:, rows], seen, weight, x)
         found.append(sums.as_deviation(of.weight, way.name))
         if found[-1].backward <= bound:

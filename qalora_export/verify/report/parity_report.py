@@ -21,7 +21,7 @@ report.json (format "qalora-parity/1"):
                   point inside the first wrong one: name, what, nmse, bound, diverges; plotted in bisect-RUNTIME.svg
     reference     what computed the reference, in how many seconds; from_earlier_runs: what was kept (verify.store)
     environment   packages, machine
-    device        null, or the device whose answers were judged (verify.device): answers, pack, machine, packages, words
+    device        null, or what answered (verify.device): answers and pack, or server; machine, packages, words
     not_checked   what is not here to be held against (ancestors, manifests), each in words, as in the verdict line
     provenance    links: child, role, parent, sha256, state ("verified" | "not found" | "broken"), note
     settings      the resolved settings;  command: how to run it again;  positions: name of the npz with every position

@@ -11,7 +11,16 @@ from gguf.quants import dequantize, quantize
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qalora_export.verify.kernels.arithmetic import BF16, FLOAT16, FLOAT32, Int8Blocks, Weight, product
+from qalora_export.verify.kernels.arithmetic import (
+    BF16,
+    FLOAT16,
+    FLOAT32,
+    Int8Blocks,
+    Int8Rows,
+    Weight,
+    cut_to_bfloat16,
+    product,
+)
 from qalora_export.verify.kernels.ggml import Q8_0, Q8_1, Q8_K
 
 F = np.float32
@@ -56,6 +65,27 @@ def test_int8_blocks_are_those_of_the_slow_way(way: Int8Blocks) -> None:
         if way.stores_sums:
             assert seen.sums is not None
             assert seen.sums[index, at] == float(np.float16(F(d * F(sum(q)))))
+
+
+def test_int8_rows_are_those_of_the_slow_way() -> None:
+    """kai_lhs_quant_pack_qai8dxp_f32.c, a row at a time, every step one float32 operation."""
+    x = inputs(512)
+    x[4] = np.abs(x[4])  # a row without a negative value begins at 0
+    seen = Int8Rows("rows", 64).seen(x)
+    for row, values, sums in zip(x, seen.values, seen.sums, strict=True):
+        least, largest = min(F(0), min(row)), max(F(0), max(row))
+        scale = F(1) if least == largest else F(F(255) / F(largest - least))
+        by_least, by_largest = F(F(-128) + F(least * scale)), F(F(127) + F(largest * scale))
+        exact = F(F(-128) - F(least * scale)) if F(by_least + by_largest) > 0 else F(F(127) - F(largest * scale))
+        zero = round(float(min(max(exact, F(-128)), F(127))))
+        codes = [min(max(round(float(F(value * scale))) + zero, -128), 127) for value in row]
+        assert values.tolist() == [(code - zero) * float(F(F(1) / scale)) for code in codes]
+        assert np.allclose(sums, row.reshape(-1, 64).astype(np.float64).sum(1), rtol=1e-12)
+
+
+def test_a_cut_takes_the_upper_half_of_the_bits() -> None:
+    values = np.array([1.0, 1 + 2**-7, 1 + 2**-7 + 2**-8, -(1 + 2**-8 + 2**-9), 0.0, 2**-20], F)
+    assert cut_to_bfloat16(values).tolist() == [1.0, 1 + 2**-7, 1 + 2**-7, -1.0, 0.0, 2**-20]
 
 
 def test_the_portable_q8_0_is_that_of_the_gguf_package() -> None:
