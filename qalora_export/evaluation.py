@@ -22,6 +22,8 @@ from qalora_export.recipe import EvaluateSettings
 from qalora_export.safety import StrPath, atomic_file, inside, local_path, read_json, sha256_file
 
 FORMAT = "qalora-score/1"
+CONTEXT = "max_position_embeddings"  # of config.json
+SHOWN = 5  # wrong answers
 Prompt = tuple[list[int], Record]  # token ids of everything before the answer
 
 
@@ -36,7 +38,7 @@ class Miss:
 
 @dataclass(frozen=True, slots=True)
 class EvaluateReport:
-    """Exact matches out of total; `misses` shows the first few wrong answers.
+    """Exact matches out of total; `misses` shows the first few wrong answers, `wrong` has the numbers of all.
 
     model_sha256: which model, as manifests name it.
     """
@@ -47,6 +49,8 @@ class EvaluateReport:
     total: int
     exact: int
     misses: tuple[Miss, ...]
+    max_new_tokens: int = 0
+    wrong: tuple[int, ...] = ()
 
     @property
     def accuracy(self) -> float:
@@ -71,28 +75,52 @@ def evaluate(
 
 
 def _evaluate(model: Path, settings: EvaluateSettings, out: Path | None, *, force: bool) -> EvaluateReport:
-    from qalora_export.models.loading import load_model, load_tokenizer
+    from qalora_export.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(model)
-    prompts = questions(tokenizer, settings, context=ModelFolder(model).config.get("max_position_embeddings"))
-    network = load_model(model)
-    ends = end_ids(model, tokenizer)
-    exact, misses = 0, list[Miss]()
-    for batch in track(_batches(prompts, settings.batch_size), f"evaluate {model.name}"):
-        answers = _answers(network, tokenizer, [ids for ids, _ in batch], settings.max_new_tokens, ends)
-        for (_, sample), answer in zip(batch, answers, strict=True):
-            expected = sample.expected()
-            if answer == expected.strip():
-                exact += 1
-            elif len(misses) < 5:
+    prompts = questions(tokenizer, settings, context=ModelFolder(model).config.get(CONTEXT))
+    answers = answers_of(model, tokenizer, [ids for ids, _ in prompts], settings)
+    wrong, misses = list[int](), list[Miss]()
+    for index, ((_, sample), answer) in enumerate(zip(prompts, answers, strict=True)):
+        expected = sample.expected()
+        if not matches(answer, expected):
+            wrong.append(index)
+            if len(misses) < SHOWN:
                 misses.append(Miss(sample.messages[-2]["content"], expected, answer))
     which = parent_of(model, "checkpoint").sha256
-    score = EvaluateReport(model.name, which, sha256_file(Path(settings.data)), len(prompts), exact, tuple(misses))
+    score = EvaluateReport(
+        model.name,
+        which,
+        sha256_file(Path(settings.data)),
+        len(prompts),
+        len(prompts) - len(wrong),
+        tuple(misses),
+        settings.max_new_tokens,
+        tuple(wrong),
+    )
     if out is not None:
         with atomic_file(out, force=force) as temporary:
             content = {"format": FORMAT} | asdict(score) | {"accuracy": score.accuracy}
             temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     return score
+
+
+def answers_of(model: Path, tokenizer: Any, prompts: list[list[int]], settings: EvaluateSettings) -> list[str]:
+    """What a model folder answers to each prompt, in their order: greedy, in float32, without end token."""
+    from qalora_export.models.loading import load_model
+
+    network = load_model(model)
+    ends, answers = end_ids(model, tokenizer), [""] * len(prompts)
+    for batch in track(_batches(prompts, settings.batch_size), f"evaluate {model.name}"):
+        made = _answers(network, tokenizer, [prompts[index] for index in batch], settings.max_new_tokens, ends)
+        for index, answer in zip(batch, made, strict=True):
+            answers[index] = answer
+    return answers
+
+
+def matches(answer: str, expected: str) -> bool:
+    """Whether an answer is the expected one: as text, but for space around it."""
+    return answer.strip() == expected.strip()
 
 
 def questions(tokenizer: Any, settings: EvaluateSettings, *, context: int | None) -> list[Prompt]:
@@ -136,11 +164,11 @@ def end_ids(folder: Path, tokenizer: Any) -> list[int]:
     return list(dict.fromkeys(i for i in found if type(i) is int))
 
 
-def _batches(prompts: list[Prompt], size: int) -> list[list[Prompt]]:
-    """Prompts of equal length together, at most `size`."""
-    by_length: dict[int, list[Prompt]] = defaultdict(list)
-    for prompt in prompts:
-        by_length[len(prompt[0])].append(prompt)
+def _batches(prompts: list[list[int]], size: int) -> list[list[int]]:
+    """Numbers of prompts of equal length together, at most `size`."""
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for index, prompt in enumerate(prompts):
+        by_length[len(prompt)].append(index)
     groups = [by_length[length] for length in sorted(by_length)]
     return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
 

@@ -155,6 +155,9 @@ class VerifySettings(Settings):
     long_length: Positive = Field(default=4096, description="tokens of one long sequence, or the model's context")
     threads: Positive = 2
     seed: int = 0
+    scored: Positive = Field(
+        default=32, description="questions of [evaluate] that every model and runtime answers, for the table of costs"
+    )
     without_parents: bool = Field(
         default=False,
         description="a merged checkpoint may pass though its base or adapter is not here; the verdict says so",

@@ -11,6 +11,7 @@ import json
 import platform
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 from qalora_runtimes.launch import RUNNERS
@@ -48,10 +49,7 @@ SOURCE_STAGE, VERIFY = "quantize", "verify-parity"
 def stage_key(stage: str, inputs: Iterable[Path], settings: BaseModel | None) -> str:
     """sha256 over everything the result depends on. Raises InputError for an input that is not there."""
     paths = tuple(inputs)
-    values = settings.model_dump(mode="json") if settings else {}
-    for name, value in values.items():  # a path is what it holds, not where it lies
-        if isinstance(value, str) and Path(value) in paths:
-            values[name] = "input"
+    values = _without_places(settings.model_dump(mode="json") if settings else {}, paths)
     content = {
         "stage": stage,
         "settings": values,
@@ -62,6 +60,13 @@ def stage_key(stage: str, inputs: Iterable[Path], settings: BaseModel | None) ->
         "inputs": [_input_hash(path, stage) for path in paths],
     }
     return sha256_bytes(json.dumps(content, sort_keys=True).encode())
+
+
+def _without_places(values: Any, paths: tuple[Path, ...]) -> Any:
+    """Settings in which a path is what it holds, not where it lies."""
+    if isinstance(values, dict):
+        return {name: _without_places(value, paths) for name, value in values.items()}
+    return "input" if isinstance(values, str) and Path(values) in paths else values
 
 
 def _input_hash(path: Path, stage: str) -> str:

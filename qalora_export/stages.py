@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qalora_export.recipe import EvaluateSettings, Recipe, Settings
+from qalora_export.recipe import EvaluateSettings, Recipe, Settings, VerifySettings
 
 VERIFY = "verify-parity"
 STAGES = (  # every stage that a recipe may have
@@ -20,6 +20,13 @@ STAGES = (  # every stage that a recipe may have
     "export onnx",
     VERIFY,
 )
+
+
+class Verify(Settings):
+    """What verify-parity's result depends on beside files."""
+
+    verify: VerifySettings
+    evaluate: EvaluateSettings | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +69,8 @@ def plan(recipe: Recipe) -> list[Stage]:
         Stage("train", _files(base, t.data, t.validation), t, adapter, lambda f: train(base, adapter, t, force=f)),
         Stage("merge", (base, adapter), None, merged, lambda f: merge(base, adapter, merged, force=f)),
     ]
-    scores = tuple[Path, ...]()
-    if recipe.evaluate is not None:
-        e = recipe.evaluate
+    scores, e = tuple[Path, ...](), recipe.evaluate
+    if e is not None:
         scores = tuple(_score_file(model, out) for model in (base, merged))
         stages += [_score_stage("evaluate base", base, e, out), _score_stage("evaluate merged", merged, e, out)]
     if recipe.export.gguf is not None and gguf is not None:
@@ -80,11 +86,11 @@ def plan(recipe: Recipe) -> list[Stage]:
         stages.append(
             Stage(
                 VERIFY,
-                (*_files(merged, v.prompts), base, *scores, *artifacts),
-                v,
+                (*_files(merged, v.prompts, None if e is None else e.data), base, *scores, *artifacts),
+                Verify(verify=v, evaluate=e),
                 report,
                 lambda f: verify_parity(
-                    merged, report, v, gguf=gguf, onnx=onnx, base=base, original=source.path, force=f
+                    merged, report, v, gguf=gguf, onnx=onnx, base=base, original=source.path, evaluate=e, force=f
                 ),
             )
         )

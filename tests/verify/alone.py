@@ -19,7 +19,8 @@ from qalora_export.verify.reference.merge_check import merge_check
 from qalora_export.verify.reference.text import folder_answers
 from qalora_export.verify.runtimes.record import all_runtimes
 from qalora_export.verify.runtimes.runs import Runs
-from qalora_export.verify.session import Session, Target
+from qalora_export.verify.session import Session
+from qalora_export.verify.target import Target
 
 SEQUENCES, CHATS = (2, 8), 2
 

@@ -15,8 +15,11 @@ from qalora_runtimes.protocol import read_job
 
 from qalora_export.cli.parity_table import print_report
 from qalora_export.errors import ExitCode, InputError
+from qalora_export.evaluation import evaluate
 from qalora_export.formats.gguf.export import export_gguf
 from qalora_export.qalora.merge import merge
+from qalora_export.recipe import EvaluateSettings
+from qalora_export.verify.reference.task import Score
 from qalora_export.verify.runtimes.record import requested
 from qalora_export.verify.stage import verify_parity
 from tests.qalora.adapters import own_adapter
@@ -54,6 +57,38 @@ def test_right_runtimes_pass_every_gate_and_the_report_is_complete(exported: Exp
         "report.html",
         "report.json",
     ]
+
+
+def test_every_model_and_path_answers_the_same_questions(exported: Exported, tmp_path: Path) -> None:
+    lines = [{"prompt": question, "completion": "no"} for question in ("light on", "light off", "and now?")]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    asked = EvaluateSettings(data=str(tmp_path / "test.jsonl"), max_new_tokens=4)
+    own = [miss.answer for miss in evaluate(exported.checkpoint, asked).misses]
+    right = [line | {"completion": answer} for line, answer in zip(lines, (own[0], "no", own[2]), strict=True)]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, right)))
+    fake = FakeRuntimes(exported.checkpoint)
+
+    def wrong_once(said: dict[str, Any]) -> None:
+        said["scored"][0] |= {"tokens": [1], "text": "no"}
+
+    fake.behaviour["llama.cpp"] = wrong_once
+    settings = SETTINGS.model_copy(update={"runtimes": ("llama.cpp", "onnxruntime"), "scored": 2})
+    artifacts = {"gguf": exported.gguf, "onnx": exported.onnx}
+    report = verify_parity(
+        exported.checkpoint, tmp_path / "report", settings, **artifacts, evaluate=asked, launch=fake, bisect=False
+    )
+    scores = {cost.model: cost.score for cost in report.costs}
+    assert scores == {
+        "original model": None,
+        "quantized base": Score(1, 2),
+        "llama.cpp, exact path": Score(0, 2),
+        "llama.cpp, shipped path": Score(0, 2),
+        "onnxruntime, exact path": Score(1, 2),
+        "onnxruntime, shipped path": Score(1, 2),
+    }
+    written = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert written["task"] == "exact greedy answers to the first 2 of 3 questions of test.jsonl, at most 4 tokens"
+    assert "--evaluate test.jsonl --max-new-tokens 4 --scored 2" in written["command"]
 
 
 def swap_two_positions(right: np.ndarray) -> np.ndarray:

@@ -28,7 +28,8 @@ from qalora_export.verify.metrics import EXACT, PositionMetrics
 from qalora_export.verify.probes.probe_set import ProbeSet
 from qalora_export.verify.reference.local_proof import position_nmse
 from qalora_export.verify.rule import Entry
-from qalora_export.verify.session import RunPath, Session, Target
+from qalora_export.verify.session import Session
+from qalora_export.verify.target import RunPath, Target
 
 # A single sequence's worst position scatters around the floor; a fault is orders of magnitude above it.
 TIMES_FLOOR = 10.0

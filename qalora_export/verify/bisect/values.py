@@ -28,7 +28,7 @@ from qalora_export.verify.reference.local_proof import PASS_BYTES
 from qalora_export.verify.reference.logits import fixed_threads, float32_model, round_to_int8
 from qalora_export.verify.runtimes.record import Artifact
 from qalora_export.verify.runtimes.runs import watch_of
-from qalora_export.verify.session import RunPath
+from qalora_export.verify.target import RunPath
 
 LaunchTaps = Callable[..., Any]
 Reader = Callable[[NDArray[np.int32], list[Point]], Shown]

@@ -71,6 +71,9 @@ class DeviceAnswers:
         if packed.get("probe_sha256") != now["probe_sha256"]:
             raise self._other("other probes", "pass the --prompts that were packed, or pack again with this version")
 
+        if packed.get("task_sha256") != now["task_sha256"]:
+            raise self._other("another task or none", "pass the --evaluate, --scored and --max-new-tokens of the pack")
+
     def _other(self, what: str, fix: str) -> InputError:
         return InputError(f"the answers are to a pack of {what}", where=self.path, fix=fix)
 

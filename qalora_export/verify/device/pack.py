@@ -28,13 +28,14 @@ from qalora_export.checkpoint.output import claim_output
 from qalora_export.errors import RuntimeUnavailableError
 from qalora_export.models.loading import load_tokenizer
 from qalora_export.progress import status
-from qalora_export.recipe import VerifySettings
+from qalora_export.recipe import EvaluateSettings, VerifySettings
 from qalora_export.safety import HashedOnce, StrPath, atomic_directory, local_path
 from qalora_export.verify.device.questions import Question, about, files_of, run_question, taps_question
 from qalora_export.verify.device.wheel import write_wheel
 from qalora_export.verify.probes.behaviour import long_sequence, make_behaviour
 from qalora_export.verify.probes.probe_set import make_probes
 from qalora_export.verify.reference.local_run import LocalProofs
+from qalora_export.verify.reference.task import make_task
 from qalora_export.verify.runtimes.record import RuntimeRecord, all_runtimes, requested
 from qalora_export.verify.runtimes.runs import WHOLE, Runs
 
@@ -68,18 +69,20 @@ def pack_verification(
     *,
     gguf: StrPath | None = None,
     onnx: StrPath | None = None,
+    evaluate: EvaluateSettings | None = None,
     force: bool = False,
 ) -> PackReport:
     """Write the folder `out` for a device: artifacts, their exact variants, every question, qalora-runtimes as a wheel.
 
-    gguf, onnx: what was exported from `checkpoint`. `python -m qalora_runtimes FOLDER` answers there, and
+    gguf, onnx: what was exported from `checkpoint`. evaluate: whose first settings.scored questions are asked as well.
+    `python -m qalora_runtimes FOLDER` answers there, and
     verify_parity(…, answers=FILE) judges. No reference is computed here and no runtime is started. Raises InputError
     and UnsafeInputError for bad input.
     """
     checkpoint, out, settings = local_path(checkpoint), local_path(out), settings or VerifySettings()
     gguf, onnx = (None if path is None else local_path(path) for path in (gguf, onnx))
-    hashed = HashedOnce()
-    with claim_output(out, force=force, inputs=(checkpoint, gguf, onnx)), atomic_directory(out, force=force) as folder:
+    hashed, inputs = HashedOnce(), (checkpoint, gguf, onnx, None if evaluate is None else evaluate.data)
+    with claim_output(out, force=force, inputs=inputs), atomic_directory(out, force=force) as folder:
         given = {"gguf": gguf, "onnx": onnx}
         artifacts = requested(settings.runtimes, given)
         model = CanonicalCheckpoint(checkpoint)
@@ -93,6 +96,8 @@ def pack_verification(
         runs = Runs(probes, model.config["vocab_size"], workdir, settings.threads, recorder.run)
         generation = generation_of(checkpoint, model.config)
         behaviour = make_behaviour(tokenizer, model.config, generation, probes, settings)
+        task = None if evaluate is None else make_task(checkpoint, evaluate, settings.scored)
+        runs.scored = task.questions if task else ()
         runs.behaviour_asked = lambda: behaviour.request
         runs.long_asked = lambda name: long_sequence(model.config, all_runtimes()[name].format, probes, settings)
         local = LocalProofs(model, probes, settings.threads, workdir, recorder.taps)
@@ -101,7 +106,7 @@ def pack_verification(
                 _ask(all_runtimes()[name], artifact, runs, local, recorder)
         shutil.rmtree(workdir)
         wheel = write_wheel(folder)
-        _write(folder, recorder, about(model, probes, settings, given, hashed), artifacts, wheel)
+        _write(folder, recorder, about(model, probes, settings, given, hashed, task), artifacts, wheel)
         write_manifest(folder, "pack", tensors={}, parents=[parent_of(checkpoint, "checkpoint")], settings={})
         nbytes = sum(file.stat().st_size for _, file in files_of(folder))
     expected = [request for request in recorder.requests if request.unless is None]

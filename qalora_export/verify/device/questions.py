@@ -18,6 +18,7 @@ from qalora_export.recipe import VerifySettings
 from qalora_export.safety import HashedOnce, HashFile, sha256_bytes, sha256_file
 from qalora_export.verify.identity import combined, identities
 from qalora_export.verify.probes.probe_set import ProbeSet
+from qalora_export.verify.reference.task import Task
 
 # What the questions follow from; bounds are the judge's own, and threads do not belong to a question.
 ASKED_BY = ("sequences", "positions", "max_length", "long_length", "seed")
@@ -91,14 +92,16 @@ def about(
     settings: VerifySettings,
     given: Mapping[str, Path | None],
     hashed: HashedOnce,
+    task: Task | None,
 ) -> dict[str, Any]:
-    """Whose pack this is. given: artifacts by format."""
+    """Whose pack this is. given: artifacts by format. task: of which questions are asked as well."""
     artifacts = {fmt: _artifact_sha256(path, hashed) for fmt, path in given.items() if path is not None}
     return {
         "checkpoint": {"name": model.path.name, "sha256": _identity_of(model.path, hashed)},
         "artifacts": artifacts,
         "probe_sha256": probes.sha256,
         "code": code_version(),
+        "task_sha256": None if task is None else sha256_bytes(repr(task.questions).encode()),
         "settings": {name: getattr(settings, name) for name in ASKED_BY},
     }
 

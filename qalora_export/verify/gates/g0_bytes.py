@@ -23,7 +23,7 @@ from qalora_export.verify.reference.ancestry import Ancestry
 from qalora_export.verify.reference.merge_check import MergeCheck
 from qalora_export.verify.rule import Entry, Gate, Limit, checked
 from qalora_export.verify.runtimes.facts import differing_facts
-from qalora_export.verify.session import Target
+from qalora_export.verify.target import Target
 
 SHOWN = 12
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.verify.gates.registry import measures
 from qalora_export.verify.rule import Entry, Gate, Limit
-from qalora_export.verify.session import Target
+from qalora_export.verify.target import Target
 
 SHOWN = 12
 
@@ -28,8 +29,13 @@ GATE = Gate(
 
 @measures(GATE)
 def weights(target: Target) -> Entry:
-    matrices = target.runtime.dequantized(target.artifact, target.workdir / "weights")
-    return weights_entry(target.name, target.session.checkpoint, matrices, by=target.runtime.dequantizer)
+    """Once for all runtimes that dequantize an artifact by the same dequantizer."""
+    runtime, known = target.runtime, target.session.dequantized
+    key = (runtime.dequantizer, target.artifact)
+    if key not in known:
+        matrices = runtime.dequantized(target.artifact, target.workdir / "weights")
+        known[key] = weights_entry(target.name, target.session.checkpoint, matrices, by=runtime.dequantizer)
+    return replace(known[key], runtime=target.name)
 
 
 def weights_entry(

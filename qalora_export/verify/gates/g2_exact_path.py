@@ -6,7 +6,7 @@ from qalora_export.verify.gates.positions import RULE, described, figures_of, wo
 from qalora_export.verify.gates.registry import measures
 from qalora_export.verify.metrics import EXACT
 from qalora_export.verify.rule import Entry, Gate, Limit
-from qalora_export.verify.session import Target
+from qalora_export.verify.target import Target
 
 NMSE = Limit(
     "nmse_scaled_max",

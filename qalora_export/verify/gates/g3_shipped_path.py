@@ -21,7 +21,7 @@ from qalora_export.verify.metrics import PositionMetrics
 from qalora_export.verify.reference.local_proof import BETWEEN, TIMES_HALF, LayerFinding, LocalProof
 from qalora_export.verify.reference.local_run import LocalRun
 from qalora_export.verify.rule import Check, Entry, Gate, Limit
-from qalora_export.verify.session import Target
+from qalora_export.verify.target import Target
 
 SHOWN = 12
 PROOF = (

@@ -12,7 +12,7 @@ from qalora_export.verify.gates.g3_shipped_path import COST, PROOF, cost_figures
 from qalora_export.verify.gates.positions import worst_places
 from qalora_export.verify.gates.registry import measures
 from qalora_export.verify.rule import Entry, Gate, Limit
-from qalora_export.verify.session import RunPath, Target
+from qalora_export.verify.target import RunPath, Target
 
 V = TypeVar("V")
 

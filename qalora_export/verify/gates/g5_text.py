@@ -25,7 +25,7 @@ from qalora_export.verify.probes.probe_set import ProbeSet
 from qalora_export.verify.reference.text import folder_answers
 from qalora_export.verify.rule import Entry, Gate, Limit
 from qalora_export.verify.runtimes.record import TextHabits
-from qalora_export.verify.session import Target
+from qalora_export.verify.target import Target
 
 SHOWN = 6
 CLIP = 60

@@ -13,25 +13,20 @@ them, GenAI has no place for some settings of `generate`.
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from qalora_runtimes.behaviour import ASKED, END, Question, prompt_of
 
 from qalora_export.errors import InputError, RuntimeUnavailableError
+from qalora_export.verify.gates.behaviour_findings import MOST, Found, clip, shown_token
+from qalora_export.verify.gates.behaviour_texts import judge_pieces, judge_texts
 from qalora_export.verify.gates.registry import measures
 from qalora_export.verify.metrics import position_metrics
 from qalora_export.verify.probes.behaviour import BehaviourProbes
 from qalora_export.verify.reference.answers import Answer
 from qalora_export.verify.rule import Entry, Gate, Limit
-from qalora_export.verify.session import Target
-
-SHOWN, MOST = 3, 100  # findings of one kind in the table, and of single ids in report.json
-CLIP = 60
-MARKS = re.compile("(\ufffd+)")
-UNKNOWN = re.compile("[\0\ufffd\ufffe\uffff]")  # where TextHabits.own_decoder has no text to compare
+from qalora_export.verify.target import Target
 
 GATE = Gate(
     id="G6",
@@ -57,26 +52,6 @@ GATE = Gate(
 )
 
 
-@dataclass
-class _Found:
-    """counts, findings: by figure. warnings: by design. missing: what could not be asked."""
-
-    counts: dict[str, float] = field(default_factory=lambda: {limit.figure: 0 for limit in GATE.limits})
-    findings: dict[str, list[str]] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    near: list[str] = field(default_factory=list)
-
-    def wrong(self, figure: str, finding: str, count: int = 1) -> None:
-        self.counts[figure] += count
-        self.findings.setdefault(figure, []).append(finding)
-
-    @property
-    def where(self) -> list[str]:
-        """The first SHOWN of each figure, what explains most first: settings, ends, texts, then answers."""
-        return [finding for limit in reversed(GATE.limits) for finding in self.findings.get(limit.figure, [])[:SHOWN]]
-
-
 @measures(GATE)
 def behaviour(target: Target) -> Entry:
     try:
@@ -91,12 +66,12 @@ def _measured(target: Target) -> Entry:
     said = session.runs.behaviour(runtime.name, target.shipped, probes.request)
     if not runtime.own_tokenizer:
         said |= runtime.text_behaviour(target.artifact, probes, said)
-    found = _Found()
+    found = Found(GATE.limits)
     answers = _answers(probes, said, found)
     _judge_tokens(target, answers, found)
     _judge_stops(target, probes, said, found)
-    _judge_texts(target, probes, said, found)
-    _judge_pieces(target, probes, said, found)
+    judge_texts(target, probes, said, found)
+    judge_pieces(target, probes, said, found)
     _judge_ends(target, probes, said, found)
     _judge_defaults(target, said, found)
     positions = _judge_long(target, found)
@@ -127,7 +102,7 @@ def _measured(target: Target) -> Entry:
     return entry if not found.missing or entry.status == "fail" else GATE.not_run(target.name, entry.detail)
 
 
-def _answers(probes: BehaviourProbes, said: dict[str, Any], found: _Found) -> list[Answer]:
+def _answers(probes: BehaviourProbes, said: dict[str, Any], found: Found) -> list[Answer]:
     """Every answer behind what it was really generated behind. Raises RuntimeUnavailableError for none."""
     questions, given = probes.request.questions, said["answers"]
     if len(given) != len(questions):
@@ -149,10 +124,10 @@ def _answers(probes: BehaviourProbes, said: dict[str, Any], found: _Found) -> li
     return answers
 
 
-def _judge_tokens(target: Target, answers: list[Answer], found: _Found) -> None:
+def _judge_tokens(target: Target, answers: list[Answer], found: Found) -> None:
     cost = _cost(target)
     for deviation in target.session.greedy.deviations(answers):
-        came, wanted = _token(target, deviation.token), _token(target, deviation.wanted)
+        came, wanted = shown_token(target, deviation.token), shown_token(target, deviation.wanted)
         behind_by = f"{deviation.margin:.3g} nats behind, where int8 spreads {deviation.spread:.2g}"
         place = f"{deviation.name}, token {deviation.index + 1}: {came} instead of {wanted}, {behind_by}"
         if deviation.near(cost):
@@ -171,7 +146,7 @@ def _cost(target: Target) -> float:
     return float((shipped / simulated) ** 0.5) if simulated > 0 and shipped > 0 else 1.0
 
 
-def _judge_stops(target: Target, probes: BehaviourProbes, said: dict[str, Any], found: _Found) -> None:
+def _judge_stops(target: Target, probes: BehaviourProbes, said: dict[str, Any], found: Found) -> None:
     """Each answer ends at its first end token, or has all tokens that were asked for."""
     by_design = target.runtime.ends_by_design(probes.texts)
     ends = {*probes.request.ends, *by_design}
@@ -187,7 +162,7 @@ def _judge_stops(target: Target, probes: BehaviourProbes, said: dict[str, Any], 
         _judge_stop(name, first, tokens, stop, ends, found)
 
 
-def _judge_stop(name: str, question: Question, tokens: list[int], stop: str, ends: set[int], found: _Found) -> None:
+def _judge_stop(name: str, question: Question, tokens: list[int], stop: str, ends: set[int], found: Found) -> None:
     early = next((index for index, token in enumerate(tokens[:-1]) if token in ends), None)
     if early is not None:
         found.wrong("wrong_stops", f"{name}: it goes on behind the end token {tokens[early]} (token {early + 1})")
@@ -197,85 +172,38 @@ def _judge_stop(name: str, question: Question, tokens: list[int], stop: str, end
         found.wrong("wrong_stops", f"{name}: stopped by {stop!r} after {len(tokens)} of {question.tokens} tokens")
 
 
-def _judge_texts(target: Target, probes: BehaviourProbes, said: dict[str, Any], found: _Found) -> None:
-    """Answers, fixed and random sequences, conversations without a generation prompt."""
-    loose = target.runtime.habits.own_decoder
-    expected = target.session.answer_texts([answer["tokens"] for answer in said["answers"]])
-    for name, want, answer in zip(probes.names, expected, said["answers"], strict=True):
-        chat = answer["chat"]
-        for what, got in ((name, answer["text"]), (f"{name}, chat completion", chat and chat["text"])):
-            if got is not None and not _same(want, got, loose=loose):
-                found.wrong("wrong_texts", f"{what}: expected {_clip(want)}, got {_clip(got)}")
-    decoded = said["decoded"] or []
-    if said["decoded"] is None:
-        found.missing.append("texts of sequences")
-    for index, want in enumerate(probes.expected.decoded if said["decoded"] is not None else []):
-        got = decoded[index] if index < len(decoded) else None
-        if got is None or not _same(want, got, loose=loose):
-            found.wrong("wrong_texts", f"text {index}: expected {_clip(want)}, got {_clip(got)}")
-    cut = str(target.session.expected_text["bos"]) if target.runtime.habits.cuts_bos else ""
-    for index, want in enumerate(probes.expected.unprompted):
-        got = said["unprompted"][index] if index < len(said["unprompted"]) else None
-        if got != want.removeprefix(cut):
-            found.wrong("wrong_texts", f"conversation {index} without generation prompt: got {_clip(got)}")
-
-
-def _judge_pieces(target: Target, probes: BehaviourProbes, said: dict[str, Any], found: _Found) -> None:
-    if said["pieces"] is None:
-        found.missing.append("the text of every id")
-        return
-    wrong: dict[int, str] = {}
-    habits, design = target.runtime.habits, target.runtime.texts_by_design(probes.texts)
-    for kind in ("hidden", "shown"):
-        got = said["pieces"].get(kind)
-        if got is None:
-            continue
-        expected = getattr(probes.expected, kind)
-        if len(got) != len(expected):
-            raise RuntimeUnavailableError(f"{len(got)} of {len(expected)} ids were decoded")
-        for index, (want, text) in enumerate(zip(expected, got, strict=True)):
-            if _same(want, text, loose=habits.own_decoder):
-                continue
-            either = (probes.expected.hidden[index], probes.expected.shown[index])
-            if index in design and any(_same(other, text) for other in either):
-                found.warnings.append(design[index])
-            else:
-                wrong.setdefault(index, f"id {index} ({kind}): expected {_clip(want)}, got {_clip(text)}")
-    if wrong:
-        found.counts["wrong_pieces"] += len(wrong)
-        found.findings["wrong_pieces"] = list(wrong.values())[:MOST]
-
-
-def _judge_ends(target: Target, probes: BehaviourProbes, said: dict[str, Any], found: _Found) -> None:
+def _judge_ends(target: Target, probes: BehaviourProbes, said: dict[str, Any], found: Found) -> None:
     ends, design = probes.request.ends, target.runtime.ends_by_design(probes.texts)
     for end in ends:
         happened = said["ends"]["forced"].get(str(end), "nothing")
         if happened != END:
-            found.wrong("wrong_ends", f"end token {_token(target, end)} made the next one: {happened}")
+            found.wrong("wrong_ends", f"end token {shown_token(target, end)} made the next one: {happened}")
     stops = said["ends"]["all"]
     if stops is None:
         found.missing.append("which ids end generation")
         return
     for end in sorted({*ends} - {*stops}):
-        found.wrong("wrong_ends", f"{_token(target, end)} does not end generation")
+        found.wrong("wrong_ends", f"{shown_token(target, end)} does not end generation")
     for index in sorted({*stops} - {*ends}):
         if index in design:
             found.warnings.append(design[index])
         else:
-            found.wrong("wrong_ends", f"{_token(target, index)} ends generation, the model's folder does not say so")
+            found.wrong(
+                "wrong_ends", f"{shown_token(target, index)} ends generation, the model's folder does not say so"
+            )
 
 
-def _judge_defaults(target: Target, said: dict[str, Any], found: _Found) -> None:
+def _judge_defaults(target: Target, said: dict[str, Any], found: Found) -> None:
     generation, checkpoint = target.session.generation, target.session.checkpoint
     for name, want in target.runtime.expected_defaults(generation, checkpoint.config).items():
         got = said["defaults"].get(name)
         if not _equal(want, got):
-            found.wrong("wrong_defaults", f"{name} is {_clip(got)} by default, the model's folder says {want!r}")
+            found.wrong("wrong_defaults", f"{name} is {clip(got)} by default, the model's folder says {want!r}")
     lost = target.runtime.lost_settings(generation)
     found.warnings += [f"{target.name} has no place for {name}" for name in lost]
 
 
-def _judge_long(target: Target, found: _Found) -> int:
+def _judge_long(target: Target, found: Found) -> int:
     """One sequence up to the end of the context, on the exact path: windows, RoPE scaling and cache limits show there.
 
     How many positions it has.
@@ -304,31 +232,3 @@ def _equal(want: Any, got: Any) -> bool:
     if len(numbers) == 2:
         return bool(abs(want - got) <= 1e-6 * max(1.0, abs(want)))  # kept in float32
     return bool(type(want) is type(got) and want == got)
-
-
-def _same(want: str, got: str, *, loose: bool = False) -> bool:
-    """A space at the start, and what stands for bytes that are no character, are each decoder's own.
-
-    loose: of a runtime with TextHabits.own_decoder.
-    """
-    want, got = want.removeprefix(" "), got.removeprefix(" ")
-    if loose and UNKNOWN.search(want):
-        return True
-    if loose:
-        want, got = want.replace(" ", ""), got.replace(" ", "")
-    if "\ufffd" not in want:
-        return want == got
-    # One mark for each byte of a run that is no text, or for each that is none by itself.
-    pattern = "".join(
-        f".{{0,{2 * len(part)}}}" if part.startswith("\ufffd") else re.escape(part) for part in MARKS.split(want)
-    )
-    return re.fullmatch(pattern, got, re.DOTALL) is not None
-
-
-def _token(target: Target, index: int) -> str:
-    texts = target.session.behaviour.texts
-    return f"{index} {_clip(texts[index] if index < len(texts) else None)}"
-
-
-def _clip(value: object) -> str:
-    return repr(value)[:CLIP]

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from qalora_export.verify import gates
 from qalora_export.verify.rule import Entry, Gate
-from qalora_export.verify.session import Target
+from qalora_export.verify.target import Target
 
 Measure = Callable[[Target], Entry]
 M = TypeVar("M", bound=Measure)

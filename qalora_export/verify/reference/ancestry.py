@@ -1,5 +1,5 @@
 """Is the checkpoint what its ancestors make of it, in everything? Config, tokenizer and template from the original
-model over the base to the merge; the merge itself is merge_check's.
+model over the base to the merge, and the base's weights (source_weights); the merge itself is merge_check's.
 
 What has to be compared and is not here is "unchecked": gate G0 has not run then, unless the settings accept it. What
 cannot be compared by the nature of things is said in the verdict.
@@ -13,13 +13,16 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.kept import CONFIG, changed_on_the_way
 from qalora_export.checkpoint.manifest import has_manifest, read_manifest
+from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.checkpoint.provenance import kind_of, parent_folder
 from qalora_export.models.sources import Located
 from qalora_export.quantization.source import open_folder
 from qalora_export.safety import HashFile, inside, read_json, sha256_file
 from qalora_export.verify.reference.merge_check import MergeCheck
+from qalora_export.verify.reference.source_weights import changed_weights, packed_elsewhere
 from qalora_export.version import __version__
 
 
@@ -42,8 +45,8 @@ class Ancestry:
 
     def describe(self) -> str:
         if not self.compared:
-            return "config and tokenizer compared with no ancestor"
-        return f"config and tokenizer kept: {', '.join(self.compared)}"
+            return "config, tokenizer and weights compared with no ancestor"
+        return f"config, tokenizer and weights kept: {', '.join(self.compared)}"
 
 
 def ancestry(
@@ -76,8 +79,14 @@ def ancestry(
             pairs.insert(0, (source, parent))
     changed = []
     for source, child in pairs:
-        with nullcontext(source) if source == parent else _as_taken(source) as taken:
+        with nullcontext(ModelFolder(source)) if source == parent else _as_taken(source) as folder:
+            taken = folder.path
             lines = changed_on_the_way(taken, child, called=source.name)
+            if source != parent:  # what merging leaves alone is merge_check's
+                base_weights = CanonicalCheckpoint(child)
+                changed += [f"{child.name} {line}" for line in changed_weights(folder, base_weights)]
+                if count := packed_elsewhere(folder, base_weights):
+                    said += (f"{count} matrices of {child.name}, which {source.name} holds in another packing",)
         if lines and taken != source and _versions(child) != _versions(taken):
             said += (f"what {child.name} took from {source.name}, which other versions made: {_versions(child)}",)
         else:
@@ -86,13 +95,13 @@ def ancestry(
 
 
 @contextmanager
-def _as_taken(source: Path) -> Iterator[Path]:
-    """The files that quantizing reads: those of a folder, or those made of a GGUF file or a multimodal model."""
+def _as_taken(source: Path) -> Iterator[ModelFolder]:
+    """What quantizing reads: the files of a folder, or those made of a GGUF file or a multimodal model."""
     with (
         tempfile.TemporaryDirectory(prefix="qalora-parent-") as scratch,
         open_folder(Located(source), nullcontext(Path(scratch)), dequantize=True) as folder,
     ):
-        yield folder.path
+        yield folder
 
 
 def _versions(folder: Path) -> str:

@@ -18,22 +18,14 @@ from qalora_export.checkpoint.manifest import has_manifest, parent_of, read_mani
 from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.checkpoint.provenance import kind_of, parent_folder
 from qalora_export.errors import InputError
-from qalora_export.evaluation import read_score
 from qalora_export.safety import HashFile, sha256_file
 from qalora_export.verify.metrics import PositionMetrics, following_ids, next_logprobs, position_metrics
 from qalora_export.verify.probes.probe_set import ProbeSet
 from qalora_export.verify.reference.logits import reference_logprobs
+from qalora_export.verify.reference.task import Score, Task, model_score
 
 Role = Literal["original", "base", "checkpoint"]
 SCORE = "score.{}.json"  # what `run` writes beside the checkpoints
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """Exact matches out of total, as `evaluate` counted them for this very model."""
-
-    exact: int
-    total: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +60,14 @@ def lineage(
     threads: int,
     base: Path | None = None,
     original: Path | None = None,
+    task: Task | None = None,
     hash_of: HashFile = sha256_file,
 ) -> tuple[Member, ...]:
     """original, base (where the checkpoint is not one itself) and the checkpoint, whose own answers are `reference`.
 
-    base, original: stand for those that the manifests name. Raises InputError for an original that is not the one that
-    the base was made from.
+    base, original: stand for those that the manifests name. task: what each of them is asked for its score; without one
+    a score is what `run` left beside the checkpoint. Raises InputError for an original that is not the one that the
+    base was made from.
     """
     following = following_ids(probes.ids, probes.lengths)
     members, before = list[Member](), None
@@ -90,7 +84,7 @@ def lineage(
                 note,
                 None if logprobs is None else next_logprobs(logprobs, following),
                 None if logprobs is None or before is None else position_metrics(before, logprobs, following),
-                None if found.path is None else score_of(found.path, checkpoint, found.role, hash_of=hash_of),
+                _score(found, checkpoint, task, threads, hash_of),
             )
         )
         before = logprobs
@@ -149,12 +143,13 @@ def _answers(path: Path, probes: ProbeSet, threads: int, shape: tuple[int, ...])
     return logprobs
 
 
-def score_of(model: Path, checkpoint: Path, role: Role, *, hash_of: HashFile = sha256_file) -> Score | None:
-    """The task score of a model of the line where `run` left one beside the checkpoint, of this very model."""
-    label = role if role == "original" else model.name.removesuffix(".qalora")
-    path = checkpoint.resolve().parent / SCORE.format(label)
-    if not path.is_file():
+def _score(found: _Found, checkpoint: Path, task: Task | None, threads: int, hash_of: HashFile) -> Score | None:
+    if found.path is None:
         return None
-    score = read_score(path)
-    same = score.get("model_sha256") == parent_of(model, "checkpoint", hash_of=hash_of).sha256
-    return Score(score["exact"], score["total"]) if same else None
+    written = score_file(checkpoint, "original" if found.role == "original" else found.path.name)
+    return model_score(found.path, written, task, threads=threads, hash_of=hash_of)
+
+
+def score_file(checkpoint: Path, model: str) -> Path:
+    """Where `run` leaves the score of a model of that name."""
+    return checkpoint.resolve().parent / SCORE.format(model.removesuffix(".qalora"))

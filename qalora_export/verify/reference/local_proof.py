@@ -33,9 +33,10 @@ from qalora_export.verify.reference.logits import fixed_threads
 Mode = Literal["prefill", "decode"]
 Sequences = tuple[NDArray[np.int32], ...]
 Taps = Mapping[str, NDArray[np.float32]]
-# Long enough for the kernels of whole prompts (llama.cpp's tiled attention begins at 64 tokens); decode long enough for
-# a KV cache of several tokens.
-PROMPT, DECODED = 65, 5
+# Kernels are chosen by how many tokens a prompt has: one; a few, as tiles of rows leave them over; more than a tile of
+# 4 to 16 rows; and whole prompts (llama.cpp's tiled attention begins at 64 tokens). Decode is long enough for a KV
+# cache of several tokens.
+PROMPT, SHORTER, DECODED = 65, (6, 25), 10
 PASS_BYTES = 128 << 20
 # Between products: float32 of two libraries differs by 1e-14 to 2e-12.
 BETWEEN = 1e-9
@@ -93,7 +94,8 @@ class LocalProof:
 
 
 def chosen(lengths: NDArray[np.int32]) -> tuple[int, ...]:
-    """Which sequences of a probe set are looked at: the shortest that is a prompt of PROMPT tokens, and the shortest.
+    """Which sequences of a probe set are looked at: the shortest that is a prompt of PROMPT tokens, the shortest, and
+    those whose lengths are nearest to SHORTER.
 
     Without one so long it is the longest. Whole sequences, so that the answers of the runs that are not looked into can
     be compared.
@@ -101,7 +103,8 @@ def chosen(lengths: NDArray[np.int32]) -> tuple[int, ...]:
     order = np.argsort(lengths, kind="stable")
     long_enough = [int(i) for i in order if lengths[i] >= PROMPT]
     first = long_enough[0] if long_enough else int(order[-1])
-    return tuple(dict.fromkeys((first, int(order[0]))))
+    nearest = (int(np.argmin(np.abs(lengths - length))) for length in SHORTER)
+    return tuple(dict.fromkeys((first, int(order[0]), *nearest)))
 
 
 def passes_of(graph: TappedGraph, positions: int) -> list[list[str]]:

@@ -3,7 +3,8 @@
     original model → quantized base → fine-tuned → exact path and shipped path of each runtime
 
 KL(before‖after) and first choices are over all positions of the probe set, as the bounds of gate G3 are, and over its
-text alone (metrics: kl_text, top1_text); the loss is −ln p of the token that follows, the mean over the text. What
+text alone (metrics: kl_text, top1_text); the loss is −ln p of the token that follows, the mean over the text. The task
+score is of the same questions everywhere (reference/task.py), answered by PyTorch and by each runtime's own loop. What
 quantization and the exact path change should be little, what fine-tuning changes is what it is for: its loss and the
 task score tell whether it is for the better.
 """
@@ -18,13 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.checkpoint.provenance import kind_of
+from qalora_export.errors import RuntimeUnavailableError
 from qalora_export.verify.metrics import PositionMetrics
-from qalora_export.verify.reference.lineage import Member, Score
-from qalora_export.verify.session import Session, Target
+from qalora_export.verify.reference.lineage import Member
+from qalora_export.verify.reference.task import Score
+from qalora_export.verify.session import Session
+from qalora_export.verify.target import RunPath, Target
 
 ORIGINAL, BASE, TUNED, PLAIN = "original model", "quantized base", "fine-tuned", "checkpoint"
 WANTED = "what fine-tuning is for"
-PATHS = {"exact": "exact path", "shipped": "shipped path"}
+PATHS: tuple[tuple[RunPath, str], ...] = (("exact", "exact path"), ("shipped", "shipped path"))
 NOT_RUN = "it was not measured"
 
 
@@ -72,11 +76,23 @@ def _of_member(member: Member, name: str, before: str, text: NDArray[np.bool_]) 
 
 
 def _of_runtime(target: Target, reference: str, text: NDArray[np.bool_]) -> Iterator[Cost]:
-    for path, label in PATHS.items():
+    for path, label in PATHS:
         measured = target.positions.get(path)
         loss = None if measured is None else _loss(measured.next_runtime, text)
-        note = "" if measured else NOT_RUN
-        yield Cost(f"{target.name}, {label}", reference, **_change(measured, text), loss=loss, note=note)
+        score, why = _score(target, path)
+        note = "; ".join(part for part in ("" if measured else NOT_RUN, why) if part)
+        change = _change(measured, text)
+        yield Cost(f"{target.name}, {label}", reference, **change, loss=loss, score=score, note=note)
+
+
+def _score(target: Target, path: RunPath) -> tuple[Score | None, str]:
+    """Of the task, where there is one; why there is none in spite of it."""
+    if target.session.task is None:
+        return None, ""
+    try:
+        return target.score(path), ""
+    except RuntimeUnavailableError as error:
+        return None, f"the task was not answered ({error.reason})"
 
 
 def _change(measured: PositionMetrics | None, text: NDArray[np.bool_]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from qalora_export.models.families import family_of
 from qalora_export.models.families.family import Format
 from qalora_export.safety import sha256_bytes, sha256_file
 from qalora_export.verify.identity import Identities, combined
-from qalora_export.verify.session import Session, Target
+from qalora_export.verify.session import Session
+from qalora_export.verify.target import Target
 from qalora_export.version import __version__
 
 PACKAGES = (
@@ -63,6 +64,7 @@ def describe_inputs(session: Session, targets: list[Target], base: Path | None) 
             "names": list(probes.names),
             "lengths": probes.lengths.tolist(),
         },
+        "task": None if session.task is None else session.task.describe(),
         "runtimes": {
             run: {key: value for key, value in fingerprint.items() if key != "machine"}
             for run, fingerprint in session.runs.fingerprints.items()
@@ -145,6 +147,10 @@ def command_line(checkpoint: Path, artifacts: dict[str, Path], base: Path | None
     words += ["--prompts", Path(settings.prompts).name] if settings.prompts else []
     for runtime in artifacts:
         words += ["--runtime", runtime]
+    if session.task is not None:
+        asked = session.task.settings
+        words += ["--evaluate", Path(asked.data).name, "--max-new-tokens", str(asked.max_new_tokens)]
+        words += ["--scored", str(settings.scored)]
     for flag in ("sequences", "positions", "max_length", "threads", "seed"):
         words += [f"--{flag.replace('_', '-')}", str(getattr(settings, flag))]
     return shlex.join([*words, "--out", "parity"])

@@ -10,6 +10,7 @@ report.json (format "qalora-parity/1"):
     artifacts     one per artifact: runtime kinds it serves, name, bytes, sha256, bits_per_weight, context (positions:
                   all that this report speaks of; note: why they are fewer than the model's)
     probe         sequences, positions, sha256, seed, prompts, names and lengths of the sequences
+    task          what the task score in `costs` is of, in words; null where no task was given
     gates         one entry per gate and runtime: gate, title, row (what its headline figure means to a reader),
                   headline (that figure, null where it was not measured), headline_raw (the same before it was scaled,
                   null where nothing is), runtime, status ("pass" | "fail" | "not run"), measured, raw (before it was

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from qalora_runtimes.behaviour import ANSWER_KEYS, Request
+from qalora_runtimes.behaviour import ANSWER_KEYS, Question, Request
 from qalora_runtimes.heartbeat import Beat
 from qalora_runtimes.process import Watch, patience_for
 from qalora_runtimes.protocol import Job, LongSequence, TextRequest, write_job
@@ -24,8 +24,9 @@ from qalora_export.verify.runtimes.record import Artifact
 
 Mode = Literal["prefill", "decode"]
 EXACT, SHIPPED, TEXT, BEHAVIOUR, LONG = "exact", "shipped", "text", "behaviour", "long"  # labels of runs
-WHOLE = "everything"
-PARTS = {SHIPPED: ("prefill", "decode", TEXT, BEHAVIOUR), EXACT: ("prefill", "decode", LONG)}  # of a run, by its label
+WHOLE, SCORED = "everything", "scored"
+# Of a run, by its label; of both also SCORED, where there is a task.
+PARTS = {SHIPPED: ("prefill", "decode", TEXT, BEHAVIOUR), EXACT: ("prefill", "decode", LONG)}
 LOG_SHOWN = 600  # characters
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ class Runs:
     is not stopped by what another one asks.
 
     launch: qalora_runtimes.launch.run_runner or a stand-in with its signature. behaviour_asked: what gate G6 will ask
-    of what ships; long_asked: and of the exact path of a runtime. fingerprints: one per run, by "runtime/path/mode".
+    of what ships; long_asked: and of the exact path of a runtime. scored: a task's questions, asked of both paths.
+    fingerprints: one per run, by "runtime/path/mode".
     """
 
     probes: ProbeSet
@@ -53,6 +55,7 @@ class Runs:
     launch: Callable[..., Any]
     behaviour_asked: Callable[[], Request] | None = None
     long_asked: Callable[[str], LongSequence] | None = None
+    scored: tuple[Question, ...] = ()
     fingerprints: dict[str, dict[str, Any]] = field(default_factory=dict)
     _waiting: dict[tuple[str, str, str], Any] = field(default_factory=dict)
 
@@ -93,6 +96,17 @@ class Runs:
             raise RuntimeUnavailableError(f"{runtime} gave no answers to a long sequence", where=exact.path)
         return np.asarray(found)
 
+    def task_answers(self, runtime: str, artifact: Artifact, *, exact: bool) -> list[dict[str, Any]]:
+        """One answer to each of `scored`: tokens, and text where the runtime has a tokenizer."""
+        label = EXACT if exact else SHIPPED
+        found = self._waiting.pop((runtime, label, SCORED), None)
+        if found is None:
+            said = self._alone(runtime, artifact, label, SCORED).behaviour
+            found = said.get(SCORED) if isinstance(said, dict) else None
+        if not isinstance(found, list) or not all(isinstance(answer, dict) for answer in found):
+            raise RuntimeUnavailableError(f"{runtime} gave no answers to the task", where=artifact.path)
+        return found
+
     def _everything(self, runtime: str, artifact: Artifact, label: str) -> None:
         """One run for all that this artifact will be asked. Nothing waits when it crashes."""
         try:
@@ -101,29 +115,34 @@ class Runs:
             logger.warning("%s; asking for one thing at a time", error)
             return
         found = {"prefill": result.logprobs, "decode": result.decoded, TEXT: result.text_answers}
-        found |= {BEHAVIOUR: result.behaviour, LONG: result.long}
+        found |= {BEHAVIOUR: result.behaviour, LONG: result.long, SCORED: (result.behaviour or {}).get(SCORED)}
         self._waiting |= {(runtime, label, what): value for what, value in found.items() if value is not None}
 
     def rehearse(self, runtime: str, artifact: Artifact, *, exact: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
         """(name, run) of every run that an artifact can be asked for on a path: all at once, then each part alone."""
         label = EXACT if exact else SHIPPED
         yield WHOLE, lambda: self._whole(runtime, artifact, label)
-        for part in PARTS[label]:
+        for part in (*PARTS[label], *([SCORED] if self.scored else [])):
             yield part, partial(self._alone, runtime, artifact, label, part)
 
     def _whole(self, runtime: str, artifact: Artifact, label: str) -> Any:
         asked = self.behaviour_asked() if self.behaviour_asked and label == SHIPPED else None
+        if self.scored:
+            asked = replace(asked or Request(), scored=self.scored)
         long = self.long_asked(runtime) if self.long_asked and label == EXACT else None
         text = label == SHIPPED
         return self._run(runtime, artifact, self.probes, "both", label=label, text=text, asked=asked, long=long)
 
     def _alone(self, runtime: str, artifact: Artifact, label: str, part: str, asked: Any = None) -> Any:
-        """One part of PARTS[label]. asked: the request or long sequence, where the caller has it."""
+        """One part of PARTS[label], or SCORED. asked: the request or long sequence, where the caller has it."""
         if part == TEXT:
             return self._run(runtime, artifact, self._shortest, "prefill", label=TEXT, text=True)
         if part == BEHAVIOUR:
             asked = asked or (self.behaviour_asked and self.behaviour_asked())
             return self._run(runtime, artifact, self._shortest, "prefill", label=BEHAVIOUR, asked=asked)
+        if part == SCORED:
+            asked = Request(scored=self.scored)
+            return self._run(runtime, artifact, self._shortest, "prefill", label=label, asked=asked)
         if part == LONG:
             asked = asked or (self.long_asked and self.long_asked(runtime))
             return self._run(runtime, artifact, self._shortest, "prefill", label=EXACT, long=asked)

@@ -18,7 +18,7 @@ from qalora_runtimes.packs import ANSWERS, PACK, AnswersFile, read_pack, sha256_
 from qalora_runtimes.protocol import ProtocolError, read_job
 
 from qalora_export.errors import ExitCode, InputError, UnsafeInputError
-from qalora_export.recipe import VerifySettings
+from qalora_export.recipe import EvaluateSettings, VerifySettings
 from qalora_export.verify.device.answers import DeviceAnswers
 from qalora_export.verify.device.pack import pack_verification
 from qalora_export.verify.report.parity_report import ParityReport
@@ -101,6 +101,20 @@ def test_where_a_run_crashes_on_the_device_each_part_is_answered_alone(
     assert sorted(found.values()).count("crashed") == 2
     report = judge(exported, tmp_path / "report", tmp_path / "answers.zip")
     assert statuses(report) == dict.fromkeys(GATES, "pass")
+
+
+def test_a_task_is_packed_and_answers_to_a_pack_without_it_are_refused(
+    exported: Exported, answers: Path, tmp_path: Path
+) -> None:
+    lines = [{"prompt": question, "completion": "no"} for question in ("light on", "light off")]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    asked = EvaluateSettings(data=str(tmp_path / "test.jsonl"), max_new_tokens=4)
+    pack_verification(exported.checkpoint, tmp_path / "pack", SETTINGS, gguf=exported.gguf, evaluate=asked)
+    requests = [read_job(file).behaviour for file in (tmp_path / "pack").rglob("job.npz")]
+    scored = [(len(request.scored), bool(request.questions)) for request in requests if request and request.scored]
+    assert sorted(scored) == [(2, False)] * 3 + [(2, True)]  # both paths as a whole, and the task alone on either
+    with pytest.raises(InputError, match="another task"):
+        judge(exported, tmp_path / "report", answers, evaluate=asked)
 
 
 @pytest.mark.slow

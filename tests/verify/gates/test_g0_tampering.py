@@ -126,6 +126,11 @@ def field_of_the_future(model: onnx.ModelProto) -> None:
     model.MergeFromString(b"\xfa\x7f\x03odd")  # field 2047, of which onnx.proto knows nothing
 
 
+def numbers_twice(model: onnx.ModelProto) -> None:
+    tensor = next(t for t in model.graph.initializer if t.name == "model.norm.weight")
+    tensor.raw_data = b"\0" * 4 * tensor.dims[0]
+
+
 def low_bit_of_a_cosine(e: Exported) -> None:
     """Row 200 of the table, one unit in the last place."""
     at = onnx_tensor(e.onnx, "model.rotary_emb.cos_cache") + 200 * 16 * 4
@@ -169,6 +174,14 @@ ONNX = {
     "a file in a folder": (
         lambda e: (e.onnx / "onnx" / "model_quantized.onnx").write_bytes(b""),
         "onnx/model_quantized.onnx: a file of no fresh export",
+    ),
+    "a link to elsewhere": (
+        lambda e: (e.onnx / "models").symlink_to(e.onnx.parent),
+        "models: a file of no fresh export",
+    ),
+    "numbers in the graph beside those outside": (
+        graph(numbers_twice),
+        "initializer model.norm.weight: numbers both in the graph and outside",
     ),
     "a file less": (lambda e: (e.onnx / "generation_config.json").unlink(), "generation_config.json: missing"),
     "a number typed as a list": (

@@ -18,7 +18,8 @@ from qalora_export.formats.gguf.metadata import Entry
 from qalora_export.formats.onnx.export import export_onnx
 from qalora_export.formats.onnx.layout import GRAPH
 from qalora_export.models.loading import load_tokenizer
-from qalora_export.verify.gates.g6_behaviour import _same, behaviour
+from qalora_export.verify.gates.behaviour_texts import same as alike
+from qalora_export.verify.gates.g6_behaviour import behaviour
 from qalora_export.verify.rule import Entry as Verdict
 from qalora_export.verify.session import Session
 from tests.models import make_tiny_canonical
@@ -188,7 +189,7 @@ def test_a_window_that_only_long_texts_reach(runtime: str, session: Session, onn
     ],
 )
 def test_texts_are_alike_but_for_bytes_that_are_no_text(want: str, got: str, same: bool) -> None:
-    assert _same(want, got) is same
+    assert alike(want, got) is same
 
 
 def test_an_answer_that_was_not_given_is_no_pass(session: Session, onnx: Path) -> None:

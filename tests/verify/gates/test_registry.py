@@ -17,8 +17,8 @@ from qalora_export.verify.gates import registry
 from qalora_export.verify.gates.registry import all_gates, measures, registered
 from qalora_export.verify.report.parity_report import ParityReport
 from qalora_export.verify.rule import Entry, Gate, Limit
-from qalora_export.verify.session import Target
 from qalora_export.verify.stage import verify_parity
+from qalora_export.verify.target import Target
 from tests.verify.exports import Exported
 from tests.verify.fakes import FakeRuntimes
 

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.manifest import parent_of
+from qalora_export.checkpoint.safetensors_file import read_header
 from qalora_export.qalora.merge import merge
 from qalora_export.safety import sha256_file
 from qalora_export.verify.reference.ancestry import Ancestry, ancestry
@@ -112,6 +114,41 @@ def test_a_change_on_the_way_is_named(
     child = where.split(" and ")[0]
     assert len(found.changed) == 1
     assert found.changed[0].startswith(f"{child} {finding}")
+
+
+EMBEDDING, CODES = "model.embed_tokens.weight", f"{QUERY}.codes"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "count", "finding"),
+    [
+        (EMBEDDING, 2, "base.qalora model.embed_tokens.weight: 1 values other than in the model it was made from"),
+        (CODES, 64, f"base.qalora {QUERY}: 1 rows are not those of the model it was made from, the first is 0 ("),
+    ],
+    ids=["a value that is not quantized", "a row of codes"],
+)
+def test_weights_that_are_not_the_models_are_named_though_every_hash_and_the_merge_are_right(
+    tensor: str, count: int, finding: str, line: Path
+) -> None:
+    entry = read_header(line / "base.qalora" / "model.safetensors")[tensor]
+    old = (line / "base.qalora" / "model.safetensors").read_bytes()[entry.begin : entry.begin + count]
+    for folder in ("base.qalora", "merged"):
+        spoil(line / folder, tensor, bytes(byte ^ 0xFF for byte in old))
+    reseal_line(line)
+    merged, found = checked(line)
+    assert merged.wrong == {}
+    assert len(found.changed) == 1
+    assert found.changed[0].startswith(finding)
+
+
+def test_a_tensor_more_in_the_model_is_named(line: Path) -> None:
+    path = line / "model" / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"model.layers.0.extra.weight": tensors["model.norm.weight"].clone()}, path, {"format": "pt"})
+    source = parent_of(line / "model", "source").sha256
+    edit(line / "base.qalora" / "manifest.json", lambda c: c["parents"][0].update(sha256=source))
+    reseal_line(line)
+    assert checked(line)[1].changed == ("base.qalora model.layers.0.extra.weight: not taken along",)
 
 
 def test_a_template_a_file_more_and_a_file_less_are_named(line: Path) -> None:

@@ -17,8 +17,9 @@ from qalora_export.qalora.merge import merge
 from qalora_export.recipe import VerifySettings
 from qalora_export.verify.metrics import following_ids, next_logprobs, position_metrics
 from qalora_export.verify.probes.probe_set import ProbeSet, make_probes
-from qalora_export.verify.reference.lineage import Score, lineage, score_of
+from qalora_export.verify.reference.lineage import lineage
 from qalora_export.verify.reference.logits import reference_logprobs
+from qalora_export.verify.reference.task import Score
 from tests.models import make_tiny_canonical, make_tiny_model
 from tests.qalora.adapters import own_adapter
 
@@ -115,19 +116,16 @@ def test_a_quantized_source_has_no_other_numbers(line: Path, probes: ProbeSet, t
     assert "quantized already" in found[0].note
 
 
-def test_a_score_counts_for_the_model_that_it_was_taken_of(line: Path, tmp_path: Path) -> None:
+def test_a_score_that_run_left_is_found_by_the_name_of_the_model(line: Path, probes: ProbeSet, tmp_path: Path) -> None:
     merged = tmp_path / "merged.qalora"
     shutil.copytree(line / "merged.qalora", merged)
-    assert score_of(merged, merged, "checkpoint") is None
-    score = {"exact": 3, "total": 4, "accuracy": 0.75}
-    path = tmp_path / "score.merged.json"
-    path.write_text(json.dumps(score))
-    assert score_of(merged, merged, "checkpoint") is None  # of an unknown model
-    path.write_text(json.dumps(score | {"model_sha256": parent_of(merged, "checkpoint").sha256}))
-    assert score_of(merged, merged, "checkpoint") == Score(3, 4)
-    path.write_text("{}")
+    score = {"exact": 3, "total": 4, "accuracy": 0.75, "model_sha256": parent_of(merged, "checkpoint").sha256}
+    (tmp_path / "score.merged.json").write_text(json.dumps(score))
+    _, found = members(tmp_path, probes)
+    assert [member.score for member in found] == [None, None, Score(3, 4)]
+    (tmp_path / "score.merged.json").write_text("{}")
     with pytest.raises(UnsafeInputError):
-        score_of(merged, merged, "checkpoint")
+        members(tmp_path, probes)
 
 
 def test_the_next_token_has_the_probability_that_it_has() -> None:

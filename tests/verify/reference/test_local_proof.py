@@ -163,6 +163,6 @@ def test_passes_hold_each_name_once_and_bound_memory(exported: Exported) -> None
 
 
 def test_a_prompt_and_a_short_sequence_are_looked_at() -> None:
-    assert chosen(np.array([128, 3, 70, 65, 64], np.int32)) == (3, 1)
-    assert chosen(np.array([60, 3, 61], np.int32)) == (2, 1)  # none is a prompt of 65
+    assert chosen(np.array([128, 3, 70, 65, 64, 22, 8, 7], np.int32)) == (3, 1, 7, 5)
+    assert chosen(np.array([60, 3, 61], np.int32)) == (2, 1)  # none is a prompt of 65; 3 is nearest to 6 and to 25
     assert chosen(np.array([9], np.int32)) == (0,)

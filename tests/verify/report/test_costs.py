@@ -10,14 +10,23 @@ import pytest
 
 from qalora_export.cli.parity_table import cost_table as shown_table
 from qalora_export.console import console
+from qalora_export.errors import RuntimeUnavailableError
 from qalora_export.verify.metrics import position_metrics
 from qalora_export.verify.probes.probe_set import ProbeSet
-from qalora_export.verify.reference.lineage import Member, Score
+from qalora_export.verify.reference.lineage import Member
+from qalora_export.verify.reference.task import Score
 from qalora_export.verify.report import costs
 from qalora_export.verify.report.costs import NOT_RUN, WANTED, cost_table
 
 FOLLOWING = np.array([1, 2, 3, -1, 1, 2, 3, -1], np.int32)
 PROBES = ProbeSet(np.zeros(8, np.int32), np.array([4, 4], np.int32), ("random ids", "unicode"))
+
+
+SCORES = {"exact": Score(8, 9), "shipped": Score(7, 9)}
+
+
+def not_there(path: str) -> Score:
+    raise RuntimeUnavailableError("onnxruntime is not installed")
 
 
 def logprobs(seed: int) -> np.ndarray:
@@ -31,11 +40,16 @@ def changed(before: int, after: int, *, bad: bool = False):
     return position_metrics(logprobs(before), there, FOLLOWING)
 
 
-def table(monkeypatch: pytest.MonkeyPatch, members: list[Member], kind: str = "merged", *, bad: bool = False):
+def table(
+    monkeypatch: pytest.MonkeyPatch, members: list[Member], kind: str = "merged", *, bad: bool = False, task: Any = None
+):
     monkeypatch.setattr(costs, "kind_of", lambda _: kind)
-    session = SimpleNamespace(probes=PROBES, lineage=members, checkpoint=SimpleNamespace(path="merged.qalora"))
-    ran = SimpleNamespace(name="llama.cpp", positions={"exact": changed(2, 2), "shipped": changed(2, 3, bad=bad)})
-    missing = SimpleNamespace(name="onnxruntime", positions={})
+    session = SimpleNamespace(
+        probes=PROBES, lineage=members, checkpoint=SimpleNamespace(path="merged.qalora"), task=task
+    )
+    positions = {"exact": changed(2, 2), "shipped": changed(2, 3, bad=bad)}
+    ran = SimpleNamespace(name="llama.cpp", session=session, positions=positions, score=SCORES.get)
+    missing = SimpleNamespace(name="onnxruntime", session=session, positions={}, score=not_there)
     return cost_table(cast(Any, session), cast(Any, [ran, missing]))
 
 
@@ -78,6 +92,13 @@ def test_what_is_not_at_hand_is_shown_and_not_left_out(monkeypatch: pytest.Monke
     with console.capture() as captured:
         console.print(shown_table(rows))
     assert captured.get().count("not at hand") == 19
+
+
+def test_the_task_score_is_of_each_path_and_what_was_not_answered_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = table(monkeypatch, line(), task=object())
+    assert [row.score for row in rows[3:]] == [Score(8, 9), Score(7, 9), None, None]
+    assert rows[3].note == "" and rows[5].note == f"{NOT_RUN}; the task was not answered (onnxruntime is not installed)"
+    assert [row.score for row in table(monkeypatch, line())[3:]] == [None] * 4
 
 
 def test_a_nan_makes_a_cost_infinite(monkeypatch: pytest.MonkeyPatch) -> None:
