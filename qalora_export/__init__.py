@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from qalora_export.formats.export_report import ExportReport
     from qalora_export.formats.gguf.export import export_gguf
     from qalora_export.formats.onnx.export import export_onnx
+    from qalora_export.formats.patch.apply import apply
+    from qalora_export.formats.patch.export import PatchReport, export_patch
     from qalora_export.inspection.view import View
     from qalora_export.inspection.view import open_view as load
     from qalora_export.models.loading import load_model, load_tokenizer
@@ -62,6 +64,8 @@ __all__ = [  # noqa: RUF022  (in the order of the line, then what it takes and r
     "merge",
     "export_gguf",
     "export_onnx",
+    "export_patch",
+    "apply",
     "verify_parity",
     "pack_verification",
     "diagnose",
@@ -84,6 +88,7 @@ __all__ = [  # noqa: RUF022  (in the order of the line, then what it takes and r
     "TrainReport",
     "MergeReport",
     "ExportReport",
+    "PatchReport",
     "ParityReport",
     "PackReport",
     "Diagnosis",
@@ -107,6 +112,8 @@ _HOME = {
     "merge": "qalora.merge",
     "export_gguf": "formats.gguf.export",
     "export_onnx": "formats.onnx.export",
+    "export_patch": "formats.patch.export",
+    "apply": "formats.patch.apply",
     "verify_parity": "verify.stage",
     "pack_verification": "verify.device.pack",
     "diagnose": "verify.foreign.stage",
@@ -120,6 +127,7 @@ _HOME = {
     "TrainReport": "qalora.training.stage",
     "MergeReport": "qalora.merge",
     "ExportReport": "formats.export_report",
+    "PatchReport": "formats.patch.export",
     "PackReport": "verify.device.pack",
     "ParityReport": "verify.report.parity_report",
     "Diagnosis": "verify.foreign.report",

@@ -85,7 +85,9 @@ TORCH_FREE = (
     "qalora_export.formats.gguf.read",
     "qalora_export.formats.onnx.read",
     "qalora_export.verify.metrics",
+    "qalora_runtimes.answering",
     "qalora_runtimes.launch",
+    "qalora_runtimes.patching",
     "qalora_runtimes.protocol",
 )
 

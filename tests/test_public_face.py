@@ -23,7 +23,7 @@ from tests.verify.fakes import FakeRuntimes
 pytestmark = pytest.mark.usefixtures("warm_runners")
 
 LINE = ("quantize", "train", "merge", "export_gguf", "export_onnx", "verify_parity", "evaluate", "run")
-STAGES = (*LINE, "pack_verification", "diagnose")
+STAGES = (*LINE, "pack_verification", "diagnose", "export_patch")
 REPORTS = [name for name in q.__all__ if name.endswith("Report") or name == "Diagnosis"]
 IMPORT_ALL = """
 import importlib, pkgutil, types
@@ -76,6 +76,7 @@ PLAIN = {
     "settings",
     "evaluate",
     "force",
+    "reverse",
     "revision",
     "resume",
     "convention",

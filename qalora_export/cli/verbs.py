@@ -15,6 +15,7 @@ VERBS = {
     "merge": "qalora_export.cli.merge",
     "evaluate": "qalora_export.cli.evaluate",
     "verify-parity": "qalora_export.cli.verify_parity",
+    "apply": "qalora_export.cli.apply",
     "run": "qalora_export.cli.run",
     "inspect": "qalora_export.cli.inspect",
     "doctor": "qalora_export.cli.doctor",
@@ -22,6 +23,7 @@ VERBS = {
 EXPORTS = {
     "gguf": "qalora_export.cli.export_gguf",
     "onnx": "qalora_export.cli.export_onnx",
+    "patch": "qalora_export.cli.export_patch",
 }
 
 
