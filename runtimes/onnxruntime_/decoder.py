@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from qalora_runtimes.scoring import MissingRuntimeError, Rows, RunnerError, ever
 
 PACKAGE = "onnxruntime"
 PROVIDER = "CPUExecutionProvider"
+MAX_WIDTH = 1 << 16
 ERRORS_ONLY = 3  # log severity
 DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 CACHE_NAME = re.compile(r"^(past|present)\w*\.(\d+)\.(key|value)$")
@@ -95,12 +97,25 @@ class Decoder:
             if not match:
                 continue
             free = [axis for axis, size in enumerate(node.shape) if not isinstance(size, int)]
+            shape = list(node.shape)
+            if 3 in free and (width := self._width()):  # GenAI's builder leaves it open
+                shape[3] = width
+                free.remove(3)
             if match.groups()[1:] not in present or len(free) not in (1, 2) or len(node.shape) != 4:
                 raise RunnerError(f"KV input {node.name} {node.shape} has no present output or no free sequence axis")
             batch_and_sequence = {axis: 1 if axis == 0 else 0 for axis in free}
-            empty = tuple(batch_and_sequence.get(axis, size) for axis, size in enumerate(node.shape))
+            empty = tuple(batch_and_sequence.get(axis, size) for axis, size in enumerate(shape))
             slots.append(CacheSlot(node.name, present[match.groups()[1:]], empty, DTYPES[node.type]))
         return slots
+
+    def _width(self) -> int:
+        """Features of a head by the folder's genai_config.json; 0 where nothing says so."""
+        path = self._folder / "genai_config.json"
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))["model"]["decoder"]["head_size"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
+        return found if type(found) is int and 0 < found <= MAX_WIDTH else 0
 
     def _check_inputs(self, file: Path) -> None:
         known = {"input_ids", "attention_mask", "position_ids"} | {slot.past for slot in self._slots}

@@ -71,7 +71,7 @@ def _rotary(graph: Graph, frequencies: NDArray[np.floating[Any]]) -> Difference 
     names = {(node.input[COS], node.input[SIN]) for node in graph.attention if len(node.input) > SIN}
     if len(names) != 1:
         return None  # rotated elsewhere, or by a table for each kind of layer: the logits tell
-    cos, sin = (graph.array(name) for name in next(iter(names)))
+    cos, sin = (graph.values.array(name) for name in next(iter(names)))
     if cos is None or sin is None or len(cos) < 2 or cos.shape != sin.shape:
         return None
     own = np.arctan2(sin[1].astype(np.float64), cos[1].astype(np.float64))

@@ -31,7 +31,8 @@ class Holding:
     """A grid. block: neighbours along in-features that share one step. levels: steps in the extent.
 
     offset: the extent is the range of the values, 0 included, else the largest magnitude. above: neighbours whose steps
-    share a grid of their own; step_levels: how many steps it has, 0 where each step is a float of its own.
+    share a grid of their own; step_levels: how many steps it has, 0 where each step is a float of its own. step: the
+    one of all blocks, where a whole tensor shares one; 0 where blocks have their own.
     """
 
     block: int
@@ -39,6 +40,7 @@ class Holding:
     offset: bool = False
     above: int = 0
     step_levels: int = 0
+    step: float = 0.0
 
 
 # Levels of codebooks that are no even grid: what the largest gap between neighbours is of the largest magnitude.
@@ -72,7 +74,7 @@ LARGEST_BLOCK = 32  # values of a float type that are looked at together
 # How far a right file's block may stand out from what its type holds, and from 99.5 % of its tensor's own blocks:
 # measured 4.8 (Q6_K), 6.8 (NVFP4) and, in the types that weigh a whole block of 32 by an importance matrix, 28.
 OUTSTANDS, WEIGHED = 8.0, {"Q4_0": 40.0, "Q4_1": 40.0, "Q5_0": 40.0, "Q5_1": 40.0}
-INTEGER = re.compile(r"int(\d) g(\d+)( offset)?")
+INTEGER = re.compile(r"int(\d) g(\d+)(?: step (\S+))?( offset)?")
 
 
 def holding_of(kind: str) -> Holding | None:
@@ -83,7 +85,8 @@ def holding_of(kind: str) -> Holding | None:
         return HELD[kind]
     if found := INTEGER.fullmatch(kind):
         bits, group = int(found[1]), int(found[2])
-        return Holding(group, 2**bits - 1, offset=True) if found[3] else Holding(group, 2 ** (bits - 1))
+        levels = 2**bits - 1 if found[4] else 2 ** (bits - 1)
+        return Holding(group, levels, offset=bool(found[4]), step=float(found[3] or 0))
     raise InputError(f"what a tensor of type {kind} can hold is not known", fix="update qalora-export")
 
 
@@ -101,7 +104,7 @@ def held_error(values: NDArray[np.floating], held: Holding) -> NDArray[np.float6
     whole = held.above or held.block
     parts = w.reshape(len(w), -1, whole // held.block, held.block)
     extent = np.maximum(parts.max(-1), 0) - np.minimum(parts.min(-1), 0) if held.offset else np.abs(parts).max(-1)
-    step = extent / held.levels
+    step = np.full_like(extent, held.step) if held.step else extent / held.levels
     error = held.block * step**2 / 12
     if held.step_levels:
         off = step.max(-1, keepdims=True) / held.step_levels / 2

@@ -24,7 +24,7 @@ from qalora_export.verify.foreign.fit import HEAD
 from qalora_export.verify.foreign.metadata import Difference
 from qalora_export.verify.metrics import EXACT
 from qalora_export.verify.probes.probe_set import ProbeSet
-from qalora_export.verify.reference.layerwise import LayerwiseModel
+from qalora_export.verify.reference.layerwise import Change, LayerwiseModel
 from qalora_export.verify.reference.logits import fixed_threads, noise_of, round_to_int8
 
 F32 = np.dtype(np.float32)
@@ -75,7 +75,7 @@ class OwnNumbers:
     """An artifact in Transformers, with any of its settings in place of the source's.
 
     config: the source's, complete. folder: an empty one for what is written on the way. bound: NMSE up to which a
-    runtime that does the same may be off.
+    runtime that does the same may be off. rounding: what its kernels do to the input of a layer.
     """
 
     def __init__(
@@ -87,8 +87,10 @@ class OwnNumbers:
         *,
         threads: int,
         bound: float = EXACT,
+        rounding: Change = round_to_int8,
     ) -> None:
         self.artifact, self.config, self.probes, self.bound = artifact, config, probes, bound
+        self._rounding = rounding
         self._folder, self._threads, self._count = folder, threads, 0
 
     def logprobs(
@@ -104,7 +106,7 @@ class OwnNumbers:
         as integer kernels do it. Raises InputError where a tensor is missing or has another shape.
         """
         with fixed_threads(self._threads), torch.inference_mode():
-            model = self._model(tried, repaired, rounding=round_to_int8 if int8 else None)
+            model = self._model(tried, repaired, rounding=self._rounding if int8 else None)
             return model.run(self.probes.sequences(), decode=False)[0]
 
     def noise(self, exact: NDArray[np.float32], tried: tuple[Difference, ...] = ()) -> NDArray[np.float64]:

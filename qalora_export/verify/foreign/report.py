@@ -14,6 +14,7 @@ report.json (format "qalora-diagnosis/1"):
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ VERDICTS = {
     ExitCode.PARITY_FAILED: "broken",
     ExitCode.RUNTIME_UNAVAILABLE: "not known",
 }
+STEP = re.compile(r" step \S+")  # each tensor's own
 MARKS = {"ok": "✓", "broken": "✗", "not run": "–"}
 
 
@@ -78,7 +80,8 @@ class Diagnosis:
         """The type that holds most values."""
         totals = dict[str, int]()
         for tensor in self.tensors:
-            totals[tensor.kind] = totals.get(tensor.kind, 0) + tensor.values
+            kind = STEP.sub("", tensor.kind)
+            totals[kind] = totals.get(kind, 0) + tensor.values
         return max(totals, key=lambda kind: totals[kind], default="this file")
 
     def as_json(self) -> dict[str, Any]:

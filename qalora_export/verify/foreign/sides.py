@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from qalora_export.errors import InputError
 from qalora_export.formats.gguf.tensor_table import ROPE_LONG
-from qalora_export.formats.onnx.exact import exact_variant
 from qalora_export.formats.onnx.layout import GENAI_CONFIG
 from qalora_export.safety import inside, read_json
 from qalora_export.verify.foreign.artifact import Foreign
@@ -21,9 +21,12 @@ from qalora_export.verify.foreign.ends import genai_sampling_differences, gguf_s
 from qalora_export.verify.foreign.gguf_file import open_gguf, rotary_divisors
 from qalora_export.verify.foreign.graph_settings import graph_differences
 from qalora_export.verify.foreign.metadata import Difference, gguf_differences
+from qalora_export.verify.foreign.onnx_exact import float_variant
 from qalora_export.verify.foreign.onnx_folder import Graph, open_onnx
 from qalora_export.verify.metrics import EXACT
 from qalora_export.verify.probes.probe_set import ProbeSet
+from qalora_export.verify.reference.layerwise import Change
+from qalora_export.verify.reference.logits import round_to_int8
 from qalora_export.verify.reference.text import folder_answers
 from qalora_export.verify.runtimes.facts import expected_text_facts
 from qalora_export.verify.runtimes.llama_cpp import facts_of
@@ -34,14 +37,26 @@ from qalora_export.verify.runtimes.twin import write_twin
 
 # NMSE that float16 arithmetic leaves: (2^-11)² of every sum, through a few dozen layers.
 HALF = 1e-4
+GENAI = "onnxruntime-genai"
+
+
+def round_whole_to_uint8(x: torch.Tensor) -> torch.Tensor:
+    """What DynamicQuantizeLinear makes of x: 256 levels from its least to its largest value, 0 among them."""
+    low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
+    step = ((high - low) / 255).clamp_min(torch.finfo(x.dtype).tiny)
+    zero = torch.round(-low / step)
+    return (torch.clamp(torch.round(x / step) + zero, 0, 255) - zero) * step
 
 
 class Side(ABC):
-    """One artifact in one runtime. artifact: its tensors. bound: NMSE up to which its exact path may be off."""
+    """One artifact in one runtime. artifact: its tensors. bound: NMSE up to which its exact path may be off. rounding:
+    what its shipped kernels do to the input of a layer, at most.
+    """
 
     runtime: str
     artifact: Foreign
     bound: float = EXACT
+    rounding: Change = staticmethod(round_to_int8)
 
     @property
     def habits(self) -> TextHabits:
@@ -119,15 +134,25 @@ class GgufSide(Side):
 
 
 class OnnxSide(Side):
-    """An ONNX folder in ONNX Runtime GenAI where it has that one's config, else in plain ONNX Runtime."""
+    """An ONNX folder in one of its runtimes: ONNX Runtime GenAI where it has that one's config, else ONNX Runtime."""
 
-    def __init__(self, path: Path, config: Mapping[str, Any], source: set[str]) -> None:
+    def __init__(self, path: Path, config: Mapping[str, Any], source: set[str], runtime: str | None = None) -> None:
+        """runtime: another than that. Raises InputError for GenAI on a folder without its config."""
         self._graph = Graph(path)
         self.artifact = open_onnx(self._graph, config, source)
-        self.genai = read_json(inside(path, GENAI_CONFIG)) if (path / GENAI_CONFIG).exists() else None
-        self.runtime = "onnxruntime" if self.genai is None else "onnxruntime-genai"
+        there = (path / GENAI_CONFIG).exists()
+        self.runtime = runtime or (GENAI if there else "onnxruntime")
+        if self.runtime == GENAI and not there:
+            raise InputError(
+                f"{GENAI} is requested but the folder has no {GENAI_CONFIG}",
+                where=path,
+                fix="leave --runtime out, or name onnxruntime",
+            )
+        self.genai = read_json(inside(path, GENAI_CONFIG)) if there else None
         if self._graph.is_half:
             self.bound = HALF
+        if self._graph.rounds_whole_inputs:
+            self.rounding = round_whole_to_uint8
 
     @property
     def context(self) -> int | None:
@@ -140,10 +165,10 @@ class OnnxSide(Side):
 
     @contextlib.contextmanager
     def exact(self, workdir: Path) -> Iterator[Artifact]:
-        yield Artifact(exact_variant(self.artifact.path, workdir / "exact"))
+        yield Artifact(float_variant(self._graph, workdir / f"exact-{self.runtime}"))
 
     def text_answers(self, runs: Runs, probes: ProbeSet) -> dict[str, Any]:
-        if self.genai is None:
+        if self.runtime != GENAI:
             return folder_answers(self.artifact.path, probes)
         return runs.text_answers(self.runtime, Artifact(self.artifact.path))
 

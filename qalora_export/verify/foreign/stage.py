@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
 from qalora_runtimes.launch import run_runner
 
 from qalora_export.checkpoint.canonical import is_canonical
@@ -25,17 +24,15 @@ from qalora_export.models.sources import locate
 from qalora_export.progress import status
 from qalora_export.recipe import VerifySettings
 from qalora_export.safety import HashedOnce, StrPath, atomic_directory, local_path
-from qalora_export.verify.foreign.artifact import Foreign
 from qalora_export.verify.foreign.diagnosis import Part
 from qalora_export.verify.foreign.ends import ends_part
-from qalora_export.verify.foreign.fit import source_of
 from qalora_export.verify.foreign.graph import LogProbs, graph_part, kernels_part, measured
 from qalora_export.verify.foreign.metadata import complete_config
 from qalora_export.verify.foreign.model import OwnNumbers
 from qalora_export.verify.foreign.report import Diagnosis, write_diagnosis
 from qalora_export.verify.foreign.sides import GgufSide, OnnxSide, Side
 from qalora_export.verify.foreign.text import template_part, tokenizer_part, without_bos
-from qalora_export.verify.foreign.weights import Finding, compared
+from qalora_export.verify.foreign.weights import Finding, compared, weights_part
 from qalora_export.verify.identity import changes, identities
 from qalora_export.verify.probes.probe_set import ProbeSet, make_probes
 from qalora_export.verify.reference.logits import Reference, reference_logprobs
@@ -43,7 +40,7 @@ from qalora_export.verify.reference.text import folder_answers
 from qalora_export.verify.report.parity_report import withdraw
 from qalora_export.verify.runtimes.facts import expected_text_facts
 from qalora_export.verify.runtimes.onnxruntime_genai import expected_generation_ends
-from qalora_export.verify.runtimes.record import Artifact
+from qalora_export.verify.runtimes.record import Artifact, requested
 from qalora_export.verify.runtimes.runs import CrashedError, Mode, Runs
 from qalora_export.verify.store import kept_in, opened
 
@@ -84,9 +81,10 @@ def diagnose(
 ) -> Diagnosis:
     """Find out what is broken in a file that any tool made of a plain Transformers model; write the report folder.
 
-    model: a folder or hub id, in 16 or 32 bits. gguf or onnx: in any quantization. launch: stands in for
-    qalora_runtimes.launch.run_runner. Raises InputError (2) and UnsafeInputError (4) for input that cannot be read at
-    all; what a runtime does is a finding. Nothing is printed.
+    model: a folder or hub id, in 16 or 32 bits. gguf or onnx: in any quantization; it runs in every one of
+    settings.runtimes, by default in llama.cpp, or in ONNX Runtime GenAI (ONNX Runtime where it lacks that one's
+    config). launch: stands in for qalora_runtimes.launch.run_runner. Raises InputError (2) and UnsafeInputError (4) for
+    input that cannot be read at all; what a runtime does is a finding. Nothing is printed.
     """
     settings, out = settings or VerifySettings(), local_path(out)
     given = [path for path in (gguf, onnx) if path is not None]
@@ -102,11 +100,13 @@ def diagnose(
             workdir = folder / "work"
             workdir.mkdir()
             before = identities(located.path, artifact, hashed=hashed)
-            opened_side = GgufSide if gguf is not None else OnnxSide
             folder_of, config = _model(located.path)
-            side = opened_side(artifact, config, set(folder_of.names()))
-            source = _source(folder_of, config, side.context, settings, workdir)
-            findings, figures = _parts(source, side, launch or run_runner)
+            names = None
+            if settings.runtimes is not None:
+                names = list(requested(settings.runtimes, {"gguf" if gguf is not None else "onnx": artifact}))
+            sides = _sides(artifact, config, set(folder_of.names()), names, is_gguf=gguf is not None)
+            source = _source(folder_of, config, sides[0].context, settings, workdir)
+            findings, figures = _parts(source, sides, launch or run_runner)
             changed = changes(before, identities(located.path, artifact, hashed=HashedOnce()))
         if changed:
             raise InputError("a file changed while it was looked at", where=changed[0], fix="run the command again")
@@ -123,6 +123,17 @@ def diagnose(
         write_diagnosis(diagnosis, folder)
         write_manifest(folder, "report", tensors={}, parents=[], settings={})
     return diagnosis
+
+
+def _sides(
+    artifact: Path, config: Mapping[str, Any], source: set[str], runtimes: list[str] | None, *, is_gguf: bool
+) -> list[Side]:
+    """One for each runtime; None: the artifact's own."""
+    if is_gguf:
+        return [GgufSide(artifact, config, source)]
+    if runtimes is None:
+        return [OnnxSide(artifact, config, source)]
+    return [OnnxSide(artifact, config, source, name) for name in runtimes]
 
 
 def _model(path: Path) -> tuple[ModelFolder, dict[str, Any]]:
@@ -152,15 +163,35 @@ def _source(
     return Source(folder, config, tokenizer, probes, reference, text, settings.threads, workdir)
 
 
-def _parts(source: Source, side: Side, launch: Callable[..., Any]) -> tuple[list[Finding], dict[str, Any]]:
-    """Every part of an artifact in its runtime: (tensors, what it costs)."""
-    artifact, name = side.artifact, side.runtime
+def _parts(source: Source, sides: list[Side], launch: Callable[..., Any]) -> tuple[list[Finding], dict[str, Any]]:
+    """Every part of an artifact in its runtimes: (tensors, what it costs)."""
+    first = sides[0]
+    artifact, bound, rounding = first.artifact, first.bound, first.rounding
     findings = compared(artifact, source.folder, source.heads)
-    own = OwnNumbers(artifact, source.config, source.probes, source.workdir, threads=source.threads, bound=side.bound)
-    runs = Runs(source.probes, source.config["vocab_size"], source.workdir, source.threads, launch)
+    own = OwnNumbers(
+        artifact,
+        source.config,
+        source.probes,
+        source.workdir,
+        threads=source.threads,
+        bound=bound,
+        rounding=rounding,
+    )
     numbers = _own_numbers(own)
+    source.parts.append(weights_part(source.folder, source.reference.logprobs, findings, own, numbers))
+    costs = dict[str, Any]()
+    for side in sides:
+        costs |= _in_runtime(source, side, own, numbers, launch)
+    return findings, costs
+
+
+def _in_runtime(
+    source: Source, side: Side, own: OwnNumbers, numbers: LogProbs | None, launch: Callable[..., Any]
+) -> dict[str, Any]:
+    """Every part but the weights, in one runtime; what it costs there."""
+    name = side.runtime
+    runs = Runs(source.probes, source.config["vocab_size"], source.workdir, source.threads, launch)
     paths, refusal = _paths(source, side, runs)
-    source.parts.append(_weights(source, artifact, findings, own, numbers))
     if refusal is not None:
         source.parts += _refused(name, refusal)
     else:
@@ -171,7 +202,7 @@ def _parts(source: Source, side: Side, launch: Callable[..., Any]) -> tuple[list
     if refusal is None:
         with _timed(source):
             source.parts.append(kernels_part(name, own, paths, numbers))
-    return findings, _costs(source, name, numbers, paths)
+    return _costs(source, name, numbers, paths)
 
 
 @contextmanager
@@ -206,45 +237,6 @@ def _refused(runtime: str, error: RuntimeUnavailableError) -> list[Part]:
     else:
         graph = Part("graph", runtime, "not run", error.reason)
     return [graph, Part("kernels", runtime, "not run", error.reason)]
-
-
-def _weights(
-    source: Source, artifact: Foreign, findings: list[Finding], own: OwnNumbers, numbers: LogProbs | None
-) -> Part:
-    wrong = [finding for finding in findings if finding.cause]
-    said = [f"{finding.name} ({finding.kind}): {finding.cause}" for finding in wrong]
-    said += [f"{name} is missing{_what_for(name)}" for name in artifact.absent]
-    said += [f"{name} is no tensor of this architecture" for name in artifact.extra]
-    kinds = sorted({finding.kind for finding in findings})
-    if not said:
-        seen = f"{len(findings)} tensors are the model's, as {', '.join(kinds)} hold them"
-        return Part("weights", "", "ok", seen)
-    repaired = {f.name: source_of(source.folder, f.name) for f in wrong} | {
-        name: source_of(source.folder, name) for name in artifact.absent
-    }
-    usable = {name: values for name, values in repaired.items() if values is not None}
-    more = f" (and {len(said) - 1} more)" if len(said) > 1 else ""
-    return Part("weights", "", "broken", said[0] + more, tuple(said), _proof(source, own, numbers, usable))
-
-
-def _what_for(name: str) -> str:
-    return ": the runtime takes the embedding in its place" if name == "lm_head.weight" else ""
-
-
-def _proof(source: Source, own: OwnNumbers, numbers: LogProbs | None, repaired: Mapping[str, NDArray[Any]]) -> str:
-    """What the model's tensors in place of the wrong ones do to the artifact's own logits."""
-    if not repaired:
-        return ""
-    try:
-        mended = own.logprobs(repaired=repaired)
-    except InputError as error:
-        return f"with the model's tensors in their place it is no model yet: {error.what}"
-    reference = source.reference.logprobs
-    after = measured(source.probes, reference, mended).summary.kl_mean
-    if numbers is None:
-        return f"with the model's {len(repaired)} tensors in their place KL is {after:.3g} nats"
-    before = measured(source.probes, reference, numbers).summary.kl_mean
-    return f"KL {before:.3g} nats with them, {after:.3g} with the model's {len(repaired)} tensors in their place"
 
 
 def _text(source: Source, side: Side, runs: Runs) -> list[Part]:

@@ -12,12 +12,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qalora_export.checkpoint.model_folder import ModelFolder
+from qalora_export.errors import InputError
 from qalora_export.progress import track
 from qalora_export.verify.foreign.artifact import Foreign
 from qalora_export.verify.foreign.causes import cause_of
+from qalora_export.verify.foreign.diagnosis import Part
 from qalora_export.verify.foreign.fit import Fit, fit, source_of
+from qalora_export.verify.foreign.graph import LogProbs, measured
+from qalora_export.verify.foreign.model import OwnNumbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,3 +59,43 @@ def compared(artifact: Foreign, folder: ModelFolder, heads: Mapping[str, int]) -
 
 def _unknown(name: str) -> str:
     return "a bias that the model does not have" if name.endswith(".bias") else "the model has no such tensor"
+
+
+def weights_part(
+    folder: ModelFolder, reference: LogProbs, findings: list[Finding], own: OwnNumbers, numbers: LogProbs | None
+) -> Part:
+    """findings: of `compared`. reference: what the model answers; numbers: own.logprobs(), None if there are none."""
+    artifact = own.artifact
+    wrong = [finding for finding in findings if finding.cause]
+    said = [f"{finding.name} ({finding.kind}): {finding.cause}" for finding in wrong]
+    said += [f"{name} is missing{_what_for(name)}" for name in artifact.absent]
+    said += [f"{name} is no tensor of this architecture" for name in artifact.extra]
+    kinds = sorted({finding.kind for finding in findings})
+    if not said:
+        seen = f"{len(findings)} tensors are the model's, as {', '.join(kinds)} hold them"
+        return Part("weights", "", "ok", seen)
+    repaired = {f.name: source_of(folder, f.name) for f in wrong} | {
+        name: source_of(folder, name) for name in artifact.absent
+    }
+    usable = {name: values for name, values in repaired.items() if values is not None}
+    more = f" (and {len(said) - 1} more)" if len(said) > 1 else ""
+    return Part("weights", "", "broken", said[0] + more, tuple(said), _proof(reference, own, numbers, usable))
+
+
+def _what_for(name: str) -> str:
+    return ": the runtime takes the embedding in its place" if name == "lm_head.weight" else ""
+
+
+def _proof(reference: LogProbs, own: OwnNumbers, numbers: LogProbs | None, repaired: Mapping[str, NDArray[Any]]) -> str:
+    """What the model's tensors in place of the wrong ones do to the artifact's own logits."""
+    if not repaired:
+        return ""
+    try:
+        mended = own.logprobs(repaired=repaired)
+    except InputError as error:
+        return f"with the model's tensors in their place it is no model yet: {error.what}"
+    after = measured(own.probes, reference, mended).summary.kl_mean
+    if numbers is None:
+        return f"with the model's {len(repaired)} tensors in their place KL is {after:.3g} nats"
+    before = measured(own.probes, reference, numbers).summary.kl_mean
+    return f"KL {before:.3g} nats with them, {after:.3g} with the model's {len(repaired)} tensors in their place"

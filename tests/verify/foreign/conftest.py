@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +15,7 @@ from tests.conftest import MadeOnce
 from tests.models import make_tiny_model
 from tests.verify.foreign.files import unquantized
 
+BUILDER = "onnxruntime_genai.models.builder"
 ROPE = {"rope_type": "default", "rope_theta": 500000.0}
 
 
@@ -28,3 +33,19 @@ def plain(made_once: MadeOnce) -> Plain:
 
     folder = made_once("foreign", make)
     return Plain(folder / "model", folder / "model-f16.gguf")
+
+
+@pytest.fixture(scope="session")
+def built_by_genai(plain: Plain, made_once: MadeOnce) -> Callable[[str], Path]:
+    """precision -> the folder that GenAI's own builder makes of `plain`, read-only."""
+
+    def built(precision: str) -> Path:
+        def make(folder: Path) -> None:
+            words = ["-m", BUILDER, "-i", plain.model, "-o", folder / "onnx", "-p", precision, "-e", "cpu"]
+            command = [sys.executable, *map(str, words), "-c", str(folder / "cache")]
+            ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+            assert ended.returncode == 0, ended.stderr[-1000:]
+
+        return made_once(f"built-{precision}", make) / "onnx"
+
+    return built

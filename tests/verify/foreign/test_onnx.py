@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,7 @@ import pytest
 from onnx import numpy_helper
 
 from qalora_export.checkpoint.model_folder import ModelFolder
-from qalora_export.errors import ExitCode
+from qalora_export.errors import ExitCode, InputError
 from qalora_export.recipe import VerifySettings
 from qalora_export.verify.foreign.metadata import complete_config
 from qalora_export.verify.foreign.onnx_folder import Graph, open_onnx
@@ -25,22 +22,14 @@ from qalora_export.verify.foreign.report import Diagnosis
 from qalora_export.verify.foreign.sides import OnnxSide
 from qalora_export.verify.foreign.stage import diagnose
 from qalora_export.verify.foreign.weights import compared
-from tests.conftest import MadeOnce
 from tests.verify.foreign.conftest import Plain
 
-BUILDER = "onnxruntime_genai.models.builder"
 Damage = Callable[[Path], None]
 
 
 @pytest.fixture(scope="session", params=["int4", "fp32"])
-def built(request: pytest.FixtureRequest, plain: Plain, made_once: MadeOnce) -> Path:
-    def make(folder: Path) -> None:
-        words = ["-m", BUILDER, "-i", plain.model, "-o", folder / "onnx", "-p", request.param, "-e", "cpu"]
-        command = [sys.executable, *map(str, words), "-c", str(folder / "cache")]
-        ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-        assert ended.returncode == 0, ended.stderr[-1000:]
-
-    return made_once(f"built-{request.param}", make) / "onnx"
+def built(request: pytest.FixtureRequest, built_by_genai: Callable[[str], Path]) -> Path:
+    return built_by_genai(request.param)
 
 
 def of(plain: Plain, folder: Path, out: Path) -> Diagnosis:
@@ -161,6 +150,25 @@ def test_a_damaged_folder_is_named(name: str, built: Path, plain: Plain, tmp_pat
     assert any(said in text for text in (broken[0].sentence, *broken[0].findings)), broken[0]
     if part == "graph":
         assert "gives the runtime's logits" in broken[0].proof
+
+
+@pytest.mark.parametrize("built", ["int4"], indirect=True)
+def test_a_folder_is_looked_at_in_every_runtime_that_is_named(built: Path, plain: Plain, tmp_path: Path) -> None:
+    both = VerifySettings(threads=1, runtimes=("onnxruntime", "onnxruntime-genai"))
+    found = diagnose(plain.model, tmp_path / "report", both, onnx=built)
+    assert found.exit_code == ExitCode.OK, found.sentence
+    assert [part.runtime for part in found.parts if part.id == "kernels"] == ["onnxruntime", "onnxruntime-genai"]
+    assert {"as shipped in onnxruntime", "as shipped in onnxruntime-genai"} < found.figures.keys()
+    assert [part.id for part in found.parts].count("weights") == 1
+
+
+def test_a_runtime_that_cannot_run_the_file_is_refused(plain: Plain, built: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"llama\.cpp is requested but there is no gguf"):
+        diagnose(plain.model, tmp_path / "report", VerifySettings(runtimes=("llama.cpp",)), onnx=built)
+    folder = shutil.copytree(built, tmp_path / "onnx")
+    (folder / "genai_config.json").unlink()
+    with pytest.raises(InputError, match=r"the folder has no genai_config\.json"):
+        diagnose(plain.model, tmp_path / "report", VerifySettings(runtimes=("onnxruntime-genai",)), onnx=folder)
 
 
 @pytest.mark.parametrize("built", ["fp32"], indirect=True)

@@ -1,0 +1,134 @@
+"""Graphs by ONNX Runtime's own quantizers: right ones are right in runtimes that fuse and round, damaged are named."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+from onnxruntime.quantization.quant_utils import QuantFormat
+
+from qalora_export.checkpoint.model_folder import ModelFolder
+from qalora_export.errors import ExitCode
+from qalora_export.recipe import VerifySettings
+from qalora_export.verify.foreign.metadata import complete_config
+from qalora_export.verify.foreign.onnx_folder import Graph, open_onnx
+from qalora_export.verify.foreign.stage import diagnose
+from qalora_export.verify.foreign.weights import Finding, compared
+from tests.conftest import MadeOnce
+from tests.verify.foreign.conftest import Plain
+
+GRAPH, DATA = "model.onnx", "model.onnx.data"
+
+
+def _blocks(model: onnx.ModelProto, _: Path, **options: Any) -> onnx.ModelProto:
+    quantizer = MatMulNBitsQuantizer(model, algo_config=DefaultWeightOnlyQuantConfig(block_size=32, **options))
+    with np.errstate(invalid="ignore"):  # it divides the padding's zeros by their scale
+        quantizer.process()
+    return quantizer.model.model
+
+
+def _dynamic(model: onnx.ModelProto, folder: Path, *, per_channel: bool) -> onnx.ModelProto:
+    onnx.save(model, folder / "float.onnx")
+    quantize_dynamic(
+        folder / "float.onnx",
+        folder / "integer.onnx",
+        weight_type=QuantType.QInt8,
+        per_channel=per_channel,
+        op_types_to_quantize=["MatMul"],
+    )
+    found = onnx.load(folder / "integer.onnx")
+    for name in ("float.onnx", "integer.onnx"):
+        (folder / name).unlink()
+    return found
+
+
+# Name -> (what makes it of the float graph, what the matrices are stored as).
+QUANTIZERS: dict[str, tuple[Callable[[onnx.ModelProto, Path], onnx.ModelProto], str]] = {
+    "QDQ": (
+        lambda m, at: _blocks(m, at, quant_format=QuantFormat.QDQ, is_symmetric=False),
+        "int4 g32 offset",
+    ),
+    "int4 embedding": (
+        lambda m, at: _blocks(m, at, is_symmetric=True, op_types_to_quantize=("MatMul", "Gather")),
+        "int4 g32",
+    ),
+    "dynamic by channel": (lambda m, at: _dynamic(m, at, per_channel=True), "int8 g256 offset"),
+    "dynamic by tensor": (lambda m, at: _dynamic(m, at, per_channel=False), "int8 g256 step "),
+}
+
+
+@pytest.fixture(scope="module", params=QUANTIZERS)
+def quantizer(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def folder(quantizer: str, built_by_genai: Callable[[str], Path], made_once: MadeOnce) -> Path:
+    def make(place: Path) -> None:
+        out = Path(shutil.copytree(built_by_genai("fp32"), place / "onnx"))
+        model = onnx.load(out / GRAPH)
+        (out / DATA).unlink()
+        save(QUANTIZERS[quantizer][0](model, out), out)
+
+    return made_once(f"by-{quantizer.replace(' ', '-')}", make) / "onnx"
+
+
+def save(model: onnx.ModelProto, folder: Path) -> None:
+    (folder / DATA).unlink(missing_ok=True)
+    onnx.save(model, folder / GRAPH, save_as_external_data=True, location=DATA, size_threshold=0)
+
+
+def looked_at(plain: Plain, folder: Path) -> list[Finding]:
+    source = ModelFolder(plain.model)
+    artifact = open_onnx(Graph(folder), complete_config(plain.model), set(source.names()))
+    assert not artifact.absent
+    return compared(artifact, source, {"q_proj": 4, "k_proj": 2})
+
+
+def test_right_weights_are_right(quantizer: str, folder: Path, plain: Plain) -> None:
+    found = looked_at(plain, folder)
+    assert [finding for finding in found if finding.cause] == []
+    kinds = {finding.name: finding.kind for finding in found}
+    assert len(kinds) == 21
+    assert kinds["model.layers.1.mlp.up_proj.weight"].startswith(QUANTIZERS[quantizer][1])
+    assert kinds["model.embed_tokens.weight"] == ("int4 g32" if quantizer == "int4 embedding" else "F32")
+
+
+def test_a_damaged_scale_and_swapped_layers_are_named(folder: Path, plain: Plain, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "onnx"))
+    model = onnx.load(copy / GRAPH)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    scale = next(name for name in tensors if "layers.1.attn.o_proj" in name and "scale" in name)
+    values = numpy_helper.to_array(tensors[scale]) * np.float32(1.1)
+    tensors[scale].CopyFrom(numpy_helper.from_array(values, scale))
+    for name in [name for name in tensors if "layers.0.mlp.up_proj" in name]:
+        one, other = tensors[name], tensors[name.replace("layers.0", "layers.1")]
+        first, second = one.name, other.name
+        kept = onnx.TensorProto.FromString(one.SerializeToString())
+        one.CopyFrom(other)
+        other.CopyFrom(kept)
+        one.name, other.name = first, second
+    save(model, copy)
+    causes = {finding.name: finding.cause for finding in looked_at(plain, copy) if finding.cause}
+    assert set(causes) == {
+        "model.layers.1.self_attn.o_proj.weight",
+        "model.layers.0.mlp.up_proj.weight",
+        "model.layers.1.mlp.up_proj.weight",
+    }
+    assert "multiplied by 1." in causes["model.layers.1.self_attn.o_proj.weight"]
+    assert "holds the numbers of model.layers.1.mlp.up_proj" in causes["model.layers.0.mlp.up_proj.weight"]
+
+
+def test_nothing_is_broken_where_the_runtime_fuses_and_rounds(folder: Path, plain: Plain, tmp_path: Path) -> None:
+    found = diagnose(plain.model, tmp_path / "report", VerifySettings(threads=1), onnx=folder)
+    assert found.exit_code == ExitCode.OK, found.sentence
+    assert found.sentence.startswith("Nothing is broken: this is what int")
+    assert " step " not in found.sentence
