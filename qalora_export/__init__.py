@@ -25,6 +25,7 @@ from qalora_export.qalora.registration import register_with_transformers
 from qalora_export.version import __version__
 
 if TYPE_CHECKING:
+    from qalora_export.comparison.stage import ComparisonReport, compare
     from qalora_export.errors import InputError, ParityError, QaloraError, RuntimeUnavailableError, UnsafeInputError
     from qalora_export.evaluation import EvaluateReport, evaluate
     from qalora_export.formats.export_report import ExportReport
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from qalora_export.quantization.report import QuantizeReport
     from qalora_export.quantization.stage import quantize
     from qalora_export.recipe import (
+        CompareSettings,
         EvaluateSettings,
         ExportSettings,
         GgufSettings,
@@ -70,6 +72,7 @@ __all__ = [  # noqa: RUF022  (in the order of the line, then what it takes and r
     "pack_verification",
     "diagnose",
     "evaluate",
+    "compare",
     "run",
     "load",
     "load_model",
@@ -80,6 +83,7 @@ __all__ = [  # noqa: RUF022  (in the order of the line, then what it takes and r
     "QuantizeRule",
     "TrainSettings",
     "EvaluateSettings",
+    "CompareSettings",
     "ExportSettings",
     "GgufSettings",
     "OnnxSettings",
@@ -93,6 +97,7 @@ __all__ = [  # noqa: RUF022  (in the order of the line, then what it takes and r
     "PackReport",
     "Diagnosis",
     "EvaluateReport",
+    "ComparisonReport",
     "RunReport",
     "View",
     "QaloraError",
@@ -118,6 +123,7 @@ _HOME = {
     "pack_verification": "verify.device.pack",
     "diagnose": "verify.foreign.stage",
     "evaluate": "evaluation",
+    "compare": "comparison.stage",
     "run": "pipeline",
     "load": "inspection.view:open_view",
     "load_model": "models.loading",
@@ -132,6 +138,7 @@ _HOME = {
     "ParityReport": "verify.report.parity_report",
     "Diagnosis": "verify.foreign.report",
     "EvaluateReport": "evaluation",
+    "ComparisonReport": "comparison.stage",
     "RunReport": "pipeline",
     "View": "inspection.view",
 }

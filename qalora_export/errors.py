@@ -72,6 +72,10 @@ class InputError(QaloraError):
     code = ExitCode.BAD_INPUT
 
 
+class DivergedError(InputError):
+    """Training came to a loss or gradient that is not finite."""
+
+
 class RuntimeUnavailableError(QaloraError):
     """A requested runtime is missing or crashed (exit 3); never a silent skip."""
 

@@ -108,9 +108,16 @@ def answers_of(model: Path, tokenizer: Any, prompts: list[list[int]], settings: 
     """What a model folder answers to each prompt, in their order: greedy, in float32, without end token."""
     from qalora_export.models.loading import load_model
 
-    network = load_model(model)
-    ends, answers = end_ids(model, tokenizer), [""] * len(prompts)
-    for batch in track(_batches(prompts, settings.batch_size), f"evaluate {model.name}"):
+    ends = end_ids(model, tokenizer)
+    return network_answers(load_model(model), tokenizer, prompts, settings, ends, f"evaluate {model.name}")
+
+
+def network_answers(
+    network: Any, tokenizer: Any, prompts: list[list[int]], settings: EvaluateSettings, ends: list[int], shown: str
+) -> list[str]:
+    """The same of a model in memory, in eval mode. ends: `end_ids` of its folder; shown: the name of the progress."""
+    answers = [""] * len(prompts)
+    for batch in track(_batches(prompts, settings.batch_size), shown):
         made = _answers(network, tokenizer, [prompts[index] for index in batch], settings.max_new_tokens, ends)
         for index, answer in zip(batch, made, strict=True):
             answers[index] = answer

@@ -115,6 +115,20 @@ class EvaluateSettings(Settings):
     batch_size: Positive = 32
 
 
+class CompareSettings(Settings):
+    """Which methods `compare` trains and scores, at which bits, seeds and learning rates; None: every method.
+
+    The first seed tries every learning rate of a trained method; the others take the one with the lowest validation
+    loss. Everything else comes from [train] and [quantize].
+    """
+
+    methods: tuple[str, ...] | None = None
+    bits: Annotated[tuple[Literal[2, 3, 4], ...], Field(min_length=1)] = (4, 3, 2)
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
+    learning_rates: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (1e-3, 3e-3, 1e-2)
+    prove: bool = Field(default=True, description="export every merged checkpoint and run verify-parity on it")
+
+
 class GgufSettings(Settings):
     """layout "q4_1": one self-contained file; "split": Q4_0 base and an exact offset adapter.
 
@@ -189,5 +203,6 @@ class Recipe(Settings):
     quantize: QuantizeSettings = QuantizeSettings()
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings | None = None
+    compare: CompareSettings = CompareSettings()
     export: ExportSettings = ExportSettings()
     verify: VerifySettings = VerifySettings()

@@ -36,6 +36,7 @@ ALLOWED = {
     "inspection": {*BYTES, "formats"},
     "evaluation": {*BYTES, "data", "models"},
     "verify": {*BYTES, "data", "evaluation", "formats", "installed", "models", "qalora", "quantization"},
+    "comparison": {*BYTES, "data", "evaluation", "formats", "models", "qalora", "quantization", "verify"},
     "model_card": {*BYTES, "evaluation", "verify"},
     "installed": {"safety"},
     "stage_keys": {"errors", "checkpoint", "installed", "safety"},
@@ -44,6 +45,7 @@ ALLOWED = {
     "pipeline": {*BYTES, "model_card", "preflight", "qalora", "stage_keys", "stages", "verify"},
     "cli": {
         *BYTES,
+        "comparison",
         "console",
         "evaluation",
         "formats",

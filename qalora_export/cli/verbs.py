@@ -14,6 +14,7 @@ VERBS = {
     "train": "qalora_export.cli.train",
     "merge": "qalora_export.cli.merge",
     "evaluate": "qalora_export.cli.evaluate",
+    "compare": "qalora_export.cli.compare",
     "verify-parity": "qalora_export.cli.verify_parity",
     "apply": "qalora_export.cli.apply",
     "run": "qalora_export.cli.run",

@@ -30,6 +30,7 @@ VERBS = (
     "verify-parity {base} --gguf X --out {new}",
     "verify-parity {base} --onnx X --out {new}",
     "run X",
+    "compare X",
 )
 
 

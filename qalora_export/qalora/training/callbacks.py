@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qalora_export.errors import InputError
+from qalora_export.errors import DivergedError
 from qalora_export.progress import Task
 
 
@@ -27,7 +27,7 @@ class StopAtNonFinite(TrainerCallback):
             value = (logs or {}).get(name)
             if value is not None and not math.isfinite(value):
                 what = {"loss": "the loss", "grad_norm": "the gradient", "eval_loss": "the validation loss"}[name]
-                raise InputError(
+                raise DivergedError(
                     f"{what} is not finite ({value}) at step {state.global_step} of {state.max_steps}",
                     why="training has diverged; the checkpoints before this step are kept",
                     fix="pass a smaller --learning-rate or --precision fp32 together with --no-resume",

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from qalora_export.checkpoint.manifest import require_intact
 from qalora_export.checkpoint.output import claim_output, refuse_place
 from qalora_export.memory import peak_rss_bytes
-from qalora_export.progress import task
 from qalora_export.qalora.training import folder as training_folder
+from qalora_export.qalora.training.loop import kept_step, make_trainer, run_to_end, step_of
 from qalora_export.qalora.training.plan import TrainPlan, plan
 from qalora_export.qalora.training.processes import is_main, shards, world_size
 from qalora_export.recipe import TrainSettings
@@ -35,8 +35,8 @@ class TrainReport:
     """What a run did. Losses are nats per learned token; curves are (optimizer step, loss).
 
     tokens_per_second counts tokens that are not padding, all processes together, in the optimizer steps of this call
-    (None when nothing was left to train). data: what became of the records of each file. peak_memory_bytes is rank
-    0's: GPU allocations, or the process's peak RSS.
+    (None when nothing was left to train), which took `seconds`. data: what became of the records of each file.
+    peak_memory_bytes is rank 0's: GPU allocations, or the process's peak RSS.
     """
 
     adapter: str
@@ -54,6 +54,7 @@ class TrainReport:
     tokens_per_epoch: int
     resumed_from: int
     tokens_per_second: float | None
+    seconds: float
     peak_memory_bytes: int
     device: str
     processes: int
@@ -96,9 +97,9 @@ def _train(base: Path, out: Path, folder: Path, settings: TrainSettings, *, forc
     args.eval_on_start = bool(made.validation) and last is None
     trainer, clock = _trainer(base, settings, made, args, folder)
     prepare(trainer.accelerator)
-    _run(trainer, last)
+    run_to_end(trainer, last)
     gather_adapter(trainer.model)
-    report = _report(trainer, clock, made, settings, out, resumed_from=_step_of(last))
+    report = _report(trainer, clock, made, settings, out, resumed_from=step_of(last))
     if is_main():
         _write(trainer, report, base, out, settings, force=force)
     trainer.accelerator.wait_for_everyone()
@@ -125,33 +126,18 @@ def fingerprint(base: Path, settings: TrainSettings) -> dict[str, Any]:
 def _trainer(
     base: Path, settings: TrainSettings, made: TrainPlan, args: Any, folder: Path
 ) -> tuple[AdapterTrainer, StepClock]:
-    from transformers import PrinterCallback
     from transformers.utils import logging as hf_logging
 
-    from qalora_export.data.sequence_packing import collate
     from qalora_export.models.loading import load_model
     from qalora_export.qalora.attach import attach, compile_layers
-    from qalora_export.qalora.training.callbacks import StepClock, StopAtNonFinite
-    from qalora_export.qalora.training.trainer import AdapterTrainer, RowDataset
 
     hf_logging.disable_progress_bar()  # every process would draw one; ours follows
     model = load_model(base, dtype=made.dtype)
-    model.config.use_cache = False  # with a KV cache Transformers would not tell packed samples apart
     attach(model, settings)
     if settings.compile:
         compile_layers(model)
-    clock = StepClock()
-    callbacks = [StopAtNonFinite(), clock] + ([_tensorboard(folder)] if is_main() else [])
-    trainer = AdapterTrainer(
-        model=model,
-        args=args,
-        data_collator=collate,
-        train_dataset=RowDataset(made.train),
-        eval_dataset=RowDataset(made.validation) if made.validation else None,
-        callbacks=callbacks,
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer, clock
+    callbacks = [_tensorboard(folder)] if is_main() else []
+    return make_trainer(model, args, made.train, made.validation, callbacks=callbacks)
 
 
 def _tensorboard(folder: Path) -> Any:
@@ -159,33 +145,6 @@ def _tensorboard(folder: Path) -> Any:
     from transformers.integrations.integration_utils import TensorBoardCallback
 
     return TensorBoardCallback(SummaryWriter(str(folder / "tensorboard")))
-
-
-def _run(trainer: AdapterTrainer, last: Path | None) -> None:
-    """Train to the end, from `last` if given, and leave the adapter to keep in the model."""
-    from transformers import TrainerState
-
-    from qalora_export.qalora.training.callbacks import Progress
-    from qalora_export.qalora.training.trainer import load_adapter_state
-
-    state = TrainerState.load_from_json(str(last / "trainer_state.json")) if last else None
-    if state is not None and state.global_step >= trainer.args.max_steps:
-        trainer.state = state  # killed between the last step and saving the adapter
-    else:
-        with task("training", trainer.args.max_steps, _step_of(last)) as shown:
-            if is_main():
-                trainer.add_callback(Progress(shown))
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
-    kept = training_folder.checkpoint(Path(str(trainer.args.output_dir)), _kept_step(trainer))
-    load_adapter_state(trainer.model, kept / training_folder.ADAPTER)
-
-
-def _kept_step(trainer: AdapterTrainer) -> int:
-    return trainer.state.best_global_step or trainer.state.global_step
-
-
-def _step_of(path: Path | None) -> int:
-    return int(path.name.rpartition("-")[2]) if path else 0
 
 
 def _report(
@@ -200,7 +159,7 @@ def _report(
         adapter=out.name,
         record=training_folder.folder_for(out).name,
         steps=trainer.state.global_step,
-        kept_step=_kept_step(trainer),
+        kept_step=kept_step(trainer),
         initial_loss=validation[0][1] if validation else None,
         best_loss=trainer.state.best_metric,
         final_train_loss=losses[-1][1],
@@ -212,6 +171,7 @@ def _report(
         tokens_per_epoch=made.tokens,
         resumed_from=resumed_from,
         tokens_per_second=seen / clock.seconds if clock.steps else None,
+        seconds=clock.seconds,
         peak_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss_bytes(),
         device=_device_name(),
         processes=world_size(),

@@ -55,6 +55,12 @@ def load_adapter_state(model: nn.Module, file: Path) -> None:
         fill(parameter, saved[name])
 
 
+@torch.no_grad()
+def learned_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[float, int]:
+    """Mean loss in nats over the learned tokens of a batch, and how many they are."""
+    return float(model(**batch).loss), int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
 class AdapterTrainer(Trainer):
     """Trains the parameters that require gradients; `args.output_dir` is the training folder."""
 
@@ -117,10 +123,9 @@ class AdapterTrainer(Trainer):
             mine = first + self.args.process_index
             # A process without a batch in the last turn takes part all the same: FSDP gathers with everyone.
             batch = self._prepare_inputs(collate([rows[i] for i in batches[min(mine, len(batches) - 1)]]))
-            learned = int((batch["labels"][:, 1:] != IGNORED).sum()) if mine < len(batches) else 0
-            with torch.no_grad():
-                loss = float(self.model(**batch).loss)
-            total += torch.tensor([loss * learned, learned], dtype=torch.float64)
+            loss, learned = learned_loss(self.model, batch)
+            if mine < len(batches):
+                total += torch.tensor([loss * learned, learned], dtype=torch.float64)
         self.model.train(training)
         total = self.accelerator.reduce(total.to(self.args.device), reduction="sum").cpu()
         metrics = {f"{metric_key_prefix}_loss": float(total[0] / total[1])}

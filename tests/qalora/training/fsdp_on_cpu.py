@@ -36,7 +36,7 @@ def record_shards(folder: Path) -> None:
 
     from qalora_export.qalora.training import stage as train
 
-    gather = train._run
+    gather = train.run_to_end
 
     def watched(trainer: object, last: object) -> None:
         gather(trainer, last)
@@ -47,7 +47,7 @@ def record_shards(folder: Path) -> None:
         gathered = [name for name, module in trainer.model.named_modules() if isinstance(module, FSDPModule)]
         (folder / f"held-{os.environ['RANK']}.json").write_text(json.dumps({"parameters": held, "groups": gathered}))
 
-    train._run = watched
+    train.run_to_end = watched
 
 
 if __name__ == "__main__":

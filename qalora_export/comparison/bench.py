@@ -1,0 +1,186 @@
+"""What every cell of a comparison shares: the data, the base checkpoints, the training loop, the way to score."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint, parts_of
+from qalora_export.checkpoint.model_folder import ModelFolder
+from qalora_export.comparison.fisher import importance
+from qalora_export.data.samples import load_samples
+from qalora_export.data.sequence_packing import Row, collate, one_per_row, pack
+from qalora_export.errors import InputError
+from qalora_export.evaluation import end_ids, matches, network_answers, questions
+from qalora_export.models.loading import load_model, load_tokenizer
+from qalora_export.progress import track
+from qalora_export.qalora.attach import quantized_linears
+from qalora_export.qalora.training.arguments import Steps, arguments
+from qalora_export.qalora.training.loop import kept_step, make_trainer, run_to_end
+from qalora_export.qalora.training.trainer import learned_loss
+from qalora_export.quantization.stage import quantize
+from qalora_export.recipe import QuantizeSettings, Recipe, TrainSettings
+from qalora_export.safety import scratch_folder
+
+FISHER_ROWS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """validation_loss: of the step that was kept, nats per learned token; None without validation data."""
+
+    validation_loss: float | None
+    trainable: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """held_out_loss: nats per learned token. exact of total: None where there are no questions to answer."""
+
+    held_out_loss: float
+    exact: int | None
+    total: int | None
+
+
+class Bench:
+    """recipe: its [train], [quantize], [evaluate] and [compare]; source: the 16-bit model; work: a scratch folder."""
+
+    def __init__(self, recipe: Recipe, source: Path, work: Path) -> None:
+        if recipe.evaluate is None:
+            raise InputError(
+                "nothing to compare the methods on", where="[evaluate] data", fix="name held-out data with answers"
+            )
+        if recipe.train.validation is None:
+            raise InputError(
+                "no validation data to choose learning rates by", where="[train] validation", fix="name a file"
+            )
+        self.recipe, self.source, self.work = recipe, source, work
+        self.evaluation = recipe.evaluate
+        self.merged = dict[Path, Trained]()  # folders in `work` with a merged model, and how it was trained
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.source)
+
+    @cached_property
+    def context(self) -> int | None:
+        found = ModelFolder(self.source).config.get("max_position_embeddings")
+        return None if found is None else int(found)
+
+    @cached_property
+    def modules(self) -> list[str]:
+        """The linear layers that every method works on: those a base checkpoint holds quantized."""
+        return list(quantized_linears(load_model(self.base(max(self.recipe.compare.bits)))))
+
+    @cached_property
+    def weights(self) -> int:
+        """Weights of `modules` together."""
+        checkpoint = CanonicalCheckpoint(self.base(max(self.recipe.compare.bits)))
+        return sum(int(np.prod(checkpoint.group_affine(name).shape)) for name in self.modules)
+
+    def rows(self, file: str | None) -> list[Row]:
+        """A data file as the train stage reads it, one sample a row."""
+        assert file is not None
+        settings = self.recipe.train
+        return one_per_row(
+            load_samples(
+                Path(file),
+                self.tokenizer,
+                format=settings.format,
+                sequence_length=settings.sequence_length,
+                context=self.context,
+                too_long=settings.too_long,
+            )
+        )
+
+    @cached_property
+    def train_rows(self) -> list[Row]:
+        rows, settings = self.rows(self.recipe.train.data), self.recipe.train
+        return pack([row[0] for row in rows], settings.sequence_length) if settings.packing else rows
+
+    @cached_property
+    def validation_rows(self) -> list[Row]:
+        return self.rows(self.recipe.train.validation)
+
+    @cached_property
+    def held_out_rows(self) -> list[Row]:
+        return self.rows(self.evaluation.data)
+
+    @cached_property
+    def importance(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Fisher information of `modules` on the first training rows."""
+        rows = self.train_rows[:FISHER_ROWS]
+        return importance(plain(self.source), self.modules, track(rows, "Fisher information, rows"))
+
+    def quantization(self, bits: int, method: str = "gptq") -> QuantizeSettings:
+        """[quantize] at other bits."""
+        return self.recipe.quantize.model_copy(update={"bits": bits, "method": method, "grid": "affine16"})
+
+    def base(self, bits: int, method: str = "gptq") -> Path:
+        """The source as a canonical checkpoint, made when first asked for."""
+        path = self.work / f"base.{method}.{bits}bit.qalora"
+        if not path.exists():
+            quantize(self.source, path, self.quantization(bits, method))
+        return path
+
+    def settings(self, seed: int, rate: float) -> TrainSettings:
+        return self.recipe.train.model_copy(update={"seed": seed, "learning_rate": rate})
+
+    def fit(self, model: Any, seed: int, rate: float) -> Trained:
+        """Train what requires gradients in `model` as the train stage does; the best step stays in it.
+
+        Raises InputError when the loss is no longer finite.
+        """
+        settings = self.settings(seed, rate)
+        steps = Steps.of(len(self.train_rows), settings)
+        with self.scratch("fit") as folder:
+            args = arguments(folder, settings, steps, evaluate=True, fresh=True)
+            trainer, clock = make_trainer(model, args, self.train_rows, self.validation_rows)
+            run_to_end(trainer, None)
+            kept = kept_step(trainer)
+            losses = {row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row}
+        model.eval()
+        model.config.use_cache = True
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return Trained(losses[kept], trainable, clock.seconds)
+
+    def score(self, model: nn.Module, name: str) -> Score:
+        """Loss on the held-out answers and the share that greedy decoding answers exactly."""
+        size, total, count = self.evaluation.batch_size, 0.0, 0
+        batches = range(0, len(self.held_out_rows), size)
+        for begin in track(batches, f"held-out loss of {name}"):
+            loss, learned = learned_loss(model, collate(self.held_out_rows[begin : begin + size]))
+            total, count = total + loss * learned, count + learned
+        asked = questions(self.tokenizer, self.evaluation, context=self.context)
+        prompts, ends = [ids for ids, _ in asked], end_ids(self.source, self.tokenizer)
+        answers = network_answers(model, self.tokenizer, prompts, self.evaluation, ends, f"score of {name}")
+        exact = sum(matches(answer, record.expected()) for answer, (_, record) in zip(answers, asked, strict=True))
+        return Score(total / count, exact, len(prompts))
+
+    def bits_of(self, checkpoint: Path) -> float:
+        """Bits per weight of `modules` in a canonical checkpoint: codes, scales, offsets, steps."""
+        found = CanonicalCheckpoint(checkpoint)
+        names = [f"{module}.{part}" for module in self.modules for part in parts_of(found.grids[module])]
+        return 8 * sum(found.tensor(name).nbytes for name in names) / self.weights
+
+    @contextmanager
+    def scratch(self, name: str) -> Iterator[Path]:
+        """A folder that is gone afterwards."""
+        with scratch_folder(self.work / name) as folder:
+            yield folder
+
+
+def plain(folder: Path) -> Any:
+    """The 16-bit model in float32, ready to be trained or scored."""
+    model = load_model(folder, dtype=torch.float32)
+    model.requires_grad_(False)
+    return model

@@ -1,0 +1,205 @@
+"""The comparison: every cell once, one JSON file each, then the table, the claims and the plot.
+
+<out>/cells/<method>.<bits>bit.seed<n>.lr<rate>.json     kept from run to run while nothing that decides it changes
+<out>/comparison.json  comparison.md  comparison.png     made anew by every run
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import logging
+import shutil
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from qalora_export.checkpoint.manifest import parent_of
+from qalora_export.checkpoint.output import claim_output
+from qalora_export.comparison.bench import Bench, Score
+from qalora_export.comparison.cells import Cell, Measured, read, write
+from qalora_export.comparison.claims import Claim, judged
+from qalora_export.comparison.methods import EXACT, METHODS, Made, Method
+from qalora_export.comparison.plot import plot_rows
+from qalora_export.comparison.proof import gates_of
+from qalora_export.comparison.table import Row, best_rate, markdown, row_of
+from qalora_export.errors import DivergedError, InputError
+from qalora_export.models.sources import locate
+from qalora_export.progress import task
+from qalora_export.recipe import Recipe
+from qalora_export.safety import atomic_file, local_path, sha256_bytes, sha256_file
+from qalora_export.version import __version__
+
+logger = logging.getLogger(__name__)
+CELLS, WORK, RECORD = "cells", "work", "comparison.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonReport:
+    """rows: in the order of METHODS, widest first. claims: of the papers and of ours, judged by the rows.
+
+    made, kept: cells trained or scored now, and taken from an earlier run.
+    """
+
+    out: str
+    rows: tuple[Row, ...]
+    claims: tuple[Claim, ...]
+    made: int
+    kept: int
+
+
+def compare(recipe: Recipe, *, force: bool = False) -> ComparisonReport:
+    """Train and score every method of recipe.compare; a killed run goes on where it was.
+
+    force: measure every cell anew. Raises InputError for a recipe without held-out data or validation data or with an
+    unknown method, RuntimeUnavailableError without PEFT or bitsandbytes when a method needs them.
+    """
+    out, methods = local_path(recipe.out), _methods(recipe)
+    source = locate(recipe.model, recipe.revision).path
+    inputs = (source, recipe.train.data, recipe.train.validation, recipe.quantize.calibration)
+    with contextlib.ExitStack() as stack:
+        out.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(claim_output(out / RECORD, force=True, inputs=inputs))
+        run = _Run(Bench(recipe, source, out / WORK), out / CELLS, _made_of(recipe, source), force)
+        rows = run.rows(methods)
+        report = ComparisonReport(str(out), tuple(rows), tuple(judged(rows)), run.made, run.kept)
+        _write(out, report)
+        shutil.rmtree(out / WORK, ignore_errors=True)
+    return report
+
+
+def _methods(recipe: Recipe) -> list[Method]:
+    asked = recipe.compare.methods or tuple(METHODS)
+    for name in asked:
+        if name not in METHODS:
+            close = difflib.get_close_matches(name, METHODS, n=1)
+            raise InputError(
+                f"no method is called {name!r}",
+                where="[compare] methods",
+                fix=f"did you mean {close[0]!r}?" if close else f"known: {', '.join(METHODS)}",
+            )
+    return [method for method in METHODS.values() if method.id in asked]
+
+
+def _made_of(recipe: Recipe, source: Path) -> str:
+    """Hash of what decides every cell's numbers: model, settings, data, version."""
+    t, q, e = recipe.train, recipe.quantize, recipe.evaluate
+    files = [t.data, t.validation, q.calibration, None if e is None else e.data]
+    parts = [parent_of(source, "source").sha256, __version__]
+    parts += ["" if name is None else sha256_file(Path(name)) for name in files]
+    places = {"data", "validation", "calibration"}
+    parts += [table.model_dump_json(exclude=places) for table in (t, q, e) if table is not None]
+    return sha256_bytes("\n".join(parts).encode())
+
+
+@dataclass
+class _Run:
+    bench: Bench
+    cells: Path
+    made_of: str
+    force: bool
+    made: int = 0
+    kept: int = 0
+
+    def rows(self, methods: list[Method]) -> list[Row]:
+        asked = self.bench.recipe.compare
+        wanted = [(method, bits) for method in methods for bits in _widths(method, asked.bits)]
+        with task("compare, rows", len(wanted)) as shown:
+            rows = []
+            for index, (method, bits) in enumerate(wanted):
+                shown.update(index, f"{method.title}, {bits or 16} bits")
+                with self.bench.scratch("row") as folder:
+                    rows.append(row_of(method.title, _OneRow(self, method, bits, folder).seeds()))
+            shown.update(len(wanted))
+        return rows
+
+    def read(self, cell: Cell) -> Measured | None:
+        found = None if self.force else read(self._file(cell), self.made_of)
+        self.kept += found is not None
+        return found
+
+    def write(self, measured: Measured) -> Measured:
+        path = self._file(measured.cell)
+        path.parent.mkdir(exist_ok=True)
+        write(path, measured, self.made_of)
+        return measured
+
+    def _file(self, cell: Cell) -> Path:
+        return self.cells / f"{cell.name}.json"
+
+
+@dataclass
+class _OneRow:
+    """One method at one width. folder: keeps what its cells wrote until the row is done."""
+
+    run: _Run
+    method: Method
+    bits: int | None
+    folder: Path
+    written: dict[Cell, Made] = field(default_factory=dict)  # without their models
+
+    def seeds(self) -> list[Measured]:
+        """One cell per seed: the first seed's best of all learning rates, proven, and that rate for the others."""
+        asked = self.run.bench.recipe.compare
+        first, *others = asked.seeds
+        rates = asked.learning_rates if self.method.trained else (None,)
+        best = best_rate([self._measured(first, rate) for rate in rates])
+        if asked.prove and best.ships == EXACT and best.gates is None:
+            best = self.run.write(replace(best, gates=self._gates(best.cell)))
+        return [best] + [self._measured(seed, best.cell.rate) for seed in others if self.method.trained]
+
+    def _measured(self, seed: int, rate: float | None) -> Measured:
+        cell = Cell(self.method.id, self.bits, seed, rate)
+        found = self.run.read(cell)
+        if found is not None:
+            return found
+        logger.info("compare: %s", cell.name)
+        self.run.made += 1
+        try:
+            made = self._make(cell)
+        except DivergedError:
+            return self.run.write(Measured(cell, None, None, None, None, 0.0, 0, 0.0, "diverged"))
+        score = self.run.bench.score(made.model, cell.name)
+        return self.run.write(_record(cell, made, score))
+
+    def _make(self, cell: Cell) -> Made:
+        folder = self.folder / cell.name
+        folder.mkdir(exist_ok=True)
+        made = self.method.make(self.run.bench, cell, folder)
+        self.written[cell] = replace(made, model=None)
+        return made
+
+    def _gates(self, cell: Cell) -> str | None:
+        """Of a cell that was kept from an earlier run the model is made again."""
+        made = self.written.get(cell) or self._make(cell)
+        return gates_of(self.run.bench, made, self.folder / cell.name)
+
+
+def _record(cell: Cell, made: Made, score: Score) -> Measured:
+    trained = made.trained
+    return Measured(
+        cell,
+        score.held_out_loss,
+        trained.validation_loss,
+        score.exact,
+        score.total,
+        made.bits_per_weight,
+        trained.trainable,
+        trained.seconds,
+        made.ships,
+    )
+
+
+def _widths(method: Method, bits: tuple[int, ...]) -> tuple[int | None, ...]:
+    return tuple(sorted(bits, reverse=True)) if method.bits == "each" else (None,)
+
+
+def _write(out: Path, report: ComparisonReport) -> None:
+    content: dict[str, Any] = {"format": "qalora-comparison/1", "version": __version__} | asdict(report)
+    with atomic_file(out / RECORD, force=True) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    lines = [f"* {claim.text}: **{claim.verdict}** ({claim.figure})" for claim in report.claims]
+    with atomic_file(out / "comparison.md", force=True) as temporary:
+        temporary.write_text(markdown(report.rows) + "\n" + "\n".join(lines) + "\n", "utf-8")
+    plot_rows(out / "comparison.png", report.rows)

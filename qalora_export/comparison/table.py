@@ -1,0 +1,93 @@
+"""Cells → rows: one method at one width, its best learning rate, mean and spread over seeds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qalora_export.comparison.cells import Measured
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """bits: None for 16-bit weights and for NF4. loss, score: one value per seed; empty where training diverged.
+
+    rate: the learning rate with the lowest validation loss on the first seed, None where nothing is trained. gates: of
+    the first seed.
+    """
+
+    method: str
+    title: str
+    bits: int | None
+    bits_per_weight: float
+    trainable: int
+    rate: float | None
+    loss: tuple[float, ...]
+    score: tuple[float, ...]
+    seconds: float
+    ships: str
+    gates: str | None
+
+    @property
+    def mean_loss(self) -> float | None:
+        return statistics.mean(self.loss) if self.loss else None
+
+    @property
+    def mean_score(self) -> float | None:
+        return statistics.mean(self.score) if self.score else None
+
+
+def best_rate(cells: Sequence[Measured]) -> Measured:
+    """The cell with the lowest validation loss; the first when every one diverged."""
+    return min(cells, key=lambda m: float("inf") if m.validation_loss is None else m.validation_loss)
+
+
+def row_of(title: str, cells: Sequence[Measured]) -> Row:
+    """cells: one per seed, the first seed's first."""
+    first = cells[0]
+    return Row(
+        first.cell.method,
+        title,
+        first.cell.bits,
+        first.bits_per_weight,
+        first.trainable,
+        first.cell.rate,
+        tuple(m.held_out_loss for m in cells if m.held_out_loss is not None),
+        tuple(m.score for m in cells if m.score is not None),
+        statistics.mean(m.seconds for m in cells),
+        first.ships,
+        first.gates,
+    )
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """ "mean ± standard deviation", the deviation only of two values or more; "diverged" of none."""
+    if not values:
+        return "diverged"
+    mean = format(statistics.mean(values), form)
+    return mean if len(values) < 2 else f"{mean} ± {format(statistics.stdev(values), form)}"
+
+
+HEADINGS = ("method", "bits/weight", "held-out loss", "score", "trained", "rate", "s", "ships as", "parity")
+
+
+def cells_of(row: Row) -> tuple[str, ...]:
+    """The row as text, under HEADINGS."""
+    return (
+        row.title,
+        f"{row.bits_per_weight:.2f}",
+        spread(row.loss, ".4f"),
+        spread(row.score, ".1%"),
+        f"{row.trainable:,}" if row.trainable else "–",
+        "–" if row.rate is None else f"{row.rate:g}",
+        f"{row.seconds:.0f}" if row.trainable else "–",
+        row.ships,
+        row.gates or "–",
+    )
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A table that any forge renders."""
+    lines = ["| " + " | ".join(HEADINGS) + " |", "|---" * len(HEADINGS) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(cells_of(row)) + " |" for row in rows]) + "\n"

@@ -1,0 +1,76 @@
+"""The comparison on a tiny model: every method runs, a killed comparison goes on, divergence is a row's own affair."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qalora_export.comparison import methods
+from qalora_export.comparison.stage import compare
+from qalora_export.errors import DivergedError, InputError
+from qalora_export.recipe import CompareSettings, EvaluateSettings, QuantizeSettings, Recipe, TrainSettings
+
+PAIRS = [("one", "1"), ("two", "2"), ("three", "3"), ("four", "4"), ("five", "5"), ("six", "6")]
+
+
+@pytest.fixture
+def recipe(tiny_model: Path, tmp_path: Path) -> Recipe:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": a, "completion": b}) + "\n" for a, b in PAIRS))
+    return Recipe(
+        model=str(tiny_model),
+        out=str(tmp_path / "out"),
+        quantize=QuantizeSettings(calibration=str(data), calibration_samples=2, sequence_length=16),
+        train=TrainSettings(data=str(data), validation=str(data), rank=4, max_steps=2, batch_size=4),
+        evaluate=EvaluateSettings(data=str(data), max_new_tokens=2),
+        compare=CompareSettings(bits=(4,), seeds=(0,), learning_rates=(1e-3,), prove=False),
+    )
+
+
+def test_every_method_has_its_row_and_a_second_run_keeps_them(recipe: Recipe) -> None:
+    report = compare(recipe)
+    assert [row.method for row in report.rows] == list(methods.METHODS)
+    assert (report.made, report.kept) == (len(methods.METHODS), 0)
+    bits = {row.method: row.bits_per_weight for row in report.rows}
+    assert bits["base"] == bits["lora"] == 16
+    assert bits["rtn"] == bits["gptq"] == bits["qa-lora"] == bits["qa-lora+"] == bits["qlora+gptq"]
+    assert bits["lq-lora"] == bits["lq-lora-fisher"] > bits["gptq"] and bits["qlora"] > 4.127
+    trainable = {row.method: row.trainable for row in report.rows}
+    assert trainable["qa-lora+"] == trainable["qa-lora"] < trainable["lora"] == trainable["qlora"]
+    for name in ("comparison.json", "comparison.md", "comparison.png"):
+        assert (Path(recipe.out) / name).exists()
+    assert not (Path(recipe.out) / "work").exists()
+
+    again = compare(recipe)
+    assert (again.made, again.kept) == (0, len(methods.METHODS))
+    assert again.rows == report.rows
+    other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"max_steps": 1})})
+    only = other.model_copy(update={"compare": other.compare.model_copy(update={"methods": ("rtn",)})})
+    assert compare(only).made == 1  # of other settings, so nothing that was kept counts
+
+
+def test_a_rate_that_diverges_is_not_chosen(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = recipe.compare.model_copy(update={"methods": ("qa-lora",), "learning_rates": (1e-3, 1.0)})
+    make = methods.METHODS["qa-lora"].make
+
+    def diverging(bench: object, cell: methods.Cell, folder: Path) -> methods.Made:
+        if cell.rate == 1.0:
+            raise DivergedError("the loss is not finite (nan) at step 1 of 2")
+        return make(bench, cell, folder)  # type: ignore[arg-type]
+
+    changed = methods.Method("qa-lora", "QA-LoRA", "each", True, diverging)
+    monkeypatch.setitem(methods.METHODS, "qa-lora", changed)
+    (row,) = compare(recipe.model_copy(update={"compare": asked})).rows
+    assert row.rate == 1e-3 and row.mean_loss is not None
+
+
+def test_what_is_missing_is_said_before_anything_is_made(recipe: Recipe) -> None:
+    asked = recipe.compare.model_copy(update={"methods": ("qa-lorra",)})
+    with pytest.raises(InputError, match="qa-lorra") as caught:
+        compare(recipe.model_copy(update={"compare": asked}))
+    assert "did you mean 'qa-lora'" in str(caught.value)
+    with pytest.raises(InputError, match="nothing to compare the methods on"):
+        compare(recipe.model_copy(update={"evaluate": None}))
+    train = recipe.train.model_copy(update={"validation": None})
+    with pytest.raises(InputError, match="learning rates"):
+        compare(recipe.model_copy(update={"train": train}))

@@ -1,0 +1,65 @@
+"""Rows, spread and claims: what is judged is what was measured, and what is missing is not judged."""
+
+from pathlib import Path
+
+import pytest
+
+from qalora_export.comparison.cells import Cell, Measured, read, write
+from qalora_export.comparison.claims import judged
+from qalora_export.comparison.plot import plot_rows
+from qalora_export.comparison.table import Row, best_rate, markdown, row_of, spread
+from qalora_export.errors import UnsafeInputError
+
+
+def measured(method: str, bits: int | None, loss: float | None, *, seed: int = 0, trainable: int = 100) -> Measured:
+    cell = Cell(method, bits, seed, 3e-3)
+    return Measured(cell, loss, loss, 3, 4, float(bits or 16), trainable, 1.0, "GGUF and ONNX, exact", "21/21")
+
+
+def rows(**losses: float) -> list[Row]:
+    """qa_lora_4=… -> a row of one seed; _plus for + and _and_ inside a name."""
+    found = []
+    for name, loss in losses.items():
+        method, _, bits = name.rpartition("_")
+        method = method.replace("_and_", "+").replace("_plus", "+").replace("_", "-")
+        cells = [measured(method, int(bits) if bits != "16" else None, loss, trainable=50 if "qa" in method else 100)]
+        found.append(row_of(method, cells))
+    return found
+
+
+def test_mean_and_spread_over_seeds() -> None:
+    row = row_of("QA-LoRA", [measured("qa-lora", 4, 1.0), measured("qa-lora", 4, 2.0, seed=1)])
+    assert row.mean_loss == 1.5 and spread(row.loss, ".2f") == "1.50 ± 0.71"
+    assert "| QA-LoRA | 4.00 | 1.5000 ± 0.7071 | 75.0% ± 0.0% |" in markdown([row])
+    assert spread((), ".2f") == "diverged" and spread((1.0,), ".2f") == "1.00"
+
+
+def test_a_diverged_rate_is_never_the_best() -> None:
+    cells = [measured("lora", None, None), measured("lora", None, 2.0), measured("lora", None, 1.0)]
+    assert best_rate(cells) is cells[2]
+
+
+def test_claims_follow_the_numbers() -> None:
+    good = rows(qa_lora_4=1.0, qlora_16=1.1, qlora_and_gptq_4=1.2, qlora_and_gptq_3=1.5, qlora_and_gptq_2=2.5)
+    good += rows(qa_lora_3=1.2, qa_lora_2=1.5, lq_lora_2=1.9, lora_16=0.9, qa_lora_plus_4=0.905)
+    good += rows(qa_lora_plus_3=1.0, qa_lora_plus_2=1.1)
+    assert [claim.verdict for claim in judged(good)] == ["held"] * 7
+    worse = [row for row in good if (row.method, row.bits) != ("qa-lora", 4)] + rows(qa_lora_4=1.3)
+    verdicts = [claim.verdict for claim in judged(worse)]
+    assert verdicts[:2] == ["not held"] * 2 and verdicts[3:] == ["held"] * 4
+    assert {claim.verdict for claim in judged([])} == {"not measured"}
+
+
+def test_a_cell_is_kept_only_for_what_it_was_made_of(tmp_path: Path) -> None:
+    path, cell = tmp_path / "cell.json", measured("qa-lora", 4, 1.25)
+    assert read(path, "a") is None
+    write(path, cell, "a")
+    assert read(path, "a") == cell and read(path, "b") is None
+    path.write_text('{"format": "qalora-comparison-cell/1", "made_of": "a", "cell": 3}')
+    with pytest.raises(UnsafeInputError, match="not a cell"):
+        read(path, "a")
+
+
+def test_the_plot_takes_every_row(tmp_path: Path) -> None:
+    plot_rows(tmp_path / "plot.png", rows(qa_lora_4=1.0, qa_lora_2=1.4, lora_16=0.9))
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
