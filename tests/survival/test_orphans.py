@@ -42,12 +42,11 @@ def runs(pid: int) -> bool:
 
 
 def test_a_runner_ends_with_its_caller() -> None:
-    caller = subprocess.Popen([sys.executable, "-c", CALLER], stdout=subprocess.PIPE, text=True)
-    assert caller.stdout is not None
-    runner = int(caller.stdout.readline())
-    assert runs(runner)
-    caller.kill()
-    caller.wait()
+    with subprocess.Popen([sys.executable, "-c", CALLER], stdout=subprocess.PIPE, text=True) as caller:
+        assert caller.stdout is not None
+        runner = int(caller.stdout.readline())
+        assert runs(runner)
+        caller.kill()
     assert_ends(runner)
 
 
