@@ -85,6 +85,7 @@ WINDOW: Schema = {
     "slide_key_value_cache": _flag,
     "slide_inputs": _flag,
     "layers": _ids,
+    "cache_slack": _count,
 }
 DECODER: Schema = {
     "filename": _model_file,

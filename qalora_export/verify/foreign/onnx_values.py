@@ -135,11 +135,16 @@ class Values:
     def gathered(self, node: onnx.NodeProto) -> Constant | None:
         """Rows of an embedding in blocks along its width (com.microsoft, GatherBlockQuantized).
 
-        Of bytes, z = 2^(bits−1) where there is none; of an integer type of 4 bits, 0.
+        Of bytes, z = 2^(bits−1) where there is none; of an integer type of 4 bits, 0. A head's own codes, which GenAI's
+        builder shares with a tied embedding, come through a Reshape.
         """
-        group, packed, scale = attribute(node, "block_size", 128), self.array(node.input[0]), self.array(node.input[2])
-        if packed is None or scale is None or packed.ndim != 2:
+        group, scale = attribute(node, "block_size", 128), self.array(node.input[2])
+        maker = self._makers.get(node.input[0])
+        name = maker.input[0] if maker is not None and maker.op_type == "Reshape" else node.input[0]
+        packed = self.array(name)
+        if packed is None or scale is None or packed.ndim < 2:
             return None
+        packed = packed.reshape(len(packed), -1)
         rows, blocks = len(packed), scale.reshape(len(packed), -1).shape[1]
         stored = self.array(node.input[3]) if len(node.input) > 3 and node.input[3] else None
         if packed.dtype == np.uint8:
@@ -150,7 +155,7 @@ class Values:
             zero = np.zeros((rows, blocks), np.float32) if stored is None else stored.astype(np.float32)
         codes = codes[:, : blocks * group].reshape(rows, blocks, -1)
         values = (codes - zero.reshape(rows, blocks, 1)) * scale.astype(np.float32).reshape(rows, blocks, 1)
-        return Constant(values.reshape(rows, -1).astype(np.float32), _blocks(bits, group, stored), node.input[0])
+        return Constant(values.reshape(rows, -1).astype(np.float32), _blocks(bits, group, stored), name)
 
     def _quantized(self, names: Any) -> tuple[Any, Any, Any]:
         """(codes, scale, zero), float32 each; zero is 0 where there is none. None for what is no constant."""

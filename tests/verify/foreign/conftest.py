@@ -40,12 +40,15 @@ def built_by_genai(plain: Plain, made_once: MadeOnce) -> Callable[[str], Path]:
     """precision -> the folder that GenAI's own builder makes of `plain`, read-only."""
 
     def built(precision: str) -> Path:
-        def make(folder: Path) -> None:
-            words = ["-m", BUILDER, "-i", plain.model, "-o", folder / "onnx", "-p", precision, "-e", "cpu"]
-            command = [sys.executable, *map(str, words), "-c", str(folder / "cache")]
-            ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-            assert ended.returncode == 0, ended.stderr[-1000:]
-
-        return made_once(f"built-{precision}", make) / "onnx"
+        name = f"built-{precision}"
+        return made_once(name, lambda folder: build(plain.model, folder / "onnx", precision)) / "onnx"
 
     return built
+
+
+def build(model: Path, out: Path, precision: str) -> None:
+    """GenAI's own builder."""
+    words = ["-m", BUILDER, "-i", model, "-o", out, "-p", precision, "-e", "cpu", "-c", out.parent / "cache"]
+    command = [sys.executable, *map(str, words)]
+    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert ended.returncode == 0, ended.stderr[-1000:]

@@ -20,6 +20,7 @@ from qalora_export.errors import ExitCode
 from qalora_export.recipe import VerifySettings
 from qalora_export.verify.foreign.metadata import complete_config
 from qalora_export.verify.foreign.onnx_folder import Graph, open_onnx
+from qalora_export.verify.foreign.onnx_values import Values
 from qalora_export.verify.foreign.stage import diagnose
 from qalora_export.verify.foreign.weights import Finding, compared
 from tests.conftest import MadeOnce
@@ -79,6 +80,27 @@ def folder(quantizer: str, built_by_genai: Callable[[str], Path], made_once: Mad
         save(QUANTIZERS[quantizer][0](model, out), out)
 
     return made_once(f"by-{quantizer.replace(' ', '-')}", make) / "onnx"
+
+
+def test_a_tied_embedding_is_read_from_the_codes_of_the_head(tmp_path: Path) -> None:
+    """GenAI's builder gathers from the head's own codes, (out, blocks, bytes), through a Reshape."""
+    random = np.random.default_rng(0)
+    codes = random.integers(0, 16, (6, 2, 32)).astype(np.uint8)  # (out, blocks, block)
+    scales = random.normal(size=(6, 2)).astype(np.float32)
+    arrays = {"packed": codes[..., ::2] | codes[..., 1::2] << 4, "scales": scales, "shape": np.array([6, 32])}
+    nodes = [
+        onnx.helper.make_node("Reshape", ["packed", "shape"], ["flat"]),
+        onnx.helper.make_node(
+            "GatherBlockQuantized", ["flat", "ids", "scales"], ["x"], domain="com.microsoft", bits=4, block_size=32
+        ),
+    ]
+    tensors = [numpy_helper.from_array(values, name) for name, values in arrays.items()]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "tied", [], [], tensors))
+    found = Values(model, tmp_path).gathered(model.graph.node[1])
+    assert found is not None
+    assert (found.kind, found.stored_as) == ("int4 g32", "packed")
+    want = (codes.astype(np.float32) - 8) * scales[..., None]
+    np.testing.assert_array_equal(found.values, want.reshape(6, 64))
 
 
 def save(model: onnx.ModelProto, folder: Path) -> None:
