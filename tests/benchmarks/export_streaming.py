@@ -3,7 +3,8 @@
     python -m tests.benchmarks.export_streaming --work /tmp/export-bench
 
 Each export is a process of its own. Its memory is VmHWM minus VmRSS after its imports, so mapped pages of the files
-count. `cp` copies what the export wrote, to the same disk, and syncs it; export and cp take turns.
+count. `cp` copies what the export wrote, to the same disk, and syncs it; export and cp take turns, and so do the
+formats of one checkpoint.
 """
 
 from __future__ import annotations
@@ -31,8 +32,17 @@ from tests.benchmarks.machine import (
     write_random_checkpoint,
 )
 
-FORMATS = ("gguf q4_1", "gguf split", "onnx")
-AIM_BYTES, AIM_RATIO = 2**30, 1.5
+# Checkpoint (arguments of write_random_checkpoint) -> what it is exported to.
+CHECKPOINTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "4 bits": ({}, ("gguf q4_1", "gguf split", "onnx")),
+    "q4_k": ({"grid": "q4_k"}, ("gguf q4_k", "onnx q4_k")),
+    "q2_k": ({"grid": "q2_k", "group": 16, "bits": 2}, ("gguf q2_k",)),
+    "8 bits": ({"bits": 8, "sym": True}, ("gguf q8_0", "onnx 8 bits")),
+    "3 bits": ({"bits": 3}, ("onnx 3 bits",)),
+}
+FORMATS = tuple(name for _, names in CHECKPOINTS.values() for name in names)
+SMOKE = TINY | {"hidden": 256, "intermediate": 512}  # whole super-blocks
+AIM_BYTES, AIM_RATIO = 2**28, 1.5
 
 
 def main() -> None:
@@ -40,46 +50,48 @@ def main() -> None:
     if options.child:
         _child(options.child, options.checkpoint, options.out)
         return
-    shape = TINY if options.smoke else LLAMA_2_7B
+    shape = SMOKE if options.smoke else LLAMA_2_7B
     config = llama_config(**shape | ({"layers": options.layers} if options.layers else {}))
     work = options.work / "export-streaming"
-    found = machine()
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    found, repeats = machine(), 1 if options.smoke else options.repeats
+    rows: dict[str, dict[str, Any]] = {}
     try:
-        checkpoint = write_random_checkpoint(work / "checkpoint", config)
-        rows = {
-            name: _measure(name, checkpoint, work, 1 if options.smoke else options.repeats) for name in options.formats
-        }
-        size = _bytes(checkpoint)
+        for arguments, formats in CHECKPOINTS.values():
+            wanted = [name for name in formats if name in options.formats]
+            if not wanted:
+                continue
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+            checkpoint = write_random_checkpoint(work / "checkpoint", config, **arguments)
+            rows |= _measure(wanted, checkpoint, work, repeats)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     aims = {"peak_above_imports_bytes": AIM_BYTES, "seconds_per_cp_seconds": AIM_RATIO}
-    content = {
-        "benchmark": "export_streaming",
-        "machine": found,
-        "shape": config,
-        "checkpoint_bytes": size,
-        "aims": aims,
-        "rows": rows,
-    }
+    content = {"benchmark": "export_streaming", "machine": found, "shape": config, "aims": aims, "rows": rows}
     _report(content, options.json)
 
 
-def _measure(name: str, checkpoint: Path, work: Path, repeats: int) -> dict[str, Any]:
-    runs, copies = [], []
-    out = work / "out"
+def _measure(names: list[str], checkpoint: Path, work: Path, repeats: int) -> dict[str, dict[str, Any]]:
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    copies: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    sizes, out = dict[str, int](), work / "out"
     for _ in range(repeats):
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir()
-        os.sync()
-        runs.append(_export(name, checkpoint, out))
-        copies.append(_copy(out, work / "copy"))
-    seconds = statistics.median(run["seconds"] for run in runs)
+        for name in names:
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir()
+            os.sync()
+            runs[name].append(_export(name, checkpoint, out))
+            copies[name].append(_copy(out, work / "copy"))
+            sizes[name] = _bytes(out)
+    return {name: _row(sizes[name], _bytes(checkpoint), runs[name], copies[name]) for name in names}
+
+
+def _row(size: int, source: int, runs: list[dict[str, Any]], copies: list[tuple[float, float]]) -> dict[str, Any]:
     copy, copy_cpu = (statistics.median(values) for values in zip(*copies, strict=True))
     return {
-        "bytes": _bytes(out),
-        "seconds": seconds,
+        "bytes": size,
+        "checkpoint_bytes": source,
+        "seconds": statistics.median(run["seconds"] for run in runs),
         "cp_sync_seconds": copy,
         "cp_sync_cpu_seconds": copy_cpu,
         "ratio": statistics.median(run["seconds"] / copied for run, (copied, _) in zip(runs, copies, strict=True)),
@@ -117,16 +129,15 @@ def _child(name: str, checkpoint: Path, out: Path) -> None:
     from qalora_export.formats.onnx.graph import build_graph
     from qalora_export.recipe import GgufSettings, OnnxSettings
 
-    if name == "onnx":
+    if name.startswith("onnx"):
         build_graph(llama_config(**TINY))  # mobius-onnx imports torch and Transformers when it first builds a graph
-    work = {
-        "gguf q4_1": lambda: export_gguf(checkpoint, out / "model.gguf", GgufSettings()),
-        "gguf split": lambda: export_gguf(checkpoint, out / "model.gguf", GgufSettings(layout="split")),
-        "onnx": lambda: export_onnx(checkpoint, out / "onnx", OnnxSettings()),
-    }[name]
+    layout = "split" if name == "gguf split" else "q4_1"
     reset_peak()
     before, began, cpu = resident_bytes("VmRSS"), time.perf_counter(), time.process_time()
-    work()
+    if name.startswith("onnx"):
+        export_onnx(checkpoint, out / "onnx", OnnxSettings())
+    else:
+        export_gguf(checkpoint, out / "model.gguf", GgufSettings(layout=layout))
     seconds, peak = time.perf_counter() - began, resident_bytes("VmHWM")
     print(
         json.dumps(
@@ -189,7 +200,7 @@ def _report(content: dict[str, Any], path: Path) -> None:
         for name, row in content["rows"].items()
     ]
     print_table(
-        f"Export of {content['checkpoint_bytes'] / 1e9:.2f} GB; {content['machine']['cpu']}, "
+        f"Export of {content['shape']['num_hidden_layers']} layers; {content['machine']['cpu']}, "
         f"{content['machine']['cores']} cores; {path}",
         header,
         rows,
