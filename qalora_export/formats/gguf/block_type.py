@@ -29,6 +29,7 @@ from qalora_export.grid import (
 )
 
 QK = 32
+LOW, FOUR, EIGHT = np.uint64(0x0F0F0F0F0F0F0F0F), np.uint64(4), np.uint16(8)  # the low nibble of every byte
 SLAB_BYTES = 128 << 10  # of codes that change places at a time: what is made on the way stays in a core's cache
 
 BLOCK_TYPES: dict[str, type[BlockType]] = {}
@@ -208,6 +209,27 @@ class BlockType(GgufType):
             return PackedAffine(codes, scale, offset, bits, group_size)
         except InputError as error:
             raise UnsafeInputError(error.what, why="the blocks hold no canonical numbers") from error
+
+
+def swapped(
+    low: NDArray[np.uint64], high: NDArray[np.uint64], mask: np.uint64, shift: np.uint64
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """The bits of `low` that lie `shift` above `mask` and those of `high` in `mask` change places. Its own inverse."""
+    moved = low >> shift
+    moved ^= high
+    moved &= mask
+    upper = high ^ moved
+    moved <<= shift
+    moved ^= low
+    return moved, upper
+
+
+def interleaved(even: NDArray[np.uint64], odd: NDArray[np.uint64]) -> NDArray[np.uint16]:
+    """The bytes of two arrays in turn."""
+    both = odd.view(np.uint8).astype("<u2")
+    both <<= EIGHT
+    both |= even.view(np.uint8)
+    return both
 
 
 def slabs(codes: NDArray[np.uint8]) -> Iterator[slice]:

@@ -13,16 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.errors import InputError, UnsafeInputError
-from qalora_export.formats.gguf.block_type import BlockType, slabs
+from qalora_export.formats.gguf.block_type import EIGHT, FOUR, LOW, BlockType, interleaved, slabs, swapped
 from qalora_export.grid import Levels, PackedAffine, SuperBlockGrid, pack_codes, unpack_codes
 from qalora_export.grid.named import Q2_K as Q2_K_GRID
 from qalora_export.grid.named import Q4_K as Q4_K_GRID
 from qalora_export.grid.named import Q5_K as Q5_K_GRID
 from qalora_export.grid.named import SUPER_BLOCK
 
-LOW, HIGH, FOUR = np.uint64(0x0F0F0F0F0F0F0F0F), np.uint64(0xF0F0F0F0F0F0F0F0), np.uint64(4)
 PAIRS, TWO = np.uint64(0x3333333333333333), np.uint64(2)  # two bits of every four
-EIGHT, SIXTEEN = np.uint16(8), np.uint32(16)
+SIXTEEN = np.uint32(16)
 
 
 class SuperBlockType(BlockType, abstract=True):
@@ -121,16 +120,15 @@ class Q4_K(_SixBitLevels):
         # As words of eight bytes: packed codes 2j | 2j+1 << 4 of the first group in a, of the second in b.
         pairs = np.ascontiguousarray(codes).view("V16").reshape(-1, 2)
         a, b = (np.ascontiguousarray(pairs[:, group]).view("<u8") for group in (0, 1))
-        even, odd = (a & LOW) | ((b & LOW) << FOUR), ((a >> FOUR) & LOW) | (b & HIGH)
-        blocks["qs"] = _interleaved(even, odd).view("V128").reshape(blocks.shape)
+        blocks["qs"] = interleaved(*swapped(a, b, LOW, FOUR)).view("V128").reshape(blocks.shape)
 
     @classmethod
     def take_codes(cls, blocks: NDArray[Any]) -> NDArray[np.uint8]:
         both = np.ascontiguousarray(blocks["qs"]).view("<u2").reshape(-1)
         even, odd = both.astype(np.uint8).view("<u8"), (both >> EIGHT).astype(np.uint8).view("<u8")
         pairs = np.empty((even.size // 2, 2), "V16")
-        pairs[:, 0] = ((even & LOW) | (odd & LOW) << FOUR).view("V16")
-        pairs[:, 1] = ((even >> FOUR) & LOW | (odd & HIGH)).view("V16")
+        a, b = swapped(even, odd, LOW, FOUR)
+        pairs[:, 0], pairs[:, 1] = a.view("V16"), b.view("V16")
         return pairs.view(np.uint8).reshape(len(blocks), -1)
 
     @classmethod
@@ -201,7 +199,7 @@ class Q2_K(SuperBlockType):
         # As words of eight bytes, each 32 codes: element 4i + r of all four lanes is in byte i of word r afterwards.
         lanes = np.ascontiguousarray(codes).view("<u8").reshape(-1, 4).T
         first, second, third, fourth = _exchanged(*lanes)
-        low, high = _interleaved(first, second), _interleaved(third, fourth)
+        low, high = interleaved(first, second), interleaved(third, fourth)
         qs = high.astype("<u4") << SIXTEEN
         qs |= low
         blocks["qs"] = qs.view(np.uint8).reshape(*blocks.shape, 64)
@@ -229,13 +227,6 @@ class Q2_K(SuperBlockType):
         return codes, [d * (byte & 15) for byte in block[:16]], [-dmin * (byte >> 4) for byte in block[:16]]
 
 
-def _interleaved(even: NDArray[np.uint64], odd: NDArray[np.uint64]) -> NDArray[np.uint16]:
-    """The bytes of two arrays in turn."""
-    both = odd.view(np.uint8).astype("<u2") << EIGHT
-    both |= even.view(np.uint8)
-    return both
-
-
 def _exchanged(
     a: NDArray[np.uint64], b: NDArray[np.uint64], c: NDArray[np.uint64], d: NDArray[np.uint64]
 ) -> tuple[NDArray[np.uint64], ...]:
@@ -243,17 +234,9 @@ def _exchanged(
 
     A transpose by halves (Hacker's Delight, 7-3): neighbours first, then pairs of them. It is its own inverse.
     """
-    (a, b), (c, d) = _swapped(a, b, PAIRS, TWO), _swapped(c, d, PAIRS, TWO)
-    (a, c), (b, d) = _swapped(a, c, LOW, FOUR), _swapped(b, d, LOW, FOUR)
+    (a, b), (c, d) = swapped(a, b, PAIRS, TWO), swapped(c, d, PAIRS, TWO)
+    (a, c), (b, d) = swapped(a, c, LOW, FOUR), swapped(b, d, LOW, FOUR)
     return a, b, c, d
-
-
-def _swapped(
-    low: NDArray[np.uint64], high: NDArray[np.uint64], mask: np.uint64, shift: np.uint64
-) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """The bits of `low` above `mask` and those of `high` in `mask` change places."""
-    moved = ((low >> shift) ^ high) & mask
-    return low ^ (moved << shift), high ^ moved
 
 
 def put_six_bits(packed: NDArray[np.uint8], k: NDArray[np.uint8], levels: NDArray[np.uint8]) -> None:
