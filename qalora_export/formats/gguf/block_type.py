@@ -259,7 +259,7 @@ def _grouped(per_block: NDArray[np.uint16], group_size: int, what: str) -> NDArr
     if per_block.shape[1] % span:
         raise UnsafeInputError(f"{per_block.shape[1]} blocks do not divide into groups of {group_size}")
     groups = per_block.reshape(per_block.shape[0], -1, span)
-    if not (groups == groups[..., :1]).all():
+    if span > 1 and not (groups == groups[..., :1]).all():
         raise UnsafeInputError(f"blocks of one group disagree about its {what}", why=f"declared group {group_size}")
     return np.ascontiguousarray(groups[..., 0]).view("<f2").astype(np.float16, copy=False)
 
