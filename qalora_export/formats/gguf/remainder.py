@@ -11,18 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.errors import InputError, UnsafeInputError
+from qalora_export.formats.exact_sum import exact_sum
 from qalora_export.grid import PackedAffine
 
 
 def remainder(scale: NDArray[np.float16], offset: NDArray[np.float16], zero: int, *, where: str) -> NDArray[np.float32]:
     """R = m + zero·s, float32 (out, in/g): what a block format with a fixed zero leaves over.
 
-    Raises InputError when float32 cannot hold R exactly (m and s more than about 13 binary orders apart); float64
-    always can, as fp16 spans 40 binary orders.
+    zero·s is exact in float32. Raises InputError when R is not (m and s more than about 13 binary orders apart).
     """
-    exact = offset.astype(np.float64) + zero * scale.astype(np.float64)
-    held = exact.astype(np.float32)
-    if not np.array_equal(held.astype(np.float64), exact):
+    held, inexact = exact_sum(offset.astype(np.float32), np.float32(zero) * scale.astype(np.float32))
+    if inexact.any():
         raise InputError(
             "offset + zero · scale is not exact in float32",
             where=where,
@@ -36,15 +35,14 @@ def with_remainder(matrix: PackedAffine, rest: NDArray[np.float32], zero: int, *
     """The same rows with offset = R − z·s. Raises UnsafeInputError unless that offset is an fp16."""
     if rest.shape != matrix.scale.shape:
         raise UnsafeInputError("not an offset adapter of this matrix", where=where)
-    exact = rest.astype(np.float64) - zero * matrix.scale.astype(np.float64)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
+        exact, inexact = exact_sum(rest, np.float32(-zero) * matrix.scale.astype(np.float32))
         offset = exact.astype(np.float16)
     if not np.isfinite(offset).all():
         raise UnsafeInputError("a remainder makes an offset that fp16 does not hold", where=where)
-    found = dataclasses.replace(matrix, offset=offset)
-    if not np.array_equal(remainder(found.scale, offset, zero, where=str(where)), rest):
+    if inexact.any() or not np.array_equal(offset.astype(np.float32), exact):
         raise UnsafeInputError("a remainder does not come from an fp16 offset", where=where)
-    return found
+    return dataclasses.replace(matrix, offset=offset)
 
 
 def group_indicator(groups: int, group_size: int, rows: slice = slice(None)) -> NDArray[np.float32]:

@@ -77,10 +77,9 @@ def plan_remainders(model: CanonicalCheckpoint) -> list[TensorPlan]:
 
 def _any_remainder(model: CanonicalCheckpoint, module: str, zero: int, rows: int) -> bool:
     """Whether any remainder is not 0; every one is checked to be exact."""
-    scale, offset = (np.asarray(model.tensor(f"{module}.{part}")) for part in ("scale", "offset"))
-    where, found = f"{model.path}: {module}", False
-    for part in row_blocks(rows, scale.nbytes, SLAB_BYTES):
-        found |= bool(remainder(scale[part], offset[part], zero, where=where).any())
+    matrix, found = model.packed(module), False
+    for part in row_blocks(rows, matrix.scale.nbytes, SLAB_BYTES):
+        found |= bool(remainder(matrix.scale[part], matrix.offset[part], zero, where=f"{model.path}: {module}").any())
     return found
 
 

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.errors import InputError, UnsafeInputError
+from qalora_export.formats.exact_sum import exact_sum
 from qalora_export.formats.streaming import row_blocks
 from qalora_export.grid import differing, fp16_is_finite, implied_offset, pack_codes, unpack_codes
 
@@ -95,7 +96,7 @@ def _split(bits: int, scale: NDArray[Any], offset: NDArray[Any]) -> tuple[NDArra
     s, m = _widened(scale), _widened(offset)
     zero = nearest_zero(bits, s, m)
     product = zero.astype(s.dtype) * s
-    rest, inexact = _exact_sum(m, product)
+    rest, inexact = exact_sum(m, product)
     if moved := int(np.count_nonzero(inexact)):
         zero[inexact], product[inexact] = 0, 0
     at_zero = product == 0
@@ -108,19 +109,6 @@ def _widened(values: NDArray[Any]) -> NDArray[Any]:
     integer as in any wider float (next to a half they are 2^−13 apart from it or equal to it); float32 as float64.
     """
     return values.astype(np.float32 if values.dtype == np.float16 else np.float64)
-
-
-def _exact_sum(left: NDArray[Any], right: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """left + right as float32, and where that is not the sum itself.
-
-    In float32 the error of a rounded sum is a float32 that follows from it without rounding (Knuth's TwoSum).
-    """
-    total = left + right
-    if total.dtype == np.float32:
-        back = total - left
-        return total, ((left - (total - back)) + (right - back)) != 0
-    rounded: NDArray[np.float32] = total.astype(np.float32)
-    return rounded, rounded != total
 
 
 def nearest_zero(bits: int, scale: NDArray[Any], offset: NDArray[Any]) -> NDArray[np.uint8]:
@@ -155,7 +143,7 @@ def _offset(scale: NDArray[Any], zero: NDArray[np.uint8], remainder: NDArray[Any
     s, rest = _widened(scale), remainder.astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):  # a damaged scale or remainder may be infinite; both are refused
         product = zero.astype(s.dtype) * s
-        exact, inexact = _exact_sum(rest.astype(s.dtype), -product)
+        exact, inexact = exact_sum(rest.astype(s.dtype), -product)
         at_zero = product == 0
         exact[at_zero], inexact[at_zero] = rest[at_zero], False  # R itself: −0 stays −0
         out[:] = exact
