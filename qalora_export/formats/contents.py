@@ -269,7 +269,7 @@ def _matrix_difference(left: Contents, right: Contents, module: str, rows: slice
 def _same_bytes(left: NDArray[np.uint8], right: NDArray[np.uint8]) -> bool:
     """Whether two arrays (rows, bytes) are equal, eight bytes at a time where rows are whole words."""
     words = np.uint64 if left.shape == right.shape and not left.shape[1] % 8 else np.uint8
-    return np.array_equal(*(np.ascontiguousarray(side).view(words) for side in (left, right)))
+    return np.array_equal(np.ascontiguousarray(left).view(words), np.ascontiguousarray(right).view(words))
 
 
 def _tensor_difference(left: Contents, name: str, right: Contents, other: str) -> int:
