@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from qalora_export.verify.bisect.points import Point, Shown, value_of
 from qalora_export.verify.reference.local_proof import position_nmse
-from qalora_export.verify.reference.logits import NOISE_DRAWS, fixed_threads, ulps
+from qalora_export.verify.reference.logits import fixed_threads, ulps
 
 # Right exports of SmolLM2-135M in llama.cpp and ONNX Runtime: at most 3e-12 and 20 times the noise, except products of
 # many terms one of which is large: each further term then costs half a unit in the last place of the running sum, which
 # no noise of the input shows (5.7e-12 at most behind 1,536 terms, K · 2⁻⁴⁸ = 5.5e-12).
 TIMES_NOISE, ROUNDING, BETWEEN_PRODUCTS = 1000.0, 1e-13, 1e-11
 TIMES_SUM, HALF_ULP = 4.0, 2.0**-24
+DRAWS = 4  # of one step alone: TIMES_NOISE is far beyond what a mean of four may miss
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +44,19 @@ class PointError:
 
 @dataclass
 class _Forced:
-    """Compares and replaces at every point. Rows of a batch: the undisturbed one, then NOISE_DRAWS disturbed ones."""
+    """Compares and replaces at every point. Rows of a batch: the undisturbed one, then DRAWS disturbed ones."""
 
     shown: Shown
     disturb: Callable[[Tensor], Tensor]
     found: dict[str, PointError] = field(default_factory=dict)
 
     def meet(self, point: Point, value: Tensor, linear: nn.Linear | None = None) -> Tensor | None:
-        """value (1 + NOISE_DRAWS, …) as the reference has it; what to go on with, None for the same.
+        """value (1 + DRAWS, …) as the reference has it; what to go on with, None for the same.
 
         linear: the layer whose output it is.
         """
         rows = value.transpose(1, 2) if point.heads_first else value
-        want = rows.float().flatten(2).numpy()  # (1 + NOISE_DRAWS, positions, features)
+        want = rows.float().flatten(2).numpy()  # (1 + DRAWS, positions, features)
         got = self.shown.get(point.key)
         if got is None:
             return None
@@ -100,7 +101,7 @@ def point_errors(
     handles = [_hook(model, point, forced) for point in points]
     try:
         with fixed_threads(threads), torch.inference_mode():
-            model(torch.from_numpy(ids.astype(np.int64)).expand(1 + NOISE_DRAWS, -1), use_cache=False)
+            model(torch.from_numpy(ids.astype(np.int64)).expand(1 + DRAWS, -1), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

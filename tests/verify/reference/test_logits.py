@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import patch
 
@@ -99,6 +99,26 @@ def test_rounding_noise_shows_what_cancels_later(tiny_canonical: Path, probes: P
             exact = LayerwiseModel(tiny_canonical).run(some.sequences(), decode=False)[0]
             found += reference.rounding_noise(tiny_canonical, some, exact, threads=1).tolist()
     assert np.median(cancelled) > 100 * np.median(ordinary)
+
+
+def test_rounding_noise_is_no_matter_of_luck() -> None:
+    """Where one direction is amplified a draw is one number squared, and the mean of four may be far too low."""
+    length = 400
+    ids = np.zeros(length, np.int32)
+    probes = ProbeSet(ids, np.array([length], np.int32), ("one",))
+    logits = torch.linspace(-2, 2, 8).expand(length, 8)
+    exact = torch.log_softmax(logits, -1)
+
+    class OneDirection:
+        def __init__(self, noise: Callable[[torch.Tensor], torch.Tensor]) -> None:
+            self.noise = noise
+
+        def run(self, sequences: list[np.ndarray], *, decode: bool) -> list[np.ndarray]:
+            moved = [(self.noise(torch.ones(length, 1)) - 1) * 1e3 for _ in sequences]
+            return [torch.cat([torch.log_softmax(logits + m * torch.eye(8)[3], -1) for m in moved]).numpy()]
+
+    found = reference.noise_of(OneDirection, probes, exact.numpy())
+    assert found.max() < 7 * found.min(), "its true value is the same at every position"
 
 
 @contextlib.contextmanager
