@@ -5,6 +5,7 @@
 # make compare   QA-LoRA beside LoRA, QLoRA, GPTQ and LQ-LoRA on the sample base; an hour or two, resumable
 # make fuzz   lets 100,000 damaged files loose on every reader; an hour or two
 # make test-web    runs exported folders in transformers.js and onnxruntime-web (needs Node.js 20 and npm; packages are cached)
+# make test-arm64  every gate on arm64 processors, emulated (needs apt-get; 130 MB of packages are fetched once)
 # make test-fast   the inner loop: all that needs no runtime, training or process of its own
 # make lint   ruff and mypy
 # make wheels   qalora-export and, for devices without torch, qalora-runtimes, into dist/
@@ -15,7 +16,7 @@ OUT ?= build/demo
 CASES ?= 100000
 SEED ?= 0
 
-.PHONY: compare demo test test-fast test-real test-web real fuzz lint wheels setup seeds clean
+.PHONY: compare demo test test-fast test-real test-web test-arm64 real fuzz lint wheels setup seeds clean
 
 demo: $(VENV)/.installed
 	$(BIN)/qalora-export run samples/devices/recipe.toml --out $(OUT)
@@ -29,12 +30,15 @@ real: $(VENV)/.installed
 test-web: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m web tests/web
 
+test-arm64: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m arm64 tests/arm64
+
 fuzz: $(VENV)/.installed-dev
 	nice $(BIN)/python -m tests.survival.fuzz --cases $(CASES) --seed $(SEED)
 
 # What is left to `make test` says so by its marker; tests/conftest.py gives `thorough` to whole folders.
 test-fast: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 -m "not slow and not thorough and not real and not web"
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 -m "not slow and not thorough and not real and not web and not arm64"
 
 test-real: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m real tests/real

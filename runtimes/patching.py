@@ -100,9 +100,11 @@ def _files(opened: PatchFile, target: Path, changed: list[PatchedFile], *, rever
         for file in changed:
             if out is None and file.side(OLD if reverse else NEW) is None:
                 _place(target, file.path).unlink()
-        if out is not None:
-            for name in opened.table.same:
-                shutil.copyfile(_place(target, name), _place(out, name))
+        if out is not None:  # what needs no change comes along
+            others = {file.path for file in opened.table.files} - {file.path for file in changed}
+            for name in (*opened.table.same, *others):
+                if _place(target, name).is_file():
+                    shutil.copyfile(_place(target, name), _place(out, name))
         _sync(goal.parent)
     finally:
         for temporary, _ in temporaries:

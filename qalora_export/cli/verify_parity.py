@@ -169,6 +169,10 @@ def command(
         validated(EvaluateSettings, {k: v for k, v in asked.items() if v}, where="command line") if evaluate else None
     )
     if pack is not None:
+        if (answers, server, out) != (None, None, None):
+            raise InputError(
+                "--pack verifies nothing", where="command line", fix="leave --answers, --server and --out out"
+            )
         _pack(checkpoint, pack, settings, gguf=gguf, onnx=onnx, evaluate=task, force=force)
     if out is None:
         raise InputError("nowhere to write the report", where="command line", fix="pass --out FOLDER")

@@ -16,6 +16,7 @@ ROWS = {
     "hash_inputs": {f"{what} from {place}" for what in ("read", "sha256") for place in ("memory", "disk")},
     "export_streaming": {"gguf q4_1", "gguf split", "onnx", "gguf q2_k"},
     "llama_layouts": {"q4_1", "q4_k", "split", "split, rank 16", "split, F16 lm_head", "Q4_0", "Q4_K_M"},
+    "patch_size": {"g32, model.gguf", "g32, onnx"},
     "onnx_decode": {f"g{g}, {name}" for g in (32, 64, 128) for name in ("split", "limit", "float zero_points")},
 }
 

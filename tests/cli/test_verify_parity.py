@@ -45,6 +45,18 @@ def test_all_three_runtimes_pass_every_gate(
     assert set(speeds) == {f"{r}/{path}/decode" for r in RUNTIMES for path in ("exact", "shipped")}
 
 
+def test_a_pack_is_written_for_a_device_and_nothing_is_verified(
+    exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pack = tmp_path / "my device"
+    assert run(exported.checkpoint, "--gguf", exported.gguf, "--pack", pack) == 0
+    assert "python3 -m qalora_runtimes 'my device'" in capsys.readouterr().err
+    assert {"pack.json", "README.txt", "artifacts", "requests"} <= {path.name for path in pack.iterdir()}
+    assert run(exported.checkpoint, "--gguf", exported.gguf, "--pack", pack, "--out", tmp_path / "report") == 2
+    assert run(exported.checkpoint, "--gguf", exported.gguf) == 2
+    assert "nowhere to write the report" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "failing"),

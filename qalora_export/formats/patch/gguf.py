@@ -40,12 +40,12 @@ def gguf_segments(old: Path, new: Path, writer: PatchWriter) -> Iterator[Segment
         begins = (a.info.begin, b.info.begin)
         yield from writer.anything(*(t.data[i:j] for t, i, j in zip((a, b), at, begins, strict=True)))
         rows = [np.ascontiguousarray(t.rows).reshape(-1) for t in (a, b)]
-        yield from _gguf_tensor(a.info.name, a.kind, rows[0], rows[1], writer)
+        yield from gguf_tensor(a.info.name, a.kind, rows[0], rows[1], writer)
         at = [t.info.begin + t.info.nbytes for t in (a, b)]
     yield from writer.anything(*(side[0].data[i:] for side, i in zip(tensors, at, strict=True)))
 
 
-def _gguf_tensor(name: str, kind: str, old: Bytes, new: Bytes, writer: PatchWriter) -> Iterator[Segment]:
+def gguf_tensor(name: str, kind: str, old: Bytes, new: Bytes, writer: PatchWriter) -> Iterator[Segment]:
     if np.array_equal(old, new):
         yield from same(len(old))
         return

@@ -236,6 +236,10 @@ def test_a_file_that_was_half_done_is_finished(pair: Path, tmp_path: Path) -> No
     """Ended between the two renames: the model is the new one, its manifest the old one."""
     target = copied(pair / "one" / "model.gguf", tmp_path)
     shutil.copyfile(pair / "two" / "model.gguf", target)
+    elsewhere = tmp_path / "elsewhere" / "model.gguf"
+    apply(pair / "gguf.patch", target, elsewhere)
+    assert content(elsewhere) == expected(pair / "two" / "model.gguf")
+    shutil.rmtree(elsewhere.parent)
     assert apply(pair / "gguf.patch", target).files == 1
     assert content(target) == expected(pair / "two" / "model.gguf")
 

@@ -1,0 +1,69 @@
+"""Which bytes of a block are offsets, for each type that has them: K-quants pack their levels with those of scales."""
+
+from __future__ import annotations
+
+import zipfile
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pytest
+from qalora_runtimes.patches import decompress, with_differences
+
+from qalora_export.errors import InputError
+from qalora_export.formats.gguf.types import BLOCK_TYPES
+from qalora_export.formats.patch.gguf import gguf_tensor
+from qalora_export.formats.patch.writer import PatchWriter
+from qalora_export.grid import GroupAffine, Levels, PackedAffine
+from tests.formats.gguf.test_super_blocks import TYPES, random_matrix
+
+
+def other_offsets(matrix: GroupAffine, grid: Any, **parts: Any) -> GroupAffine:
+    """The same codes and scales with other offset levels and steps. parts: what else is another."""
+    levels, random = matrix.levels, np.random.default_rng(1)
+    given = {
+        "scale": levels.scale,
+        "offset": random.integers(0, grid.top + 1, levels.offset.shape, np.uint8),
+        "scale_step": levels.scale_step,
+        "offset_step": (levels.offset_step.astype(np.float32) * 1.25).astype(np.float16),
+    }
+    return GroupAffine.on_levels(matrix.codes, Levels(grid, *(given | parts).values()))
+
+
+def patched(kind: Any, old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """What a patch makes of `old`."""
+    content = BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        (segment,) = gguf_tensor("a tensor", kind.name, old.reshape(-1), new.reshape(-1), PatchWriter(archive))
+    with zipfile.ZipFile(content) as archive:
+        raw = decompress(archive.read("0.xz"), segment.raw)
+    blocks = old.reshape(-1, segment.block)
+    return with_differences(blocks, raw, list(segment.fields), reverse=False).reshape(old.shape)
+
+
+@pytest.mark.parametrize("kind", list(TYPES.values()), ids=list(TYPES))
+def test_levels_and_steps_of_offsets_go_through_a_patch(kind: Any) -> None:
+    matrix = random_matrix(kind, 3, 2, 0)
+    old, new = (kind.pack(PackedAffine.pack(m)) for m in (matrix, other_offsets(matrix, kind.grid)))
+    assert not np.array_equal(old, new)
+    assert np.array_equal(patched(kind, old, new), new)
+
+
+@pytest.mark.parametrize("kind", list(TYPES.values()), ids=list(TYPES))
+def test_levels_of_scales_are_no_offsets_though_they_share_bytes(kind: Any) -> None:
+    matrix = random_matrix(kind, 3, 2, 0)
+    scale = matrix.levels.scale.copy()
+    scale[1, 3] ^= 1
+    old, new = (kind.pack(PackedAffine.pack(m)) for m in (matrix, other_offsets(matrix, kind.grid, scale=scale)))
+    with pytest.raises(InputError, match="not fine-tunes of one base"):
+        patched(kind, old, new)
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q8_0"])
+def test_a_type_without_offsets_may_not_differ(name: str) -> None:
+    kind = BLOCK_TYPES[name]
+    old = np.zeros((2, kind.block_bytes), np.uint8)
+    new = old.copy()
+    new[1, -1] = 1
+    with pytest.raises(InputError, match="codes or scales differ"):
+        patched(kind, old, new)
