@@ -30,7 +30,7 @@ from qalora_export.formats.exact_sum import exact_sum
 from qalora_export.formats.streaming import row_blocks
 from qalora_export.grid import differing, fp16_is_finite, implied_offset, pack_codes, unpack_codes
 
-SLAB_BYTES = 32 << 10  # of scales that are worked on at a time: what is made of them stays in a core's cache
+SLAB_BYTES = 32 << 10  # of scales or codes that are worked on at a time: what is made of them stays in a core's cache
 CONTAINER_BITS = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8}  # code bits -> bits of one MatMulNBits element
 
 
@@ -172,9 +172,12 @@ def _narrow(remainder: NDArray[np.float32], half: NDArray[np.float16]) -> bool:
 def to_blocks(packed: NDArray[np.uint8], bits: int, groups: int) -> NDArray[np.uint8]:
     """Checkpoint bytes (out, in·bits/8) -> B of MatMulNBits (out, groups, g·container/8). A view where it can be."""
     container = CONTAINER_BITS[bits]
-    if container != bits:
-        packed = pack_codes(unpack_codes(packed, bits), container)
-    return packed.reshape(packed.shape[0], groups, -1)
+    if container == bits:
+        return packed.reshape(len(packed), groups, -1)
+    carried = np.empty((len(packed), packed.shape[1] // bits * container), np.uint8)
+    for rows in row_blocks(len(packed), packed.nbytes, SLAB_BYTES):
+        carried[rows] = pack_codes(unpack_codes(packed[rows], bits), container)
+    return carried.reshape(len(packed), groups, -1)
 
 
 def from_blocks(blocks: NDArray[np.uint8], container: int) -> NDArray[np.uint8]:
