@@ -110,7 +110,8 @@ def from_system(error: BaseException) -> QaloraError | None:
             fix="check the path, its permissions and the space on the disk",
         )
     # torch's class and pyo3's are known by their names: nothing is imported for an error message.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    refused = isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
+    if refused or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return InputError(
             "out of memory",
             why=str(error).partition("\n")[0],

@@ -26,9 +26,9 @@ LocalPath = Annotated[str, AfterValidator(_at_home)]  # ~ means the home folder 
 
 
 class Settings(BaseModel):
-    """Frozen, no unknown keys, no silent conversion between types."""
+    """Frozen, no unknown keys, no silent conversion between types, every number finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class QuantizeRule(Settings):
@@ -77,14 +77,14 @@ class TrainSettings(Settings):
     data: LocalPath | None = None
     validation: LocalPath | None = None
     format: Literal["auto", "chat", "instruction", "text"] = "auto"
-    rank: Positive = 16
+    rank: Annotated[int, Field(gt=0, le=65536)] = 16
     alpha: Annotated[float, Field(gt=0)] = 32.0
     pool: Positive | None = Field(
         default=None, description="pool length: each module's own group size (default), or a multiple of it"
     )
     targets: tuple[str, ...] = ("*",)
-    epochs: Annotated[float, Field(gt=0)] = 3.0
-    max_steps: int = -1
+    epochs: Annotated[float, Field(gt=0, le=1e6)] = 3.0
+    max_steps: Annotated[int, Field(le=2**31 - 1)] = -1
     batch_size: Positive = 16
     gradient_accumulation: Positive = 1
     gradient_checkpointing: bool = False

@@ -24,7 +24,7 @@ def _write(folder: Path, text: str) -> Path:
         ("[quantise]\nbits = 4\n", "did you mean 'quantize'?"),
         ("[export.gguf]\nlayuot = 'q4_1'\n", "did you mean 'layout'?"),
         ("[[quantize.rules]]\nmatch = '*'\nskpi = true\n", "did you mean 'skip'?"),
-        ("[quantize]\nbits = 5\n", "quantize.bits"),
+        ("[quantize]\nbits = 7\n", "quantize.bits"),
         ("[quantize]\nbits = '4'\n", "quantize.bits"),
         (
             "[verify]\nruntimes = ['llamacpp']\n",
@@ -32,6 +32,13 @@ def _write(folder: Path, text: str) -> Path:
         ),
         ("[verify]\nruntimes = ['tensorrt']\n", "known are llama.cpp, onnxruntime, onnxruntime-genai"),
         ("[train]\nrank = 0\n", "train.rank"),
+        ("[train]\nrank = 1_000_000_000\n", "train.rank"),
+        ("[train]\nepochs = inf\n", "train.epochs: Input should be a finite number"),
+        ("[train]\nepochs = 1e308\n", "train.epochs"),
+        ("[train]\nlearning_rate = inf\n", "train.learning_rate: Input should be a finite number"),
+        ("[train]\nalpha = nan\n", "train.alpha: Input should be a finite number"),
+        ("[train]\nmax_steps = 9_223_372_036_854_775_807\n", "train.max_steps"),
+        ("[verify]\nmax_kl = inf\n", "verify.max_kl: Input should be a finite number"),
         ("[train\n", "not valid TOML"),
     ],
 )

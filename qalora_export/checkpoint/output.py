@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from qalora_export.checkpoint.manifest import MANIFEST, files_of, sidecar_path
+from qalora_export.checkpoint.manifest import MANIFEST, files_of, is_ours, sidecar_path
 from qalora_export.errors import InputError, QaloraError
 from qalora_export.safety import atomic_file, exclusive, local_path, read_json, refuse_existing, sha256_bytes
 
@@ -27,8 +27,8 @@ def claim_output(target: Path, *, force: bool, inputs: Iterable[Path | str | Non
     """Own `target` (a file or folder) while the block runs: every stage writes inside such a block.
 
     inputs: what the stage reads. Raises InputError, before anything is written, when `target` is, holds or lies inside
-    an input, is a link, or is the home or working folder; when it exists (unless `force`); when `force` would replace
-    what this program did not make; and when another command is writing it.
+    an input, lies inside an artifact, is a link, or is the home or working folder; when it exists (unless `force`);
+    when `force` would replace what this program did not make; and when another command is writing it.
     """
     refuse_place(target, inputs)
     with exclusive(target):
@@ -71,6 +71,16 @@ def refuse_place(target: Path, inputs: Iterable[Path | str | None] = ()) -> None
                 "the output would lie inside an input",
                 where=target,
                 why=f"everything in {given} is part of what is read",
+                fix="choose another path",
+            )
+    if not here.name:
+        raise InputError("the output would take the place of all files", where=target, fix="name a new one")
+    for folder in here.parents:
+        if (folder / MANIFEST).is_file() and is_ours(folder / MANIFEST):
+            raise InputError(
+                "the output would lie inside an artifact",
+                where=target,
+                why=f"the manifest of {folder} names every file of it, and would refute it from then on",
                 fix="choose another path",
             )
 

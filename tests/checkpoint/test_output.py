@@ -160,3 +160,21 @@ def test_a_name_that_is_no_text_can_be_written_of(tmp_path: Path) -> None:
     for _ in range(2):
         assert write_signed(path, "of \udcff\n", comment=COMMENT) == path
         assert path.read_text("utf-8").startswith("of \\udcff\n")
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("name", ["new", "sub/new", "sub/deeper/new"])
+def test_nothing_is_written_inside_an_artifact(tmp_path: Path, name: str, force: bool) -> None:
+    """Its manifest names every file of the folder and would refute it."""
+    inside = artifact(tmp_path / "out") / name
+    with pytest.raises(InputError, match="inside an artifact"), claim_output(inside, force=force):
+        pass
+    assert not inside.exists()
+    with claim_output(tmp_path / "beside", force=force):
+        pass
+
+
+def test_the_root_of_all_files_is_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "cwd", lambda: tmp_path / "gone")
+    with pytest.raises(InputError, match="the place of"), claim_output(Path("/"), force=True):
+        pass

@@ -152,7 +152,7 @@ CASES = (
         lambda p: p.edit_json("base.qalora/config.json", lambda c: c.update(architectures=["MambaForCausalLM"])),
     ),
     Case("not canonical", ("export", "gguf", "model", "--out", "new"), BAD, ("not a canonical", "quantize")),
-    Case("bits 5", (*QUANTIZE, "--bits", "5"), BAD, ("bits",)),
+    Case("bits 7", (*QUANTIZE, "--bits", "7"), BAD, ("bits",)),
     # recipes and options
     Case(
         "unknown recipe key",

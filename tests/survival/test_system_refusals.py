@@ -8,7 +8,9 @@ import os
 import resource
 
 import pytest
+import torch
 
+from qalora_export.errors import from_system
 from tests.survival import limited
 from tests.survival.driven import Driver
 from tests.survival.place import (
@@ -134,3 +136,22 @@ def test_what_the_system_refuses_is_said_clearly(
     monkeypatch.setattr("qalora_export.qalora.merge.merge", fail)
     assert run(*MERGE) == code
     check_message(capsys.readouterr().err, words)
+
+
+@pytest.mark.parametrize("out", ["", ".", "/", "..", "base.qalora/new"])
+@pytest.mark.parametrize("command", WRITERS, ids=lambda command: command[0] + command[1][:5])
+def test_an_output_that_can_be_none_is_refused_by_every_writer(
+    command: tuple[str, ...], out: str, place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A path without a name, the folders around, and the inside of an artifact."""
+    assert run(*(out if word == "new" else word for word in command), "--force") == BAD
+    check_message(capsys.readouterr().err, ("the output",))
+    assert not (place / "base.qalora/new").exists()
+
+
+def test_memory_that_torch_does_not_get_is_told_in_one_sentence() -> None:
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(2**55, dtype=torch.uint8)
+    found = from_system(refused.value)
+    assert found is not None and found.what == "out of memory"
+    assert from_system(RuntimeError("expected scalar type Half")) is None

@@ -46,8 +46,8 @@ def export_gguf(
     """
     checkpoint, out, settings = local_path(checkpoint), local_path(out), settings or GgufSettings()
     with contextlib.ExitStack() as stack:
-        for path in (out, sidecar_path(out)):
-            stack.enter_context(claim_output(path, force=force, inputs=[checkpoint]))
+        stack.enter_context(claim_output(out, force=force, inputs=[checkpoint]))  # and so has a name
+        stack.enter_context(claim_output(sidecar_path(out), force=force, inputs=[checkpoint]))
         if settings.layout == "split":
             stack.enter_context(claim_output(adapter_path(out), force=force, inputs=[checkpoint]))
         else:  # one that an earlier model left may have to go

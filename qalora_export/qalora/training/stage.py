@@ -72,10 +72,12 @@ def train(
     existing output, a run that changed since it was interrupted, and a loss that is not finite.
     """
     base, out = local_path(base), local_path(out)
-    folder, inputs = training_folder.folder_for(out), (base, settings.data, settings.validation)
+    inputs = (base, settings.data, settings.validation)
     with contextlib.ExitStack() as stack:
         if is_main():
-            stack.enter_context(claim_output(out, force=force, inputs=inputs))
+            stack.enter_context(claim_output(out, force=force, inputs=inputs))  # and so has a name
+        folder = training_folder.folder_for(out)
+        if is_main():
             refuse_place(folder, inputs)
             stack.enter_context(exclusive(folder))
             require_intact(base, "the base")
