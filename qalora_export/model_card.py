@@ -46,6 +46,8 @@ def _quantized(recipe: Recipe) -> str:
     method = str(settings.get("method", q.method)) if isinstance(settings, dict) else q.method
     grid = "" if q.grid == AFFINE16.name else f" on the grid {q.grid}"
     anew = f"quantized with {q.method.upper()} to {q.bits} bits in groups of {q.group_size}{grid}"
+    if q.preset is not None:
+        anew = f"quantized with {q.method.upper()} by the preset {q.preset}"
     kinds = method.split(" + ")
     made = ", in part ".join(f"taken as it was quantized ({k})" if k.startswith("import") else anew for k in kinds)
     return made[0].upper() + made[1:]

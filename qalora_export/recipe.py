@@ -12,7 +12,8 @@ from qalora_export.safety.paths import local_path
 
 Bits = Literal[2, 3, 4, 5, 8]
 GroupSize = Literal[32, 64, 128]
-GridName = Literal["affine16", "q4_k", "q5_k", "q2_k"]
+GridName = Literal["affine16", "q4_k", "q5_k", "q6_k", "q2_k", "q8_0"]
+Preset = Literal["q4_k_m"]
 Positive = Annotated[int, Field(gt=0)]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}(?<!\.gguf)")  # owner/name
@@ -51,7 +52,10 @@ class QuantizeSettings(Settings):
     grid: GridName = Field(
         default="affine16",
         description="affine16: free float16 scale and offset; q4_k, q5_k, q2_k: those of GGUF Q4_K, Q5_K and Q2_K, "
-        "whose bits and groups they have",
+        "whose bits and groups they have; q6_k, q8_0: Q6_K and Q8_0, symmetric, for what is not trained",
+    )
+    preset: Preset | None = Field(
+        default=None, description="q4_k_m: q4_k, more bits where llama.cpp's Q4_K_M has them; rules beat it"
     )
     strict_groups: bool = Field(
         default=False, description="refuse in-features that group_size does not divide, instead of a smaller group"

@@ -14,6 +14,7 @@ from qalora_export.recipe_file import validated
 CASES = [
     ({}, None, "Quantized with GPTQ to 4 bits in groups of 32, fine-tuned"),
     ({"grid": "q4_k"}, "gptq", "Quantized with GPTQ to 4 bits in groups of 32 on the grid q4_k, fine-tuned"),
+    ({"preset": "q4_k_m"}, "gptq", "Quantized with GPTQ by the preset q4_k_m, fine-tuned"),
     ({}, "import-gguf", "Taken as it was quantized (import-gguf), fine-tuned"),
     (
         {"method": "rtn", "bits": 3},

@@ -19,48 +19,56 @@ On a grid of super-blocks (`"grid": "q4_k"` in the module's entry) `M` is five t
     M.scale_step   F16  (out, in/256)
     M.offset_step  F16  (out, in/256)
 
+and on a symmetric one (`"grid": "q6_k"`) three: M.codes, M.scale I8 (out, in/g) and M.scale_step. An embedding may be
+stored so too (`"embeddings"` beside `"modules"`); to a reader it is still a plain float32 tensor, `M.weight`, whose
+rows are made when asked for.
+
 Everything else is stored under its own name in its source dtype, bit for bit.
 """
 
 import contextlib
-import json
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import TensorSpec, serialize_file
 
-from qalora_export.checkpoint.manifest import FileKind, Parent, write_manifest
 from qalora_export.checkpoint.model_folder import ModelFolder
-from qalora_export.checkpoint.weight_files import INDEX, SINGLE
+from qalora_export.checkpoint.safetensors_file import TensorEntry
 from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.grid import (
     AFFINE16,
     BITS,
     GroupAffine,
-    Levels,
     NamedGrid,
     PackedAffine,
     SuperBlockGrid,
+    SymmetricGrid,
+    assembled,
+    centred,
     grid_named,
-    pack_codes,
     packed_width,
 )
-from qalora_export.safety import atomic_directory, sha256_bytes
 
 QUANT_METHOD = "qalora"
 VERSION = 1
 PARTS = ("codes", "scale", "offset")
 STEPS = ("scale_step", "offset_step")
+SYMMETRIC_PARTS = ("codes", "scale", "scale_step")
+FLOAT32, WEIGHT = np.dtype(np.float32), ".weight"
 
 
 def parts_of(grid: NamedGrid) -> tuple[str, ...]:
     """Last names of the tensors of a matrix on that grid."""
+    if isinstance(grid, SymmetricGrid):
+        return SYMMETRIC_PARTS
     return PARTS + STEPS if isinstance(grid, SuperBlockGrid) else PARTS
+
+
+def values_of(matrix: GroupAffine) -> NDArray[np.float32]:
+    """What an embedding in blocks is to a reader, float32 (out, in): as runtimes read its blocks."""
+    return centred(matrix) if isinstance(matrix.grid, SymmetricGrid) else matrix.dequantize()
 
 
 def is_canonical(folder: Path) -> bool:
@@ -70,8 +78,8 @@ def is_canonical(folder: Path) -> bool:
 
 
 class CanonicalCheckpoint(ModelFolder):
-    """A canonical checkpoint, opened for streaming. `modules` maps module name to (bits, group_size), `grids` to the
-    grid of its scales and offsets.
+    """A canonical checkpoint, opened for streaming. `modules` maps module name to (bits, group_size), `grids` to its
+    grid. `embeddings`: those three of embeddings that are stored in blocks; these are no modules but plain tensors.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -94,6 +102,33 @@ class CanonicalCheckpoint(ModelFolder):
         checked = {name: self._checked(name, value) for name, value in modules.items()}
         self.modules = {name: (bits, group) for name, (bits, group, _) in checked.items()}
         self.grids = {name: grid for name, (_, _, grid) in checked.items()}
+        embeddings = raw.get("embeddings", {})
+        if not isinstance(embeddings, dict):
+            raise UnsafeInputError("quantization_config.embeddings is not a table", where=self.path)
+        self.embeddings = {name: self._checked(name, value) for name, value in embeddings.items()}
+
+    def __contains__(self, name: str) -> bool:
+        return self._embedding(name) is not None or super().__contains__(name)
+
+    def entry(self, name: str) -> TensorEntry:
+        """Of an embedding in blocks: what it is to a reader, float32 (out, in)."""
+        module = self._embedding(name)
+        if module is None:
+            return super().entry(name)
+        rows, groups = super().entry(f"{module}.scale").shape
+        return TensorEntry(FLOAT32, (rows, groups * self.embeddings[module][1]), 0)
+
+    def tensor(self, name: str) -> NDArray[Any]:
+        return self.rows(name) if self._embedding(name) is not None else super().tensor(name)
+
+    def rows(self, name: str, rows: slice | NDArray[np.intp] = slice(None)) -> NDArray[Any]:
+        module = self._embedding(name)
+        return super().rows(name, rows) if module is None else values_of(self.packed(module, rows).unpack())
+
+    def _embedding(self, name: str) -> str | None:
+        """The embedding in blocks that a tensor is the weight of."""
+        module = name.removesuffix(WEIGHT)
+        return module if module != name and module in self.embeddings else None
 
     def group_affine(self, module: str) -> GroupAffine:
         """The quantized matrix of one module, unpacked in memory."""
@@ -102,12 +137,10 @@ class CanonicalCheckpoint(ModelFolder):
 
     def packed(self, module: str, rows: slice | NDArray[np.intp] = slice(None)) -> PackedAffine:
         """Some rows of a module's matrix, codes still packed; only the pages of those rows are read."""
-        (bits, group_size), grid = self.modules[module], self.grids[module]
-        codes, scale, offset, *steps = (np.asarray(self.tensor(f"{module}.{part}")[rows]) for part in parts_of(grid))
+        bits, group_size, grid = self.embeddings.get(module) or (*self.modules[module], self.grids[module])
+        codes, *numbers = (np.asarray(self.tensor(f"{module}.{part}")[rows]) for part in parts_of(grid))
         with self._located(module):
-            if isinstance(grid, SuperBlockGrid):
-                return PackedAffine.on_levels(codes, Levels(grid, scale, offset, *steps))
-            return PackedAffine(codes, scale, offset, bits, group_size)
+            return assembled(grid, bits, group_size, codes, *numbers)
 
     @contextlib.contextmanager
     def _located(self, module: str) -> Iterator[None]:
@@ -120,9 +153,11 @@ class CanonicalCheckpoint(ModelFolder):
             raise InputError(error.what, where=where, why=error.why, fix="re-create it") from error
 
     def plain_names(self) -> list[str]:
-        """Names of the tensors that are not part of a quantized module, in file order."""
-        quantized = {f"{module}.{part}" for module, grid in self.grids.items() for part in parts_of(grid)}
-        return [name for name in self.names() if name not in quantized]
+        """Names of the tensors that are not part of a quantized module, in file order; of an embedding its weight's."""
+        grids = self.grids | {name: grid for name, (_, _, grid) in self.embeddings.items()}
+        quantized = {f"{module}.{part}" for module, grid in grids.items() for part in parts_of(grid)}
+        weights = {f"{module}.codes": f"{module}{WEIGHT}" for module in self.embeddings}
+        return [weights.get(name, name) for name in self.names() if name in weights or name not in quantized]
 
     def _checked(self, module: str, value: object) -> tuple[int, int, NamedGrid]:
         where = f"{self.path}: {module}"
@@ -131,117 +166,20 @@ class CanonicalCheckpoint(ModelFolder):
         if bits not in BITS or type(bits) is not int or type(group) is not int or group <= 0:
             raise UnsafeInputError("module entry needs bits and group_size", where=where, why=str(value)[:200])
         grid = grid_named(entry.get("grid", AFFINE16.name), bits, group, where=where)
-        codes, scale, offset, *steps = (self.entry(f"{module}.{part}") for part in parts_of(grid))
-        if len(codes.shape) != 2 or len(scale.shape) != 2 or scale.shape != offset.shape:
+        entries = {part: super(CanonicalCheckpoint, self).entry(f"{module}.{part}") for part in parts_of(grid)}
+        codes, scale = entries["codes"], entries["scale"]
+        numbers = [entries[part] for part in ("scale", "offset") if part in entries]
+        steps = [entries[part] for part in STEPS if part in entries]
+        if len(codes.shape) != 2 or len(scale.shape) != 2 or {each.shape for each in numbers} != {scale.shape}:
             raise UnsafeInputError("codes, scale or offset has the wrong rank or shape", where=where)
         expected = (scale.shape[0], packed_width(scale.shape[1] * group, bits))
-        half, byte = np.dtype("<f2"), np.dtype(np.uint8)
-        wanted = {byte} if isinstance(grid, SuperBlockGrid) else {half}
-        if codes.shape != expected or codes.dtype != np.uint8 or {scale.dtype, offset.dtype} != wanted:
+        half = np.dtype("<f2")
+        level = np.dtype(np.int8 if isinstance(grid, SymmetricGrid) else np.uint8)
+        wanted: np.dtype[Any] = level if isinstance(grid, SuperBlockGrid) else half
+        if codes.shape != expected or codes.dtype != np.uint8 or {each.dtype for each in numbers} != {wanted}:
             raise UnsafeInputError(f"codes are {codes.dtype}{codes.shape}, expected uint8{expected}", where=where)
         if isinstance(grid, SuperBlockGrid):
             per_row = (scale.shape[0], scale.shape[1] // grid.groups)
             if scale.shape[1] % grid.groups or {(step.shape, step.dtype) for step in steps} != {(per_row, half)}:
                 raise UnsafeInputError(f"steps of super-blocks are not float16{per_row}", where=where)
         return bits, group, grid
-
-
-class CanonicalWriter:
-    """Streams a canonical checkpoint into place: shards of at most `shard_bytes`, manifest last, then one rename.
-
-    Use as a context manager; nothing appears under `target` unless the block ends without an exception.
-    """
-
-    def __init__(
-        self,
-        target: Path,
-        config: dict[str, Any],
-        companions: Iterable[Path] = (),
-        *,
-        kind: FileKind,
-        parents: list[Parent] | None = None,
-        settings: dict[str, Any] | None = None,
-        force: bool = False,
-        shard_bytes: int = 512 * 2**20,
-    ) -> None:
-        self._atomic = atomic_directory(target, force=force)
-        self._config, self._companions = config, list(companions)
-        self._kind, self._parents, self._settings = kind, parents or [], settings or {}
-        self._shard_bytes, self._pending, self._pending_bytes = shard_bytes, dict[str, NDArray[Any]](), 0
-        self._shard_names: list[list[str]] = []
-        self._hashes: dict[str, dict[str, Any]] = {}
-        self._modules: dict[str, dict[str, Any]] = {}
-
-    def __enter__(self) -> "CanonicalWriter":
-        self._folder = self._atomic.__enter__()
-        return self
-
-    def add(self, name: str, tensor: NDArray[Any]) -> None:
-        """Store a tensor that is not quantized, bit for bit."""
-        if name in self._hashes:
-            raise InputError("tensor written twice", where=name)
-        tensor = np.asarray(tensor, order="C")  # unlike ascontiguousarray it keeps a scalar a scalar
-        digest = sha256_bytes(tensor)
-        self._hashes[name] = {"dtype": tensor.dtype.name, "shape": list(tensor.shape), "sha256": digest}
-        if self._pending and self._pending_bytes + tensor.nbytes > self._shard_bytes:
-            self._flush()
-        self._pending[name] = tensor
-        self._pending_bytes += tensor.nbytes
-
-    def add_quantized(self, module: str, matrix: GroupAffine) -> None:
-        """Store a quantized matrix as codes, scale and offset. Raises InputError for products of unknown levels."""
-        if matrix.levels is None and matrix.scale.dtype != np.float16:
-            raise InputError("scales and offsets are products whose levels are not known", where=module)
-        self._modules[module] = {"bits": matrix.bits, "group_size": matrix.group_size}
-        self.add(f"{module}.codes", pack_codes(matrix.codes, matrix.bits))
-        levels = matrix.levels
-        if levels is not None:
-            self._modules[module]["grid"] = levels.grid.name
-        for part in parts_of(matrix.grid)[1:]:
-            self.add(f"{module}.{part}", getattr(matrix if levels is None else levels, part))
-
-    def add_json(self, name: str, value: object) -> None:
-        """One more file of the folder, named in its manifest; no file that carries the model."""
-        _dump(self._folder / name, value)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            try:
-                self._finish()
-            except BaseException as failure:
-                if not self._atomic.__exit__(type(failure), failure, failure.__traceback__):
-                    raise
-                return
-        self._atomic.__exit__(kind, error, trace)
-
-    def _flush(self) -> None:
-        path = self._folder / f"shard-{len(self._shard_names)}.safetensors"
-        specs = {
-            name: TensorSpec(dtype=t.dtype.name, shape=t.shape, data_ptr=t.ctypes.data, data_len=t.nbytes)
-            for name, t in self._pending.items()
-        }
-        serialize_file(specs, path, metadata={"format": "pt"})
-        self._shard_names.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
-
-    def _finish(self) -> None:
-        self._flush()
-        count = len(self._shard_names)
-        weight_map: dict[str, str] = {}
-        for index, names in enumerate(self._shard_names):
-            final = SINGLE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-            (self._folder / f"shard-{index}.safetensors").rename(self._folder / final)
-            weight_map |= dict.fromkeys(names, final)
-        if count > 1:
-            _dump(self._folder / INDEX, {"metadata": {}, "weight_map": weight_map})
-        quantization = {"quant_method": QUANT_METHOD, "version": VERSION, "modules": self._modules}
-        _dump(self._folder / "config.json", self._config | {"quantization_config": quantization})
-        for path in self._companions:
-            shutil.copyfile(path, self._folder / path.name)
-        write_manifest(self._folder, self._kind, tensors=self._hashes, parents=self._parents, settings=self._settings)
-
-
-def _dump(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n", encoding="utf-8")

@@ -25,7 +25,6 @@ TOKENIZER_FILES = (
 )
 # What makes the model usable and goes along unchanged through every stage.
 COMPANIONS = (*TOKENIZER_FILES, "generation_config.json")
-CONTEXT = "max_position_embeddings"
 
 
 class ModelFolder:
@@ -48,15 +47,6 @@ class ModelFolder:
                     raise UnsafeInputError("two shards hold the same tensor", where=f"{shard}: {name}")
                 self._where[name] = (shard, entry)
 
-    @property
-    def context(self) -> int | None:
-        """Positions that the model has; None where config.json does not say. Raises InputError for no such number."""
-        value = self.config.get(CONTEXT)
-        if value is not None and (type(value) is not int or value <= 0):
-            where = f"{self.path / 'config.json'}: {CONTEXT}"
-            raise InputError(f"{CONTEXT} is {value!r}, not a positive number", where=where)
-        return value
-
     def names(self) -> list[str]:
         """Tensor names in file order."""
         return list(self._where)
@@ -74,6 +64,11 @@ class ModelFolder:
     def tensor(self, name: str) -> NDArray[Any]:
         """The tensor, memory-mapped, in its stored dtype (bfloat16 through ml_dtypes)."""
         return map_tensor(*self._find(name))
+
+    def rows(self, name: str, rows: slice | NDArray[np.intp] = slice(None)) -> NDArray[Any]:
+        """Some rows of a tensor; all of a scalar."""
+        tensor = self.tensor(name)
+        return np.asarray(tensor[rows] if tensor.ndim else tensor)
 
     def tensors(self) -> Iterator[tuple[str, NDArray[Any]]]:
         for name in self._where:

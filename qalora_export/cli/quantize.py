@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from qalora_export.grid import AFFINE16
-from qalora_export.recipe import GridName, QuantizeSettings
+from qalora_export.recipe import GridName, Preset, QuantizeSettings
 
 if TYPE_CHECKING:
     from qalora_export.quantization.report import ModuleReport, QuantizeReport
@@ -40,7 +40,15 @@ def command(
         None,
         metavar="|".join(get_args(GridName)),
         help="affine16: float16 scale and offset of every group; q4_k, q5_k, q2_k: those of GGUF Q4_K, Q5_K and "
-        f"Q2_K, 4.5, 5.5 and 2.625 bits per weight, for in-features that 256 divides. \\[default: {D.grid}]",
+        "Q2_K, 4.5, 5.5, 2.625 bits per weight, for in-features that 256 divides; q6_k, q8_0: symmetric, for what is "
+        f"not trained. \\[default: {D.grid}]",
+        rich_help_panel=GRID,
+    ),
+    preset: str | None = typer.Option(
+        None,
+        metavar="|".join(get_args(Preset)),
+        help="A mix of grids: q4_k, with q5_k in v_proj and down_proj where llama.cpp's Q4_K_M has more bits, and "
+        "lm_head and embedding in blocks. Rules beat it.",
         rich_help_panel=GRID,
     ),
     strict_groups: bool | None = typer.Option(
@@ -97,8 +105,8 @@ def command(
     """Quantize a model into a canonical checkpoint: codes, scale and offset.
 
     One decoder layer is in memory at a time, on the GPU when there is one. Embeddings, norms, biases and lm_head stay
-    as they are, bit for bit. A checkpoint in GPTQ format and a GGUF file in Q4_K, Q5_K, Q2_K, Q4_1, Q4_0, Q5_0, Q5_1 or
-    Q8_0 are imported with their own codes; nothing is quantized again.
+    as they are, bit for bit, unless a preset or a rule names one. A checkpoint in GPTQ format and a GGUF file in Q4_K,
+    Q5_K, Q6_K, Q2_K, Q4_1, Q4_0, Q5_0, Q5_1 or Q8_0 are imported with their own codes; nothing is quantized again.
 
     [bold]Examples[/bold]
 
@@ -109,6 +117,14 @@ def command(
     3 bits, but 4 for the down projections:
 
       qalora-export quantize my-model --out base.qalora --calibration chats.jsonl --bits 3 --rule '*.down_proj=bits:4'
+
+    The sizes of llama.cpp's Q4_K_M:
+
+      qalora-export quantize my-model --out base.qalora --calibration text.txt --preset q4_k_m
+
+    8 bits for the embedding, which no wildcard reaches:
+
+      qalora-export quantize my-model --out base.qalora --method rtn --rule 'model.embed_tokens=grid:q8_0'
 
     The first layer untouched, no data at hand:
 

@@ -128,7 +128,7 @@ def command(
         from qalora_export.qalora.training.plan import plan
 
         made = plan(base, settings)
-        _print_plan(made)
+        _print_plan(made, settings.targets)
         check_fits(made.memory)
         console.print("it fits: run the same command without --dry-run")
         return
@@ -142,11 +142,12 @@ def command(
     )
 
 
-def _print_plan(made: TrainPlan) -> None:
+def _print_plan(made: TrainPlan, targets: tuple[str, ...]) -> None:
     from rich.table import Table
 
     from qalora_export.console import console
     from qalora_export.memory import bytes_text
+    from qalora_export.qalora.targets import describe, left_alone
 
     memory: MemoryEstimate = made.memory
     console.print(
@@ -155,6 +156,8 @@ def _print_plan(made: TrainPlan) -> None:
     )
     for name, account in made.accounts.items():
         console.print(f"{name}: {account.describe()}")
+    if alone := left_alone(targets, made.untrained):
+        console.print(describe(alone))
     console.print(f"{memory.trainable_parameters:,} trainable parameters in {memory.adapted_modules} modules")
     table = Table("memory per device", "estimate", title=f"compute in {str(made.dtype).removeprefix('torch.')}")
     table.columns[1].justify = "right"
@@ -168,10 +171,13 @@ def _print_plan(made: TrainPlan) -> None:
 def _print_report(report: TrainReport, out: Path) -> None:
     from qalora_export.console import console
     from qalora_export.memory import bytes_text
+    from qalora_export.qalora.targets import describe
 
     for name, account in report.data.items():
         if account.lines:
             console.print(f"{name}: {account.describe()}")
+    if report.untrained:
+        console.print(describe(report.untrained))
     if report.best_loss is not None:
         console.print(
             f"validation loss {report.initial_loss:.4f} → {report.best_loss:.4f}, kept step "

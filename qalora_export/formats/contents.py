@@ -90,7 +90,11 @@ class FolderContents:
         return out, groups * self.modules[name][1]
 
     def stored(self, name: str) -> tuple[str, int]:
-        entry = self.folder.entry(name)
+        entry, module = self.folder.entry(name), name.removesuffix(".weight")
+        if isinstance(self.folder, CanonicalCheckpoint) and module in self.folder.embeddings:
+            bits, group, grid = self.folder.embeddings[module]
+            size = int(math.prod(entry.shape) * grid.bits_per_weight(bits, group) / 8)
+            return (f"{bits} bit, g {group}" if grid is AFFINE16 else grid.name), size
         return entry.dtype.name, entry.nbytes
 
     def packed(self, module: str, rows: slice = ALL) -> PackedAffine:
@@ -99,8 +103,7 @@ class FolderContents:
         return self.folder.packed(module, rows)
 
     def tensor(self, name: str, rows: slice = ALL) -> NDArray[Any]:
-        tensor = self.folder.tensor(name)
-        return np.asarray(tensor[rows] if tensor.ndim else tensor)
+        return self.folder.rows(name, rows)
 
     def carried(self, name: str, tensor: NDArray[Any]) -> NDArray[Any]:
         return tensor

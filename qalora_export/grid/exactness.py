@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.grid.group_affine import GroupAffine
+from qalora_export.grid.levels import SymmetricLevels
 from qalora_export.grid.packed_affine import PackedAffine
 
 
@@ -56,7 +57,7 @@ def grid_differences(left: GroupAffine | PackedAffine, right: GroupAffine | Pack
         return differing(left.scale, right.scale), differing(left.offset, right.offset)
     if one.grid != other.grid:
         return left.scale.size, left.offset.size
-    return (
-        differing(one.scale, other.scale) + differing(one.scale_step, other.scale_step),
-        differing(one.offset, other.offset) + differing(one.offset_step, other.offset_step),
-    )
+    scales = differing(one.scale, other.scale) + differing(one.scale_step, other.scale_step)
+    if isinstance(one, SymmetricLevels) or isinstance(other, SymmetricLevels):
+        return scales, 0  # no offset but that of the scale
+    return scales, differing(one.offset, other.offset) + differing(one.offset_step, other.offset_step)

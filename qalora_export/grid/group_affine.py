@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.errors import InputError
-from qalora_export.grid.levels import Levels
+from qalora_export.grid.levels import AnyLevels
 from qalora_export.grid.named import AFFINE16, BITS, NamedGrid
 
 GROUP_SIZES = (16, 32, 64, 128)
@@ -32,7 +32,7 @@ class GroupAffine:
     scale: NDArray[Any]
     offset: NDArray[Any]
     bits: int
-    levels: Levels | None = None
+    levels: AnyLevels | None = None
 
     def __post_init__(self) -> None:
         problem = _problem(self)
@@ -43,7 +43,7 @@ class GroupAffine:
             )
 
     @classmethod
-    def on_levels(cls, codes: NDArray[np.uint8], levels: Levels) -> "GroupAffine":
+    def on_levels(cls, codes: NDArray[np.uint8], levels: AnyLevels) -> "GroupAffine":
         """The matrix with these codes, uint8 (out, in), on a grid of super-blocks."""
         return cls(codes, levels.scales(), levels.offsets(), levels.grid.bits, levels)
 
@@ -72,6 +72,15 @@ class GroupAffine:
         s = self.scale.astype(np.float32)[..., None]
         m = self.offset.astype(np.float32)[..., None]
         return (s * q + m).reshape(self.shape)
+
+
+def centred(matrix: GroupAffine) -> NDArray[np.float32]:
+    """A symmetric matrix as s·(q − 2^(bits−1)), float32 (out, in): the numbers of `dequantize`, with the sign of zero
+    that runtimes give to a middle code beside a scale below 0.
+    """
+    q = matrix.codes.reshape(*matrix.scale.shape, matrix.group_size).astype(np.float32)
+    s = matrix.scale.astype(np.float32)[..., None]
+    return (s * (q - np.float32(2 ** (matrix.bits - 1)))).reshape(matrix.shape)
 
 
 def implied_offset(scale: NDArray[np.float16], zero: int | NDArray[np.uint8]) -> NDArray[np.float16]:
@@ -104,7 +113,7 @@ def _problem(matrix: GroupAffine) -> str:
     return "" if matrix.levels is None else _beside_levels(matrix, matrix.levels)
 
 
-def _beside_levels(matrix: GroupAffine, levels: Levels) -> str:
+def _beside_levels(matrix: GroupAffine, levels: AnyLevels) -> str:
     grid = levels.grid
     if (matrix.bits, matrix.group_size) != (grid.bits, grid.group_size):
         return f"{matrix.bits} bits in groups of {matrix.group_size} are not on grid {grid.name}"

@@ -10,12 +10,13 @@ nearest. `factor` finds them for numbers that lie on the grid already, exactly, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.errors import InputError
-from qalora_export.grid.named import SuperBlockGrid
+from qalora_export.grid.named import SuperBlockGrid, SymmetricGrid
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,6 +44,41 @@ class Levels:
     def offsets(self) -> NDArray[np.float32]:
         """float32 (out, in/g); −0 where the level is 0, as d·k·q − 0 has it."""
         return -_products(self.offset, self.offset_step, self.grid)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SymmetricLevels:
+    """scale: int8 (out, in/g). scale_step: float16 (out, in/256). The offset is −2^(bits−1)·scale.
+
+    Raises InputError when shapes or dtypes disagree or a step is not finite.
+    """
+
+    grid: SymmetricGrid
+    scale: NDArray[np.int8]
+    scale_step: NDArray[np.float16]
+
+    def __post_init__(self) -> None:
+        shape, per_row = self.scale.shape, self.scale_step.shape
+        problem = ""
+        if self.scale.dtype != np.int8 or self.scale_step.dtype != np.float16:
+            problem = "levels are int8 and steps float16"
+        elif len(shape) != 2 or shape != (per_row[0], per_row[-1] * self.grid.groups):
+            problem = f"{shape} levels do not divide into {per_row} super-blocks of {self.grid.groups}"
+        elif not np.isfinite(self.scale_step).all():
+            problem = "a step is NaN or infinite"
+        if problem:
+            raise InputError(f"not a grid of super-blocks: {problem}", why='see DESIGN.md, "Grids"')
+
+    def scales(self) -> NDArray[np.float32]:
+        """float32 (out, in/g)."""
+        return _products(self.scale, self.scale_step, self.grid)
+
+    def offsets(self) -> NDArray[np.float32]:
+        """float32 (out, in/g), exact."""
+        return np.float32(-(2 ** (self.grid.bits - 1))) * self.scales()
+
+
+AnyLevels = Levels | SymmetricLevels
 
 
 def project(values: NDArray[np.float64], grid: SuperBlockGrid) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
@@ -82,7 +118,7 @@ def factor(
     return levels.astype(np.uint8).reshape(values.shape), steps.astype(np.float16)
 
 
-def _products(levels: NDArray[np.uint8], steps: NDArray[np.float16], grid: SuperBlockGrid) -> NDArray[np.float32]:
+def _products(levels: NDArray[Any], steps: NDArray[np.float16], grid: SuperBlockGrid) -> NDArray[np.float32]:
     wide = levels.reshape(*steps.shape, grid.groups).astype(np.float32) * steps.astype(np.float32)[..., None]
     products: NDArray[np.float32] = wide.reshape(levels.shape)
     return products

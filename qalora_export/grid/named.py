@@ -4,6 +4,7 @@
     q4_k       s = d·k, m = −e·l in super-blocks of 256     GGUF Q4_K: codes of 4 bits, groups of 32, k and l of 6 bits
     q5_k       the same                                     GGUF Q5_K: codes of 5 bits, groups of 32, k and l of 6 bits
     q2_k       the same                                     GGUF Q2_K: codes of 2 bits, groups of 16, k and l of 4 bits
+    q6_k       s = d·k, m = −32·s                           GGUF Q6_K: codes of 6 bits, groups of 16, k int8
 
 A weight is s·q + m on every grid. On a grid of super-blocks d and e are float16 and belong to 256 in-features, k and l
 are small unsigned integers, one of each for a group ("levels"). A product of 11 and 6 bits is exact in float32, and so
@@ -65,12 +66,34 @@ class SuperBlockGrid(NamedGrid):
     def divides(self, in_features: int, group_size: int) -> bool:
         return in_features % SUPER_BLOCK == 0
 
+    @property
+    def symmetric(self) -> bool:
+        """Whether the offset is −2^(bits−1)·scale, so that no adapter can move it."""
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class SymmetricGrid(SuperBlockGrid):
+    """Super-blocks with signed levels, and an offset that follows from the scale: w = d·k·(q − 2^(bits−1)), exact."""
+
+    @property
+    def top(self) -> int:
+        return (1 << (self.level_bits - 1)) - 1
+
+    @property
+    def symmetric(self) -> bool:
+        return True
+
+    def bits_per_weight(self, bits: int, group_size: int) -> float:
+        return self.bits + self.level_bits / self.group_size + FP16_BITS / SUPER_BLOCK
+
 
 AFFINE16 = NamedGrid("affine16")
 Q4_K = SuperBlockGrid("q4_k", bits=4, group_size=32, level_bits=6, gguf="Q4_K")
 Q5_K = SuperBlockGrid("q5_k", bits=5, group_size=32, level_bits=6, gguf="Q5_K")
 Q2_K = SuperBlockGrid("q2_k", bits=2, group_size=16, level_bits=4, gguf="Q2_K")
-GRIDS: dict[str, NamedGrid] = {grid.name: grid for grid in (AFFINE16, Q4_K, Q5_K, Q2_K)}
+Q6_K = SymmetricGrid("q6_k", bits=6, group_size=16, level_bits=8, gguf="Q6_K")
+GRIDS: dict[str, NamedGrid] = {grid.name: grid for grid in (AFFINE16, Q4_K, Q5_K, Q6_K, Q2_K)}
 
 
 def grid_named(name: object, bits: int, group_size: int, *, where: str) -> NamedGrid:

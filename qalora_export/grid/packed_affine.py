@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from qalora_export.errors import InputError
 from qalora_export.grid.group_affine import GroupAffine
-from qalora_export.grid.levels import Levels
-from qalora_export.grid.named import AFFINE16, NamedGrid
+from qalora_export.grid.levels import AnyLevels, Levels, SymmetricLevels
+from qalora_export.grid.named import AFFINE16, NamedGrid, SuperBlockGrid, SymmetricGrid
 from qalora_export.grid.packing import pack_codes, packed_width, unpack_codes
 
 MAGNITUDE, INFINITY = np.uint16(0x7FFF), 0x7C00  # fp16 bit patterns: order of magnitudes is order of integers
@@ -29,7 +29,7 @@ class PackedAffine:
     offset: NDArray[Any]
     bits: int
     group_size: int
-    levels: Levels | None = None
+    levels: AnyLevels | None = None
 
     def __post_init__(self) -> None:
         out, groups = self.scale.shape
@@ -44,7 +44,7 @@ class PackedAffine:
             )
 
     @classmethod
-    def on_levels(cls, codes: NDArray[np.uint8], levels: Levels) -> "PackedAffine":
+    def on_levels(cls, codes: NDArray[np.uint8], levels: AnyLevels) -> "PackedAffine":
         """The matrix with these packed codes on a grid of super-blocks."""
         grid = levels.grid
         return cls(codes, levels.scales(), levels.offsets(), grid.bits, grid.group_size, levels)
@@ -79,3 +79,15 @@ def fp16_is_finite(values: NDArray[np.float16]) -> bool:
 def fp16_largest(values: NDArray[np.float16]) -> float:
     """abs(values).max() on the bit patterns; NaN counts as larger than infinity."""
     return float((values.view(np.uint16) & MAGNITUDE).max(keepdims=True, initial=0).view(np.float16).item())
+
+
+def assembled(grid: NamedGrid, bits: int, group_size: int, codes: NDArray[np.uint8], *numbers: Any) -> PackedAffine:
+    """The matrix of packed codes and the numbers beside them, as a checkpoint stores them on that grid: scale and
+    offset, and behind them their steps where there are any. Raises InputError for what is no such matrix.
+    """
+    if isinstance(grid, SymmetricGrid):
+        return PackedAffine.on_levels(codes, SymmetricLevels(grid, *numbers))
+    if isinstance(grid, SuperBlockGrid):
+        return PackedAffine.on_levels(codes, Levels(grid, *numbers))
+    scale, offset = numbers
+    return PackedAffine(codes, scale, offset, bits, group_size)

@@ -29,9 +29,15 @@ class Skeleton:
         self.folder, self.device = folder, device
         self.model = _build(folder.path, attention)
         self.base = self.model.base_model
+        self.instead: dict[str, Callable[[], NDArray[np.float32]]] = {}  # tensors that are other ones than the folder's
         self.prefix = f"{self.model.base_model_prefix}."
         self.tied = bool(getattr(self.model.config, "tie_word_embeddings", False))  # defaults of the class included
         self.base.rotary_emb = type(self.base.rotary_emb)(config=self.base.config).to(device)
+
+    def embeddings(self) -> dict[str, int]:
+        """The token embedding by module name, with its width."""
+        table = self.base.get_input_embeddings()
+        return {name: int(module.embedding_dim) for name, module in self.model.named_modules() if module is table}
 
     def check_complete(self) -> None:
         """Raise InputError when the folder lacks a tensor or holds it in another shape."""
@@ -60,7 +66,7 @@ class Skeleton:
     def materialized(self, name: str) -> Iterator[nn.Module]:
         """The module `name` with real float32 weights on the device; back on the meta device afterwards."""
         module = self.model.get_submodule(name)
-        state = {key: torch.from_numpy(as_float32(self.folder.tensor(f"{name}.{key}"))) for key in module.state_dict()}
+        state = {key: torch.from_numpy(self._values(f"{name}.{key}")) for key in module.state_dict()}
         module.to_empty(device=self.device)
         self._refill(module)
         module.load_state_dict(state)
@@ -69,6 +75,10 @@ class Skeleton:
             yield module
         finally:
             module.to("meta")
+
+    def _values(self, name: str) -> NDArray[np.float32]:
+        made = self.instead.get(name)
+        return as_float32(self.folder.tensor(name)) if made is None else made()
 
     def _refill(self, module: nn.Module) -> None:
         """Give buffers that no file holds (Gemma's embedding scale) the values the model is built with."""

@@ -8,7 +8,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from qalora_export.preflight import estimates
 from qalora_export.preflight.estimates import StageForecast
 from qalora_export.preflight.findings import Findings
 from qalora_export.preflight.machine import Machine, gpu_note, measure
+from qalora_export.qalora.targets import describe, left_alone, targeted
 from qalora_export.recipe import Recipe
 
 SPARE = 1.1  # of the disk: file systems and estimates are not exact
@@ -63,7 +63,7 @@ def examine(recipe: Recipe, pending: Collection[str], findings: Findings) -> Pre
             if pending and forecast is None:
                 _without_model(recipe, pending, findings)
             return None if machine is None else Preflight({}, machine, tuple(findings.notes))
-        for note in (*forecast.notes, _left(forecast), gpu_note(machine)):
+        for note in (*forecast.notes, forecast.mix(), _left(forecast), gpu_note(machine)):
             findings.note(note)
         from qalora_export.models.loading import tokenizers_loaded_once
 
@@ -90,7 +90,8 @@ def _base(recipe: Recipe, quantizes: bool, scratch: Path) -> Iterator[Forecast]:
 
 def _left(forecast: Forecast) -> str:
     """Which matrices are not quantized, by kind."""
-    matrices = {name.removesuffix(".weight"): e for name, e in forecast.plain.items() if len(e.shape) == 2}
+    plain = {name.removesuffix(".weight"): entry for name, entry in forecast.plain.items()}
+    matrices = {name: e for name, e in plain.items() if len(e.shape) == 2 and name not in forecast.embeddings}
     kinds = Counter(name.rpartition(".")[2] for name in matrices)
     listed = ", ".join(kind if count == 1 else f"{count} × {kind}" for kind, count in kinds.items())
     values = sum(math.prod(entry.shape) for entry in matrices.values())
@@ -184,6 +185,8 @@ class _Checks:
         if "data" not in data:
             return None
         made = planned(self.forecast, settings, data)
+        if alone := left_alone(settings.targets, made.untrained):
+            findings.note(describe(alone))
         for name, account in made.accounts.items():
             if account.lines:
                 findings.note(f"train.{name}: {account.describe()}")
@@ -204,7 +207,7 @@ class _Checks:
         assert self.recipe.export.gguf is not None
         self._tell_bound("gguf")
         targets = self.recipe.train.targets
-        trained = [name for name in self.forecast.modules if any(fnmatchcase(name, pattern) for pattern in targets)]
+        trained = targeted(self.forecast.modules, targets, self.forecast.untrained)
         return estimates.export(check_gguf(self.forecast, self.recipe.export.gguf, trained), self.machine)
 
     def _onnx(self) -> StageForecast:

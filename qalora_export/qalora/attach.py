@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from fnmatch import fnmatchcase
 
 import torch
@@ -10,18 +11,21 @@ from torch import nn
 
 from qalora_export.errors import InputError
 from qalora_export.qalora.layer import QALoraLinear
+from qalora_export.qalora.targets import describe, targeted
 from qalora_export.recipe import TrainSettings
 
 
-def attach(model: nn.Module, settings: TrainSettings) -> list[str]:
+def attach(model: nn.Module, settings: TrainSettings, untrained: Collection[str] = ()) -> list[str]:
     """Freeze `model`, then attach float32 adapters to the QALoraLinear modules that settings.targets match.
 
     Targets are shell patterns on the dotted module name ("*", "*.q_proj", "model.layers.0.*"). Every module draws
     its A from (settings.seed, its own name), so adding a target changes no other module's start and every process
-    of a distributed run starts alike. Returns the adapted names in model order. Raises InputError when a pattern
-    matches nothing (with what there is) or the pool length does not fit a module.
+    of a distributed run starts alike. untrained: modules that no pattern reaches (qalora/targets.py). Returns the
+    adapted names in model order. Raises InputError when a pattern matches nothing (with what there is), nothing is left
+    to train, or the pool length does not fit a module.
     """
     linears = quantized_linears(model)
+    untrained = {*untrained, *(name for name, module in linears.items() if module.symmetric)}
     for pattern in settings.targets:
         if not any(fnmatchcase(name, pattern) for name in linears):
             kinds = sorted({f"*.{name.rpartition('.')[2]}" for name in linears})
@@ -35,7 +39,14 @@ def attach(model: nn.Module, settings: TrainSettings) -> list[str]:
     model.requires_grad_(False)
     for module in linears.values():
         module.detach_adapter()
-    names = [name for name in linears if any(fnmatchcase(name, pattern) for pattern in settings.targets)]
+    names = targeted(linears, settings.targets, untrained)
+    if not names:
+        raise InputError(
+            "every module that the targets match is left alone",
+            where="train.targets",
+            why=describe(untrained),
+            fix="give other targets, or quantize these modules on a grid with offsets",
+        )
     for name in names:
         generator = torch.Generator().manual_seed(_seed(settings.seed, name))
         try:

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qalora_export.errors import InputError
-from qalora_export.grid import AFFINE16, SuperBlockGrid, grid_named
+from qalora_export.grid import AFFINE16, SuperBlockGrid, SymmetricGrid, grid_named
 from qalora_export.grid.named import SUPER_BLOCK
 from qalora_export.grid.packing import packed_width
 from qalora_export.qalora.dequant import dequantize
 from qalora_export.qalora.kernels import dispatch, ops
-from qalora_export.qalora.super_blocks import effective_levels, products, super_block_grid
+from qalora_export.qalora.super_blocks import effective_levels, scale_and_offset, super_block_grid
 
 
 def group_sum(x: Tensor, groups: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -124,24 +124,28 @@ def _weight(
     dtype: torch.dtype, a: Tensor | None, b: Tensor | None, scaling: float, bits: int, grid: str, *held: Tensor
 ) -> Tensor:
     """The matrix the layer multiplies by, (out, in) in `dtype`."""
-    codes, scale, offset, *steps = held
+    codes, *numbers = held
     if a is not None and b is not None and grid == AFFINE16.name and dispatch.applies(codes):
+        scale, offset = numbers
         return ops.dequantize(codes, scale, offset, bits, dtype, a, b, scaling)  # offset_eff never leaves the kernel
-    return dequantize(codes, *_scale_and_offset(a, b, scaling, grid, scale, offset, *steps), bits, dtype)
+    return dequantize(codes, *_scale_and_offset(a, b, scaling, grid, *numbers), bits, dtype)
 
 
 def _scale_and_offset(
-    a: Tensor | None, b: Tensor | None, scaling: float, grid: str, scale: Tensor, offset: Tensor, *steps: Tensor
+    a: Tensor | None, b: Tensor | None, scaling: float, grid: str, *numbers: Tensor
 ) -> tuple[Tensor, Tensor]:
     """What codes are multiplied with and what is added, adapter and all, both (out, in/g): float16, or on a grid of
     super-blocks float32.
     """
-    if not steps:
+    if grid == AFFINE16.name:
+        scale, offset = numbers
         return scale, offset if a is None or b is None else effective_offset(offset, a, b, scaling)
-    scale_step, offset_step = steps
+    named = super_block_grid(grid)
     if a is not None and b is not None:
-        offset, offset_step = effective_levels(offset, offset_step, a, b, scaling, super_block_grid(grid))
-    return products(scale, scale_step), -products(offset, offset_step)
+        scale, offset, scale_step, offset_step = numbers
+        offset, offset_step = effective_levels(offset, offset_step, a, b, scaling, named)
+        numbers = (scale, offset, scale_step, offset_step)
+    return scale_and_offset(numbers, named)
 
 
 def _frozen(rows: int, columns: int, dtype: torch.dtype, device: torch.device | str | None) -> nn.Parameter:
@@ -152,7 +156,8 @@ class QALoraLinear(nn.Module):
     """A linear layer in canonical form, optionally with a QA-LoRA adapter.
 
     Frozen: codes uint8 (out, in·bits/8), scale float16 (out, in/g), offset float16 (out, in/g); bias (out,) or None. On
-    a grid of super-blocks scale and offset are levels, uint8, beside scale_step and offset_step float16 (out, in/256).
+    a grid of super-blocks scale and offset are levels, uint8, beside scale_step and offset_step float16 (out, in/256);
+    on a symmetric one there is no offset, so no adapter either, and scale is int8.
     They are parameters that never require gradients, not buffers, because FSDP divides parameters among devices.
     Trainable, float32: lora_A (r, in/pool), lora_B (out, r), where pool is g or a multiple of it.
     """
@@ -176,14 +181,17 @@ class QALoraLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group_size, self.grid = bits, group_size, grid
         groups, on_levels = in_features // group_size, isinstance(named, SuperBlockGrid)
-        number = torch.uint8 if on_levels else torch.float16
+        self.symmetric = isinstance(named, SymmetricGrid)
+        number = (torch.int8 if self.symmetric else torch.uint8) if on_levels else torch.float16
         self.codes = _frozen(out_features, packed_width(in_features, bits), torch.uint8, device)
         self.scale = _frozen(out_features, groups, number, device)
-        self.offset = _frozen(out_features, groups, number, device)
+        if not self.symmetric:
+            self.offset = _frozen(out_features, groups, number, device)
         if on_levels:
             blocks = in_features // SUPER_BLOCK
             self.scale_step = _frozen(out_features, blocks, torch.float16, device)
-            self.offset_step = _frozen(out_features, blocks, torch.float16, device)
+            if not self.symmetric:
+                self.offset_step = _frozen(out_features, blocks, torch.float16, device)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         self.lora_A: nn.Parameter | None = None
         self.lora_B: nn.Parameter | None = None
@@ -191,7 +199,11 @@ class QALoraLinear(nn.Module):
 
     @property
     def packed(self) -> tuple[Tensor, ...]:
-        """codes, scale and offset, and on a grid of super-blocks the steps of scale and of offset."""
+        """codes, scale and offset, and on a grid of super-blocks the steps of scale and of offset; where the offset
+        follows from the scale, codes, scale and its step.
+        """
+        if self.symmetric:
+            return self.codes, self.scale, self.scale_step
         numbers = (self.codes, self.scale, self.offset)
         return numbers if self.grid == AFFINE16.name else (*numbers, self.scale_step, self.offset_step)
 
@@ -207,8 +219,14 @@ class QALoraLinear(nn.Module):
 
         pool: the module's own group size, or a multiple of it; where a multiple does not divide the in-features, its
         greatest divisor that does, so that one setting serves matrices of different widths. Raises InputError when
-        pool is no multiple of the group size.
+        pool is no multiple of the group size, and where there is no offset that it could move.
         """
+        if self.symmetric:
+            raise InputError(
+                f"an adapter cannot move the offsets of grid {self.grid}",
+                why="they are −2^(bits−1)·scale",
+                fix="leave this module out of train.targets, or quantize it on another grid",
+            )
         pool = pool or self.group_size
         if pool % self.group_size:
             raise InputError(

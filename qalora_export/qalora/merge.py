@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qalora_export.checkpoint.canonical import CanonicalCheckpoint, CanonicalWriter, parts_of
+from qalora_export.checkpoint.canonical import WEIGHT, CanonicalCheckpoint, parts_of
+from qalora_export.checkpoint.canonical_writer import CanonicalWriter
 from qalora_export.checkpoint.manifest import parent_of, require_intact
 from qalora_export.checkpoint.output import claim_output
 from qalora_export.errors import InputError, ParityError
 from qalora_export.formats.contents import FolderContents, compare
-from qalora_export.grid import GroupAffine, differing
+from qalora_export.grid import GroupAffine, SymmetricLevels, differing
 from qalora_export.models.loading import load_model
 from qalora_export.progress import status, track
 from qalora_export.qalora.adapter_files import Adapter, ModuleAdapter, ModuleShape, load_adapter, read_adapter
@@ -103,6 +104,13 @@ def _merge(base: Path, adapter: Path, out: Path, *, convention: str, force: bool
 def merged(matrix: GroupAffine, adapter: ModuleAdapter, *, where: str) -> GroupAffine:
     """The matrix with offset_eff, by the functions training uses. Raises InputError when float16 cannot hold it."""
     levels = matrix.levels
+    if isinstance(levels, SymmetricLevels):
+        raise InputError(
+            f"an adapter cannot move the offsets of grid {levels.grid.name}",
+            where=where,
+            why="they are −2^(bits−1)·scale",
+            fix="merge with the base that the adapter was trained on",
+        )
     if levels is None:
         return GroupAffine(matrix.codes, matrix.scale, merged_offset(matrix, adapter, where=where), matrix.bits)
     level, step = (torch.from_numpy(np.array(part)) for part in (levels.offset, levels.offset_step))
@@ -159,7 +167,10 @@ def _write(checkpoint: CanonicalCheckpoint, adapter: Adapter, target: Path, *, p
         settings={"convention": adapter.convention},
     ) as writer:
         for name in checkpoint.plain_names():
-            writer.add(name, checkpoint.tensor(name))
+            if (embedding := name.removesuffix(WEIGHT)) in checkpoint.embeddings:
+                writer.add_embedding(embedding, checkpoint.packed(embedding).unpack())
+            else:
+                writer.add(name, checkpoint.tensor(name))
         for name in track(checkpoint.modules, "merge", len(checkpoint.modules)):
             matrix = checkpoint.group_affine(name)
             if name in adapter.modules:

@@ -23,10 +23,21 @@ def super_block_grid(name: str) -> SuperBlockGrid:
 
 
 def products(levels: Tensor, step: Tensor) -> Tensor:
-    """step · level, float32 (out, in/g), exact; levels uint8 (out, in/g), step float16 (out, in/256)."""
+    """step · level, float32 (out, in/g), exact; levels uint8 or int8 (out, in/g), step float16 (out, in/256)."""
     blocks = levels.unflatten(-1, (step.shape[-1], -1)).to(torch.float32)
     wide: Tensor = blocks * step.to(torch.float32).unsqueeze(-1)
     return wide.flatten(-2)
+
+
+def scale_and_offset(numbers: tuple[Tensor, ...], grid: SuperBlockGrid) -> tuple[Tensor, Tensor]:
+    """What codes are multiplied with and what is added, float32 (out, in/g). numbers: scale, offset and their steps, on
+    a symmetric grid scale and its step.
+    """
+    if grid.symmetric:
+        scale = products(*numbers)
+        return scale, -(2.0 ** (grid.bits - 1)) * scale
+    level, offset, scale_step, offset_step = numbers
+    return products(level, scale_step), -products(offset, offset_step)
 
 
 def effective_levels(

@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from qalora_export.checkpoint.forecast import Forecast
+from qalora_export.checkpoint.safetensors_file import TensorEntry
 from qalora_export.errors import InputError
 from qalora_export.formats.gguf.types import BLOCK_TYPES
 from qalora_export.models.families import family_of
@@ -51,7 +53,8 @@ def calibrated(forecast: Forecast, settings: QuantizeSettings) -> Forecast:
 def _planned(skeleton: Skeleton, settings: QuantizeSettings) -> Forecast:
     folder = skeleton.folder
     skeleton.check_complete()
-    stored, plans, notes = plan_modules(skeleton, settings)
+    planned = plan_modules(skeleton, settings)
+    stored, plans = planned.stored, planned.plans
     symmetric = {name for name, plan in plans.items() if plan.sym}
     codes = dict[str, tuple[int, int]]()
     if isinstance(folder, GgufModel):
@@ -61,24 +64,31 @@ def _planned(skeleton: Skeleton, settings: QuantizeSettings) -> Forecast:
             symmetric |= {name} if kind.zero is not None else set()
     modules = {name: (plan.bits, plan.group_size) for name, plan in plans.items()}
     found = _forecast(skeleton, modules, {f"{name}.weight" for name in modules})
+    embeddings = {name: (plan.bits, plan.group_size, plan.grid) for name, plan in planned.embeddings.items()}
+    plain = dict(found.plain) | {
+        f"{name}.weight": TensorEntry(np.dtype(np.float32), found.plain[f"{name}.weight"].shape, 0)
+        for name in embeddings
+    }
     return replace(
         found,
+        plain=plain,
+        embeddings=embeddings,
         symmetric=frozenset(symmetric),
         codes=codes,
         kept=frozenset(stored),
         grids={name: plan.grid for name, plan in plans.items()},
-        notes=(*notes_of(folder), *notes),
+        notes=(*notes_of(folder), *planned.notes),
     )
 
 
 def _packed(skeleton: Skeleton, packed: dict[str, Any], settings: QuantizeSettings) -> Forecast:
     """Of a checkpoint in GPTQ format: shapes, version and order are checked, codes are not read."""
     folder = skeleton.folder
-    if settings.rules:
+    if settings.rules or settings.preset:
         raise InputError(
-            "rules cannot be applied to a checkpoint that is quantized already",
+            f"{'rules' if settings.rules else 'a preset'} cannot be applied to a checkpoint that is quantized already",
             where=folder.path,
-            fix="remove the rules, or start from the unquantized model",
+            fix="remove them, or start from the unquantized model",
         )
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in skeleton.linears().items()}
     stored = {name: shape for name, shape in shapes.items() if f"{name}.qweight" in folder}

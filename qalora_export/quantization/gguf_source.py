@@ -29,7 +29,7 @@ from qalora_export.formats.gguf.read import GgufContents
 from qalora_export.formats.gguf.tokenizer.from_gguf import tokenizer_files_from_gguf
 from qalora_export.formats.gguf.types import BLOCK_TYPES, PLAIN_TYPES
 from qalora_export.formats.streaming import row_blocks
-from qalora_export.grid import GroupAffine, NamedGrid
+from qalora_export.grid import GroupAffine, Levels, NamedGrid, SuperBlockGrid
 
 SCRATCH_BYTES = 256 << 20  # a dequantized tensor above this is mapped from a file, not held
 F32 = np.dtype(np.float32)
@@ -94,7 +94,7 @@ class GgufModel(ModelFolder):
         """
         matrix = self._gguf.group_affine(module)
         levels = matrix.levels
-        if levels is not None and min(float(levels.scale_step.min()), float(levels.offset_step.min())) < 0:
+        if isinstance(levels, Levels) and min(float(levels.scale_step.min()), float(levels.offset_step.min())) < 0:
             raise InputError(
                 "a super-block has a step below 0",
                 where=f"{self.file}: {module}",
@@ -102,6 +102,15 @@ class GgufModel(ModelFolder):
                 fix="make the file again with llama-quantize",
             )
         return matrix
+
+    def embedding_grid(self, module: str) -> NamedGrid | None:
+        """The grid of super-blocks on which the file holds an embedding; None where it is stored otherwise."""
+        kind = BLOCK_TYPES.get(self._gguf.types.get(f"{module}.weight", ""))
+        return kind.grid if kind is not None and isinstance(kind.grid, SuperBlockGrid) else None
+
+    def embedding(self, module: str) -> GroupAffine:
+        """The matrix of an embedding that has such a grid."""
+        return self._gguf.native(module).unpack()
 
     def grid_of(self, module: str) -> NamedGrid:
         """The grid of a stored module."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qalora_export.checkpoint.canonical import CanonicalWriter
+from qalora_export.checkpoint.canonical_writer import CanonicalWriter
 from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.errors import InputError
 from qalora_export.grid import GroupAffine, narrow
@@ -41,11 +41,11 @@ def import_gptq(
     began = time.perf_counter()
     folder = source.folder
     family_of(folder.config)
-    if settings.rules:
+    if settings.rules or settings.preset:
         raise InputError(
-            "rules cannot be applied to a checkpoint that is quantized already",
+            f"{'rules' if settings.rules else 'a preset'} cannot be applied to a checkpoint that is quantized already",
             where=folder.path,
-            fix="remove the rules, or start from the unquantized model",
+            fix="remove them, or start from the unquantized model",
         )
     skeleton = Skeleton(folder, torch.device("cpu"))
     widths = {name: (linear.out_features, linear.in_features) for name, linear in skeleton.linears().items()}

@@ -11,11 +11,21 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qalora_export.errors import InputError
-from qalora_export.grid import AFFINE16, GroupAffine, Levels, NamedGrid, SuperBlockGrid, factor
+from qalora_export.grid import (
+    AFFINE16,
+    GroupAffine,
+    Levels,
+    NamedGrid,
+    SuperBlockGrid,
+    SymmetricGrid,
+    SymmetricLevels,
+    factor,
+)
 
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5)
 REFINEMENTS = 3
@@ -91,6 +101,8 @@ def to_group_affine(codes: Tensor, grid: Grid, bits: int, *, where: str, kind: N
     numbers = codes.to(torch.uint8).cpu().numpy()
     if isinstance(kind, SuperBlockGrid):
         scale, scale_step = factor(grid.scale.cpu().numpy(), kind, where=where)
+        if isinstance(kind, SymmetricGrid):
+            return GroupAffine.on_levels(numbers, SymmetricLevels(kind, scale.view(np.int8), scale_step))
         offset, offset_step = factor(-grid.offset.cpu().numpy(), kind, where=where)
         return GroupAffine.on_levels(numbers, Levels(kind, scale, offset, scale_step, offset_step))
     return GroupAffine(

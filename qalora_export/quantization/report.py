@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from qalora_export.grid import AFFINE16, GRIDS
+from qalora_export.quantization.rules import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,29 @@ class ModuleReport:
     @property
     def bits_per_weight(self) -> float:
         return GRIDS[self.grid].bits_per_weight(self.bits, self.group_size)
+
+
+def report_of(name: str, plan: Plan, weight: Tensor, result: Tensor, hessian: Tensor | None) -> ModuleReport:
+    """What quantizing weight (out, in) to result did; hessian (in, in) of its inputs, where there is one."""
+    error = result - weight
+    norm = float(weight.norm())
+    output_error = None
+    if hessian is not None:
+        h = hessian.float()
+        power = float(((weight @ h) * weight).sum(dtype=torch.float64))
+        output_error = float(((error @ h) * error).sum(dtype=torch.float64)) / power if power else 0.0
+    return ModuleReport(
+        name,
+        (weight.shape[0], weight.shape[1]),
+        plan.bits,
+        plan.group_size,
+        plan.sym,
+        float(error.norm()) / norm if norm else 0.0,
+        output_error,
+        int(torch.count_nonzero(error)),
+        float(error.abs().max()),
+        plan.grid.name,
+    )
 
 
 REPORT = "quantize_report.json"

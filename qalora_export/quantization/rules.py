@@ -1,8 +1,8 @@
 """Which modules are quantized and how: settings, then the first matching rule of the recipe, then what g must divide.
 
 In-features that the group size does not divide: the module falls to the next smaller group size that does (128, 64,
-32), and stays as it is, in 16 bits, where none does. A grid of super-blocks falls to free scales and offsets (affine16)
-where 256 does not divide. `strict_groups` refuses instead.
+32), and stays as it is, in 16 bits, where none does. A grid of super-blocks falls to free scales and offsets (affine16,
+and q6_k to q8_0) where 256 does not divide. `strict_groups` refuses instead.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from typing import Any, get_args
 from qalora_export.errors import InputError
 from qalora_export.grid import AFFINE16, GRIDS, NamedGrid, SuperBlockGrid
 from qalora_export.grid.named import SUPER_BLOCK
-from qalora_export.recipe import GroupSize, QuantizeRule, QuantizeSettings
+from qalora_export.quantization.presets import preset_rules
+from qalora_export.recipe import GridName, GroupSize, QuantizeRule, QuantizeSettings
 
 CHOICES = ("bits", "group_size", "sym")
+Q8_0 = "q8_0"  # affine16 as GGUF's Q8_0 has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +34,22 @@ class Plan:
     grid: NamedGrid = AFFINE16
 
 
+def plan_of(grid: NamedGrid) -> Plan:
+    """How a matrix on this grid of super-blocks is quantized."""
+    assert isinstance(grid, SuperBlockGrid)
+    return Plan(grid.bits, grid.group_size, grid.symmetric, grid)
+
+
 @dataclass(frozen=True, slots=True)
 class Resolution:
     """plans: module name -> plan, in the model's order. fallen: modules with a smaller group than asked for, and those
     left in 16 bits (None), each with its in-features and the group size asked for. off_grid: modules that do not divide
-    into super-blocks, each with its in-features and the grid asked for."""
+    into super-blocks, each with its in-features and the grid asked for. embeddings: those that go into blocks."""
 
     plans: dict[str, Plan]
     fallen: dict[str, tuple[int | None, int, int]]
     off_grid: dict[str, tuple[int, str]] = field(default_factory=dict)
+    embeddings: dict[str, Plan] = field(default_factory=dict)
 
     def notes(self) -> tuple[str, ...]:
         """One line for all modules of a kind that fell alike: "30 × down_proj: groups of 64, …"."""
@@ -52,35 +61,52 @@ class Resolution:
         )
         others = Counter((name.rpartition(".")[2], *fall) for name, fall in self.off_grid.items())
         grids = (
-            f"{count} × {kind}: grid {AFFINE16.name} instead of {asked}, {width} in-features do not divide into "
+            f"{count} × {kind}: grid {_instead(asked)} instead of {asked}, {width} in-features do not divide into "
             f"super-blocks of {SUPER_BLOCK}"
             for (kind, width, asked), count in others.items()
         )
         return (*groups, *grids)
 
 
-def resolve(settings: QuantizeSettings, in_features: Mapping[str, int], *, inside: str, tied: bool) -> Resolution:
+def resolve(
+    settings: QuantizeSettings,
+    in_features: Mapping[str, int],
+    *,
+    inside: str,
+    tied: bool,
+    embeddings: Mapping[str, int] | None = None,
+) -> Resolution:
     """What to quantize and how.
 
-    in_features: every linear layer of the model with its width. inside: prefix of the decoder layers; linear layers
-    outside them (lm_head) are quantized only when a rule names them literally, never by a wildcard. Raises InputError
-    for a rule that matches nothing, for a tied lm_head, when nothing is left to quantize, and with strict_groups for
-    in-features that g does not divide.
+    in_features: every linear layer of the model with its width; embeddings: every embedding with its own. inside:
+    prefix of the decoder layers; what lies outside them (lm_head, the embedding) is quantized only when a rule or the
+    preset names it literally, never by a wildcard. Raises InputError for a rule that matches nothing, for a tied
+    lm_head, for a grid beside a preset, when nothing is left to quantize, and with strict_groups for in-features that g
+    does not divide.
     """
+    if settings.preset and settings.grid != AFFINE16.name:
+        raise InputError(
+            f"preset {settings.preset} and grid {settings.grid} are two choices",
+            where="quantize.preset",
+            fix="leave one out; rules give single modules another grid than the preset",
+        )
+    widths = {**in_features, **(embeddings or {})}
     for each in settings.rules:
-        _check_matches(each, list(in_features))
+        _check_matches(each, list(widths))
+    rules = (*settings.rules, *preset_rules(settings.preset, list(widths), inside=inside, tied=tied))
     plans, fallen, off_grid = dict[str, Plan](), dict[str, tuple[int | None, int, int]](), dict[str, tuple[int, str]]()
-    for module, width in in_features.items():
-        rule = next((rule for rule in settings.rules if fnmatchcase(module, rule.match)), None)
+    for module, width in widths.items():
         outside = not module.startswith(inside)
-        if (rule is not None and rule.skip) or (outside and not (rule is not None and rule.match == module)):
+        matching = (rule for rule in rules if fnmatchcase(module, rule.match))
+        rule = next((rule for rule in matching if not outside or rule.skip or rule.match == module), None)
+        if (rule is not None and rule.skip) or (outside and rule is None):
             continue
-        if outside and tied:
+        if outside and tied and module in in_features:
             raise InputError(
                 "cannot quantize an lm_head that shares its weights with the embedding",
                 where=module,
                 why="the embedding would change with it",
-                fix="remove the rule for it",
+                fix=f"name the embedding instead: {', '.join(embeddings)}" if embeddings else "remove the rule for it",
             )
         plan = _planned(settings, rule, module)
         if plan.grid is not AFFINE16:
@@ -90,7 +116,7 @@ def resolve(settings: QuantizeSettings, in_features: Mapping[str, int], *, insid
             if settings.strict_groups:
                 raise _no_super_blocks(module, width, plan.grid)
             off_grid[module] = (width, plan.grid.name)
-            plan = Plan(plan.bits, max(plan.group_size, min(get_args(GroupSize))), plan.sym)
+            plan = _own(_instead(plan.grid.name), plan)
         fitting = _fitting(width, plan.group_size)
         if fitting != plan.group_size:
             if settings.strict_groups:
@@ -98,6 +124,7 @@ def resolve(settings: QuantizeSettings, in_features: Mapping[str, int], *, insid
             fallen[module] = (fitting, width, plan.group_size)
         if fitting is not None:
             plans[module] = replace(plan, group_size=fitting)
+    found = {name: plans.pop(name) for name in embeddings or {} if name in plans}
     if not plans:
         raise InputError(
             "nothing is left to quantize",
@@ -105,7 +132,7 @@ def resolve(settings: QuantizeSettings, in_features: Mapping[str, int], *, insid
             why="no group size divides the in-features of any module" if fallen else "the rules skip every module",
             fix="leave something to quantize",
         )
-    return Resolution(plans, fallen, off_grid)
+    return Resolution(plans, fallen, off_grid, found)
 
 
 def parse_rule(text: str) -> QuantizeRule:
@@ -122,7 +149,7 @@ def parse_rule(text: str) -> QuantizeRule:
             raw["bits"] = int(value)
         elif key in ("group", "group_size") and value.isdigit():
             raw["group_size"] = int(value)
-        elif key == "grid" and value in GRIDS:
+        elif key == "grid" and value in get_args(GridName):
             raw["grid"] = value
         elif key == "sym" and value in ("true", "false"):
             raw["sym"] = value == "true"
@@ -145,21 +172,38 @@ def _planned(settings: QuantizeSettings, rule: QuantizeRule | None, module: str)
     asked: dict[str, Any] = {name: None if rule is None else getattr(rule, name) for name in CHOICES}
     chosen: dict[str, Any] = {n: getattr(settings, n) if asked[n] is None else asked[n] for n in CHOICES}
     named = None if rule is None else rule.grid
-    grid, free = GRIDS[named or settings.grid], Plan(**chosen)
-    if not isinstance(grid, SuperBlockGrid):
+    name, free = named or ("q4_k" if settings.preset else settings.grid), Plan(**chosen)
+    if name == AFFINE16.name:
         return free
-    own = {"bits": grid.bits, "group_size": grid.group_size, "sym": False}
+    plan = _own(name, free)
+    own = {choice: getattr(plan, choice) for choice in CHOICES}
     if named is None and any(value not in (None, own[name]) for name, value in asked.items()):
         return free
     usual = QuantizeSettings()
     if all(chosen[n] == own[n] or (asked[n] is None and chosen[n] == getattr(usual, n)) for n in CHOICES):
-        return Plan(grid.bits, grid.group_size, False, grid)
+        return plan
     raise InputError(
-        f"grid {grid.name} has {grid.bits} bits in groups of {grid.group_size}, not symmetric",
+        f"grid {name} has {plan.bits} bits in groups of {plan.group_size}, {'' if plan.sym else 'not '}symmetric",
         where=f"quantize.rules: {rule.match}" if named and rule else f"quantize.grid ({module})",
         why=f"the settings say {free.bits} bits in groups of {free.group_size}{', symmetric' if free.sym else ''}",
         fix="leave them out, or choose another grid",
     )
+
+
+def _own(name: str, free: Plan) -> Plan:
+    """The plan that a grid is by itself; of the free one the bits of `free`, in groups that GGUF has."""
+    if name == Q8_0:
+        return Plan(8, 32, True)
+    grid = GRIDS[name]
+    if isinstance(grid, SuperBlockGrid):
+        return plan_of(grid)
+    return Plan(free.bits, max(free.group_size, min(get_args(GroupSize))), free.sym)
+
+
+def _instead(grid: str) -> str:
+    """What a module becomes that does not divide into super-blocks: llama.cpp's Q6_K falls to Q8_0 as well."""
+    named = GRIDS[grid]
+    return Q8_0 if isinstance(named, SuperBlockGrid) and named.symmetric else AFFINE16.name
 
 
 def _no_super_blocks(module: str, width: int, grid: NamedGrid) -> InputError:

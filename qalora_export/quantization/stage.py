@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qalora_export.checkpoint.canonical import CanonicalWriter
+from qalora_export.checkpoint.canonical_writer import CanonicalWriter
 from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.checkpoint.output import claim_output
 from qalora_export.data.calibration import calibration_windows
@@ -27,13 +27,14 @@ from qalora_export.memory import peak_rss_bytes
 from qalora_export.models.families import family_of
 from qalora_export.models.skeleton import Activations, Skeleton
 from qalora_export.progress import track
+from qalora_export.quantization.embedding import quantize_embedding
 from qalora_export.quantization.gguf_source import GgufModel
 from qalora_export.quantization.gptq import gptq
 from qalora_export.quantization.gptq_import import import_gptq
 from qalora_export.quantization.hessian import Hessian, collect
-from qalora_export.quantization.report import REPORT, ModuleReport, QuantizeReport, record
+from qalora_export.quantization.report import REPORT, ModuleReport, QuantizeReport, record, report_of
 from qalora_export.quantization.rtn import round_to_nearest
-from qalora_export.quantization.rules import Plan, resolve
+from qalora_export.quantization.rules import Plan, plan_of, resolve
 from qalora_export.quantization.source import Source, gptq_config, open_source
 from qalora_export.recipe import QuantizeSettings
 from qalora_export.safety import StrPath, local_path, sha256_file
@@ -84,8 +85,9 @@ def _quantize(source: Source, out: Path, settings: QuantizeSettings, *, force: b
         torch.cuda.reset_peak_memory_stats()
     skeleton = Skeleton(folder, device)
     skeleton.check_complete()
-    stored, plans, notes = plan_modules(skeleton, settings)
-    notes = (*source.notes, *notes)
+    planned = plan_modules(skeleton, settings)
+    stored, plans = planned.stored, planned.plans
+    notes = (*source.notes, *planned.notes)
     anew = set(plans) - stored
     method = " + ".join(["import-gguf"] * bool(stored) + [settings.method] * bool(anew))
     windows = calibration(folder, settings) if settings.method == "gptq" and anew else None
@@ -98,10 +100,13 @@ def _quantize(source: Source, out: Path, settings: QuantizeSettings, *, force: b
         settings=(_recorded(settings) if anew else {}) | {"method": method} | source.recorded,
         force=force,
     ) as writer:
+        embeddings = {
+            name: quantize_embedding(skeleton, name, plan, writer) for name, plan in planned.embeddings.items()
+        }
         activations = None if windows is None else Activations(skeleton, windows)
         run = _Run(skeleton, plans, stored, settings, writer, activations)
-        modules = tuple(track(run.modules(), f"quantize ({method})", total=len(plans)))
-        kept = run.write_rest()
+        modules = (*embeddings.values(), *track(run.modules(), f"quantize ({method})", total=len(plans)))
+        kept = run.write_rest(without=set(embeddings))
         tokens = 0 if windows is None else windows.size
         writer.add_json(REPORT, record(method, modules, kept=kept, calibration_tokens=tokens, notes=notes))
     return QuantizeReport(
@@ -117,29 +122,41 @@ def _quantize(source: Source, out: Path, settings: QuantizeSettings, *, force: b
     )
 
 
-def plan_modules(skeleton: Skeleton, settings: QuantizeSettings) -> tuple[set[str], dict[str, Plan], tuple[str, ...]]:
-    """The modules that the source holds in canonical form; how every module is quantized, those included; notes.
-
-    Raises InputError as `resolve` does, and for rules when nothing is left for them.
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """stored: modules that the source holds in canonical form. plans: how every module is quantized, those included, in
+    the model's order. embeddings: how embeddings go into blocks, those that the source holds in a grid's included.
     """
+
+    stored: set[str]
+    plans: dict[str, Plan]
+    embeddings: dict[str, Plan]
+    notes: tuple[str, ...] = ()
+
+
+def plan_modules(skeleton: Skeleton, settings: QuantizeSettings) -> Planned:
+    """Raises InputError as `resolve` does, and for rules when nothing is left for them."""
     folder, linears = skeleton.folder, skeleton.linears()
     kept = folder.stored_modules() if isinstance(folder, GgufModel) else {}
-    plans = dict[str, Plan]()
+    plans, tables, held = dict[str, Plan](), skeleton.embeddings(), dict[str, Plan]()
     if isinstance(folder, GgufModel):
+        held = {name: plan_of(grid) for name in tables if (grid := folder.embedding_grid(name)) is not None}
         plans = {name: Plan(*kept[name], sym=False, grid=folder.grid_of(name)) for name in linears if name in kept}
     rest = {name: linear.in_features for name, linear in linears.items() if name not in plans}
     inside = skeleton.layer_name(0).removesuffix("0")
     if plans and not any(name.startswith(inside) for name in rest):
-        if settings.rules:
+        if settings.rules or settings.preset:
             raise InputError(
-                "rules cannot be applied to a model that is quantized already",
+                f"{'rules' if settings.rules else 'a preset'} cannot be applied to a model that is quantized already",
                 where=folder.path,
-                fix="remove the rules, or start from the unquantized model",
+                fix="remove them, or start from the unquantized model",
             )
-        return set(plans), plans, ()
-    resolved = resolve(settings, rest, inside=inside, tied=skeleton.tied)
-    all_plans = plans | resolved.plans
-    return set(plans), {name: all_plans[name] for name in linears if name in all_plans}, resolved.notes()
+        return Planned(set(plans), plans, held)
+    free = {name: width for name, width in tables.items() if name not in held}
+    resolved = resolve(settings, rest, inside=inside, tied=skeleton.tied, embeddings=free)
+    every = plans | resolved.plans
+    ordered = {name: every[name] for name in linears if name in every}
+    return Planned(set(plans), ordered, held | resolved.embeddings, resolved.notes())
 
 
 @dataclass
@@ -163,9 +180,9 @@ class _Run:
         for name in outside:
             yield from self._outside(name)
 
-    def write_rest(self) -> int:
-        """Copy every tensor that is not quantized bit for bit; returns how many."""
-        quantized = {f"{name}.weight" for name in self.plans}
+    def write_rest(self, *, without: set[str]) -> int:
+        """Copy every tensor that is not quantized bit for bit; returns how many. without: embeddings in blocks."""
+        quantized = {f"{name}.weight" for name in (*self.plans, *without)}
         rest = [name for name in self.skeleton.folder.names() if name not in quantized]
         for name in track(rest, "copy what is not quantized"):
             self.writer.add(name, np.asarray(self.skeleton.folder.tensor(name)))
@@ -212,31 +229,9 @@ class _Run:
             matrix = gptq(weight, hessian, plan, where=where, damp=damp, block_size=block_size, sweeps=sweeps)
         self.writer.add_quantized(name, matrix)
         result = torch.from_numpy(matrix.dequantize()).to(weight.device)
-        report = _report(name, plan, weight, result, hessian)
+        report = report_of(name, plan, weight, result, hessian)
         weight.copy_(result)
         return report
-
-
-def _report(name: str, plan: Plan, weight: Tensor, result: Tensor, hessian: Tensor | None) -> ModuleReport:
-    error = result - weight
-    norm = float(weight.norm())
-    output_error = None
-    if hessian is not None:
-        h = hessian.float()
-        power = float(((weight @ h) * weight).sum(dtype=torch.float64))
-        output_error = float(((error @ h) * error).sum(dtype=torch.float64)) / power if power else 0.0
-    return ModuleReport(
-        name,
-        (weight.shape[0], weight.shape[1]),
-        plan.bits,
-        plan.group_size,
-        plan.sym,
-        float(error.norm()) / norm if norm else 0.0,
-        output_error,
-        int(torch.count_nonzero(error)),
-        float(error.abs().max()),
-        plan.grid.name,
-    )
 
 
 def calibration(folder: ModelFolder, settings: QuantizeSettings) -> NDArray[np.int64]:
@@ -249,7 +244,7 @@ def calibration(folder: ModelFolder, settings: QuantizeSettings) -> NDArray[np.i
             where="quantize.calibration",
             fix="give --calibration FILE (plain text or JSONL), or use --method rtn",
         )
-    limit = folder.context or settings.sequence_length
+    limit = int(folder.config.get("max_position_embeddings") or settings.sequence_length)
     return calibration_windows(
         Path(settings.calibration),
         load_tokenizer(folder.path),
@@ -261,9 +256,9 @@ def calibration(folder: ModelFolder, settings: QuantizeSettings) -> NDArray[np.i
 
 def _recorded(settings: QuantizeSettings) -> dict[str, Any]:
     """The settings as the manifest keeps them: the calibration text by name and hash, never by path; a grid only where
-    it is not the usual one.
+    it is not the usual one, a preset only where there is one.
     """
-    recorded = settings.model_dump(mode="json")
+    recorded = settings.model_dump(mode="json", exclude={"preset"} if settings.preset is None else None)
     for entry in (recorded, *recorded["rules"]):
         if entry["grid"] in (None, AFFINE16.name):
             del entry["grid"]

@@ -27,7 +27,8 @@ from qalora_runtimes.protocol import Job
 from qalora_runtimes.taps import run_taps
 from safetensors.numpy import load_file, save_file
 
-from qalora_export.checkpoint.canonical import CanonicalCheckpoint, CanonicalWriter
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.canonical_writer import CanonicalWriter
 from qalora_export.errors import InputError
 from qalora_export.formats.gguf.export import export_gguf
 from qalora_export.formats.onnx.export import export_onnx

@@ -1,9 +1,10 @@
-"""Speed of llama.cpp on one model in seven files: our exact layouts and the lossy types users know.
+"""Speed of llama.cpp on one model in eight files: our exact layouts and the lossy types users know.
 
     python -m tests.benchmarks.llama_layouts --work /tmp/llama-bench
 
 Random weights at the shape of a 1.1B Llama; speed does not depend on their values. Every file is loaded at once and
 the files take turns, so a busy moment of the machine hits all alike. Ratios are medians of ratios within a turn.
+`--only q4_k_m` measures that one beside Q4_K_M.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from qalora_runtimes.llama_cpp.c_api import Context, Library
@@ -36,6 +38,7 @@ AIM = 0.9  # of Q4_K_M
 OURS = {
     "q4_1": "one file, exact",
     "q4_k": "one file on grid q4_k, exact",
+    "q4_k_m": "one file of preset q4_k_m, exact",
     "split": "Q4_0 base + exact offset adapter",
     "split, rank 16": "symmetric Q4_0 base + trained adapter of rank 16",
     "split, F16 lm_head": "as split, lm_head left in float16 (the default of quantize)",
@@ -54,12 +57,15 @@ def main() -> None:
     work = options.work / "llama-layouts"
     shutil.rmtree(work, ignore_errors=True)
     try:
-        files = _files(work, config, options.group)
-        turns = _measure(files, options.threads, config["vocab_size"], prompt, tokens, repeats)
+        files = _files(work, config, options.group, {*(options.only or OURS | LOSSY), REFERENCE})
+        turns = measure(files, options.threads, config["vocab_size"], prompt, tokens, repeats)
         sizes = {name: sum(path.stat().st_size for path in pair if path) for name, pair in files.items()}
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    rows = {name: _row(name, turns, prompt, tokens) | {"bytes": sizes[name]} for name in files}
+    rows = {
+        name: {"what": (OURS | LOSSY)[name]} | speeds(name, turns, prompt, tokens) | {"bytes": sizes[name]}
+        for name in files
+    }
     content = {
         "benchmark": "llama_layouts",
         "machine": found,
@@ -76,37 +82,56 @@ def main() -> None:
     _report(content, options.json)
 
 
-def _files(work: Path, config: dict[str, Any], group: int) -> dict[str, tuple[Path, Path | None]]:
-    """Label -> (model, adapter). lm_head is 8-bit symmetric (Q8_0) but in the last of ours; llama.cpp makes it Q6_K."""
+def _files(
+    work: Path, config: dict[str, Any], group: int, wanted: Collection[str]
+) -> dict[str, tuple[Path, Path | None]]:
+    """Label -> (model, adapter). lm_head is 8-bit symmetric (Q8_0) but where the label says otherwise, and Q6_K in
+    q4_k_m and in llama.cpp's.
+    """
     from qalora_export.formats.gguf.export import export_gguf
     from qalora_export.formats.gguf.split import adapter_path
     from qalora_export.recipe import GgufSettings
     from tests.benchmarks.ggml_quantize import quantize_gguf
 
     work.mkdir(parents=True)
-    model = write_random_checkpoint(work / "model", config, group=group, head_bits=8)
-    symmetric = write_random_checkpoint(work / "symmetric", config, group=group, head_bits=8, sym=True)
-    plain = write_random_checkpoint(work / "plain", config, group=group)
-    levels = write_random_checkpoint(work / "levels", config, head_bits=8, grid="q4_k")
-    split = GgufSettings(layout="split")
-    export_gguf(model, work / "q4_1.gguf", GgufSettings())
-    export_gguf(levels, work / "q4_k.gguf", GgufSettings())
-    export_gguf(model, work / "split.gguf", split)
-    export_gguf(symmetric, work / "base.gguf", split)
-    export_gguf(plain, work / "plain.gguf", split)
-    adapter = _trained_adapter(symmetric, work / "trained.gguf", config, group)
-    library = Path(import_wheel().xllamacpp.__file__)
-    lossy = {
-        name: (quantize_gguf(library, model, work / "q4_1.gguf", work / f"{name}.gguf", name), None) for name in LOSSY
+    made: dict[str, Path] = {}
+
+    def checkpoint(name: str, **settings: Any) -> Path:
+        if name not in made:
+            made[name] = write_random_checkpoint(work / name, config, group=group, **settings)
+        return made[name]
+
+    def exported(source: Path, name: str, layout: Literal["q4_1", "split"] = "q4_1") -> Path:
+        out = work / f"{name}.gguf"
+        if not out.exists():
+            export_gguf(source, out, GgufSettings(layout=layout))
+        return out
+
+    def split(source: Path, name: str) -> tuple[Path, Path | None]:
+        out = exported(source, name, "split")
+        return out, adapter_path(out)
+
+    def trained() -> tuple[Path, Path | None]:
+        symmetric = checkpoint("symmetric", head_bits=8, sym=True)
+        return exported(symmetric, "base", "split"), _trained_adapter(symmetric, work / "trained.gguf", config, group)
+
+    def lossy(name: str) -> tuple[Path, Path | None]:
+        library = Path(import_wheel().xllamacpp.__file__)
+        mix = "q4_k_m" in wanted
+        source = checkpoint("mixed", grid="q4_k_m") if mix else checkpoint("model", head_bits=8)
+        exact = exported(source, "q4_k_m" if mix else "q4_1")
+        return quantize_gguf(library, source, exact, work / f"{name}.gguf", name), None
+
+    makers: dict[str, Callable[[], tuple[Path, Path | None]]] = {
+        "q4_1": lambda: (exported(checkpoint("model", head_bits=8), "q4_1"), None),
+        "q4_k": lambda: (exported(checkpoint("levels", head_bits=8, grid="q4_k"), "q4_k"), None),
+        "q4_k_m": lambda: (exported(checkpoint("mixed", grid="q4_k_m"), "q4_k_m"), None),
+        "split": lambda: split(checkpoint("model", head_bits=8), "split"),
+        "split, rank 16": trained,
+        "split, F16 lm_head": lambda: split(checkpoint("plain"), "plain"),
+        **{name: partial(lossy, name) for name in LOSSY},
     }
-    return {
-        "q4_1": (work / "q4_1.gguf", None),
-        "q4_k": (work / "q4_k.gguf", None),
-        "split": (work / "split.gguf", adapter_path(work / "split.gguf")),
-        "split, rank 16": (work / "base.gguf", adapter),
-        "split, F16 lm_head": (work / "plain.gguf", adapter_path(work / "plain.gguf")),
-        **lossy,
-    }
+    return {name: make() for name, make in makers.items() if name in wanted}
 
 
 def _trained_adapter(base: Path, out: Path, config: dict[str, Any], group: int) -> Path:
@@ -127,7 +152,7 @@ def _trained_adapter(base: Path, out: Path, config: dict[str, Any], group: int) 
     return out
 
 
-def _measure(
+def measure(
     files: dict[str, tuple[Path, Path | None]], threads: int, vocab: int, prompt: int, tokens: int, repeats: int
 ) -> list[dict[str, tuple[float, float]]]:
     """Per turn and label: seconds of the prefill and of the decode."""
@@ -175,8 +200,9 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _row(name: str, turns: list[dict[str, tuple[float, float]]], prompt: int, tokens: int) -> dict[str, Any]:
-    row: dict[str, Any] = {"what": (OURS | LOSSY)[name]}
+def speeds(name: str, turns: list[dict[str, tuple[float, float]]], prompt: int, tokens: int) -> dict[str, Any]:
+    """Tokens per second of one file, and both phases against REFERENCE."""
+    row: dict[str, Any] = {}
     for index, (phase, count) in enumerate((("prefill", prompt), ("decode", tokens))):
         row[f"{phase}_tokens_per_second"] = count / statistics.median(turn[name][index] for turn in turns)
         row[f"{phase}_of_q4_k_m"] = statistics.median(turn[REFERENCE][index] / turn[name][index] for turn in turns)
@@ -213,6 +239,7 @@ def _report(content: dict[str, Any], path: Path) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/bench/work"), help="needs about 7 GB")
+    parser.add_argument("--only", nargs="+", choices=[*OURS, *LOSSY], help="these rows, and Q4_K_M")
     parser.add_argument("--layers", type=int, help="fewer decoder layers than 22")
     parser.add_argument("--group", type=int, choices=(32, 64, 128), default=32, help="group size of the checkpoint")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)

@@ -14,8 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from qalora_export.checkpoint.canonical import CanonicalWriter
-from qalora_export.grid import AFFINE16, GRIDS, GroupAffine, Levels, SuperBlockGrid, project
+from qalora_export.checkpoint.canonical_writer import CanonicalWriter
+from qalora_export.grid import (
+    AFFINE16,
+    GRIDS,
+    GroupAffine,
+    Levels,
+    SuperBlockGrid,
+    SymmetricGrid,
+    SymmetricLevels,
+    project,
+)
+from qalora_export.quantization.presets import MORE_BITS, more_bits
 from tests.models import TEXT
 
 PACKAGES = (
@@ -105,6 +115,7 @@ def llama_config(
     }
 
 
+MIX = "q4_k_m"
 LLAMA_2_7B = {"hidden": 4096, "intermediate": 11008, "layers": 32, "heads": 32, "kv_heads": 32, "vocab": 32000}
 LLAMA_1_1B = {"hidden": 2048, "intermediate": 5632, "layers": 22, "heads": 32, "kv_heads": 4, "vocab": 32000}
 TINY = {"hidden": 128, "intermediate": 256, "layers": 2, "heads": 4, "kv_heads": 2, "vocab": 512}
@@ -123,7 +134,8 @@ def write_random_checkpoint(
 ) -> Path:
     """A canonical checkpoint with random weights, streamed; linears of `bits`, lm_head of `head_bits` or float16.
 
-    grid: of the linears; lm_head is affine16 always. sym: offset = −2^(bits−1)·s. Otherwise the offset is
+    grid: of the linears, lm_head is affine16 then; "q4_k_m": as that preset mixes them, lm_head and embedding too.
+    sym: offset = −2^(bits−1)·s. Otherwise the offset is
     0.8 … 1.2 times that, so nothing is symmetric by chance. Tokenizer: a tiny real one; the rows of the vocabulary
     beyond it are padding.
     """
@@ -137,23 +149,42 @@ def write_random_checkpoint(
     rng = np.random.default_rng(seed)
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     with CanonicalWriter(path, config, companions, kind="base", force=True) as out:
-        out.add("model.embed_tokens.weight", _plain(rng, vocab, hidden))
+        if grid == MIX:
+            out.add_embedding("model.embed_tokens", random_on_grid(rng, vocab, hidden, "q4_k"))
+        else:
+            out.add("model.embed_tokens.weight", _plain(rng, vocab, hidden))
         for module, rows, columns in linears(config):
-            matrix = random_matrix(rng, rows, columns, group, bits=bits, sym=sym)
-            out.add_quantized(module, matrix if grid == AFFINE16.name else on_super_blocks(matrix, grid))
+            if (kind := grid_of(module, config["num_hidden_layers"], grid)) == AFFINE16.name:
+                out.add_quantized(module, random_matrix(rng, rows, columns, group, bits=bits, sym=sym))
+            else:
+                out.add_quantized(module, random_on_grid(rng, rows, columns, kind))
         for name in norms(config):
             out.add(name, np.ones(hidden, np.float16))
-        if head_bits is None:
+        if grid == MIX:
+            out.add_quantized("lm_head", random_on_grid(rng, vocab, hidden, "q6_k"))
+        elif head_bits is None:
             out.add("lm_head.weight", _plain(rng, vocab, hidden))
         else:
             out.add_quantized("lm_head", random_matrix(rng, vocab, hidden, group, bits=head_bits, sym=True))
     return path
 
 
-def on_super_blocks(matrix: GroupAffine, grid: str) -> GroupAffine:
-    """The same codes, with scales and offsets next to the matrix's own on a grid of super-blocks."""
+def grid_of(module: str, layers: int, grid: str) -> str:
+    """What a linear layer of the decoder is on, by the rules of the preset where they are asked for."""
+    if grid != MIX:
+        return grid
+    more = module.endswith(MORE_BITS) and more_bits(int(module.split(".")[2]), layers)
+    return "q5_k" if more else "q4_k"
+
+
+def random_on_grid(rng: np.random.Generator, rows: int, columns: int, grid: str) -> GroupAffine:
+    """A random matrix with the bits and groups of a grid of super-blocks, its scales and offsets next to that grid."""
     kind = GRIDS[grid]
     assert isinstance(kind, SuperBlockGrid)
+    matrix = random_matrix(rng, rows, columns, kind.group_size, bits=kind.bits, sym=kind.symmetric)
+    if isinstance(kind, SymmetricGrid):
+        level, step = project(matrix.scale.astype(np.float64), kind)
+        return GroupAffine.on_levels(matrix.codes, SymmetricLevels(kind, level.view(np.int8), step))
     (scale, scale_step), (offset, offset_step) = (
         project(part.astype(np.float64), kind) for part in (matrix.scale, -matrix.offset)
     )

@@ -15,7 +15,8 @@ from tests.benchmarks.onnx_decode import with_float_zero_points, without_offset
 ROWS = {
     "hash_inputs": {f"{what} from {place}" for what in ("read", "sha256") for place in ("memory", "disk")},
     "export_streaming": {"gguf q4_1", "gguf split", "onnx", "gguf q2_k"},
-    "llama_layouts": {"q4_1", "q4_k", "split", "split, rank 16", "split, F16 lm_head", "Q4_0", "Q4_K_M"},
+    "llama_layouts": {"q4_1", "q4_k", "q4_k_m", "split", "split, rank 16", "split, F16 lm_head", "Q4_0", "Q4_K_M"},
+    "q4_k_m": {"ours, q4_k_m", "ours, Q6_K", "Q4_K_M", "Q4_K_M, imatrix"},
     "patch_size": {"g32, model.gguf", "g32, onnx"},
     "onnx_decode": {f"g{g}, {name}" for g in (32, 64, 128) for name in ("split", "limit", "float zero_points")},
 }
@@ -102,3 +103,17 @@ def test_variants_of_the_graph_are_what_their_names_say(tiny_canonical: Path, tm
 )
 def test_llama_quantize_rule(name: str, layers: int, recipe: str, kind: T) -> None:
     assert type_of(name, layers, recipe) == kind
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("token_embd.weight", T.Q8_0),
+        ("blk.3.attn_v.weight", T.Q8_0),
+        ("blk.0.attn_v.weight", T.Q5_0),
+        ("blk.0.attn_q.weight", T.Q5_0),
+    ],
+)
+def test_llama_quantize_falls_back_where_256_does_not_divide(name: str, kind: T) -> None:
+    """On the sample base: 384 in-features, 4 layers, the embedding is the output matrix."""
+    assert type_of(name, 4, "Q4_K_M", columns=384, tied=True) == kind

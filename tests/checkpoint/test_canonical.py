@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from qalora_export.checkpoint.canonical import CanonicalCheckpoint, CanonicalWriter
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.canonical_writer import CanonicalWriter
 from qalora_export.checkpoint.manifest import verify_manifest
 from qalora_export.checkpoint.model_folder import INDEX
 from qalora_export.errors import InputError, QaloraError, UnsafeInputError
@@ -133,7 +134,7 @@ WRONG = {
     "other method": (lambda q: q.update(quant_method="gptq"), InputError, "not a canonical checkpoint"),
     "future version": (lambda q: q.update(version=99), InputError, "version 99"),
     "modules is a list": (lambda q: q.update(modules=[]), UnsafeInputError, "not a table"),
-    "bits 5": (lambda q: first(q).update(bits=5), UnsafeInputError, "needs bits"),
+    "bits 7": (lambda q: first(q).update(bits=7), UnsafeInputError, "needs bits"),
     "bits 4.0": (lambda q: first(q).update(bits=4.0), UnsafeInputError, "needs bits"),
     "bits of another width": (lambda q: first(q).update(bits=8), UnsafeInputError, "expected"),
     "group of another width": (lambda q: first(q).update(group_size=64), UnsafeInputError, "expected"),

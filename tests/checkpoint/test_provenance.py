@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from qalora_export.checkpoint.canonical import CanonicalCheckpoint, CanonicalWriter
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.canonical_writer import CanonicalWriter
 from qalora_export.checkpoint.manifest import Parent, parent_of, write_manifest
 from qalora_export.checkpoint.provenance import artifact_links, checkpoint_links, kind_of, parent_folder
 from qalora_export.errors import UnsafeInputError

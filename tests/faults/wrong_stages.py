@@ -9,7 +9,8 @@ from unittest.mock import patch
 
 import numpy as np
 
-from qalora_export.checkpoint.canonical import CanonicalCheckpoint, CanonicalWriter
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.canonical_writer import CanonicalWriter
 from qalora_export.formats.gguf import export as gguf_export
 from qalora_export.models.families.family import Family
 from qalora_export.qalora import merge as merging

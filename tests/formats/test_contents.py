@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from qalora_export.checkpoint.canonical import CanonicalCheckpoint, CanonicalWriter
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.canonical_writer import CanonicalWriter
 from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.formats.contents import (

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qalora_export.checkpoint.canonical import CanonicalCheckpoint, CanonicalWriter
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.canonical_writer import CanonicalWriter
 from qalora_export.formats.contents import Comparison
 from qalora_export.formats.contents import compare as compare_contents
 from qalora_export.formats.gguf.export import export_gguf

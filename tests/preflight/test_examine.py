@@ -131,7 +131,12 @@ LATE: dict[str, dict[str, Case]] = {
             lambda r, f: r["train"].update(data=str(write(f / "l.jsonl", ROW, LONG)), too_long="error"),
             "1 of 2 samples are longer",
         ),
-        "8 bits, symmetric but trained": (lambda r, _: r["quantize"].update(bits=8, sym=True), "no exact GGUF type"),
+    },
+    "nothing to train": {
+        "8 bits, symmetric": (
+            lambda r, _: r["quantize"].update(bits=8, sym=True),
+            "every module that the targets match is left alone",
+        ),
     },
     "rule": {
         "a rule that matches nothing": (

@@ -131,7 +131,7 @@ def test_errors_of_a_gguf_file_name_the_file_and_no_scratch(file: Path, tmp_path
         tmp_path / "wide", make_tiny_model(tmp_path / "m", hidden_size=256, intermediate_size=512)
     )
     export_gguf(base, tmp_path / "wide.gguf")
-    source = rewritten(tmp_path / "wide.gguf", tmp_path / "k.gguf", lambda name: "F16" if "embd" in name else "Q6_K")
+    source = rewritten(tmp_path / "wide.gguf", tmp_path / "k.gguf", lambda name: "F16" if "embd" in name else "Q3_K")
     found = problems(source, tmp_path / "out")
     assert any("no canonical form" in line and str(source) in line for line in found), found
     assert not any("qalora-check-" in line for line in found)

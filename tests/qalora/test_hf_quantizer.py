@@ -84,7 +84,7 @@ def edited(source: Path, target: Path, change: object) -> Path:
 
 BAD_MODULES = {
     "no bits": {"group_size": 32},
-    "bits 5": {"bits": 5, "group_size": 32},
+    "bits 7": {"bits": 7, "group_size": 32},
     "no table": 4,
     "group 48": {"bits": 4, "group_size": 48},
 }

@@ -98,7 +98,7 @@ def test_the_command_line_spelling() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["a", "=skip", "a=", "a=skp", "a=bits:x", "a=bits:5", "a=group:48", "a=sym:1", "a=skip:1"]
+    "text", ["a", "=skip", "a=", "a=skp", "a=bits:x", "a=bits:7", "a=group:48", "a=sym:1", "a=skip:1"]
 )
 def test_rules_that_cannot_be_read(text: str) -> None:
     with pytest.raises(InputError):

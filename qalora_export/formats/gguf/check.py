@@ -13,7 +13,15 @@ from qalora_export.formats.gguf.metadata import architecture
 from qalora_export.formats.gguf.names import NameMap
 from qalora_export.formats.gguf.tensor_table import plain_type
 from qalora_export.formats.gguf.tokenizer.fields import tokenizer_entries
-from qalora_export.formats.gguf.types import BLOCK_TYPES, BlockType, base_type, check_group, no_exact_type, no_split
+from qalora_export.formats.gguf.types import (
+    BLOCK_TYPES,
+    Q8_0,
+    BlockType,
+    base_type,
+    check_group,
+    no_exact_type,
+    no_split,
+)
 from qalora_export.grid import SuperBlockGrid, unpack_codes
 from qalora_export.models.families import family_of
 from qalora_export.recipe import GgufSettings
@@ -34,12 +42,23 @@ def check_gguf(forecast: Forecast, settings: GgufSettings, trained: Collection[s
     for name, entry in forecast.plain.items():
         if name not in optional:
             names.to_gguf(name)
-            size += plain_type(forecast.folder, name).nbytes(entry.shape)
+            size += _plain_bytes(forecast, name, entry.shape)
     for name, (bits, group) in forecast.modules.items():
         names.to_gguf(f"{name}.weight")
-        check_group(group, where=f"{forecast.path}: {name}")
+        if not isinstance(forecast.grid(name), SuperBlockGrid):
+            check_group(group, where=f"{forecast.path}: {name}")
         size += _matrix_bytes(forecast, name, bits, group, settings, trained=name in trained)
     return size
+
+
+def _plain_bytes(forecast: Forecast, name: str, shape: tuple[int, ...]) -> int:
+    entry = forecast.embeddings.get(name.removesuffix(".weight"))
+    if entry is None:
+        return plain_type(forecast.folder, name).nbytes(shape)
+    bits, _, grid = entry
+    kind = BLOCK_TYPES[grid.gguf] if isinstance(grid, SuperBlockGrid) else None
+    kind = kind or next((kind for kind in BLOCK_TYPES.values() if kind.holds_all(bits)), Q8_0)
+    return kind.nbytes(shape)
 
 
 def _matrix_bytes(

@@ -62,8 +62,15 @@ class GgufContents:
 
     def packed(self, module: str, rows: slice = slice(None)) -> PackedAffine:
         """Some rows of it, codes packed; their pages of the file do not stay in memory. Errors as in group_affine."""
+        return self._packed(module, self.modules[module], rows)
+
+    def native(self, module: str) -> PackedAffine:
+        """The matrix in the blocks of any tensor, an embedding's too, as its type has it."""
+        return self._packed(module, BLOCK_TYPES[self.types[f"{module}.weight"]].native(), slice(None))
+
+    def _packed(self, module: str, declared: tuple[int, int], rows: slice) -> PackedAffine:
         source, tensor = self._source, self._source.tensors[f"{module}.weight"]
-        kind, (bits, group_size) = BLOCK_TYPES[tensor.kind], self.modules[module]
+        kind, (bits, group_size) = BLOCK_TYPES[tensor.kind], declared
         heads = source.heads(module)
         wanted = rows if heads is None else hf_order(tensor.shape[0], heads)[rows]
         try:

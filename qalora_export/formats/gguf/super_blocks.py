@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.formats.gguf.block_type import EIGHT, FOUR, LOW, BlockType, interleaved, slabs, swapped
-from qalora_export.grid import Levels, PackedAffine, SuperBlockGrid, pack_codes, unpack_codes
+from qalora_export.grid import AnyLevels, Levels, PackedAffine, SuperBlockGrid, pack_codes, unpack_codes
 from qalora_export.grid.named import Q2_K as Q2_K_GRID
 from qalora_export.grid.named import Q4_K as Q4_K_GRID
 from qalora_export.grid.named import Q5_K as Q5_K_GRID
@@ -27,7 +27,8 @@ SIXTEEN = np.uint32(16)
 class SuperBlockType(BlockType, abstract=True):
     """Blocks of 256: steps `d` and `dmin`, float16, levels of each group and codes.  w = d·k·q − dmin·l.
 
-    layout: with `d` and `dmin`. A matrix is held exactly when it is on this type's grid, and only then.
+    layout: with `d` and, unless the grid is symmetric, `dmin`. A matrix is held, and exactly, when it is on this
+    type's grid.
     """
 
     block_size = SUPER_BLOCK
@@ -60,7 +61,7 @@ class SuperBlockType(BlockType, abstract=True):
     def pack(cls, matrix: PackedAffine) -> NDArray[np.uint8]:
         """Rows of blocks (out, in/256 · block_bytes) uint8. Raises InputError for a matrix on another grid."""
         levels = matrix.levels
-        if levels is None or matrix.grid != cls.grid:
+        if not isinstance(levels, Levels) or matrix.grid != cls.grid:
             raise InputError(f"a matrix on grid {matrix.grid.name} does not go into {cls.name}")
         blocks = np.empty(levels.scale_step.shape, cls.layout)
         blocks["d"], blocks["dmin"] = levels.scale_step.view("<u2"), levels.offset_step.view("<u2")
@@ -76,15 +77,20 @@ class SuperBlockType(BlockType, abstract=True):
         if (bits, group_size) != (cls.grid.bits, cls.grid.group_size):
             raise UnsafeInputError(f"{bits} bits in groups of {group_size} declared for {cls.name}")
         blocks = np.ascontiguousarray(rows).view(cls.layout)
-        scale, offset = (level.reshape(len(blocks), -1) for level in cls.take_levels(blocks))
-        steps = (np.ascontiguousarray(blocks[part]).view("<f2").astype(np.float16) for part in ("d", "dmin"))
         codes = np.empty((len(blocks), blocks.shape[1] * SUPER_BLOCK * bits // 8), np.uint8)
         for part in slabs(codes):
             codes[part] = cls.take_codes(blocks[part])
         try:
-            return PackedAffine.on_levels(codes, Levels(cls.grid, scale, offset, *steps))
+            return PackedAffine.on_levels(codes, cls.levels(blocks))
         except InputError as error:
             raise UnsafeInputError(error.what, why="the blocks hold no canonical numbers") from error
+
+    @classmethod
+    def levels(cls, blocks: NDArray[Any]) -> AnyLevels:
+        """Levels and steps of records (rows, in/256). Raises InputError for a step that is not finite."""
+        scale, offset = (level.reshape(len(blocks), -1) for level in cls.take_levels(blocks))
+        steps = (np.ascontiguousarray(blocks[part]).view("<f2").astype(np.float16) for part in ("d", "dmin"))
+        return Levels(cls.grid, scale, offset, *steps)
 
 
 class _SixBitLevels(SuperBlockType, abstract=True):

@@ -107,6 +107,8 @@ def _matrix_type(checkpoint: CanonicalCheckpoint, module: str, layout: str) -> t
 def _plain(checkpoint: CanonicalCheckpoint, family: Family, names: NameMap, name: str) -> TensorPlan:
     """A tensor that is not quantized: see plain_type. From any of three dtypes F32 is exact."""
     entry = checkpoint.entry(name)
+    if (module := name.removesuffix(".weight")) in checkpoint.embeddings:
+        return _embedding(checkpoint, names, module)
     kind = plain_type(checkpoint, name)
     heads = family.permuted_heads(name.rpartition(".")[0], checkpoint.config)
 
@@ -118,6 +120,21 @@ def _plain(checkpoint: CanonicalCheckpoint, family: Family, names: NameMap, name
         return as_stored(family, name, as_float32(tensor)) if kind is F32 else tensor
 
     return TensorPlan(names.to_gguf(name), kind, entry.shape, load)
+
+
+def _embedding(checkpoint: CanonicalCheckpoint, names: NameMap, module: str) -> TensorPlan:
+    """An embedding in blocks goes across as these."""
+    kind, shape = embedding_type(checkpoint, module), checkpoint.entry(f"{module}.weight").shape
+    return TensorPlan(
+        names.to_gguf(f"{module}.weight"), kind, shape, lambda rows: kind.pack(checkpoint.packed(module, rows))
+    )
+
+
+def embedding_type(checkpoint: CanonicalCheckpoint, module: str) -> type[BlockType]:
+    """The block type of an embedding in blocks. Raises InputError where none holds it."""
+    bits, _, grid = checkpoint.embeddings[module]
+    where = f"{checkpoint.path}: {module}"
+    return exact_type(bits, lambda: checkpoint.packed(module), where=where, grid=grid)
 
 
 def plain_type(folder: ModelFolder, name: str) -> type[GgufType]:

@@ -36,6 +36,7 @@ from qalora_export.formats.gguf.block_type import (
     swapped,
 )
 from qalora_export.formats.gguf.super_blocks import Q2_K, Q4_K, Q5_K
+from qalora_export.formats.gguf.symmetric_blocks import Q6_K
 from qalora_export.grid import AFFINE16, NamedGrid, PackedAffine, SuperBlockGrid
 from qalora_export.grid.narrow import BFLOAT16
 
@@ -53,6 +54,7 @@ __all__ = [
     "Q5_0",
     "Q5_1",
     "Q5_K",
+    "Q6_K",
     "Q8_0",
     "QK",
     "BlockType",
@@ -123,8 +125,18 @@ def no_split(grid: NamedGrid, *, where: str) -> InputError:
 
 
 def base_type(bits: int) -> type[BlockType]:
-    """The type with an implied zero that holds codes of these bits and their scale: the base of layout "split"."""
-    return next(kind for kind in BLOCK_TYPES.values() if kind.zero is not None and bits in kind.bits)
+    """The type with an implied zero that holds codes of these bits and their scale: the base of layout "split".
+
+    Raises InputError where there is none.
+    """
+    kind = next((kind for kind in BLOCK_TYPES.values() if kind.zero is not None and bits in kind.bits), None)
+    if kind is None:
+        raise InputError(
+            f"layout split does not hold codes of {bits} bits",
+            why="its base is Q4_0 or Q8_0",
+            fix="use layout q4_1, which writes them as Q5_1" if bits == 5 else "export to ONNX, which holds them",
+        )
+    return kind
 
 
 class _Nibbles(BlockType, abstract=True):

@@ -142,7 +142,7 @@ def _skeleton(forecast: Forecast, settings: TrainSettings) -> tuple[Any, list[st
     with torch.device("meta"):
         for name, (bits, group) in forecast.modules.items():
             replace_linear(model, name, bits=bits, group_size=group, grid=forecast.grid(name).name)
-    return model, attach(model, settings)
+    return model, attach(model, settings, forecast.untrained)
 
 
 def _linears(model: Any) -> list[Any]:

@@ -35,6 +35,7 @@ class TrainPlan:
     dtype: torch.dtype
     memory: MemoryEstimate
     accounts: dict[str, Account]  # "data" and, with validation data, "validation"
+    untrained: tuple[str, ...] = ()  # modules that no pattern reaches (qalora/targets.py)
 
     @property
     def samples(self) -> int:
@@ -110,4 +111,4 @@ def planned(forecast: Forecast, settings: TrainSettings, data: Mapping[str, Samp
     )
     accounts = {name: found.account for name, found in data.items()}
     steps = Steps.of(len(rows), settings)
-    return TrainPlan(tuple(rows), tuple(one_per_row(held_out)), steps, dtype, memory, accounts)
+    return TrainPlan(tuple(rows), tuple(one_per_row(held_out)), steps, dtype, memory, accounts, forecast.untrained)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qalora_export.checkpoint.manifest import require_intact
 from qalora_export.checkpoint.output import claim_output, refuse_place
 from qalora_export.memory import peak_rss_bytes
+from qalora_export.qalora.targets import left_alone
 from qalora_export.qalora.training import folder as training_folder
 from qalora_export.qalora.training.loop import kept_step, make_trainer, run_to_end, step_of
 from qalora_export.qalora.training.plan import TrainPlan, plan
@@ -36,7 +37,8 @@ class TrainReport:
 
     tokens_per_second counts tokens that are not padding, all processes together, in the optimizer steps of this call
     (None when nothing was left to train), which took `seconds`. data: what became of the records of each file.
-    peak_memory_bytes is rank 0's: GPU allocations, or the process's peak RSS.
+    peak_memory_bytes is rank 0's: GPU allocations, or the process's peak RSS. untrained: modules that targets match and
+    that were left alone.
     """
 
     adapter: str
@@ -58,6 +60,7 @@ class TrainReport:
     peak_memory_bytes: int
     device: str
     processes: int
+    untrained: tuple[str, ...]
     settings: dict[str, Any]
 
 
@@ -135,7 +138,7 @@ def _trainer(
 
     hf_logging.disable_progress_bar()  # every process would draw one; ours follows
     model = load_model(base, dtype=made.dtype)
-    attach(model, settings)
+    attach(model, settings, made.untrained)
     if settings.compile:
         compile_layers(model)
     callbacks = [_tensorboard(folder)] if is_main() else []
@@ -177,6 +180,7 @@ def _report(
         peak_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss_bytes(),
         device=_device_name(),
         processes=world_size(),
+        untrained=left_alone(settings.targets, made.untrained),
         settings=settings.model_dump(mode="json"),
     )
 

@@ -21,7 +21,7 @@ from qalora_export.formats.gguf.file import GgufFile, StoredTensor
 from qalora_export.formats.gguf.names import NameMap
 from qalora_export.formats.gguf.permute import hf_order
 from qalora_export.formats.gguf.types import BLOCK_TYPES, QK
-from qalora_export.grid import AFFINE16, unpack_codes
+from qalora_export.grid import SuperBlockGrid, unpack_codes
 from qalora_export.models.families import family_of
 from qalora_export.verify.kernels.arithmetic import (
     BF16,
@@ -110,7 +110,7 @@ def _rows(tensor: StoredTensor, rows: slice) -> Weight:
 
     stored = np.ascontiguousarray(tensor.rows[rows])
     kind = BLOCK_TYPES.get(tensor.kind)
-    if kind is not None and kind.grid is not AFFINE16:
+    if kind is not None and isinstance(kind.grid, SuperBlockGrid) and not kind.grid.symmetric:
         bits, group = kind.native()
         matrix = kind.unpack(stored, bits=bits, group_size=group).unpack()
         scale, mins = matrix.scale.astype(np.float64), matrix.offset.astype(np.float64)

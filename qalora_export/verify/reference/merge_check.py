@@ -21,7 +21,7 @@ from qalora_export.checkpoint.canonical import CanonicalCheckpoint, parts_of
 from qalora_export.checkpoint.manifest import MANIFEST, read_manifest
 from qalora_export.checkpoint.provenance import parent_folder
 from qalora_export.errors import QaloraError
-from qalora_export.grid import Levels, differing
+from qalora_export.grid import AFFINE16, Levels, differing
 from qalora_export.qalora.adapter_files import Adapter, ModuleAdapter, ModuleShape, read_adapter
 
 # float64 sums of the product may be ordered otherwise, and torch rounds to float16 through float32: the exact value
@@ -83,6 +83,8 @@ def _differences(before: CanonicalCheckpoint, merged: CanonicalCheckpoint, adapt
     one, other = ({(m, *c.modules[m], c.grids[m].name) for m in c.modules} for c in (before, merged))
     for module, *_ in sorted(one ^ other):
         wrong[f"{module} (quantized otherwise in base and merged checkpoint)"] = 1
+    if before.embeddings != merged.embeddings:
+        wrong["embeddings (stored otherwise in base and merged checkpoint)"] = 1
     for module in before.modules:
         if (module, *before.modules[module], before.grids[module].name) in other:
             own = None if adapter is None else adapter.modules.get(module)
@@ -111,10 +113,12 @@ def _module_differences(
     if adapter is not None:
         a, b = adapter.a.numpy(), adapter.b.numpy()
         one, other = before.packed(module), merged.packed(module)
-        if one.levels is None or other.levels is None:
+        if isinstance(one.levels, Levels) and isinstance(other.levels, Levels):
+            count = wrong_levels(one.levels, other.levels, a, b, adapter.scaling)
+        elif before.grids[module] is AFFINE16:
             count = wrong_offsets(one.offset, other.offset, a, b, adapter.scaling)
         else:
-            count = wrong_levels(one.levels, other.levels, a, b, adapter.scaling)
+            count = one.offset.size  # a symmetric grid, whose offsets nothing moves
         if count:
             wrong[f"{module}.offset (not base + adapter)"] = count
     return wrong

@@ -1,6 +1,6 @@
 """The weights of a base against those of the model that it was quantized from.
 
-What quantizing leaves alone (embeddings, norms, biases) is the source's bit for bit, and so is a matrix that the
+What quantizing leaves alone (norms, biases, most embeddings) is the source's bit for bit, and so is a matrix that the
 source held in canonical form already. A matrix that was quantized cannot equal its source; how far it may be from it
 follows from the source's own numbers: rounding to the nearest of a group's 2^bits levels leaves step²/12 per weight,
 and GPTQ trades some of that for what its calibration text needs. Rows that hold anything else are further off.
@@ -42,8 +42,8 @@ def _stored(source: ModelFolder) -> dict[str, tuple[int, int]]:
 
 
 def _plain(source: ModelFolder, base: CanonicalCheckpoint) -> Iterator[str]:
-    kept = base.plain_names()
-    for name in kept:
+    kept, anew = base.plain_names(), {f"{name}.weight" for name in _embeddings(source, base)}
+    for name in (name for name in kept if name not in anew):
         if name not in source:
             yield f"{name}: no such tensor in the model it was made from"
         elif count := differing(np.asarray(source.tensor(name)), np.asarray(base.tensor(name))):
@@ -55,9 +55,15 @@ def _plain(source: ModelFolder, base: CanonicalCheckpoint) -> Iterator[str]:
             yield f"{name}: not taken along"
 
 
+def _embeddings(source: ModelFolder, base: CanonicalCheckpoint) -> list[str]:
+    """Embeddings that went into blocks; those that the source held in such blocks are the source's."""
+    held = source.embedding_grid if isinstance(source, GgufModel) else lambda _: None
+    return [name for name in base.embeddings if held(name) is None]
+
+
 def _quantized(source: ModelFolder, base: CanonicalCheckpoint) -> Iterator[str]:
     stored = _stored(source)
-    for module in base.modules:
+    for module in (*base.modules, *_embeddings(source, base)):
         if module in stored and isinstance(source, GgufModel):
             if count := difference(source.stored(module), base.group_affine(module)).total:
                 yield f"{module}: {count} codes, scales and offsets other than in the file it was made from"
@@ -80,7 +86,7 @@ def row_errors(
 
     source: (out, in). Rows of another shape are infinitely far.
     """
-    bits, group = base.modules[module]
+    bits, group = base.modules[module] if module in base.modules else base.embeddings[module][:2]
     out = base.entry(f"{module}.scale").shape[0]
     if source.shape != (out, base.entry(f"{module}.scale").shape[1] * group):
         return np.full(out, np.inf), np.full(out, np.inf)
@@ -93,6 +99,7 @@ def row_errors(
         parts = wanted.reshape(len(wanted), -1, group)
         extent = np.maximum(parts.max(-1), 0) - np.minimum(parts.min(-1), 0)
         left = group * ((extent / (2**bits - 1)) ** 2).sum(-1) / 12
-        ratios.append(np.where(error > 0, error / np.maximum(left, TINY), 0.0))
-        shares.append(np.where(error > 0, error / np.maximum((wanted**2).sum(-1), TINY), 0.0))
+        with np.errstate(over="ignore"):  # a row that should be zero and is not is infinitely far
+            ratios.append(np.where(error > 0, error / np.maximum(left, TINY), 0.0))
+            shares.append(np.where(error > 0, error / np.maximum((wanted**2).sum(-1), TINY), 0.0))
     return np.concatenate(ratios), np.concatenate(shares)

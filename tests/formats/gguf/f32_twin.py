@@ -18,6 +18,7 @@ from qalora_export.formats.gguf.permute import row_order
 from qalora_export.formats.gguf.tensor_table import TensorPlan, as_stored, plan_model
 from qalora_export.formats.gguf.types import F32
 from qalora_export.formats.gguf.writer import write_gguf
+from qalora_export.grid import AFFINE16
 from qalora_export.models.families import family_of
 
 
@@ -31,7 +32,8 @@ def f32_plans(model: CanonicalCheckpoint) -> list[TensorPlan]:
         order = np.arange(shape[0]) if heads is None else row_order(shape[0], heads)
         return TensorPlan(names.to_gguf(name), F32, shape, lambda rows: as_stored(family, name, value()[order[rows]]))
 
-    plans = [found for found in plan_model(model, "split") if found.name.startswith("rope_")]
+    layout = "split" if all(grid is AFFINE16 for grid in model.grids.values()) else "q4_1"  # that holds every matrix
+    plans = [found for found in plan_model(model, layout) if found.name.startswith("rope_")]
     for name in exported_names(model):
         plans.append(plan(name, model.entry(name).shape, lambda name=name: as_float32(model.tensor(name))))
     for module, (_, group) in model.modules.items():

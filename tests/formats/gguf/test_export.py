@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qalora_export.checkpoint.canonical import CanonicalCheckpoint, CanonicalWriter
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.canonical_writer import CanonicalWriter
 from qalora_export.errors import InputError, ParityError, UnsafeInputError
 from qalora_export.formats.contents import FolderContents, compare
 from qalora_export.formats.gguf import export as export_module

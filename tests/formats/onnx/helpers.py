@@ -14,7 +14,8 @@ import onnxruntime as ort
 from hypothesis import strategies as st
 from qalora_runtimes.onnxruntime_.linears import LinearsResult, on_identity
 
-from qalora_export.checkpoint.canonical import CanonicalCheckpoint, CanonicalWriter
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.canonical_writer import CanonicalWriter
 from qalora_export.formats.onnx.datafile import DataFile
 from qalora_export.formats.onnx.read import MODULES_KEY
 from qalora_export.formats.onnx.rewrite import Rewriter

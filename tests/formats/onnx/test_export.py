@@ -12,7 +12,8 @@ import numpy as np
 import onnx
 import pytest
 
-from qalora_export.checkpoint.canonical import CanonicalCheckpoint, CanonicalWriter
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.canonical_writer import CanonicalWriter
 from qalora_export.checkpoint.manifest import parent_of, read_manifest, verify_manifest
 from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.errors import InputError, ParityError

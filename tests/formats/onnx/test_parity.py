@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from qalora_export.checkpoint.canonical import CanonicalCheckpoint, CanonicalWriter
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.canonical_writer import CanonicalWriter
 from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.formats.onnx.export import export_onnx
 from qalora_export.models.loading import load_model

@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 
-from qalora_export.checkpoint.canonical import CanonicalWriter
+from qalora_export.checkpoint.canonical_writer import CanonicalWriter
 from qalora_export.checkpoint.manifest import parent_of
 from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.formats.gguf.export import export_gguf

@@ -1,0 +1,77 @@
+"""GGUF's symmetric type in super-blocks of 256 in-features: grid q6_k, byte for byte.
+
+Sources: ggml/src/ggml-common.h (block_q6_K), ggml-quants.c (dequantize_row_q6_K).
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qalora_export.errors import InputError
+from qalora_export.formats.gguf.block_type import slabs
+from qalora_export.formats.gguf.super_blocks import SuperBlockType
+from qalora_export.grid import PackedAffine, SymmetricLevels, pack_codes, unpack_codes
+from qalora_export.grid.named import Q6_K as Q6_K_GRID
+
+
+class Q6_K(SuperBlockType):
+    """w = d·k·(q − 32) for 16 groups of 16, k int8:
+
+    0              128           192                 208      210 bytes
+    │ ql: 128 bytes │ qh: 64 bytes │ scales: 16 × int8 │ d fp16 │
+
+    ql       64 bytes for 128 elements: byte j of them = low 4 bits of element j | of element 64 + j << 4
+    qh       32 bytes for 128 elements: byte j of them = high 2 bits of elements j, 32 + j, 64 + j, 96 + j, lowest first
+    scales   byte j: k of group j
+    """
+
+    id, file_type, grid = 14, 18, Q6_K_GRID
+    layout = np.dtype([("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), ("d", "<u2")])
+
+    @classmethod
+    def pack(cls, matrix: PackedAffine) -> NDArray[np.uint8]:
+        levels = matrix.levels
+        if not isinstance(levels, SymmetricLevels) or matrix.grid != cls.grid:
+            raise InputError(f"a matrix on grid {matrix.grid.name} does not go into {cls.name}")
+        blocks = np.empty(levels.scale_step.shape, cls.layout)
+        blocks["d"] = levels.scale_step.view("<u2")
+        blocks["scales"] = levels.scale.reshape(*blocks.shape, cls.grid.groups)
+        for rows in slabs(matrix.codes):
+            cls.put_codes(blocks[rows], matrix.codes[rows])
+        return blocks.view(np.uint8)
+
+    @classmethod
+    def levels(cls, blocks: NDArray[Any]) -> SymmetricLevels:
+        step = np.ascontiguousarray(blocks["d"]).view("<f2").astype(np.float16)
+        return SymmetricLevels(Q6_K_GRID, np.ascontiguousarray(blocks["scales"]).reshape(len(blocks), -1), step)
+
+    @classmethod
+    def put_codes(cls, blocks: NDArray[Any], codes: NDArray[np.uint8]) -> None:
+        q = unpack_codes(codes, 6).reshape(*blocks.shape, 2, 4, 32)  # (out, in/256, half, lane, byte)
+        low, high = q & np.uint8(15), q >> np.uint8(4)
+        blocks["ql"] = (low[..., :2, :] | low[..., 2:, :] << np.uint8(4)).reshape(*blocks.shape, 128)
+        first, second, third, fourth = (high[..., lane, :] << np.uint8(2 * lane) for lane in range(4))
+        blocks["qh"] = (first | second | third | fourth).reshape(*blocks.shape, 64)
+
+    @classmethod
+    def take_codes(cls, blocks: NDArray[Any]) -> NDArray[np.uint8]:
+        ql = blocks["ql"].reshape(*blocks.shape, 2, 2, 32)
+        qh = blocks["qh"].reshape(*blocks.shape, 2, 1, 32)
+        low = np.concatenate([ql & np.uint8(15), ql >> np.uint8(4)], axis=-2)  # (out, in/256, half, lane, byte)
+        high = qh >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & np.uint8(3)
+        return pack_codes((low | high << np.uint8(4)).reshape(len(blocks), -1), 6)
+
+    @classmethod
+    def slow_unpack(cls, block: bytes) -> tuple[list[int], list[float], list[float]]:
+        ql, qh, *numbers = block[:128], block[128:192], *struct.unpack_from("<16be", block, 192)
+        codes = []
+        for e in range(256):
+            half, lane, byte = e // 128, e % 128 // 32, e % 32
+            nibble = ql[64 * half + 32 * (lane % 2) + byte] >> (4 * (lane // 2)) & 15
+            codes.append(nibble | (qh[32 * half + byte] >> (2 * lane) & 3) << 4)
+        scales = [numbers[16] * k for k in numbers[:16]]
+        return codes, scales, [-32 * scale for scale in scales]
