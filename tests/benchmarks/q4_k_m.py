@@ -13,6 +13,7 @@ the width of a large model see llama_layouts.py.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import shutil
@@ -60,46 +61,39 @@ def main() -> None:
     windows, samples = (2, 4) if options.smoke else (options.windows, options.samples)
     prompt, tokens, turns = (8, 2, 1) if options.smoke else (options.prompt, options.tokens, options.turns)
     work = options.work / "q4-k-m"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
     try:
         files = _files(work, samples)
-        text = windows_of(windows)
-        reference = logprobs(MODEL, text)
-        config = ModelFolder(MODEL).config
-        times = measure(
-            {name: (path, None) for name, path in files.items()},
-            options.threads,
-            config["vocab_size"],
-            prompt,
-            tokens,
-            turns,
-        )
-        rows = {
-            name: _row(name, path, text, reference) | speeds(name, times, prompt, tokens)
-            for name, path in files.items()
-        }
+        content = json.loads(options.json.read_text()) if options.json.exists() and options.part else {"rows": {}}
+        rows: dict[str, Any] = {name: content["rows"].get(name, {}) for name in files}
+        content |= {"benchmark": "q4_k_m", "machine": found, "base": "samples/base", "calibration_samples": samples}
+        if options.part != "speed":
+            text = windows_of(windows)
+            reference = logprobs(MODEL, text)
+            content |= {"windows": windows, "fp16_perplexity": float(np.exp(losses(reference, text).mean()))}
+            for name, path in files.items():
+                rows[name] |= _row(name, path, text, reference)
+        if options.part != "quality":
+            vocabulary = ModelFolder(MODEL).config["vocab_size"]
+            pairs = {name: (path, None) for name, path in files.items()}
+            times = measure(pairs, options.threads, vocabulary, prompt, tokens, turns)
+            clock = "CPU seconds" if options.threads == 1 else "seconds"
+            content |= {"threads": options.threads, "clock": clock, "turns": turns}
+            content |= {"prompt_tokens": prompt, "decoded_tokens": tokens}
+            for name in files:
+                rows[name] |= speeds(name, times, prompt, tokens)
     finally:
-        shutil.rmtree(work, ignore_errors=True)
-    for row in rows.values():
-        row["bytes_of_q4_k_m"] = row["bytes"] / rows[REFERENCE]["bytes"]
-    content = {
-        "benchmark": "q4_k_m",
-        "machine": found,
-        "base": "samples/base",
-        "windows": windows,
-        "fp16_perplexity": float(np.exp(losses(reference, text).mean())),
-        "calibration_samples": samples,
-        "threads": options.threads,
-        "prompt_tokens": prompt,
-        "decoded_tokens": tokens,
-        "turns": turns,
-        "rows": rows,
-    }
-    _report(content, options.json)
+        if not options.keep:
+            shutil.rmtree(work, ignore_errors=True)
+    _report(content | {"rows": rows}, options.json)
 
 
 def _files(work: Path, samples: int) -> dict[str, Path]:
+    """Label -> GGUF file; those that an earlier run kept are taken."""
+    places = [work / f"{name}.gguf" for name in ("ours", "ours-q6", "llama", "llama-imatrix")]
+    files = dict(zip((*OURS, *LLAMA), places, strict=True))
+    if all(path.exists() for path in places):
+        return files
+    work.mkdir(parents=True, exist_ok=True)
     settings = QuantizeSettings(
         preset="q4_k_m", calibration=str(MODEL / "calibration.txt"), calibration_samples=samples, sequence_length=256
     )
@@ -115,11 +109,9 @@ def _files(work: Path, samples: int) -> dict[str, Path]:
         export_gguf(work / name, work / f"{name}.gguf")
     library, plans, config = Path(import_wheel().xllamacpp.__file__), _plans(MODEL), ModelFolder(MODEL).config
     importance = imatrix(MODEL, settings)
-    made = [
-        quantize_plans(library, plans, config, work / "ours.gguf", work / f"{name}.gguf", REFERENCE, weights)
-        for name, weights in (("llama", None), ("llama-imatrix", importance))
-    ]
-    return dict(zip((*OURS, *LLAMA), (work / "ours.gguf", work / "ours-q6.gguf", *made), strict=True))
+    for path, weights in zip(places[2:], (None, importance), strict=True):
+        quantize_plans(library, plans, config, work / "ours.gguf", path, REFERENCE, weights)
+    return files
 
 
 def _plans(model: Path) -> list[TensorPlan]:
@@ -174,7 +166,7 @@ def _row(name: str, path: Path, text: torch.Tensor, reference: list[torch.Tensor
     weights = dict(network.named_parameters())
     matrices = [tensor for tensor in GgufFile(path).tensors.values() if len(tensor.shape) == 2]
     for tensor in contents.types:
-        weights[tensor].copy_(torch.from_numpy(contents.dequantized(tensor)))
+        weights[tensor].copy_(torch.from_numpy(np.array(contents.dequantized(tensor))))
     found = [torch.log_softmax(network(row[None]).logits[0, :-1], -1) for row in text]
     values = sum(math.prod(tensor.shape) for tensor in matrices)
     size = sum(tensor.rows.nbytes for tensor in matrices)
@@ -192,20 +184,25 @@ def _report(content: dict[str, Any], path: Path) -> None:
     from tests.benchmarks.common import print_table, write_json
 
     write_json(path, content)
-    header = ["file", "what", "KB", "bits per weight", "KL to fp16", "prefill / Q4_K_M", "decode / Q4_K_M"]
+    header = ["file", "what", "bytes", "bits per weight", "KL to fp16", "prefill / Q4_K_M", "decode / Q4_K_M"]
     rows = [
         [
             name,
-            row["what"],
-            f"{row['bytes'] / 1e3:.0f}",
-            f"{row['bits_per_weight']:.2f}",
-            f"{row['kl']:.2e}",
-            f"{row['prefill_of_q4_k_m']:.2f}",
-            f"{row['decode_of_q4_k_m']:.2f}",
+            (OURS | LLAMA)[name],
+            *(
+                format(row[key], form) if key in row else ""
+                for key, form in (
+                    ("bytes", ","),
+                    ("bits_per_weight", ".2f"),
+                    ("kl", ".2e"),
+                    ("prefill_of_q4_k_m", ".2f"),
+                    ("decode_of_q4_k_m", ".2f"),
+                )
+            ),
         ]
         for name, row in content["rows"].items()
     ]
-    print_table(f"{content['base']}, {content['windows']} windows; {content['machine']['cpu']}; {path}", header, rows)
+    print_table(f"{content['base']}; {content['machine']['cpu']}; {path}", header, rows)
 
 
 def _arguments() -> argparse.Namespace:
@@ -217,6 +214,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prefill")
     parser.add_argument("--tokens", type=int, default=32, help="tokens decoded one by one after it")
     parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--part", choices=("quality", "speed"), help="only this; the other stays as the JSON has it")
+    parser.add_argument("--keep", action="store_true", help="leave the files, for another run to take")
     parser.add_argument("--smoke", action="store_true", help="as little as can be: does the benchmark itself work?")
     parser.add_argument("--json", type=Path, default=RESULTS / "q4_k_m.json")
     return parser.parse_args()
