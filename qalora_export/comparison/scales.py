@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qalora_export.checkpoint.canonical import CanonicalCheckpoint, CanonicalWriter
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.canonical_writer import CanonicalWriter
 from qalora_export.checkpoint.manifest import parent_of
 from qalora_export.grid import GroupAffine
 
