@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import TensorSpec, serialize_file
 
-from qalora_export.checkpoint.canonical import QUANT_METHOD, VERSION, parts_of
+from qalora_export.checkpoint.canonical import QUANT_METHOD, VERSION, WEIGHT, CanonicalCheckpoint, parts_of
 from qalora_export.checkpoint.manifest import FileKind, Parent, write_manifest
 from qalora_export.checkpoint.weight_files import INDEX, SINGLE
 from qalora_export.errors import InputError
@@ -69,6 +69,14 @@ class CanonicalWriter:
     def add_embedding(self, module: str, matrix: GroupAffine) -> None:
         """The same for an embedding, which stays a plain tensor to readers."""
         self._embeddings[module] = self._add_matrix(module, matrix)
+
+    def add_rest_of(self, checkpoint: CanonicalCheckpoint) -> None:
+        """Everything of a checkpoint but its quantized modules, as it is stored there."""
+        for name in checkpoint.plain_names():
+            if (embedding := name.removesuffix(WEIGHT)) in checkpoint.embeddings:
+                self.add_embedding(embedding, checkpoint.packed(embedding).unpack())
+            else:
+                self.add(name, checkpoint.tensor(name))
 
     def _add_matrix(self, module: str, matrix: GroupAffine) -> dict[str, Any]:
         levels = matrix.levels

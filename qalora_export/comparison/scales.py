@@ -118,5 +118,4 @@ def write_merged(model: nn.Module, base: Path, out: Path) -> None:
             layer = model.get_submodule(name)
             trained = layer.merged() if isinstance(layer, ScaleOffsetLinear) else None
             writer.add_quantized(name, trained or checkpoint.group_affine(name))
-        for name in checkpoint.plain_names():
-            writer.add(name, np.asarray(checkpoint.tensor(name)))
+        writer.add_rest_of(checkpoint)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qalora_export.checkpoint.canonical import WEIGHT, CanonicalCheckpoint, parts_of
+from qalora_export.checkpoint.canonical import CanonicalCheckpoint, parts_of
 from qalora_export.checkpoint.canonical_writer import CanonicalWriter
 from qalora_export.checkpoint.manifest import parent_of, require_intact
 from qalora_export.checkpoint.output import claim_output
@@ -166,11 +166,7 @@ def _write(checkpoint: CanonicalCheckpoint, adapter: Adapter, target: Path, *, p
         parents=lineage,
         settings={"convention": adapter.convention},
     ) as writer:
-        for name in checkpoint.plain_names():
-            if (embedding := name.removesuffix(WEIGHT)) in checkpoint.embeddings:
-                writer.add_embedding(embedding, checkpoint.packed(embedding).unpack())
-            else:
-                writer.add(name, checkpoint.tensor(name))
+        writer.add_rest_of(checkpoint)
         for name in track(checkpoint.modules, "merge", len(checkpoint.modules)):
             matrix = checkpoint.group_affine(name)
             if name in adapter.modules:
