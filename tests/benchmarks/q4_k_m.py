@@ -18,7 +18,7 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ def main() -> None:
     prompt, tokens, turns = (8, 2, 1) if options.smoke else (options.prompt, options.tokens, options.turns)
     work = options.work / "q4-k-m"
     try:
-        files = _files(work, samples)
+        files = _files(work, samples, method="rtn" if options.smoke else "gptq")
         content = json.loads(options.json.read_text()) if options.json.exists() and options.part else {"rows": {}}
         rows: dict[str, Any] = {name: content["rows"].get(name, {}) for name in files}
         content |= {"benchmark": "q4_k_m", "machine": found, "base": "samples/base", "calibration_samples": samples}
@@ -87,7 +87,7 @@ def main() -> None:
     _report(content | {"rows": rows}, options.json)
 
 
-def _files(work: Path, samples: int) -> dict[str, Path]:
+def _files(work: Path, samples: int, *, method: Literal["gptq", "rtn"]) -> dict[str, Path]:
     """Label -> GGUF file; those that an earlier run kept are taken."""
     places = [work / f"{name}.gguf" for name in ("ours", "ours-q6", "llama", "llama-imatrix")]
     files = dict(zip((*OURS, *LLAMA), places, strict=True))
@@ -95,7 +95,11 @@ def _files(work: Path, samples: int) -> dict[str, Path]:
         return files
     work.mkdir(parents=True, exist_ok=True)
     settings = QuantizeSettings(
-        preset="q4_k_m", calibration=str(MODEL / "calibration.txt"), calibration_samples=samples, sequence_length=256
+        preset="q4_k_m",
+        method=method,
+        calibration=str(MODEL / "calibration.txt"),
+        calibration_samples=samples,
+        sequence_length=256,
     )
     layers = ModelFolder(MODEL).config["num_hidden_layers"]
     more = tuple(
