@@ -21,6 +21,7 @@ every file that is run. So an answer fits the question that was asked of these b
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import zipfile
@@ -197,11 +198,9 @@ class AnswersFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
+        with damaged(f"{path}: is no file of answers, or"):
             self._archive = zipfile.ZipFile(path)
             self._infos = {info.filename: info for info in self._archive.infolist()}
-        except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-            raise ProtocolError(f"{path}: is no file of answers: {error}") from error
         size = path.stat().st_size
         if len(self._infos) != len(self._archive.infolist()):
             raise ProtocolError(f"{path}: holds a name twice")
@@ -253,7 +252,7 @@ class AnswersFile:
         declared = (self.outcome(key) or {}).get("members")
         if member not in self._infos or not isinstance(declared, dict):
             raise ProtocolError(f"{self.path}: {member} is missing")
-        with self._as_protocol(member), self._archive.open(self._infos[member]) as file:
+        with damaged(f"{self.path}: {member}"), self._archive.open(self._infos[member]) as file:
             while part := file.read(COPIED):
                 digest.update(part)
                 if out is not None:
@@ -265,16 +264,23 @@ class AnswersFile:
         info = self._infos.get(name)
         if info is None or info.file_size > MAX_JSON:
             raise ProtocolError(f"{self.path}: is no file of answers: no {name} of at most {MAX_JSON} bytes")
-        with self._as_protocol(name):
+        with damaged(f"{self.path}: {name}"):
             return self._archive.read(info)
 
-    @contextlib.contextmanager
-    def _as_protocol(self, name: str) -> Iterator[None]:
-        """ProtocolError for what zipfile raises on a damaged member."""
-        try:
-            yield
-        except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-            raise ProtocolError(f"{self.path}: {name} is damaged: {error}") from error
+
+@contextlib.contextmanager
+def damaged(where: object) -> Iterator[None]:
+    """ProtocolError for whatever zipfile raises on an archive that is none, or lies about its places."""
+    try:
+        yield
+    except ProtocolError:
+        raise
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise ProtocolError(f"{where}: is damaged: {error}") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a place before the file's first byte; anything else is the disk's
+            raise
+        raise ProtocolError(f"{where}: is damaged: {error}") from error
 
 
 def _stored(name: str) -> zipfile.ZipInfo:

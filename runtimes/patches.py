@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from qalora_runtimes.packs import MAX_JSON, is_digest, is_inside, parse_json
+from qalora_runtimes.packs import MAX_JSON, damaged, is_digest, is_inside, parse_json
 from qalora_runtimes.protocol import ProtocolError
 
 FORMAT, TABLE = "qalora-patch/1", "patch.json"
@@ -204,11 +204,9 @@ class PatchFile:
     """An opened patch, which may hold anything: sizes are checked before memory is taken. Raises ProtocolError."""
 
     def __init__(self, path: Path) -> None:
-        try:
+        with damaged(f"{path}: is no patch, or"):
             self._archive = zipfile.ZipFile(path)
             infos = self._archive.infolist()
-        except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-            raise ProtocolError(f"{path}: is no patch: {error}") from error
         stored = all(i.compress_type == zipfile.ZIP_STORED and i.compress_size == i.file_size for i in infos)
         if not stored or len({info.filename for info in infos}) != len(infos):
             raise ProtocolError(f"{path}: is no patch: its members must be stored, each once")
@@ -226,10 +224,8 @@ class PatchFile:
         info = self._infos.get(name)
         if info is None or info.file_size > most:
             raise ProtocolError(f"{self.path}: is no patch: no {name} of at most {most} bytes")
-        try:
+        with damaged(f"{self.path}: {name}"):
             return self._archive.read(info)
-        except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
-            raise ProtocolError(f"{self.path}: {name} is damaged: {error}") from error
 
     def other_side(self, file: PatchedFile, source: Path | None, *, reverse: bool) -> Iterator[bytes]:
         """The bytes of a file after the patch, from those before it, some at a time."""

@@ -45,10 +45,14 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a kernel makes of its input. values: x̂, float64 (positions, in). sums: of each block, where stored apart."""
+    """What a kernel makes of its input. values: x̂, float64 (positions, in). sums: of each block, where stored apart.
+
+    sizes: of the numbers that are summed, where the kernel sums larger ones and takes the rest off afterwards.
+    """
 
     values: Float64
     sums: Float64 | None = None
+    sizes: Float64 | None = None
 
 
 class Arithmetic(ABC):
@@ -123,7 +127,8 @@ class Int8Rows(Arithmetic):
     """x̂ = (q − z) / f: a whole row of x in 256 levels from its least value, or 0, to its largest, or 0.
 
     f = 255 / (largest − least) and the integer z, the level of 0, in float32, halves to even. The sums of the blocks
-    are those of x as it is, not of x̂: the kernel takes them off by themselves, in float32. Source: KleidiAI,
+    are those of x as it is, not of x̂: the kernel takes them off by themselves, in float32. It sums q and takes z off
+    the sum, so what float32 leaves is of the size of both, also for an x of zeros. Source: KleidiAI,
     kai_lhs_quant_pack_qai8dxp_f32.c.
     """
 
@@ -140,7 +145,7 @@ class Int8Rows(Arithmetic):
         q = np.clip(_rounded(x * factor[:, None], "even") + zero, INT8_BOTTOM, INT8_TOP)
         step = (np.float32(1) / factor).astype(np.float64)[:, None]
         sums = x.reshape(len(x), -1, self.block).astype(np.float64).sum(axis=-1)
-        return Seen((q - zero).astype(np.float64) * step, sums)
+        return Seen((q - zero).astype(np.float64) * step, sums, (np.abs(q) + np.abs(zero)).astype(np.float64) * step)
 
 
 def cut_to_bfloat16(values: Float32) -> Float32:
@@ -159,7 +164,7 @@ def _rounded(values: Float32, half: str) -> Float32:
 def product(seen: Seen, weight: Weight) -> tuple[Float64, Float64]:
     """(Ŷ, |x̂| |Ŵ|ᵀ), each float64 (positions, out); the second is only a size, and computed in float32."""
     y = product_of(seen.values, weight, seen.sums)
-    size = _size(seen.values, weight.scaled)
+    size = _size(seen.values if seen.sizes is None else seen.sizes, weight.scaled)
     if weight.mins is not None:
         size += _size(_sums_of(seen.values, weight) if seen.sums is None else seen.sums, weight.mins)
     return y, size

@@ -10,6 +10,7 @@ with the dot product and i8mm, and without): `make test-arm64`.
 On arm64 with the dot product, MLAS hands 4-bit codes to KleidiAI (kai_matmul_clamp_f32_qai8dxp_qsi4c32p). That one
 rounds whole rows of x, not blocks, and cuts the scales of the weights to bfloat16. It knows no zero points but 8: what
 they are off by, (8 − z)·s, MLAS multiplies with the sums of x itself, in float32 and by scales that are not cut.
+Without the dot product MLAS has no int8 kernel on arm64 and multiplies in float32.
 """
 
 from __future__ import annotations

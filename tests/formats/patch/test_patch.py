@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from qalora_runtimes import patching
 from qalora_runtimes.__main__ import main
-from qalora_runtimes.patches import FLOAT, INT, TABLE, decompress, differences, with_differences
+from qalora_runtimes.patches import FLOAT, INT, TABLE, PatchFile, decompress, differences, with_differences
 from qalora_runtimes.protocol import ProtocolError
 
 from qalora_export.errors import InputError, UnsafeInputError
@@ -220,6 +220,27 @@ def test_a_damaged_or_hostile_patch_changes_nothing(what: str, artifact: str, pa
         apply(patch, target)
     assert content(target) == expected(pair / "one" / artifact)
     assert sorted(p.name for p in (tmp_path / "here").iterdir() if "patch" in p.name) == []
+
+
+def test_whatever_is_damaged_is_one_protocol_error(pair: Path, tmp_path: Path) -> None:
+    """Cut short, or bytes changed anywhere and in the archive's directory: some mean nothing, no other error."""
+    raw, random = (pair / "gguf.patch").read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for number in range(400):
+        content = bytearray(raw)
+        begin = 0 if number % 2 else max(0, len(raw) - 3000)
+        for at in random.integers(begin, len(raw), random.integers(1, 6)):
+            content[at] = random.integers(0, 256)
+        (tmp_path / "patch").write_bytes(content[: random.integers(len(raw))] if number % 5 == 0 else content)
+        try:
+            patch = PatchFile(tmp_path / "patch")
+            for file in patch.table.files:
+                source = pair / "one" / f"model.gguf{file.path}"
+                for _ in patch.other_side(file, source, reverse=False):
+                    pass
+        except ProtocolError:
+            refused += 1
+    assert refused > 350
 
 
 def test_a_stream_gives_the_bytes_it_should_and_not_one_more() -> None:

@@ -72,7 +72,7 @@ def test_int8_rows_are_those_of_the_slow_way() -> None:
     x = inputs(512)
     x[4] = np.abs(x[4])  # a row without a negative value begins at 0
     seen = Int8Rows("rows", 64).seen(x)
-    for row, values, sums in zip(x, seen.values, seen.sums, strict=True):
+    for row, values, sums, sizes in zip(x, seen.values, seen.sums, seen.sizes, strict=True):
         least, largest = min(F(0), min(row)), max(F(0), max(row))
         scale = F(1) if least == largest else F(F(255) / F(largest - least))
         by_least, by_largest = F(F(-128) + F(least * scale)), F(F(127) + F(largest * scale))
@@ -80,6 +80,7 @@ def test_int8_rows_are_those_of_the_slow_way() -> None:
         zero = round(float(min(max(exact, F(-128)), F(127))))
         codes = [min(max(round(float(F(value * scale))) + zero, -128), 127) for value in row]
         assert values.tolist() == [(code - zero) * float(F(F(1) / scale)) for code in codes]
+        assert sizes.tolist() == [(abs(code) + abs(zero)) * float(F(F(1) / scale)) for code in codes]
         assert np.allclose(sums, row.reshape(-1, 64).astype(np.float64).sum(1), rtol=1e-12)
 
 
