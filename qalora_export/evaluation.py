@@ -22,7 +22,6 @@ from qalora_export.recipe import EvaluateSettings
 from qalora_export.safety import StrPath, atomic_file, inside, local_path, read_json, sha256_file
 
 FORMAT = "qalora-score/1"
-CONTEXT = "max_position_embeddings"  # of config.json
 SHOWN = 5  # wrong answers
 Prompt = tuple[list[int], Record]  # token ids of everything before the answer
 
@@ -78,7 +77,7 @@ def _evaluate(model: Path, settings: EvaluateSettings, out: Path | None, *, forc
     from qalora_export.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(model)
-    prompts = questions(tokenizer, settings, context=ModelFolder(model).config.get(CONTEXT))
+    prompts = questions(tokenizer, settings, context=ModelFolder(model).context)
     answers = answers_of(model, tokenizer, [ids for ids, _ in prompts], settings)
     wrong, misses = list[int](), list[Miss]()
     for index, ((_, sample), answer) in enumerate(zip(prompts, answers, strict=True)):

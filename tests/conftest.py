@@ -1,5 +1,6 @@
 """Shared fixtures. Session-scoped folders are read-only by agreement: a test that changes one copies it first."""
 
+import gc
 import importlib
 import os
 import shutil
@@ -61,6 +62,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.relative_to(Path(__file__).parent).as_posix().startswith(THOROUGH):
             item.add_marker("thorough")
+
+
+def pytest_collection() -> None:
+    """What is imported stays, so nobody looks for garbage in it; a fork that did would copy all of it."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,6 +10,7 @@ What is left out beside the start is the watch over a silent process; tests/runt
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -68,6 +69,7 @@ def serve(module: str) -> None:
     package = ".".join(module.split(".")[:2])
     for name in (PACKAGES[package.split(".")[1]], f"{package}.__main__"):
         importlib.import_module(name)
+    gc.freeze()  # a collection in a child would copy all that is imported here
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()

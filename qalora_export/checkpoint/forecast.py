@@ -77,8 +77,7 @@ class Forecast:
 
     @property
     def context(self) -> int | None:
-        value = self.config.get("max_position_embeddings")
-        return value if type(value) is int else None
+        return self.folder.context
 
     @property
     def packed_bytes(self) -> int:

@@ -25,6 +25,7 @@ TOKENIZER_FILES = (
 )
 # What makes the model usable and goes along unchanged through every stage.
 COMPANIONS = (*TOKENIZER_FILES, "generation_config.json")
+CONTEXT = "max_position_embeddings"
 
 
 class ModelFolder:
@@ -46,6 +47,15 @@ class ModelFolder:
                 if name in self._where:
                     raise UnsafeInputError("two shards hold the same tensor", where=f"{shard}: {name}")
                 self._where[name] = (shard, entry)
+
+    @property
+    def context(self) -> int | None:
+        """Positions that the model has; None where config.json does not say. Raises InputError for no such number."""
+        value = self.config.get(CONTEXT)
+        if value is not None and (type(value) is not int or value <= 0):
+            where = f"{self.path / 'config.json'}: {CONTEXT}"
+            raise InputError(f"{CONTEXT} is {value!r}, not a positive number", where=where)
+        return value
 
     def names(self) -> list[str]:
         """Tensor names in file order."""

@@ -244,7 +244,7 @@ def calibration(folder: ModelFolder, settings: QuantizeSettings) -> NDArray[np.i
             where="quantize.calibration",
             fix="give --calibration FILE (plain text or JSONL), or use --method rtn",
         )
-    limit = int(folder.config.get("max_position_embeddings") or settings.sequence_length)
+    limit = folder.context or settings.sequence_length
     return calibration_windows(
         Path(settings.calibration),
         load_tokenizer(folder.path),

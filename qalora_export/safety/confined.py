@@ -8,6 +8,7 @@ a forked process with a limit on memory and on CPU time, which a busy or sleepin
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import os
 import resource
@@ -118,6 +119,7 @@ def _serve(function: Callable[..., Any], seconds: float, memory: int, asked: int
     global _inside
     try:
         _inside = True
+        gc.freeze()  # a collection would write to every object of the parent and so copy all of its memory
         _close_all_but(asked, answered)
         _limit(memory)
         with os.fdopen(asked, "rb") as questions:

@@ -19,7 +19,7 @@ from qalora_export.checkpoint.output import claim_output
 from qalora_export.checkpoint.provenance import checkpoint_links
 from qalora_export.errors import InputError, RuntimeUnavailableError
 from qalora_export.models.families.family import Format
-from qalora_export.models.loading import load_tokenizer
+from qalora_export.models.loading import load_tokenizer, tokenizers_loaded_once
 from qalora_export.progress import status, track
 from qalora_export.recipe import EvaluateSettings, VerifySettings
 from qalora_export.safety import HashedOnce, StrPath, atomic_directory, local_path
@@ -109,6 +109,7 @@ def verify_parity(
         claim_output(out, force=force, inputs=inputs),
         atomic_directory(out, force=force) as folder,
         kept_in(store),
+        tokenizers_loaded_once(),
     ):
         withdraw(out)
         asked = settings.runtimes or (None if server is None else (RUNTIME,))

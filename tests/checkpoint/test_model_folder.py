@@ -103,6 +103,24 @@ def test_config_must_be_an_object(tmp_path: Path) -> None:
         ModelFolder(folder)
 
 
+@pytest.mark.parametrize("value", ["512", 0, -1, 2.5, True, [512], {}])
+def test_a_context_that_is_no_number_is_refused_by_name(tmp_path: Path, value: object) -> None:
+    folder(tmp_path, value)
+    with pytest.raises(InputError, match=r"max_position_embeddings is .*, not a positive number"):
+        _ = ModelFolder(tmp_path).context
+
+
+@pytest.mark.parametrize("value", [None, 512])
+def test_a_context_is_known_where_the_config_says_it(tmp_path: Path, value: int | None) -> None:
+    folder(tmp_path, value)
+    assert ModelFolder(tmp_path).context == value
+
+
+def folder(path: Path, context: object) -> None:
+    save_file({"x": np.zeros(1, np.float32)}, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps({} if context is None else {"max_position_embeddings": context}))
+
+
 def test_widening_is_exact_and_other_dtypes_are_refused() -> None:
     for dtype in (np.float16, ml_dtypes.bfloat16):
         every = np.arange(2**16, dtype=np.uint16).view(dtype)

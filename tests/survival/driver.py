@@ -15,6 +15,7 @@ Started as `python -m tests.survival.driver`.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -85,6 +86,7 @@ def attempt(request: dict) -> None:
 
 
 def main() -> None:
+    gc.freeze()  # a collection in a child would copy all that is imported here
     say = sys.stdout
     say.write("ready\n")
     say.flush()

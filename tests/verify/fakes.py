@@ -6,6 +6,7 @@ arithmetic of the runtime that it stands for, from the weights of the artifact.
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -101,9 +102,23 @@ def _model(checkpoint: Path) -> Any:
     return float32_model(checkpoint)
 
 
+@cache
+def _tokenizer(checkpoint: Path) -> Any:
+    return load_tokenizer(checkpoint)
+
+
+@cache
+def _right_text(checkpoint: Path, asked: str) -> dict[str, Any]:
+    """asked: texts and chats as JSON."""
+    texts, chats = json.loads(asked)
+    chats = tuple(tuple(chat) if isinstance(chat, list) else chat for chat in chats)
+    probes = ProbeSet(np.zeros(1, np.int32), np.ones(1, np.int32), ("",), tuple(texts), chats)
+    return folder_answers(checkpoint, probes)
+
+
 def right_behaviour(checkpoint: Path, runtime: str, asked: Request) -> dict[str, Any]:
     """What PyTorch and Hugging Face's tokenizer answer, in the form of a runner's answers."""
-    record, tokenizer = all_runtimes()[runtime], load_tokenizer(checkpoint)
+    record, tokenizer = all_runtimes()[runtime], _tokenizer(checkpoint)
     config = CanonicalCheckpoint(checkpoint).config
     answers, before = list[dict[str, Any]](), list[int]()
     for question in asked.questions:
@@ -206,8 +221,8 @@ class FakeRuntimes:
     def _text(self, runtime: str, request: Any) -> dict[str, Any] | None:
         if request.text is None:
             return None
-        probes = ProbeSet(np.zeros(1, np.int32), np.ones(1, np.int32), ("",), request.text.texts, request.text.chats)
-        right = expected_answers(folder_answers(self.checkpoint, probes), all_runtimes()[runtime].habits)
+        found = _right_text(self.checkpoint, json.dumps([request.text.texts, request.text.chats]))
+        right = expected_answers(found, all_runtimes()[runtime].habits)
         answers = {key: [list(v) if isinstance(v, list) else v for v in values] for key, values in right.items()}
         self.answers.get(runtime, lambda _: None)(answers)
         return answers

@@ -17,7 +17,7 @@ from qalora_runtimes.behaviour import Question
 from qalora_export.checkpoint.manifest import parent_of
 from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.errors import RuntimeUnavailableError
-from qalora_export.evaluation import CONTEXT, answers_of, end_ids, matches, questions, read_score
+from qalora_export.evaluation import answers_of, end_ids, matches, questions, read_score
 from qalora_export.models.loading import load_tokenizer
 from qalora_export.recipe import EvaluateSettings
 from qalora_export.safety import HashFile, sha256_bytes, sha256_file
@@ -77,7 +77,7 @@ class Task:
 def make_task(checkpoint: Path, settings: EvaluateSettings, most: int) -> Task:
     """most: how many questions are asked. Raises InputError as evaluation.questions does."""
     tokenizer = load_tokenizer(checkpoint)
-    found = questions(tokenizer, settings, context=ModelFolder(checkpoint).config.get(CONTEXT))
+    found = questions(tokenizer, settings, context=ModelFolder(checkpoint).context)
     asked = found[:most]
     return Task(
         settings,

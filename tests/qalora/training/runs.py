@@ -21,6 +21,7 @@ def write_commands(path: Path, begin: int, end: int) -> Path:
 
 
 Runner = Callable[..., TrainReport]
+PlainRun = Callable[..., tuple[TrainReport, Path]]
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:

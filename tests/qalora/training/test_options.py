@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from qalora_export.qalora.training import stage as train_stage
-from tests.qalora.training.runs import Runner
+from tests.qalora.training.runs import PlainRun, Runner
 
 
 def test_accumulation_equals_the_larger_batch(run: Runner, tiny_canonical: Path, tmp_path: Path) -> None:
@@ -26,15 +26,21 @@ def test_packing_learns_from_the_same_tokens(run: Runner) -> None:
     assert packed.samples == plain.samples and packed.tokens_per_epoch == plain.tokens_per_epoch
 
 
-def test_gradient_checkpointing_changes_nothing(run: Runner, tmp_path: Path) -> None:
-    plain, checkpointed = run("a"), run("b", gradient_checkpointing=True)
+def test_gradient_checkpointing_changes_nothing(run: Runner, plain_run: PlainRun, tmp_path: Path) -> None:
+    (plain, adapter), checkpointed = plain_run(), run("b", gradient_checkpointing=True)
     assert plain.train_curve == checkpointed.train_curve
     name = "adapter_model.safetensors"
-    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert (adapter / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True, "packing": True, "sequence_length": 128}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"validation": None},  # batches of different lengths
+        {"gradient_checkpointing": True, "packing": True, "sequence_length": 128},  # and evaluation, without gradients
+    ],
+)
 def test_compiled_layers_are_whole_graphs_that_train_the_same(
     run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
@@ -59,17 +65,18 @@ def test_compiled_layers_are_whole_graphs_that_train_the_same(
     assert one.keys() == two.keys()
 
 
-def test_bf16_follows_fp32(run: Runner) -> None:
-    exact, narrow = run("a", max_steps=4), run("b", max_steps=4, precision="bf16")
+def test_bf16_follows_fp32(run: Runner, plain_run: PlainRun) -> None:
+    (exact, _), narrow = plain_run(), run("b", precision="bf16")
     assert exact.train_curve != narrow.train_curve
     assert narrow.train_curve[-1][1] == pytest.approx(exact.train_curve[-1][1], rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
 def test_optimizers_of_bitsandbytes_follow_the_one_of_torch(
-    run: Runner, monkeypatch: pytest.MonkeyPatch, name: str
+    run: Runner, plain_run: PlainRun, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """On a CPU bitsandbytes keeps paged states unpaged, and says so; the numbers are the same."""
+    plain, _ = plain_run(rank=32)  # below 4096 values states stay in 32 bits
     states: list[Any] = []
     write = train_stage._write
     monkeypatch.setattr(
@@ -80,6 +87,6 @@ def test_optimizers_of_bitsandbytes_follow_the_one_of_torch(
             write(trainer, *rest, **options),
         ),
     )
-    plain, other = run("a", rank=32), run("b", rank=32, optimizer=name)  # below 4096 values states stay in 32 bits
+    other = run("b", rank=32, optimizer=name)
     assert other.best_loss == pytest.approx(plain.best_loss, rel=0.02)
     assert (torch.uint8 in {state["state1"].dtype for state in states if "state1" in state}) == ("8bit" in name)

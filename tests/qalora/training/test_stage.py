@@ -18,7 +18,7 @@ from qalora_export.qalora.training import folder as training_folder
 from qalora_export.qalora.training import trainer as adapter_trainer
 from qalora_export.qalora.training.plan import plan
 from qalora_export.recipe import TrainSettings
-from tests.qalora.training.runs import Runner, folder_bytes
+from tests.qalora.training.runs import PlainRun, Runner, folder_bytes
 
 
 def validation_loss(base: Path, files: dict[str, str], adapter: Path | None) -> float:
@@ -89,12 +89,11 @@ def test_without_validation_the_last_adapter_is_kept(run: Runner, tmp_path: Path
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_the_same_seed_gives_the_same_bytes(run: Runner, tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        run(name, seed=5)
-    run("c", seed=6)
-    assert folder_bytes(tmp_path / "a") == folder_bytes(tmp_path / "b")
-    assert folder_bytes(tmp_path / "a") != folder_bytes(tmp_path / "c")
+def test_the_same_seed_gives_the_same_bytes(run: Runner, plain_run: PlainRun, tmp_path: Path) -> None:
+    run("same")
+    run("other", seed=6)
+    assert folder_bytes(tmp_path / "same") == folder_bytes(plain_run()[1])
+    assert folder_bytes(tmp_path / "other") != folder_bytes(plain_run()[1])
 
 
 def test_targets_limit_the_adapter(run: Runner, tiny_canonical: Path) -> None:
@@ -113,7 +112,7 @@ class Killed(BaseException):
     [("checkpoint", "adamw_torch"), ("step", "adamw_torch"), ("adapter", "adamw_torch"), ("step", "paged_adamw_8bit")],
 )
 def test_an_interrupted_run_ends_like_an_undisturbed_one(
-    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, optimizer: str
+    run: Runner, plain_run: PlainRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, optimizer: str
 ) -> None:
     """Cut off inside the write of the second checkpoint, between two, and after the last before the adapter."""
     options = {
@@ -124,7 +123,7 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(
         "batch_size": 4,
         "optimizer": optimizer,
     }
-    undisturbed = run("whole", **options)
+    undisturbed, whole = plain_run(**options)
 
     calls = {"mark_complete": 0, "training_step": 0}
 
@@ -152,7 +151,7 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(
     assert resumed.resumed_from == {"checkpoint": 2, "step": 4, "adapter": 7}[moment]
     assert resumed.train_curve == undisturbed.train_curve
     assert resumed.validation_curve == undisturbed.validation_curve
-    assert folder_bytes(tmp_path / "cut") == folder_bytes(tmp_path / "whole")
+    assert folder_bytes(tmp_path / "cut") == folder_bytes(whole)
 
 
 def test_a_changed_run_is_not_resumed(run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
