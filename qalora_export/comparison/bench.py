@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,14 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint, parts_of
+from qalora_export.checkpoint.forecast import Forecast
 from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.comparison.fisher import importance
-from qalora_export.data.samples import load_samples
 from qalora_export.data.sequence_packing import Row, collate, one_per_row, pack
 from qalora_export.errors import InputError
 from qalora_export.evaluation import end_ids, matches, network_answers, questions
@@ -25,6 +25,7 @@ from qalora_export.progress import track
 from qalora_export.qalora.attach import quantized_linears
 from qalora_export.qalora.training.arguments import Steps, arguments
 from qalora_export.qalora.training.loop import kept_step, make_trainer, run_to_end
+from qalora_export.qalora.training.plan import read_data
 from qalora_export.qalora.training.trainer import learned_loss
 from qalora_export.quantization.stage import quantize
 from qalora_export.recipe import QuantizeSettings, Recipe, TrainSettings
@@ -72,35 +73,25 @@ class Bench:
         return load_tokenizer(self.source)
 
     @cached_property
-    def context(self) -> int | None:
-        found = ModelFolder(self.source).config.get("max_position_embeddings")
-        return None if found is None else int(found)
-
-    @cached_property
     def modules(self) -> list[str]:
         """The linear layers that every method works on: those a base checkpoint holds quantized."""
-        return list(quantized_linears(load_model(self.base(max(self.recipe.compare.bits)))))
+        return list(quantized_linears(load_model(self.widest.path)))
 
     @cached_property
     def weights(self) -> int:
         """Weights of `modules` together."""
-        checkpoint = CanonicalCheckpoint(self.base(max(self.recipe.compare.bits)))
-        return sum(int(np.prod(checkpoint.group_affine(name).shape)) for name in self.modules)
+        shapes = Forecast.of(self.widest).shapes
+        return sum(math.prod(shapes[name]) for name in self.modules)
+
+    @cached_property
+    def widest(self) -> CanonicalCheckpoint:
+        """The base with the most bits; which layers it holds quantized, and their sizes, is the same for all."""
+        return CanonicalCheckpoint(self.base(max(self.recipe.compare.bits)))
 
     def rows(self, file: str | None) -> list[Row]:
         """A data file as the train stage reads it, one sample a row."""
-        assert file is not None
-        settings = self.recipe.train
-        return one_per_row(
-            load_samples(
-                Path(file),
-                self.tokenizer,
-                format=settings.format,
-                sequence_length=settings.sequence_length,
-                context=self.context,
-                too_long=settings.too_long,
-            )
-        )
+        settings = self.recipe.train.model_copy(update={"data": file})
+        return one_per_row(read_data(Forecast.of(self.widest), settings, "data"))
 
     @cached_property
     def train_rows(self) -> list[Row]:
@@ -160,7 +151,7 @@ class Bench:
         for begin in track(batches, f"held-out loss of {name}"):
             loss, learned = learned_loss(model, collate(self.held_out_rows[begin : begin + size]))
             total, count = total + loss * learned, count + learned
-        asked = questions(self.tokenizer, self.evaluation, context=self.context)
+        asked = questions(self.tokenizer, self.evaluation, context=ModelFolder(self.source).context)
         prompts, ends = [ids for ids, _ in asked], end_ids(self.source, self.tokenizer)
         answers = network_answers(model, self.tokenizer, prompts, self.evaluation, ends, f"score of {name}")
         exact = sum(matches(answer, record.expected()) for answer, (_, record) in zip(answers, asked, strict=True))
