@@ -33,7 +33,7 @@ SIX_BITS, EIGHT_BITS = "model.layers.0.self_attn.v_proj", "model.layers.0.mlp.do
 @pytest.fixture(scope="module")
 def line(made_once: MadeOnce) -> Path:
     """model, base, adapter of two steps, merged, model.gguf and onnx; lm_head is the embedding."""
-    return made_once("mixed", lambda folder: make_line(folder, tied=True))
+    return made_once("mixed-grids", lambda folder: make_line(folder, tied=True))
 
 
 def make_line(folder: Path, *, tied: bool) -> None:

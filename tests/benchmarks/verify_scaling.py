@@ -50,7 +50,7 @@ STAGES = {
     "G3 layers": ("reference.local_run.prove",),
     "G0 bytes": ("gates.g0_bytes.bytes_entry",),
     "G1 weights": ("gates.g1_weights.weights_entry",),
-    "metrics": ("session.position_metrics",),
+    "metrics": ("target.position_metrics",),
     "report": ("stage.write_report", "stage.write_html", "stage.write_junit"),
 }
 

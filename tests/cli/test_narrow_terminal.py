@@ -77,9 +77,16 @@ def test_train_merge_and_export(capsys: pytest.CaptureFixture[str]) -> None:
     memory = SimpleNamespace(trainable_parameters=10**9, adapted_modules=560, rows=lambda: rows, total=10**11)
     steps = SimpleNamespace(total=10**6, per_epoch=10**5, evaluate_every=10**4)
     plan = SimpleNamespace(
-        memory=memory, samples=10**6, tokens=10**9, train=[0], steps=steps, dtype="torch.bfloat16", accounts={}
+        memory=memory,
+        samples=10**6,
+        tokens=10**9,
+        train=[0],
+        steps=steps,
+        dtype="torch.bfloat16",
+        accounts={},
+        untrained=tuple(f"{prefix}.{n}.{kind}" for prefix in PREFIXES for n in range(30) for kind in KINDS),
     )
-    train._print_plan(plan)  # type: ignore[arg-type]
+    train._print_plan(plan, ("*",))  # type: ignore[arg-type]
     table_lines(capsys)
     console.print(merge._table(MergeReport(560, 560, "peft", 0, 0, 10**10, 10**10, 0, 10**10, 0)))
     table_lines(capsys)

@@ -50,6 +50,7 @@ def made(statuses: dict[tuple[str, str], str] | None = None, *, bad: bool = Fals
     entries = [entry(g, r, statuses.get((g, r), "pass")) for r in RUNTIMES for g in all_gates()]
     facts = {
         "not_checked": ["<the original> is not here"],
+        "task": "the first 32 of 300 questions of <test>.jsonl",
         "checkpoint": {
             "name": EVIL,
             "kind": "merged",
