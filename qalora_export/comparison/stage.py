@@ -61,7 +61,10 @@ def compare(recipe: Recipe, *, force: bool = False) -> ComparisonReport:
     with contextlib.ExitStack() as stack:
         out.mkdir(parents=True, exist_ok=True)
         stack.enter_context(claim_output(out / RECORD, force=True, inputs=inputs))
-        run = _Run(Bench(recipe, source, out / WORK), out / CELLS, _made_of(recipe, source), force)
+        made_of = _made_of(recipe, source)
+        # What a killed run of other data or settings left in its folder is no base of this one.
+        bench = Bench(recipe, source, out / WORK / made_of[:16])
+        run = _Run(bench, out / CELLS, made_of, force)
         rows = run.rows(methods)
         report = ComparisonReport(str(out), tuple(rows), tuple(judged(rows)), run.made, run.kept)
         _write(out, report)

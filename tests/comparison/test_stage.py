@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qalora_export.comparison import methods
+from qalora_export.comparison import methods, stage
 from qalora_export.comparison.stage import compare
 from qalora_export.errors import DivergedError, InputError
 from qalora_export.recipe import CompareSettings, EvaluateSettings, QuantizeSettings, Recipe, TrainSettings
@@ -47,6 +47,18 @@ def test_every_method_has_its_row_and_a_second_run_keeps_them(recipe: Recipe) ->
     other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"max_steps": 1})})
     only = other.model_copy(update={"compare": other.compare.model_copy(update={"methods": ("rtn",)})})
     assert compare(only).made == 1  # of other settings, so nothing that was kept counts
+
+
+def test_what_a_killed_comparison_left_is_no_base_of_other_settings(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = recipe.model_copy(update={"compare": recipe.compare.model_copy(update={"methods": ("rtn",)})})
+    with monkeypatch.context() as killed:
+        killed.setattr(stage.shutil, "rmtree", lambda *_, **__: None)
+        (before,) = compare(asked).rows
+    wider = asked.model_copy(update={"quantize": asked.quantize.model_copy(update={"group_size": 64})})
+    (after,) = compare(wider).rows
+    assert (before.bits_per_weight, after.bits_per_weight) == (5.0, 4.5)
 
 
 def test_a_rate_that_diverges_is_not_chosen(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
