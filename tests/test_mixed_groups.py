@@ -10,6 +10,7 @@ from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.errors import InputError
 from tests.conftest import MadeOnce
 from tests.models import make_tiny_model
+from tests.verify.exports import verified
 
 pytestmark = pytest.mark.usefixtures("warm_runners")
 
@@ -54,12 +55,4 @@ def test_strict_groups_refuse_it(line: Path, tmp_path: Path) -> None:
 def test_it_is_exported_and_verified_on_every_runtime(line: Path, tmp_path: Path) -> None:
     q.export_gguf(line / "merged", tmp_path / "model.gguf")
     q.export_onnx(line / "merged", tmp_path / "onnx")
-    report = q.verify_parity(
-        line / "merged",
-        tmp_path / "report",
-        q.VerifySettings(threads=1),
-        gguf=tmp_path / "model.gguf",
-        onnx=tmp_path / "onnx",
-        base=line / "base",
-    )
-    assert {entry.status for entry in report.entries} == {"pass"}
+    assert verified(line, tmp_path / "report", artifacts=tmp_path) == {"pass"}

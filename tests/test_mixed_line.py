@@ -24,6 +24,7 @@ from qalora_export.verify.reference.merge_check import merge_check
 from qalora_export.verify.reference.source_weights import changed_weights
 from tests.conftest import MadeOnce
 from tests.models import make_tiny_model
+from tests.verify.exports import verified
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 4}
 EMBEDDING = "model.embed_tokens"
@@ -181,12 +182,4 @@ def test_it_is_verified_on_every_runtime(tmp_path: Path) -> None:
     make_line(tmp_path, tied=False)
     merged = CanonicalCheckpoint(tmp_path / "merged")
     assert (merged.grids["lm_head"].name, merged.embeddings[EMBEDDING][2].name) == ("q6_k", "q4_k")
-    found = q.verify_parity(
-        tmp_path / "merged",
-        tmp_path / "report",
-        q.VerifySettings(threads=1),
-        gguf=tmp_path / "model.gguf",
-        onnx=tmp_path / "onnx",
-        base=tmp_path / "base",
-    )
-    assert {entry.status for entry in found.entries} == {"pass"}
+    assert verified(tmp_path, tmp_path / "report") == {"pass"}

@@ -21,6 +21,7 @@ from qalora_export.recipe import GgufSettings
 from qalora_export.verify.reference.merge_check import merge_check
 from tests.conftest import MadeOnce
 from tests.models import make_tiny_model
+from tests.verify.exports import verified
 
 WIDTHS = {"hidden_size": 256, "intermediate_size": 320, "head_dim": 64, "num_attention_heads": 4}
 QUERY, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
@@ -172,15 +173,3 @@ def test_other_bits_go_the_same_way(
     assert {tensor.kind for tensor in GgufFile(tmp_path / "model.gguf").tensors.values()} >= types
     assert merge_check(merged, base=tmp_path / "base").wrong == {}
     assert verified(tmp_path, tmp_path / "report") == {"pass"}
-
-
-def verified(line: Path, report: Path) -> set[str]:
-    found = q.verify_parity(
-        line / "merged",
-        report,
-        q.VerifySettings(threads=1),
-        gguf=line / "model.gguf",
-        onnx=line / "onnx",
-        base=line / "base",
-    )
-    return {entry.status for entry in found.entries}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,10 +17,9 @@ from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.comparison.fisher import importance
 from qalora_export.data.sequence_packing import Row, collate, one_per_row, pack
 from qalora_export.errors import InputError
-from qalora_export.evaluation import end_ids, matches, network_answers, questions
+from qalora_export.evaluation import Prompt, end_ids, matches, network_answers, questions
 from qalora_export.models.loading import load_model, load_tokenizer
 from qalora_export.progress import track
-from qalora_export.qalora.attach import quantized_linears
 from qalora_export.qalora.training.arguments import Steps, arguments
 from qalora_export.qalora.training.loop import kept_step, make_trainer, run_to_end
 from qalora_export.qalora.training.plan import read_data
@@ -45,11 +42,11 @@ class Trained:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """held_out_loss: nats per learned token. exact of total: None where there are no questions to answer."""
+    """held_out_loss: nats per learned token. exact answers of total."""
 
     held_out_loss: float
-    exact: int | None
-    total: int | None
+    exact: int
+    total: int
 
 
 class Bench:
@@ -75,23 +72,27 @@ class Bench:
     @cached_property
     def modules(self) -> list[str]:
         """The linear layers that every method works on: those a base checkpoint holds quantized."""
-        return list(quantized_linears(load_model(self.widest.path)))
+        return list(self.forecast.modules)
 
     @cached_property
     def weights(self) -> int:
         """Weights of `modules` together."""
-        shapes = Forecast.of(self.widest).shapes
-        return sum(math.prod(shapes[name]) for name in self.modules)
+        return self.forecast.quantized_values
 
     @cached_property
-    def widest(self) -> CanonicalCheckpoint:
-        """The base with the most bits; which layers it holds quantized, and their sizes, is the same for all."""
-        return CanonicalCheckpoint(self.base(max(self.recipe.compare.bits)))
+    def forecast(self) -> Forecast:
+        """Of the base with the most bits; which layers it holds quantized, and their sizes, is the same for all."""
+        return Forecast.of(CanonicalCheckpoint(self.base(max(self.recipe.compare.bits))))
+
+    @cached_property
+    def asked(self) -> list[Prompt]:
+        """The questions of the held-out data."""
+        return questions(self.tokenizer, self.evaluation, context=ModelFolder(self.source).context)
 
     def rows(self, file: str | None) -> list[Row]:
         """A data file as the train stage reads it, one sample a row."""
         settings = self.recipe.train.model_copy(update={"data": file})
-        return one_per_row(read_data(Forecast.of(self.widest), settings, "data"))
+        return one_per_row(read_data(self.forecast, settings, "data"))
 
     @cached_property
     def train_rows(self) -> list[Row]:
@@ -129,7 +130,7 @@ class Bench:
     def fit(self, model: Any, seed: int, rate: float) -> Trained:
         """Train what requires gradients in `model` as the train stage does; the best step stays in it.
 
-        Raises InputError when the loss is no longer finite.
+        Raises DivergedError when the loss is no longer finite.
         """
         settings = self.settings(seed, rate)
         steps = Steps.of(len(self.train_rows), settings)
@@ -151,10 +152,9 @@ class Bench:
         for begin in track(batches, f"held-out loss of {name}"):
             loss, learned = learned_loss(model, collate(self.held_out_rows[begin : begin + size]))
             total, count = total + loss * learned, count + learned
-        asked = questions(self.tokenizer, self.evaluation, context=ModelFolder(self.source).context)
-        prompts, ends = [ids for ids, _ in asked], end_ids(self.source, self.tokenizer)
+        prompts, ends = [ids for ids, _ in self.asked], end_ids(self.source, self.tokenizer)
         answers = network_answers(model, self.tokenizer, prompts, self.evaluation, ends, f"score of {name}")
-        exact = sum(matches(answer, record.expected()) for answer, (_, record) in zip(answers, asked, strict=True))
+        exact = sum(matches(answer, record.expected()) for answer, (_, record) in zip(answers, self.asked, strict=True))
         return Score(total / count, exact, len(prompts))
 
     def bits_of(self, checkpoint: Path) -> float:
@@ -163,11 +163,9 @@ class Bench:
         names = [f"{module}.{part}" for module in self.modules for part in parts_of(found.grids[module])]
         return 8 * sum(found.tensor(name).nbytes for name in names) / self.weights
 
-    @contextmanager
-    def scratch(self, name: str) -> Iterator[Path]:
+    def scratch(self, name: str) -> AbstractContextManager[Path]:
         """A folder that is gone afterwards."""
-        with scratch_folder(self.work / name) as folder:
-            yield folder
+        return scratch_folder(self.work / name)
 
 
 def plain(folder: Path) -> Any:

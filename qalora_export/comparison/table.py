@@ -33,10 +33,6 @@ class Row:
     def mean_loss(self) -> float | None:
         return statistics.mean(self.loss) if self.loss else None
 
-    @property
-    def mean_score(self) -> float | None:
-        return statistics.mean(self.score) if self.score else None
-
 
 def best_rate(cells: Sequence[Measured]) -> Measured:
     """The cell with the lowest validation loss; the first when every one diverged."""

@@ -7,16 +7,17 @@ as it is.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qalora_export.checkpoint.canonical import WEIGHT, values_of
+from qalora_export.checkpoint.canonical import WEIGHT, parts_of, values_of
 from qalora_export.checkpoint.canonical_writer import CanonicalWriter
 from qalora_export.checkpoint.model_folder import as_float32
-from qalora_export.grid import GroupAffine, Levels, SymmetricLevels
+from qalora_export.grid import GroupAffine
 from qalora_export.models.skeleton import Skeleton
 from qalora_export.quantization.gguf_source import GgufModel
 from qalora_export.quantization.report import ModuleReport, report_of
@@ -49,11 +50,7 @@ def stacked(parts: Sequence[GroupAffine]) -> GroupAffine:
 
     codes, levels = np.concatenate([part.codes for part in parts]), [part.levels for part in parts]
     first = levels[0]
-    if isinstance(first, SymmetricLevels):
-        return GroupAffine.on_levels(
-            codes, SymmetricLevels(first.grid, *(rows(n, levels) for n in ("scale", "scale_step")))
-        )
-    if isinstance(first, Levels):
-        names = ("scale", "offset", "scale_step", "offset_step")
-        return GroupAffine.on_levels(codes, Levels(first.grid, *(rows(name, levels) for name in names)))
-    return GroupAffine(codes, rows("scale", parts), rows("offset", parts), parts[0].bits)
+    if first is None:
+        return GroupAffine(codes, rows("scale", parts), rows("offset", parts), parts[0].bits)
+    numbers: dict[str, Any] = {name: rows(name, levels) for name in parts_of(first.grid)[1:]}
+    return GroupAffine.on_levels(codes, replace(first, **numbers))

@@ -14,7 +14,8 @@ from qalora_export.formats.gguf.export import export_gguf
 from qalora_export.formats.onnx.export import export_onnx
 from qalora_export.formats.onnx.layout import DATA, GRAPH
 from qalora_export.formats.onnx.read import read_back
-from qalora_export.recipe import GgufSettings, OnnxSettings
+from qalora_export.recipe import GgufSettings, OnnxSettings, VerifySettings
+from qalora_export.verify.stage import verify_parity
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,23 @@ class Exported:
     checkpoint: Path
     gguf: Path
     onnx: Path
+
+
+def verified(line: Path, report: Path, *, artifacts: Path | None = None) -> set[str]:
+    """What verify-parity says, with every runtime, of `merged` over `base` in `line`: the statuses of all entries.
+
+    artifacts: the folder with model.gguf and onnx, when it is not `line`.
+    """
+    artifacts = artifacts or line
+    found = verify_parity(
+        line / "merged",
+        report,
+        VerifySettings(threads=1),
+        gguf=artifacts / "model.gguf",
+        onnx=artifacts / "onnx",
+        base=line / "base",
+    )
+    return {entry.status for entry in found.entries}
 
 
 def export_both(checkpoint: Path, folder: Path) -> Exported:

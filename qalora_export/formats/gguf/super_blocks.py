@@ -61,15 +61,22 @@ class SuperBlockType(BlockType, abstract=True):
     def pack(cls, matrix: PackedAffine) -> NDArray[np.uint8]:
         """Rows of blocks (out, in/256 · block_bytes) uint8. Raises InputError for a matrix on another grid."""
         levels = matrix.levels
-        if not isinstance(levels, Levels) or matrix.grid != cls.grid:
+        if levels is None or matrix.grid != cls.grid:
             raise InputError(f"a matrix on grid {matrix.grid.name} does not go into {cls.name}")
         blocks = np.empty(levels.scale_step.shape, cls.layout)
-        blocks["d"], blocks["dmin"] = levels.scale_step.view("<u2"), levels.offset_step.view("<u2")
-        shape = (*blocks.shape, cls.grid.groups)
-        cls.put_levels(blocks, levels.scale.reshape(shape), levels.offset.reshape(shape))
+        blocks["d"] = levels.scale_step.view("<u2")
+        cls.put_numbers(blocks, levels)
         for rows in slabs(matrix.codes):
             cls.put_codes(blocks[rows], matrix.codes[rows])
         return blocks.view(np.uint8)
+
+    @classmethod
+    def put_numbers(cls, blocks: NDArray[Any], levels: AnyLevels) -> None:
+        """Write all but `d` and the codes into records (rows, in/256); levels: on this type's grid."""
+        assert isinstance(levels, Levels)
+        blocks["dmin"] = levels.offset_step.view("<u2")
+        shape = (*blocks.shape, cls.grid.groups)
+        cls.put_levels(blocks, levels.scale.reshape(shape), levels.offset.reshape(shape))
 
     @classmethod
     def unpack(cls, rows: NDArray[np.uint8], *, bits: int, group_size: int) -> PackedAffine:

@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qalora_export.errors import InputError
-from qalora_export.formats.gguf.block_type import slabs
 from qalora_export.formats.gguf.super_blocks import SuperBlockType
-from qalora_export.grid import PackedAffine, SymmetricLevels, pack_codes, unpack_codes
+from qalora_export.grid import AnyLevels, SymmetricLevels, pack_codes, unpack_codes
 from qalora_export.grid.named import Q6_K as Q6_K_GRID
 
 
@@ -33,16 +31,8 @@ class Q6_K(SuperBlockType):
     layout = np.dtype([("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), ("d", "<u2")])
 
     @classmethod
-    def pack(cls, matrix: PackedAffine) -> NDArray[np.uint8]:
-        levels = matrix.levels
-        if not isinstance(levels, SymmetricLevels) or matrix.grid != cls.grid:
-            raise InputError(f"a matrix on grid {matrix.grid.name} does not go into {cls.name}")
-        blocks = np.empty(levels.scale_step.shape, cls.layout)
-        blocks["d"] = levels.scale_step.view("<u2")
+    def put_numbers(cls, blocks: NDArray[Any], levels: AnyLevels) -> None:
         blocks["scales"] = levels.scale.reshape(*blocks.shape, cls.grid.groups)
-        for rows in slabs(matrix.codes):
-            cls.put_codes(blocks[rows], matrix.codes[rows])
-        return blocks.view(np.uint8)
 
     @classmethod
     def levels(cls, blocks: NDArray[Any]) -> SymmetricLevels:

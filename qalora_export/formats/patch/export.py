@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,10 +92,6 @@ def _folders(old: Path, new: Path, writer: PatchWriter) -> Table:
         files.append(writer.file(name, a, b, segments))
     _require_difference(files, old, new)
     return Table("folder", {"old": old.name, "new": new.name}, tuple(files), same)
-
-
-def _files_in(root: Path) -> Iterator[tuple[str, Path]]:
-    return ((path.relative_to(root).as_posix(), path) for path in root.rglob("*") if path.is_file())
 
 
 def _require_difference(files: list[PatchedFile], old: Path, new: Path) -> None:
