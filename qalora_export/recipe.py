@@ -131,6 +131,7 @@ class CompareSettings(Settings):
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
     learning_rates: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (1e-3, 3e-3, 1e-2)
     prove: bool = Field(default=True, description="export every merged checkpoint and run verify-parity on it")
+    speed: bool = Field(default=True, description="time llama.cpp on what is deployed as GGUF, beside the 16-bit base")
 
 
 class GgufSettings(Settings):

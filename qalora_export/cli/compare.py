@@ -12,14 +12,20 @@ from qalora_export.console import console
 if TYPE_CHECKING:
     from qalora_export.comparison.stage import ComparisonReport
 
-QUICK = {"compare.seeds": [0], "compare.learning_rates": [3e-3], "compare.bits": [4], "compare.prove": False}
+QUICK = {
+    "compare.seeds": [0],
+    "compare.learning_rates": [3e-3],
+    "compare.bits": [4],
+    "compare.prove": False,
+    "compare.speed": False,
+}
 
 
 def command(
     recipe: Annotated[Path, typer.Argument(help="Recipe (TOML) with [train], [quantize], [evaluate] and [compare].")],
     out: Annotated[Path | None, typer.Option(help="Folder for cells, table and plot; default: the recipe's.")] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="4 bits, one seed, one learning rate, no verify-parity: a first look.")
+        bool, typer.Option("--quick", help="4 bits, one seed and learning rate, nothing proven or timed: a first look.")
     ] = False,
     method: Annotated[list[str] | None, typer.Option(help="Only this method; may be repeated.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Measure every cell anew.")] = False,
@@ -55,11 +61,11 @@ def _show(report: ComparisonReport) -> None:
     from qalora_export.comparison.table import cells_of
 
     table = Table(title=f"{report.made} cells measured now, {report.kept} kept from before")
-    for heading in ("method", "bits/weight", "held-out loss", "score", "parity"):
+    for heading in ("method", "bits/weight", "held-out loss", "score", "decode", "parity"):
         table.add_column(heading, justify="left" if heading in ("method", "parity") else "right")
     for row in report.rows:
-        title, bits, loss, score, *_, parity = cells_of(row)
-        table.add_row(title, bits, loss, score, parity)
+        title, bits, loss, score, decode, *_, parity = cells_of(row)
+        table.add_row(title, bits, loss, score, decode, parity)
     console.print(table)
     for claim in report.claims:
         console.print(f"{claim.verdict:>12}  {claim.text} ({claim.figure})")

@@ -15,9 +15,12 @@ from qalora_export.checkpoint.canonical import CanonicalCheckpoint, parts_of
 from qalora_export.checkpoint.forecast import Forecast
 from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.comparison.fisher import importance
+from qalora_export.comparison.k_quants import K_QUANTS, SIXTEEN_BITS, quantize_folder
 from qalora_export.data.sequence_packing import Row, collate, one_per_row, pack
 from qalora_export.errors import InputError
 from qalora_export.evaluation import Prompt, end_ids, matches, network_answers, questions
+from qalora_export.formats.gguf.export import export_gguf
+from qalora_export.formats.gguf.read import GgufContents
 from qalora_export.models.loading import load_model, load_tokenizer
 from qalora_export.progress import track
 from qalora_export.qalora.training.arguments import Steps, arguments
@@ -69,6 +72,10 @@ class Bench:
     def tokenizer(self) -> Any:
         return load_tokenizer(self.source)
 
+    @property
+    def vocabulary(self) -> int:
+        return int(ModelFolder(self.source).config["vocab_size"])
+
     @cached_property
     def modules(self) -> list[str]:
         """The linear layers that every method works on: those a base checkpoint holds quantized."""
@@ -81,8 +88,11 @@ class Bench:
 
     @cached_property
     def forecast(self) -> Forecast:
-        """Of the base with the most bits; which layers it holds quantized, and their sizes, is the same for all."""
-        return Forecast.of(CanonicalCheckpoint(self.base(max(self.recipe.compare.bits))))
+        """Of the base with the most bits; which layers it holds quantized, and their sizes, is the same for all.
+
+        Rounded to nearest, which needs no calibration text.
+        """
+        return Forecast.of(CanonicalCheckpoint(self._rounded))
 
     @cached_property
     def asked(self) -> list[Prompt]:
@@ -124,6 +134,35 @@ class Bench:
             quantize(self.source, path, self.quantization(bits, method))
         return path
 
+    @property
+    def _rounded(self) -> Path:
+        return self.base(max(self.recipe.compare.bits), "rtn")
+
+    def gguf_of(self, checkpoint: Path) -> Path:
+        """A canonical checkpoint in `work` as a GGUF file, made when first asked for."""
+        path = checkpoint.with_suffix(".gguf")
+        if not path.exists():
+            export_gguf(checkpoint, path, self.recipe.export.gguf)
+        return path
+
+    @property
+    def exact_gguf(self) -> Path:
+        """A GGUF file with the source's metadata and tokenizer."""
+        return self.gguf_of(self._rounded)
+
+    @property
+    def gguf_16(self) -> Path:
+        """The source as a GGUF file of float16 matrices."""
+        return self._by_llama_cpp(SIXTEEN_BITS)
+
+    def k_quants(self, bits: int) -> Path:
+        """The source as llama.cpp's own quantizer has it."""
+        return self._by_llama_cpp(K_QUANTS[bits])
+
+    def _by_llama_cpp(self, kind: str) -> Path:
+        path = self.work / f"base.{kind}.gguf"
+        return path if path.exists() else quantize_folder(self.source, self.exact_gguf, path, kind)
+
     def settings(self, seed: int, rate: float) -> TrainSettings:
         return self.recipe.train.model_copy(update={"seed": seed, "learning_rate": rate})
 
@@ -162,6 +201,11 @@ class Bench:
         found = CanonicalCheckpoint(checkpoint)
         names = [f"{module}.{part}" for module in self.modules for part in parts_of(found.grids[module])]
         return 8 * sum(found.tensor(name).nbytes for name in names) / self.weights
+
+    def gguf_bits(self, file: Path) -> float:
+        """Bits per weight of `modules` in a GGUF file."""
+        contents = GgufContents(file)
+        return 8 * sum(contents.stored(f"{module}.weight")[1] for module in self.modules) / self.weights
 
     def scratch(self, name: str) -> AbstractContextManager[Path]:
         """A folder that is gone afterwards."""

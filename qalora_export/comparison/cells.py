@@ -30,6 +30,17 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True)
+class Speed:
+    """Of llama.cpp decoding token by token: tokens per second, and how many times those of the 16-bit base in the same
+    turns. bits_per_weight: of the decoder layers' matrices in the GGUF file, whose blocks hold 2 and 3 bits in 4.
+    """
+
+    tokens_per_second: float
+    of_base: float
+    bits_per_weight: float
+
+
+@dataclass(frozen=True, slots=True)
 class Measured:
     """What a cell came to.
 
@@ -37,7 +48,8 @@ class Measured:
     of the validation data, which chooses the learning rate. exact of total: the task score, None without one.
     bits_per_weight: of the decoder layers' matrices as deployed, scales, offsets and an unmerged adapter included.
     trainable: parameters. seconds: of training steps. ships: how the model is deployed. gates: what verify-parity said
-    of its exports ("21/21", or the first gate that failed), None where it was not asked.
+    of its exports ("21/21", or the first gate that failed), None where it was not asked. speed: of llama.cpp on the
+    GGUF file that is deployed, None where it was not timed or there is none.
     """
 
     cell: Cell
@@ -50,6 +62,7 @@ class Measured:
     seconds: float
     ships: str
     gates: str | None = None
+    speed: Speed | None = None
 
     @property
     def score(self) -> float | None:
@@ -76,7 +89,9 @@ def read(path: Path, made_of: str) -> Measured | None:
         if content.pop("format") != FORMAT:
             raise KeyError("format")
         same = content.pop("made_of") == made_of
-        measured = Measured(**content | {"cell": Cell(**content["cell"])})
+        speed = content.pop("speed", None)  # cells of before it was timed have none
+        parts = {"cell": Cell(**content["cell"]), "speed": None if speed is None else Speed(**speed)}
+        measured = Measured(**content | parts)
     except (AttributeError, KeyError, TypeError) as error:
         raise UnsafeInputError(
             "not a cell of a comparison", where=path, why=str(error), fix="delete the file, it is made again"

@@ -13,30 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qalora_export.errors import RuntimeUnavailableError
+from qalora_export.comparison.needs import BITSANDBYTES, PEFT, imported
 from qalora_export.recipe import TrainSettings
 
 # NF4: 4-bit codes, an 8-bit scale per 64 weights, a float32 scale and its mean per 256 of those (arXiv 2305.14314, §3).
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 
 
-def packages() -> tuple[Any, Any]:
-    """(peft, bitsandbytes). Raises RuntimeUnavailableError when one is missing."""
-    try:
-        import bitsandbytes  # type: ignore[import-not-found,unused-ignore]
-        import peft
-    except (ImportError, OSError, RuntimeError) as error:
-        raise RuntimeUnavailableError(
-            "LoRA and QLoRA are trained by PEFT and bitsandbytes",
-            why=str(error),
-            fix="pip install 'qalora-export[compare]', or leave these methods out of [compare] methods",
-        ) from error
-    return peft, bitsandbytes
-
-
 def to_nf4(model: nn.Module, modules: Iterable[str]) -> None:
     """Put bitsandbytes' 4-bit layers, double quantization on, in place of the named linear layers."""
-    _, bitsandbytes = packages()
+    bitsandbytes = imported(BITSANDBYTES)
     for name in modules:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
@@ -59,7 +45,7 @@ def to_nf4(model: nn.Module, modules: Iterable[str]) -> None:
 
 def add_adapters(model: nn.Module, modules: list[str], settings: TrainSettings, seed: int) -> None:
     """Freeze `model` and give the named layers PEFT's LoRA, float32: A Kaiming uniform, B zero."""
-    peft, _ = packages()
+    peft = imported(PEFT)
     model.requires_grad_(False)
     config = peft.LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=modules, lora_dropout=0.0)
     with torch.random.fork_rng():
@@ -80,8 +66,7 @@ def merged_weight(layer: Any) -> Tensor:
     base = layer.get_base_layer()
     weight = base.weight
     if hasattr(weight, "quant_state"):
-        _, bitsandbytes = packages()
-        weight = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+        weight = imported(BITSANDBYTES).functional.dequantize_4bit(weight.data, weight.quant_state)
     merged: Tensor = weight.float() + layer.get_delta_weight("default").float()
     return merged
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qalora_export.comparison.bench import Bench
-from qalora_export.comparison.methods import Made
+from qalora_export.comparison.method import Made
 from qalora_export.formats.gguf.export import export_gguf
 from qalora_export.formats.onnx.export import export_onnx
 from qalora_export.verify.stage import verify_parity

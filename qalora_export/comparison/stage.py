@@ -12,6 +12,7 @@ import json
 import logging
 import shutil
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from qalora_export.checkpoint.output import claim_output
 from qalora_export.comparison.bench import Bench, Score
 from qalora_export.comparison.cells import Cell, Measured, read, write
 from qalora_export.comparison.claims import Claim, judged
-from qalora_export.comparison.methods import EXACT, METHODS, Made, Method
+from qalora_export.comparison.method import EXACT, Made, Method
+from qalora_export.comparison.methods import METHODS
+from qalora_export.comparison.needs import require
 from qalora_export.comparison.plot import plot_rows
 from qalora_export.comparison.proof import gates_of
+from qalora_export.comparison.speed import Speeds
 from qalora_export.comparison.table import Row, best_rate, markdown, row_of
 from qalora_export.errors import DivergedError, InputError
 from qalora_export.models.sources import locate
@@ -53,9 +57,10 @@ def compare(recipe: Recipe, *, force: bool = False) -> ComparisonReport:
     """Train and score every method of recipe.compare; a killed run goes on where it was.
 
     force: measure every cell anew. Raises InputError for a recipe without held-out data or validation data or with an
-    unknown method, RuntimeUnavailableError without PEFT or bitsandbytes when a method needs them.
+    unknown method, and what needs.require does, before anything is made.
     """
     out, methods = local_path(recipe.out), _methods(recipe)
+    require(recipe, methods)
     source = locate(recipe.model, recipe.revision).path
     inputs = (source, recipe.train.data, recipe.train.validation, recipe.quantize.calibration)
     with contextlib.ExitStack() as stack:
@@ -105,6 +110,10 @@ class _Run:
     made: int = 0
     kept: int = 0
 
+    @cached_property
+    def speeds(self) -> Speeds:
+        return Speeds(self.bench)
+
     def rows(self, methods: list[Method]) -> list[Row]:
         asked = self.bench.recipe.compare
         wanted = [(method, bits) for method in methods for bits in _widths(method, asked.bits)]
@@ -150,6 +159,8 @@ class _OneRow:
         best = best_rate([self._measured(first, rate) for rate in rates])
         if asked.prove and best.ships == EXACT and best.gates is None:
             best = self.run.write(replace(best, gates=self._gates(best.cell)))
+        if asked.speed and best.speed is None and self.method.artifact is not None:
+            best = self.run.write(replace(best, speed=self.run.speeds.of(self.method.artifact, self.bits)))
         return [best] + [self._measured(seed, best.cell.rate) for seed in others if self.method.trained]
 
     def _measured(self, seed: int, rate: float | None) -> Measured:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qalora_export.comparison.cells import Measured
+from qalora_export.comparison.cells import Measured, Speed
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +14,7 @@ class Row:
     """bits: None for 16-bit weights and for NF4. loss, score: one value per seed; empty where training diverged.
 
     rate: the learning rate with the lowest validation loss on the first seed, None where nothing is trained. gates: of
-    the first seed.
+    the first seed. speed: of the layout.
     """
 
     method: str
@@ -28,6 +28,7 @@ class Row:
     seconds: float
     ships: str
     gates: str | None
+    speed: Speed | None = None
 
     @property
     def mean_loss(self) -> float | None:
@@ -54,6 +55,7 @@ def row_of(title: str, cells: Sequence[Measured]) -> Row:
         statistics.mean(m.seconds for m in cells),
         first.ships,
         first.gates,
+        first.speed,
     )
 
 
@@ -65,7 +67,19 @@ def spread(values: Sequence[float], form: str) -> str:
     return mean if len(values) < 2 else f"{mean} ± {format(statistics.stdev(values), form)}"
 
 
-HEADINGS = ("method", "bits/weight", "held-out loss", "score", "trained", "rate", "s", "ships as", "parity")
+HEADINGS = (
+    "method",
+    "bits/weight",
+    "held-out loss",
+    "score",
+    "decode",
+    "GGUF bits",
+    "trained",
+    "rate",
+    "s",
+    "ships as",
+    "parity",
+)
 
 
 def cells_of(row: Row) -> tuple[str, ...]:
@@ -75,6 +89,8 @@ def cells_of(row: Row) -> tuple[str, ...]:
         f"{row.bits_per_weight:.2f}",
         spread(row.loss, ".4f"),
         spread(row.score, ".1%"),
+        "–" if row.speed is None else f"{row.speed.of_base:.2f}×",
+        "–" if row.speed is None else f"{row.speed.bits_per_weight:.2f}",
         f"{row.trainable:,}" if row.trainable else "–",
         "–" if row.rate is None else f"{row.rate:g}",
         f"{row.seconds:.0f}" if row.trainable else "–",

@@ -90,10 +90,12 @@ def _files(
     """Label -> (model, adapter). lm_head is 8-bit symmetric (Q8_0) but where the label says otherwise, and Q6_K in
     q4_k_m and in llama.cpp's.
     """
+    from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+    from qalora_export.comparison.k_quants import quantize_plans
     from qalora_export.formats.gguf.export import export_gguf
     from qalora_export.formats.gguf.split import adapter_path
     from qalora_export.recipe import GgufSettings
-    from tests.benchmarks.ggml_quantize import quantize_gguf
+    from tests.formats.gguf.f32_twin import f32_plans
 
     work.mkdir(parents=True)
     made: dict[str, Path] = {}
@@ -118,11 +120,11 @@ def _files(
         return exported(symmetric, "base", "split"), _trained_adapter(symmetric, work / "trained.gguf", config, group)
 
     def lossy(name: str) -> tuple[Path, Path | None]:
-        library = Path(import_wheel().xllamacpp.__file__)
         mix = "q4_k_m" in wanted
         source = checkpoint("mixed", grid="q4_k_m") if mix else checkpoint("model", head_bits=8)
         exact = exported(source, "q4_k_m" if mix else "q4_1")
-        return quantize_gguf(library, source, exact, work / f"{name}.gguf", name), None
+        model = CanonicalCheckpoint(source)
+        return quantize_plans(f32_plans(model), model.config, exact, work / f"{name}.gguf", name), None
 
     makers: dict[str, Callable[[], tuple[Path, Path | None]]] = {
         "q4_1": lambda: (exported(checkpoint("model", head_bits=8), "q4_1"), None),

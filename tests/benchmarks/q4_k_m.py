@@ -4,10 +4,10 @@
 
 The base is samples/base; KL(fp16 ‖ quantized) is the mean over positions of its held-out text, of the weights that the
 files hold (float32 arithmetic in PyTorch), so that int8 activations of a runtime do not blur it. llama.cpp's files are
-made by its own quantizer (ggml_quantize.py), without an importance matrix and with one from the text that calibrates
-GPTQ. Speed: every file is loaded at once and they take turns; ratios are medians of ratios within a turn. The base is
-small and its width, 384, no multiple of 256, so both sides fall back for what reads it; for the speed of K-quants at
-the width of a large model see llama_layouts.py.
+made by its own quantizer (comparison/k_quants.py), without an importance matrix and with one from the text that
+calibrates GPTQ. Speed: every file is loaded at once and they take turns; ratios are medians of ratios within a turn.
+The base is small and its width, 384, no multiple of 256, so both sides fall back for what reads it; for the speed of
+K-quants at the width of a large model see llama_layouts.py.
 """
 
 from __future__ import annotations
@@ -22,25 +22,20 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from qalora_runtimes.llama_cpp.wheel import import_wheel
 
-from qalora_export.checkpoint.model_folder import ModelFolder, as_float32
+from qalora_export.checkpoint.model_folder import ModelFolder
+from qalora_export.comparison.k_quants import Imatrix, quantize_plans, source_plans
 from qalora_export.data.calibration import calibration_windows
 from qalora_export.formats.gguf.export import export_gguf
 from qalora_export.formats.gguf.file import GgufFile
 from qalora_export.formats.gguf.names import NameMap
-from qalora_export.formats.gguf.permute import row_order
 from qalora_export.formats.gguf.read import GgufContents
-from qalora_export.formats.gguf.tensor_table import TensorPlan, as_stored
-from qalora_export.formats.gguf.types import F32
 from qalora_export.models.families import family_of
 from qalora_export.models.loading import load_model, load_tokenizer
 from qalora_export.quantization.presets import more_bits
 from qalora_export.quantization.stage import quantize
 from qalora_export.recipe import QuantizeRule, QuantizeSettings
 from samples.base.quality import MODEL, divergence, logprobs, losses, windows_of
-from tests.benchmarks.ggml_quantize import Imatrix, quantize_plans
 from tests.benchmarks.llama_layouts import REFERENCE, measure, speeds
 from tests.benchmarks.machine import RESULTS, machine
 
@@ -111,29 +106,11 @@ def _files(work: Path, samples: int, *, method: Literal["gptq", "rtn"]) -> dict[
     for name, rules in (("ours", ()), ("ours-q6", more)):
         quantize(MODEL, work / name, settings.model_copy(update={"rules": rules}))
         export_gguf(work / name, work / f"{name}.gguf")
-    library, plans, config = Path(import_wheel().xllamacpp.__file__), _plans(MODEL), ModelFolder(MODEL).config
+    plans, config = source_plans(MODEL), ModelFolder(MODEL).config
     importance = imatrix(MODEL, settings)
     for path, weights in zip(places[2:], (None, importance), strict=True):
-        quantize_plans(library, plans, config, work / "ours.gguf", path, REFERENCE, weights)
+        quantize_plans(plans, config, work / "ours.gguf", path, REFERENCE, weights)
     return files
-
-
-def _plans(model: Path) -> list[TensorPlan]:
-    """Every tensor of a model folder as float32, under its GGUF name and in GGUF's order of rows."""
-    folder = ModelFolder(model)
-    family = family_of(folder.config)
-    names = NameMap(family.gguf_arch, folder.config["num_hidden_layers"])
-
-    def plan(name: str) -> TensorPlan:
-        shape, heads = folder.entry(name).shape, family.permuted_heads(name.rpartition(".")[0], folder.config)
-        order = np.arange(shape[0]) if heads is None else row_order(shape[0], heads)
-
-        def load(rows: slice) -> NDArray[Any]:
-            return as_stored(family, name, as_float32(folder.tensor(name))[order[rows]])
-
-        return TensorPlan(names.to_gguf(name), F32, shape, load)
-
-    return [plan(name) for name in folder.names()]
 
 
 @torch.no_grad()

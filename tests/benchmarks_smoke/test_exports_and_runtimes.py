@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.benchmarks.ggml_quantize import T, type_of
 from tests.benchmarks.onnx_decode import with_float_zero_points, without_offset
 
 ROWS = {
@@ -86,34 +85,3 @@ def test_variants_of_the_graph_are_what_their_names_say(tiny_canonical: Path, tm
     exact, limit, floats = logits
     assert ((floats - exact) ** 2).sum() < 1e-6 * (exact**2).sum()
     assert ((limit - exact) ** 2).sum() > 1e-2 * (exact**2).sum()
-
-
-@pytest.mark.parametrize(
-    "name, layers, recipe, kind",
-    [
-        ("output.weight", 22, "Q4_0", T.Q6_K),
-        ("token_embd.weight", 22, "Q4_K_M", T.Q4_K),
-        ("blk.0.attn_v.weight", 22, "Q4_K_M", T.Q6_K),
-        ("blk.3.attn_v.weight", 22, "Q4_K_M", T.Q4_K),
-        ("blk.4.ffn_down.weight", 22, "Q4_K_M", T.Q6_K),
-        ("blk.21.ffn_down.weight", 22, "Q4_K_M", T.Q6_K),
-        ("blk.0.attn_q.weight", 22, "Q4_K_M", T.Q4_K),
-        ("blk.0.ffn_down.weight", 22, "Q4_0", T.Q4_0),
-    ],
-)
-def test_llama_quantize_rule(name: str, layers: int, recipe: str, kind: T) -> None:
-    assert type_of(name, layers, recipe) == kind
-
-
-@pytest.mark.parametrize(
-    "name, kind",
-    [
-        ("token_embd.weight", T.Q8_0),
-        ("blk.3.attn_v.weight", T.Q8_0),
-        ("blk.0.attn_v.weight", T.Q5_0),
-        ("blk.0.attn_q.weight", T.Q5_0),
-    ],
-)
-def test_llama_quantize_falls_back_where_256_does_not_divide(name: str, kind: T) -> None:
-    """On the sample base: 384 in-features, 4 layers, the embedding is the output matrix."""
-    assert type_of(name, 4, "Q4_K_M", columns=384, tied=True) == kind

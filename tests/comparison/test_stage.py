@@ -1,14 +1,17 @@
 """The comparison on a tiny model: every method runs, a killed comparison goes on, divergence is a row's own affair."""
 
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from qalora_export.comparison import methods, stage
+from qalora_export.comparison import methods, speed, stage
 from qalora_export.comparison.stage import compare
-from qalora_export.errors import DivergedError, InputError
+from qalora_export.errors import DivergedError, ExitCode, InputError, QaloraError
 from qalora_export.recipe import CompareSettings, EvaluateSettings, QuantizeSettings, Recipe, TrainSettings
+from tests.warm_runners import WarmRunners
 
 PAIRS = [("one", "1"), ("two", "2"), ("three", "3"), ("four", "4"), ("five", "5"), ("six", "6")]
 
@@ -23,7 +26,7 @@ def recipe(tiny_model: Path, tmp_path: Path) -> Recipe:
         quantize=QuantizeSettings(calibration=str(data), calibration_samples=2, sequence_length=16),
         train=TrainSettings(data=str(data), validation=str(data), rank=4, max_steps=2, batch_size=4),
         evaluate=EvaluateSettings(data=str(data), max_new_tokens=2),
-        compare=CompareSettings(bits=(4,), seeds=(0,), learning_rates=(1e-3,), prove=False),
+        compare=CompareSettings(bits=(4,), seeds=(0,), learning_rates=(1e-3,), prove=False, speed=False),
     )
 
 
@@ -34,6 +37,7 @@ def test_every_method_has_its_row_and_a_second_run_keeps_them(recipe: Recipe) ->
     bits = {row.method: row.bits_per_weight for row in report.rows}
     assert bits["base"] == bits["lora"] == 16
     assert bits["rtn"] == bits["gptq"] == bits["qa-lora"] == bits["qa-lora+"] == bits["qlora+gptq"]
+    assert bits["k-quants"] == bits["qlora+k-quants"] > 4
     assert bits["lq-lora"] == bits["lq-lora-fisher"] > bits["gptq"] and bits["qlora"] > 4.127
     trainable = {row.method: row.trainable for row in report.rows}
     assert trainable["qa-lora+"] == trainable["qa-lora"] < trainable["lora"] == trainable["qlora"]
@@ -70,7 +74,7 @@ def test_a_rate_that_diverges_is_not_chosen(recipe: Recipe, monkeypatch: pytest.
             raise DivergedError("the loss is not finite (nan) at step 1 of 2")
         return make(bench, cell, folder)  # type: ignore[arg-type]
 
-    changed = methods.Method("qa-lora", "QA-LoRA", "each", True, diverging)
+    changed = replace(methods.METHODS["qa-lora"], make=diverging)
     monkeypatch.setitem(methods.METHODS, "qa-lora", changed)
     (row,) = compare(recipe.model_copy(update={"compare": asked})).rows
     assert row.rate == 1e-3 and row.mean_loss is not None
@@ -86,3 +90,48 @@ def test_what_is_missing_is_said_before_anything_is_made(recipe: Recipe) -> None
     train = recipe.train.model_copy(update={"validation": None})
     with pytest.raises(InputError, match="learning rates"):
         compare(recipe.model_copy(update={"train": train}))
+
+
+def test_what_the_methods_need_is_looked_for_first_and_all_at_once(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("peft", "bitsandbytes"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(QaloraError) as caught:
+        compare(recipe)
+    assert caught.value.code is ExitCode.RUNTIME_UNAVAILABLE and len(caught.value.several) == 2
+    assert "qlora+gptq" in str(caught.value) and "'qalora-export[compare]'" in str(caught.value)
+
+    bare = recipe.model_copy(update={"quantize": recipe.quantize.model_copy(update={"calibration": None})})
+    with pytest.raises(InputError, match="calibration") as several:
+        compare(bare.model_copy(update={"compare": bare.compare.model_copy(update={"methods": ("gptq",)})}))
+    assert several.value.code is ExitCode.BAD_INPUT
+    assert not (Path(recipe.out) / "cells").exists()
+
+    asked = bare.compare.model_copy(update={"methods": ("rtn",), "prove": True, "speed": True})
+    monkeypatch.setattr("qalora_runtimes.launch._version", lambda _: None)
+    with pytest.raises(QaloraError) as caught:
+        compare(bare.model_copy(update={"compare": asked}))
+    assert caught.value.code is ExitCode.RUNTIME_UNAVAILABLE and "[compare] speed" in str(caught.value)
+
+
+def test_a_layout_is_timed_once_beside_the_16_bit_base(
+    recipe: Recipe, warm_runners: WarmRunners, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "TURNS", 1)
+    asked = recipe.compare.model_copy(update={"methods": ("base", "rtn", "gptq", "k-quants"), "speed": True})
+    began: list[Path] = []
+    once = speed.Speeds._once
+
+    def counted(self: speed.Speeds, file: Path, folder: Path) -> float:
+        began.append(file)
+        return once(self, file, folder)
+
+    monkeypatch.setattr(speed.Speeds, "_once", counted)
+    timed = recipe.model_copy(update={"compare": asked})
+    rows = {row.method: row.speed for row in compare(timed).rows}
+    assert len(began) == 6  # three files, each beside the base
+    found = {method: row.bits_per_weight for method, row in rows.items() if row is not None}
+    assert found["base"] == 16 and found["rtn"] == found["gptq"] == 5 and 4 < found["k-quants"] < 8
+    assert all(row is not None and row.tokens_per_second > 0 for row in rows.values())
+    assert {row.method: row.speed for row in compare(timed).rows} == rows and len(began) == 6

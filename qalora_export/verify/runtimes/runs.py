@@ -196,7 +196,7 @@ class Runs:
                 watch=watch_of(runtime, artifact.path, job, shown),
             )
         if result.status != "ok":
-            raise _error(runtime, artifact.path, result)
+            raise run_error(runtime, artifact.path, result)
         for each in job.passes:
             self.fingerprints[f"{runtime}/{label}/{each}"] = dict(result.fingerprint or {})
         return result
@@ -208,7 +208,7 @@ def _end_of(log: str) -> str:
     return f"its log ends: {said}" if said else ""
 
 
-def _error(runtime: str, path: Path, result: Any) -> RuntimeUnavailableError:
+def run_error(runtime: str, path: Path, result: Any) -> RuntimeUnavailableError:
     """What a run without an answer is called; a runtime that refuses what we wrote has found a defect of ours."""
     if result.status == "refused" and is_unchanged(path):
         return CrashedError(
