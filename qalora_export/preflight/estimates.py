@@ -28,6 +28,7 @@ REBUILT_PER_SECOND = 2e9  # codes that training turns into weights, every step a
 START_SECONDS = 0.5  # of any stage: imports, config, tokenizer
 RUN_SECONDS = 1.0  # of one process of verify-parity: start, load, answer the text gate
 RUNS_PER_RUNTIME = 8  # prefill and decode of exact and shipped path, texts; the local proof and PyTorch's own passes
+LINE, PATHS = 3, 2  # models of a line: original, base, merged; exact and shipped path
 KEPT, SCORE, REPORT = 2, 2**12, 2**20  # checkpoints of training at one time; bytes of a score and of a report
 
 
@@ -97,25 +98,36 @@ def merge(forecast: Forecast, machine: Machine) -> StageForecast:
 
 
 def evaluate(forecast: Forecast, settings: EvaluateSettings, prompts: list[int], machine: Machine) -> StageForecast:
-    """prompts: the tokens of each question. Answers are counted at their longest."""
-    answers = len(prompts) * settings.max_new_tokens
-    products = 2 * (forecast.quantized_values + _head(forecast))
-    seconds = START_SECONDS + ANSWER_FACTOR * products * (sum(prompts) + answers) / machine.flops
+    """prompts: the tokens of each question."""
+    seconds = START_SECONDS + answering(forecast, settings, prompts, machine)
     memory = forecast.packed_bytes + FP32 * forecast.plain_values
     return StageForecast(SCORE, 0, memory, seconds, f"{len(prompts):,} questions")
+
+
+def answering(forecast: Forecast, settings: EvaluateSettings, prompts: list[int], machine: Machine) -> float:
+    """Seconds of one model's answers. prompts: the tokens of each question. Answers are counted at their longest."""
+    tokens = sum(prompts) + len(prompts) * settings.max_new_tokens
+    products = 2 * (forecast.quantized_values + _head(forecast))
+    return ANSWER_FACTOR * products * tokens / machine.flops
 
 
 def export(nbytes: int, machine: Machine) -> StageForecast:
     return StageForecast(nbytes, seconds=START_SECONDS + machine.seconds_to_write(nbytes))
 
 
-def verify(forecast: Forecast, found: VerifyForecast, runtimes: list[str], machine: Machine) -> StageForecast:
-    """Every position through every runtime several times, whole prompts and token by token; and the reference."""
+def verify(
+    forecast: Forecast, found: VerifyForecast, runtimes: list[str], machine: Machine, *, answers: float = 0.0
+) -> StageForecast:
+    """Every position through every runtime several times, whole prompts and token by token; and the reference.
+
+    answers: seconds of one model's answers to the task, if one is asked: of the three models of the line in PyTorch and
+    of both paths of every runtime.
+    """
     logprobs = FP32 * found.positions * int(forecast.config["vocab_size"])
     products = 2 * (forecast.quantized_values + _head(forecast)) * found.positions
     runs = RUNS_PER_RUNTIME * len(runtimes)
     seconds = runs * (RUN_SECONDS + ANSWER_FACTOR * products / machine.flops)
-    seconds += machine.seconds_to_write(found.workspace)
+    seconds += machine.seconds_to_write(found.workspace) + (LINE + PATHS * len(runtimes)) * answers
     detail = f"{found.positions:,} positions, {len(runtimes)} runtime{'s' * (len(runtimes) != 1)}"
     return StageForecast(REPORT, found.workspace, 3 * logprobs, seconds, detail)
 

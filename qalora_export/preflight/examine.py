@@ -21,7 +21,7 @@ from qalora_export.preflight.estimates import StageForecast
 from qalora_export.preflight.findings import Findings
 from qalora_export.preflight.machine import Machine, gpu_note, measure
 from qalora_export.qalora.targets import describe, left_alone, targeted
-from qalora_export.recipe import Recipe
+from qalora_export.recipe import EvaluateSettings, Recipe
 
 SPARE = 1.1  # of the disk: file systems and estimates are not exact
 
@@ -193,13 +193,17 @@ class _Checks:
         return estimates.train(self.forecast, made, self.machine)
 
     def _evaluate(self) -> StageForecast:
+        settings = self.recipe.evaluate
+        assert settings is not None
+        return estimates.evaluate(self.forecast, settings, self._questions(settings), self.machine)
+
+    def _questions(self, settings: EvaluateSettings) -> list[int]:
+        """Tokens of every prompt."""
         from qalora_export.evaluation import questions
         from qalora_export.models.loading import load_tokenizer
 
-        settings = self.recipe.evaluate
-        assert settings is not None
         prompts = questions(load_tokenizer(self.forecast.path), settings, context=self.forecast.context)
-        return estimates.evaluate(self.forecast, settings, [len(ids) for ids, _ in prompts], self.machine)
+        return [len(ids) for ids, _ in prompts]
 
     def _gguf(self) -> StageForecast:
         from qalora_export.formats.gguf.check import check_gguf
@@ -226,8 +230,12 @@ class _Checks:
         from qalora_export.verify.check import check_probes
 
         runtimes = _runtimes(self.recipe, self.findings)
-        probes = check_probes(self.forecast, self.recipe.verify, runtimes, artifacts)
-        return estimates.verify(self.forecast, probes, runtimes, self.machine)
+        probes, asked = check_probes(self.forecast, self.recipe.verify, runtimes, artifacts), self.recipe.evaluate
+        seconds = 0.0
+        if asked is not None:
+            prompts = self._questions(asked)[: self.recipe.verify.scored]
+            seconds = estimates.answering(self.forecast, asked, prompts, self.machine)
+        return estimates.verify(self.forecast, probes, runtimes, self.machine, answers=seconds)
 
 
 def _runtimes(recipe: Recipe, findings: Findings) -> list[str]:

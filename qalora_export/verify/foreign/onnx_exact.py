@@ -2,7 +2,7 @@
 
 ONNX Runtime fuses DequantizeLinear and MatMul into a kernel with int8 activations, and MatMulInteger rounds by itself.
 So what these make of a constant is written into the graph as that constant, and an integer product becomes a MatMul.
-MatMulNBits stays, at accuracy_level 1.
+MatMulNBits stays, at accuracy_level 1. A graph in float16 is run in float32.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from qalora_export.formats.onnx.exact import exact_variant
 from qalora_export.formats.onnx.layout import graph_file
 from qalora_export.verify.foreign.onnx_folder import Graph
+from qalora_export.verify.foreign.onnx_widened import widen
 
 if TYPE_CHECKING:
     import onnx
@@ -29,11 +30,13 @@ def float_variant(graph: Graph, target: Path) -> Path:
 
     exact_variant(graph.folder, target)
     rounding = ("DequantizeLinear", "MatMulInteger")
-    if not any(node.op_type in rounding for node in graph.model.graph.node):
+    if not graph.is_half and not any(node.op_type in rounding for node in graph.model.graph.node):
         return target
     file = graph_file(target)
     model = onnx.load(file)
     _replace(graph, model)
+    if graph.is_half:
+        widen(model)
     onnx.save(model, file, save_as_external_data=True, location=DATA, size_threshold=1024)
     return target
 

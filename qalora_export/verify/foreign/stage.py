@@ -192,14 +192,16 @@ def _in_runtime(
     name = side.runtime
     runs = Runs(source.probes, source.config["vocab_size"], source.workdir, source.threads, launch)
     paths, refusal = _paths(source, side, runs)
-    if refusal is not None:
-        source.parts += _refused(name, refusal)
-    else:
+    if "exact" in paths:
         with _timed(source):
             differences = side.differences(source.config, source.reference.frequencies)
             source.parts.append(graph_part(name, own, paths["exact"], differences, numbers))
+    elif refusal is not None:
+        source.parts.append(_graph_refused(name, refusal))
     source.parts += _text(source, side, runs)
-    if refusal is None:
+    if refusal is not None:
+        source.parts.append(_kernels_refused(side, refusal, graph_runs="exact" in paths))
+    else:
         with _timed(source):
             source.parts.append(kernels_part(name, own, paths, numbers))
     return _costs(source, name, numbers, paths)
@@ -220,23 +222,34 @@ def _own_numbers(own: OwnNumbers) -> LogProbs | None:
 
 
 def _paths(source: Source, side: Side, runs: Runs) -> tuple[dict[str, LogProbs], RuntimeUnavailableError | None]:
-    """Log-probabilities of the artifact as it is, and of its numbers without rounding; or why there are none."""
+    """Log-probabilities of its numbers without rounding, and of the artifact as it is; why one is missing."""
+    found = dict[str, LogProbs]()
     try:
-        shipped = runs.logprobs(side.runtime, Artifact(side.artifact.path), "prefill", exact=False)
         with side.exact(source.workdir) as exact:
-            found = {mode: runs.logprobs(side.runtime, exact, mode, exact=True) for mode in MODES}
+            answers = {mode: runs.logprobs(side.runtime, exact, mode, exact=True) for mode in MODES}
+        found |= {"exact": answers["prefill"], "decode": answers["decode"]}
+        found["shipped"] = runs.logprobs(side.runtime, Artifact(side.artifact.path), "prefill", exact=False)
     except RuntimeUnavailableError as error:
-        return {}, error
-    return {"shipped": shipped, "exact": found["prefill"], "decode": found["decode"]}, None
+        return found, error
+    return found, None
 
 
-def _refused(runtime: str, error: RuntimeUnavailableError) -> list[Part]:
-    """A runtime that is not there leaves its parts open; one that cannot run the file has found something."""
+def _graph_refused(runtime: str, error: RuntimeUnavailableError) -> Part:
+    """A runtime that is not there leaves the part open; one that cannot run the file has found something."""
     if isinstance(error, CrashedError):
-        graph = Part("graph", runtime, "broken", f"{runtime} cannot run it: {error.reason}")
-    else:
-        graph = Part("graph", runtime, "not run", error.reason)
-    return [graph, Part("kernels", runtime, "not run", error.reason)]
+        return Part("graph", runtime, "broken", f"{runtime} cannot run it: {error.reason}")
+    return Part("graph", runtime, "not run", error.reason)
+
+
+def _kernels_refused(side: Side, error: RuntimeUnavailableError, *, graph_runs: bool) -> Part:
+    """graph_runs: the same nodes and numbers run without rounding, so that only the kernels are what fails."""
+    if not graph_runs or not isinstance(error, CrashedError):
+        return Part("kernels", side.runtime, "not run", error.reason)
+    if side.is_half:
+        said = f"{side.runtime} has no processor kernels that run this float16 graph; in float32 it runs"
+        return Part("kernels", side.runtime, "not run", said, (error.reason,))
+    said = f"{side.runtime} cannot run it as it is, and runs the same numbers without rounding: {error.reason}"
+    return Part("kernels", side.runtime, "broken", said)
 
 
 def _text(source: Source, side: Side, runs: Runs) -> list[Part]:
