@@ -1,8 +1,9 @@
 """manifest.json: the commit mark and the provenance chain base → adapter → merged → artifact.
 
-It is the last file written. It names every file of its folder with size and sha256, every tensor with dtype, shape
-and sha256, the settings that made them, and the sha256 of each parent's manifest. It holds no time and no absolute
-path, so equal inputs and settings give equal bytes. That of a single file lies beside it: `<out>.manifest.json`.
+It is the last file written. It names every file of its folder with size and sha256, every tensor with dtype and shape
+(those of a checkpoint with sha256 too), the settings that made them, and the sha256 of each parent's manifest. It holds
+no time and no absolute path, so equal inputs and settings give equal bytes. That of a single file lies beside it:
+`<out>.manifest.json`.
 """
 
 import contextlib

@@ -5,6 +5,7 @@ then the data; offsets are relative to the end of the header, contiguous, withou
 """
 
 import math
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,9 +106,11 @@ def map_tensor(path: Path, entry: TensorEntry) -> NDArray[Any]:
     """Memory-map one tensor read-only; pages come and go with use, so memory does not grow with the file."""
     if entry.nbytes == 0:
         return np.zeros(entry.shape, entry.dtype)
+    start = entry.begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
     try:
-        return np.memmap(path, dtype=entry.dtype, mode="r", offset=entry.begin, shape=entry.shape or (1,)).reshape(
-            entry.shape
-        )
+        with path.open("rb") as file:
+            length = entry.begin - start + entry.nbytes
+            mapped = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=start)
+        return np.ndarray(entry.shape, entry.dtype, mapped, entry.begin - start)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot map a tensor: {error}", where=path) from error

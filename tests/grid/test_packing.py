@@ -63,3 +63,19 @@ def test_read_only_and_strided_input() -> None:
     codes = np.arange(64, dtype=np.uint8).reshape(4, 16) % 16
     codes.flags.writeable = False
     np.testing.assert_array_equal(unpack_codes(pack_codes(codes[::2], 4), 4), codes[::2])
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", [(3, 80_000), (1, 16), (5, 1008)])
+def test_matrices_of_several_slabs(bits: int, shape: tuple[int, int]) -> None:
+    codes = np.random.default_rng(bits).integers(0, 2**bits, shape, np.uint8)
+    string = np.unpackbits(codes[..., None], axis=-1, bitorder="little")[..., :bits]  # (out, in, bits)
+    expected = np.packbits(string.reshape(shape[0], -1), axis=-1, bitorder="little")
+    np.testing.assert_array_equal(pack_codes(codes, bits), expected)
+    np.testing.assert_array_equal(unpack_codes(expected, bits), codes)
+
+
+def test_rows_of_four_codes_of_two_bits_fill_a_byte() -> None:
+    codes = np.array([[0, 1, 2, 3], [3, 2, 1, 0], [1, 1, 1, 1]], np.uint8)
+    assert pack_codes(codes, 2).tolist() == [[0b11100100], [0b00011011], [0b01010101]]
+    np.testing.assert_array_equal(unpack_codes(pack_codes(codes, 2), 2), codes)

@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qalora_export.formats.gguf.super_blocks import SuperBlockType
+from qalora_export.formats.gguf.block_type import FOUR, LOW
+from qalora_export.formats.gguf.super_blocks import TWO, SuperBlockType, lanes, side_by_side
 from qalora_export.grid import AnyLevels, SymmetricLevels, pack_codes, unpack_codes
 from qalora_export.grid.named import Q6_K as Q6_K_GRID
+
+PAIRS = [np.uint64(0x0303030303030303 << 2 * lane) for lane in range(4)]  # two bits of every byte, by their place
 
 
 class Q6_K(SuperBlockType):
@@ -28,7 +31,7 @@ class Q6_K(SuperBlockType):
     """
 
     id, file_type, grid = 14, 18, Q6_K_GRID
-    layout = np.dtype([("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), ("d", "<u2")])
+    layout = np.dtype([("ql", "V128"), ("qh", "V64"), ("scales", "i1", 16), ("d", "<u2")])
 
     @classmethod
     def put_numbers(cls, blocks: NDArray[Any], levels: AnyLevels) -> None:
@@ -41,19 +44,19 @@ class Q6_K(SuperBlockType):
 
     @classmethod
     def put_codes(cls, blocks: NDArray[Any], codes: NDArray[np.uint8]) -> None:
-        q = unpack_codes(codes, 6).reshape(*blocks.shape, 2, 4, 32)  # (out, in/256, half, lane, byte)
-        low, high = q & np.uint8(15), q >> np.uint8(4)
-        blocks["ql"] = (low[..., :2, :] | low[..., 2:, :] << np.uint8(4)).reshape(*blocks.shape, 128)
-        first, second, third, fourth = (high[..., lane, :] << np.uint8(2 * lane) for lane in range(4))
-        blocks["qh"] = (first | second | third | fourth).reshape(*blocks.shape, 64)
+        a, b, c, d = lanes(unpack_codes(codes, 6), 4)  # 32 bytes of each half
+        ql = side_by_side([a & LOW | (c & LOW) << FOUR, b & LOW | (d & LOW) << FOUR])
+        blocks["ql"] = ql.view("V128").reshape(blocks.shape)
+        qh = a >> FOUR & PAIRS[0] | b >> TWO & PAIRS[1] | c & PAIRS[2] | d << TWO & PAIRS[3]
+        blocks["qh"] = qh.view("V64").reshape(blocks.shape)
 
     @classmethod
     def take_codes(cls, blocks: NDArray[Any]) -> NDArray[np.uint8]:
-        ql = blocks["ql"].reshape(*blocks.shape, 2, 2, 32)
-        qh = blocks["qh"].reshape(*blocks.shape, 2, 1, 32)
-        low = np.concatenate([ql & np.uint8(15), ql >> np.uint8(4)], axis=-2)  # (out, in/256, half, lane, byte)
-        high = qh >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & np.uint8(3)
-        return pack_codes((low | high << np.uint8(4)).reshape(len(blocks), -1), 6)
+        first, second = lanes(np.ascontiguousarray(blocks["ql"]), 2)
+        qh = np.ascontiguousarray(blocks["qh"]).view("<u8").reshape(-1)
+        a, b = first & LOW | (qh & PAIRS[0]) << FOUR, second & LOW | (qh & PAIRS[1]) << TWO
+        c, d = first >> FOUR & LOW | qh & PAIRS[2], second >> FOUR & LOW | (qh & PAIRS[3]) >> TWO
+        return pack_codes(side_by_side([a, b, c, d]).reshape(len(blocks), -1), 6)
 
     @classmethod
     def slow_unpack(cls, block: bytes) -> tuple[list[int], list[float], list[float]]:

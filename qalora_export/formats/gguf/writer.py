@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,13 @@ from qalora_export.formats.gguf.metadata import Entry
 from qalora_export.formats.gguf.tensor_table import TensorPlan
 from qalora_export.formats.gguf.types import BlockType
 from qalora_export.formats.gguf.validate import ALIGNMENT
-from qalora_export.formats.streaming import BlockHasher, HashedFile, Sink, prepared, row_blocks
+from qalora_export.formats.streaming import HashedFile, Sink, prepared, row_blocks
 from qalora_export.progress import track
 
 
 @dataclass(frozen=True, slots=True)
 class WrittenFile:
-    """tensors: per name its GGUF dtype, shape and the sha256 of its bytes in the file. sha256: of the whole file."""
+    """tensors: per name its GGUF dtype and shape. sha256: of the whole file."""
 
     tensors: dict[str, dict[str, Any]]
     sha256: str
@@ -33,23 +32,18 @@ def write_gguf(
 ) -> WrittenFile:
     """Write `path`. The caller passes a temporary one (safety.atomic_file), which gets its name when all is checked."""
     with HashedFile(path) as file:
-        tensors = stream_gguf(file, header_of(arch, entries, plans), plans, description=description)
+        stream_gguf(file, header_of(arch, entries, plans), plans, description=description)
+    tensors = {plan.name: {"dtype": plan.kind.name, "shape": list(plan.shape)} for plan in plans}
     return WrittenFile(tensors, file.sha256)
 
 
-def stream_gguf(
-    file: Sink, header: bytes, plans: list[TensorPlan], *, description: str = ""
-) -> dict[str, dict[str, Any]]:
+def stream_gguf(file: Sink, header: bytes, plans: list[TensorPlan], *, description: str = "") -> None:
     """The same into anything that takes bytes. header: of header_of. description: of a progress bar, if any."""
-    tensors: dict[str, dict[str, Any]] = {}
-    with BlockHasher() as hasher:
-        file.write(header)
-        _pad(file)
-        blocks = prepared(_load, ((plan, rows) for plan in plans for rows in row_blocks(plan.shape[0], plan.nbytes)))
-        for plan in track(plans, description) if description else plans:
-            digest = _write_tensor(file, plan, blocks, hasher)
-            tensors[plan.name] = {"dtype": plan.kind.name, "shape": list(plan.shape), "sha256": digest}
-    return {name: entry | {"sha256": entry["sha256"].result()} for name, entry in tensors.items()}
+    file.write(header)
+    _pad(file)
+    blocks = prepared(_load, ((plan, rows) for plan in plans for rows in row_blocks(plan.shape[0], plan.nbytes)))
+    for plan in track(plans, description) if description else plans:
+        _write_tensor(file, plan, blocks)
 
 
 def header_of(arch: str, entries: list[Entry], plans: list[TensorPlan]) -> bytes:
@@ -77,18 +71,14 @@ def _load(job: tuple[TensorPlan, slice]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(plan.load(rows)).reshape(-1).view(np.uint8)
 
 
-def _write_tensor(
-    file: Sink, plan: TensorPlan, blocks: Iterator[NDArray[np.uint8]], hasher: BlockHasher
-) -> Future[str]:
-    """Take the blocks of one tensor from the stream, write them, pad; sha256 of the bytes."""
+def _write_tensor(file: Sink, plan: TensorPlan, blocks: Iterator[NDArray[np.uint8]]) -> None:
+    """Take the blocks of one tensor from the stream, write them, pad."""
     missing = plan.nbytes
     while missing > 0:
         block = next(blocks)
-        hasher.update(block.data)
         file.write(block.data)
         missing -= block.nbytes
     _pad(file)
-    return hasher.finish()
 
 
 def _pad(file: Sink) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +33,7 @@ from qalora_export.safety.limits import parse_json
 
 if TYPE_CHECKING:
     import onnx
+    import onnx_ir as ir
 
 # Notes for people; no host opens them.
 NOTES = {"README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt", ".gitattributes", ".gitignore"}
@@ -81,15 +83,18 @@ def account_onnx(
 
 @dataclass
 class _Fresh:
-    """A folder that is not there. tensors: sha256 of every tensor in the data file, by name; constants: those of them
-    that are no weights.
-    """
+    """A folder that is not there. constants: large tensors that are no weights. hashed: makes `tensors`."""
 
     graph: onnx.ModelProto
     files: dict[str, bytes]
-    tensors: Mapping[str, str]
     constants: Mapping[str, NDArray[Any]]
     data_sha256: str
+    hashed: Callable[[], Mapping[str, str]]
+
+    @cached_property
+    def tensors(self) -> Mapping[str, str]:
+        """sha256 of every tensor in the data file, by name: made by one more export when data files differ."""
+        return self.hashed()
 
     @cached_property
     def initializers(self) -> dict[str, onnx.TensorProto]:
@@ -111,8 +116,27 @@ def _fresh(checkpoint: CanonicalCheckpoint, settings: OnnxSettings) -> _Fresh:
     sink = HashSink()
     with DataFile(checkpoint.path, sink) as data:
         made = make_folder(checkpoint, settings, data)
-    tensors = {name: entry["sha256"] for name, entry in data.hashes.items()}
-    return _Fresh(made.graph, made.files, tensors, made.constants, sink.hexdigest())
+    hashed = functools.partial(_hashed_tensors, checkpoint, settings)
+    return _Fresh(made.graph, made.files, made.constants, sink.hexdigest(), hashed)
+
+
+def _hashed_tensors(checkpoint: CanonicalCheckpoint, settings: OnnxSettings) -> Mapping[str, str]:
+    data = _TensorHashes(checkpoint.path, HashSink())
+    with data:
+        make_folder(checkpoint, settings, data)
+    return data.digests
+
+
+class _TensorHashes(DataFile):
+    """digests: sha256 of every tensor by name."""
+
+    def __init__(self, folder: Path, sink: HashSink) -> None:
+        super().__init__(folder, sink)
+        self.digests: dict[str, str] = {}
+
+    def add(self, name: str, array: NDArray[Any]) -> ir.ExternalTensor:
+        self.digests[name] = sha256_bytes(array)
+        return super().add(name, array)
 
 
 def _file_differences(folder: Path, expected: set[str], harmless: list[str]) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -12,17 +11,16 @@ from numpy.typing import NDArray
 
 from qalora_export.errors import InputError
 from qalora_export.formats.onnx.layout import DATA
-from qalora_export.formats.streaming import BlockHasher, HashedFile, Sink, release
+from qalora_export.formats.streaming import BLOCK_BYTES, HashedFile, Sink, release
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 ALIGNMENT = 4096  # so that a runtime can map each tensor (onnx.proto: external_data "offset" SHOULD be page aligned)
-CHUNK = 1 << 22
 
 
 class DataFile:
-    """Appends tensors to layout.DATA inside `folder`; `hashes`: their manifest entries (dtype, shape, sha256).
+    """Appends tensors to layout.DATA inside `folder`; `entries`: those of their manifest (dtype, shape).
 
     sink: takes the bytes instead of that file, which then need not be there.
     """
@@ -33,9 +31,7 @@ class DataFile:
             self._path.parent.mkdir(exist_ok=True)
             sink = self._opened = HashedFile(self._path)
         self._file = sink
-        self._hasher = BlockHasher()
-        self._digests: dict[str, Future[str]] = {}
-        self._entries: dict[str, dict[str, Any]] = {}
+        self.entries: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> DataFile:
         return self
@@ -43,7 +39,6 @@ class DataFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._hasher.__exit__(kind, error, trace)
         if self._opened is not None:
             self._opened.__exit__(kind, error, trace)
 
@@ -52,28 +47,20 @@ class DataFile:
         """Digest of the file, once it is closed; of a sink of somebody else's it is not known here."""
         return self._opened.sha256 if self._opened is not None else ""
 
-    @property
-    def hashes(self) -> dict[str, dict[str, Any]]:
-        """Manifest entry of every tensor so far."""
-        return {name: entry | {"sha256": self._digests[name].result()} for name, entry in self._entries.items()}
-
     def add(self, name: str, array: NDArray[Any]) -> ir.ExternalTensor:
         """Write the bytes of `array` (C order, little-endian) and return the reference to them."""
         import onnx_ir as ir
 
-        if name in self._entries:
+        if name in self.entries:
             raise InputError("tensor written twice", where=name)
         array = np.ascontiguousarray(array)
         self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
         offset = self._file.tell()
         raw = array.reshape(-1).view(np.uint8)
-        for start in range(0, raw.size, CHUNK):  # a mapped tensor is never in memory whole
-            chunk = raw[start : start + CHUNK]
-            self._hasher.update(chunk.data)
-            self._file.write(chunk.data)
+        for start in range(0, raw.size, BLOCK_BYTES):  # a mapped tensor is never in memory whole
+            self._file.write(raw[start : start + BLOCK_BYTES].data)
             release(array)
-        self._digests[name] = self._hasher.finish()
-        self._entries[name] = {"dtype": array.dtype.name, "shape": list(array.shape)}
+        self.entries[name] = {"dtype": array.dtype.name, "shape": list(array.shape)}
         return ir.ExternalTensor(
             self._path.name,
             offset,

@@ -70,7 +70,7 @@ def _export(
         write_manifest(
             folder,
             "onnx",
-            tensors=written.hashes,
+            tensors=written.entries,
             parents=parents,
             settings=settings.model_dump(mode="json"),
             digests={DATA: written.sha256},
@@ -84,9 +84,9 @@ def _export(
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """hashes: manifest entries of the tensors; sha256: of the data file; types, notes: for the report."""
+    """entries: those of the tensors in the manifest; sha256: of the data file; types, notes: for the report."""
 
-    hashes: dict[str, dict[str, Any]]
+    entries: dict[str, dict[str, Any]]
     sha256: str
     types: dict[str, int]
     notes: tuple[str, ...]
@@ -103,10 +103,10 @@ def _write(source: CanonicalCheckpoint, folder: Path, settings: OnnxSettings) ->
     for name, content in made.files.items():
         (folder / name).write_bytes(content)
     types = Counter(f"MatMulNBits, {form.container} bits" for form in made.forms.values())
-    types.update(data.hashes[name]["dtype"] for name in made.carried)
+    types.update(data.entries[name]["dtype"] for name in made.carried)
     bound = family_of(source.config).bound(source.config, "onnx")
     notes = (*_notes(made.forms), *([str(bound)] if bound else []), *genai_notes(source.path))
-    return Written(data.hashes, data.sha256, dict(types), notes)
+    return Written(data.entries, data.sha256, dict(types), notes)
 
 
 @dataclass(frozen=True)

@@ -99,8 +99,7 @@ def _split(bits: int, scale: NDArray[Any], offset: NDArray[Any]) -> tuple[NDArra
     rest, inexact = exact_sum(m, product)
     if moved := int(np.count_nonzero(inexact)):
         zero[inexact], product[inexact] = 0, 0
-    at_zero = product == 0
-    rest[at_zero] = m[at_zero]  # m itself: −0 stays −0
+    np.copyto(rest, m, where=product == 0, casting="same_kind")  # m itself: −0 stays −0
     return zero, rest, moved
 
 
@@ -118,7 +117,7 @@ def nearest_zero(bits: int, scale: NDArray[Any], offset: NDArray[Any]) -> NDArra
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         wanted = np.rint(-offset / scale)
-    wanted[scale == 0] = 2 ** (bits - 1)
+    np.copyto(wanted, 2 ** (bits - 1), where=scale == 0)
     zero: NDArray[np.uint8] = np.clip(wanted, 0, 2**bits - 1).astype(np.uint8)
     return zero
 
@@ -145,7 +144,8 @@ def _offset(scale: NDArray[Any], zero: NDArray[np.uint8], remainder: NDArray[Any
         product = zero.astype(s.dtype) * s
         exact, inexact = exact_sum(rest.astype(s.dtype), -product)
         at_zero = product == 0
-        exact[at_zero], inexact[at_zero] = rest[at_zero], False  # R itself: −0 stays −0
+        np.copyto(exact, rest, where=at_zero)  # R itself: −0 stays −0
+        inexact &= ~at_zero
         out[:] = exact
         return not inexact.any() and np.array_equal(out.astype(np.float32), exact)
 
@@ -182,11 +182,12 @@ def to_blocks(packed: NDArray[np.uint8], bits: int, groups: int) -> NDArray[np.u
 
 def from_blocks(blocks: NDArray[np.uint8], container: int) -> NDArray[np.uint8]:
     """B of MatMulNBits (out, groups, g·container/8) -> codes (out, in); written apart from grid.packing on purpose."""
-    shifts = np.arange(0, 8, container, dtype=np.uint8)
-    lanes = np.empty((*blocks.shape, len(shifts)), np.uint8)  # (out, groups, bytes, 8/container)
-    for lane, shift in enumerate(shifts):
-        np.bitwise_and(blocks >> shift, np.uint8(2**container - 1), out=lanes[..., lane])
-    return lanes.reshape(blocks.shape[0], -1)
+    lanes = 8 // container
+    word, ones = np.dtype(f"<u{lanes}"), np.uint8(2**container - 1)
+    codes = (blocks & ones).astype(word)
+    for lane in range(1, lanes):  # element `lane` of every byte becomes byte `lane` of a word
+        codes |= (blocks >> np.uint8(lane * container) & ones).astype(word) << word.type(8 * lane)
+    return codes.view(np.uint8).reshape(blocks.shape[0], -1)
 
 
 def zero_points(form: SplitForm) -> NDArray[np.uint8]:
