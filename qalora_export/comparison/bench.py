@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from torch import nn
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint, parts_of
 from qalora_export.checkpoint.forecast import Forecast
 from qalora_export.checkpoint.model_folder import ModelFolder
-from qalora_export.comparison.fisher import importance
+from qalora_export.comparison.fisher import importance, squared_gradients
 from qalora_export.comparison.k_quants import K_QUANTS, SIXTEEN_BITS, quantize_folder
 from qalora_export.data.sequence_packing import Row, collate, one_per_row, pack
 from qalora_export.errors import InputError
@@ -27,11 +28,14 @@ from qalora_export.qalora.training.arguments import Steps, arguments
 from qalora_export.qalora.training.loop import kept_step, make_trainer, run_to_end
 from qalora_export.qalora.training.plan import read_data
 from qalora_export.qalora.training.trainer import learned_loss
-from qalora_export.quantization.stage import quantize
+from qalora_export.quantization.gptq import damped_hessian
+from qalora_export.quantization.hessian import collect
+from qalora_export.quantization.stage import calibration, quantize
 from qalora_export.recipe import QuantizeSettings, Recipe, TrainSettings
 from qalora_export.safety import scratch_folder
 
 FISHER_ROWS = 128
+V = TypeVar("V")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,7 @@ class Bench:
             )
         self.recipe, self.source, self.work = recipe, source, work
         self.evaluation = recipe.evaluate
+        self._made = dict[str, object]()
         self.merged = dict[Path, Trained]()  # folders in `work` with a merged model, and how it was trained
 
     @cached_property
@@ -118,10 +123,35 @@ class Bench:
         return self.rows(self.evaluation.data)
 
     @cached_property
-    def importance(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Fisher information of `modules` on the first training rows."""
+    def fisher(self) -> dict[str, torch.Tensor]:
+        """Fisher information of every weight of `modules` on the first training rows, up to a factor."""
         rows = self.train_rows[:FISHER_ROWS]
-        return importance(plain(self.source), self.modules, track(rows, "Fisher information, rows"))
+        return squared_gradients(plain(self.source), self.modules, track(rows, "Fisher information, rows"))
+
+    @cached_property
+    def importance(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """The same, told by row and by column."""
+        return importance(self.fisher)
+
+    @cached_property
+    def hessians(self) -> dict[str, torch.Tensor]:
+        """Of `modules` in the 16-bit model on the calibration text, damped, float64 (in, in)."""
+        settings, model = self.recipe.quantize, plain(self.source)
+        windows = calibration(ModelFolder(self.source), settings)
+
+        def run() -> None:
+            for window in track(windows, "Hessians, windows"):
+                with torch.no_grad():
+                    model(torch.from_numpy(window)[None])
+
+        found = collect({name: model.get_submodule(name) for name in self.modules}, run)
+        return {name: damped_hessian(hessian.value(), settings.damp) for name, hessian in found.items()}
+
+    def once(self, name: str, make: Callable[[], V]) -> V:
+        """What `make` gives, made when first asked for by this name."""
+        if name not in self._made:
+            self._made[name] = make()
+        return cast(V, self._made[name])
 
     def quantization(self, bits: int, method: str = "gptq") -> QuantizeSettings:
         """[quantize] at other bits."""
@@ -129,9 +159,13 @@ class Bench:
 
     def base(self, bits: int, method: str = "gptq") -> Path:
         """The source as a canonical checkpoint, made when first asked for."""
-        path = self.work / f"base.{method}.{bits}bit.qalora"
+        return self.base_of(f"{method}.{bits}bit", self.quantization(bits, method))
+
+    def base_of(self, name: str, settings: QuantizeSettings) -> Path:
+        """The source as a canonical checkpoint of these settings, made when first asked for by this name."""
+        path = self.work / f"base.{name}.qalora"
         if not path.exists():
-            quantize(self.source, path, self.quantization(bits, method))
+            quantize(self.source, path, settings)
         return path
 
     @property

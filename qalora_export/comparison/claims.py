@@ -39,9 +39,15 @@ class _Rows:
         return row.mean_loss
 
     def trainable(self, method: str, bits: int | None = None) -> int:
+        return self._row(method, bits).trainable
+
+    def seconds(self, method: str, bits: int | None = None) -> float:
+        return self._row(method, bits).seconds
+
+    def _row(self, method: str, bits: int | None) -> Row:
         if (method, bits) not in self._rows:
             raise _MissingError
-        return self._rows[method, bits].trainable
+        return self._rows[method, bits]
 
 
 def judged(rows: Sequence[Row]) -> list[Claim]:
@@ -82,6 +88,27 @@ def _lq_at_two_bits(rows: _Rows) -> tuple[bool, str]:
     return ours < theirs, f"{ours:.4f} against {theirs:.4f} nats"
 
 
+def _no_slower(rows: _Rows) -> tuple[bool, str]:
+    ours, theirs = rows.seconds("qa-lora", 4), rows.seconds("qlora")
+    return ours <= theirs, f"{ours:.0f} against {theirs:.0f} s"
+
+
+def _below(ours: str, theirs: str, *, strictly: bool) -> Callable[[_Rows], tuple[bool, str]]:
+    """Whether one method's loss is below another's at 3 and at 2 bits."""
+
+    def judge(rows: _Rows) -> tuple[bool, str]:
+        pairs = [(rows.loss(ours, bits), rows.loss(theirs, bits)) for bits in (3, 2)]
+        held = all(mine < other if strictly else mine <= other for mine, other in pairs)
+        return held, ", ".join(f"{mine:.4f} against {other:.4f}" for mine, other in pairs) + " nats at 3, 2 bits"
+
+    return judge
+
+
+def _against_what_is_shipped(rows: _Rows) -> tuple[bool, str]:
+    ours, theirs = rows.loss("qa-lora", 4), rows.loss("qlora+k-quants", 4)
+    return ours < theirs, f"{ours:.4f} against {theirs:.4f} nats"
+
+
 def _plus_reaches_lora(rows: _Rows) -> tuple[bool, str]:
     ours, theirs = rows.loss("qa-lora+", 4), rows.loss("lora")
     return ours <= theirs + 0.01, f"{ours:.4f} against {theirs:.4f} nats"
@@ -101,6 +128,20 @@ CLAIMS: tuple[tuple[str, Callable[[_Rows], tuple[bool, str]]], ...] = (
     ("that gap grows at 3 and 2 bits", _gap_grows),
     ("QA-LoRA trains about half of LoRA's parameters at equal rank", _half_of_the_parameters),
     ("LQ-LoRA at 2 bits beats QLoRA merged and quantized", _lq_at_two_bits),
+    ("QA-LoRA trains no slower than QLoRA at equal steps", _no_slower),
+    (
+        "bits by matrix are no worse than uniform ones for LQ-LoRA at 3 and 2 bits",
+        _below("lq-lora-mixed", "lq-lora-fisher", strictly=False),
+    ),
+    (
+        "ours: nor are they for QA-LoRA",
+        _below("qa-lora-mixed", "qa-lora", strictly=False),
+    ),
+    (
+        "ours: offsets refitted in closed form are a better start than zero at 3 and 2 bits",
+        _below("qa-lora-refit", "qa-lora-plain", strictly=True),
+    ),
+    ("ours: QA-LoRA at 4 bits beats QLoRA merged, then Q4_K_M", _against_what_is_shipped),
     ("ours: QA-LoRA+ at 4 bits is within 0.01 nats of 16-bit LoRA at equal parameters", _plus_reaches_lora),
     ("ours: QA-LoRA+ closes half of QA-LoRA's remaining gap at 3 and 2 bits", _plus_closes_half),
 )

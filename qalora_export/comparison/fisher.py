@@ -7,7 +7,7 @@ Scaled to mean 1, and never below a tenth of it, so that no row is given up.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from qalora_export.data.sequence_packing import Row, collate
 LEAST = 0.1
 
 
-def importance(model: Any, modules: Sequence[str], rows: Iterable[Row]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module -> (rows (out,), columns (in,)), float32, of a float32 model; one backward pass per row of `rows`."""
+def squared_gradients(model: Any, modules: Sequence[str], rows: Iterable[Row]) -> dict[str, Tensor]:
+    """Module -> sum over `rows` of (∂loss/∂W)², float32 (out, in), of a float32 model; one backward pass per row."""
     weights = {name: model.get_submodule(name).weight for name in modules}
     for weight in weights.values():
         weight.requires_grad_(True)
@@ -31,7 +31,12 @@ def importance(model: Any, modules: Sequence[str], rows: Iterable[Row]) -> dict[
             weight.grad = None
     for weight in weights.values():
         weight.requires_grad_(False)
-    return {name: (_scaled(squares.mean(1)), _scaled(squares.mean(0))) for name, squares in total.items()}
+    return {name: squares.detach() for name, squares in total.items()}
+
+
+def importance(squared: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module -> (rows (out,), columns (in,)), float32, of squared_gradients."""
+    return {name: (_scaled(squares.mean(1)), _scaled(squares.mean(0))) for name, squares in squared.items()}
 
 
 def _scaled(squares: Tensor) -> Tensor:

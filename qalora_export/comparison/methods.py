@@ -5,13 +5,14 @@ A method that is not in METHODS does not exist for the recipe, the command line 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from qalora_export.comparison import with_lora, with_qalora
 from qalora_export.comparison.bench import Bench, plain
 from qalora_export.comparison.cells import Cell
 from qalora_export.comparison.method import SIXTEEN, UNTRAINED, Made, Maker, Method, bits_of, canonical
-from qalora_export.comparison.needs import BITSANDBYTES, CALIBRATION, LLAMA_CPP, PEFT
+from qalora_export.comparison.needs import BITSANDBYTES, CALIBRATION, LLAMA_CPP, PEFT, SCIPY
 
 __all__ = ["METHODS", "Cell", "Made", "Method"]
 
@@ -35,6 +36,11 @@ def _sixteen_bits(bench: Bench, _bits: int | None) -> Path:
 def _canonical_gguf(bench: Bench, _bits: int | None) -> Path:
     """Q4_1 holds 2, 3 and 4 bits alike."""
     return bench.exact_gguf
+
+
+def _mixed_gguf(bench: Bench, bits: int | None) -> Path:
+    assert bits is not None
+    return bench.gguf_of(with_qalora.mixed_base(bench, bits))
 
 
 def _k_quants_gguf(bench: Bench, bits: int | None) -> Path:
@@ -64,7 +70,14 @@ METHODS = {
         _by_llama_cpp("qlora+k-quants", "QLoRA merged, then K-quants", with_lora.qlora_k_quants, PEFT, BITSANDBYTES),
         Method("lq-lora", "LQ-LoRA, unmerged", "each", True, with_lora.lq_lora, (PEFT,)),
         Method("lq-lora-fisher", "LQ-LoRA by Fisher information", "each", True, with_lora.lq_lora_fisher, (PEFT,)),
+        Method("lq-lora-mixed", "LQ-LoRA, bits by matrix", "each", True, with_lora.lq_lora_mixed, (PEFT, SCIPY)),
         _merged("qa-lora", "QA-LoRA", with_qalora.qa_lora, CALIBRATION),
+        replace(
+            _merged("qa-lora-mixed", "QA-LoRA, bits by matrix", with_qalora.qa_lora_mixed, CALIBRATION, SCIPY),
+            artifact=_mixed_gguf,
+        ),
+        _merged("qa-lora-plain", "QA-LoRA from plain GPTQ", with_qalora.qa_lora_plain, CALIBRATION),
+        _merged("qa-lora-refit", "the same, offsets refitted first", with_qalora.qa_lora_refit, CALIBRATION),
         _merged("qa-lora+", "QA-LoRA+ (scales too)", with_qalora.qa_lora_plus, CALIBRATION),
     )
 }

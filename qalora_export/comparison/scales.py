@@ -10,7 +10,7 @@ can afford.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -108,14 +108,21 @@ def attach_scales(model: nn.Module, base: Path, modules: Iterable[str], *, rank:
 
 def write_merged(model: nn.Module, base: Path, out: Path) -> None:
     """The canonical checkpoint `out`: `base` with the trained scales and offsets of `model`."""
+
+    def trained(name: str) -> GroupAffine | None:
+        layer = model.get_submodule(name)
+        return layer.merged() if isinstance(layer, ScaleOffsetLinear) else None
+
+    write_changed(base, out, "scales and offsets, trained through the grid", trained)
+
+
+def write_changed(base: Path, out: Path, method: str, changed: Callable[[str], GroupAffine | None]) -> None:
+    """The canonical checkpoint `out`: `base` with the matrices that `changed` gives for a module, None: as it is."""
     checkpoint = CanonicalCheckpoint(base)
     parents = [parent_of(base, "base")]
-    settings = {"method": "scales and offsets, trained through the grid"}
     with CanonicalWriter(
-        out, checkpoint.config, checkpoint.companions(), kind="base", parents=parents, settings=settings
+        out, checkpoint.config, checkpoint.companions(), kind="base", parents=parents, settings={"method": method}
     ) as writer:
         for name in checkpoint.modules:
-            layer = model.get_submodule(name)
-            trained = layer.merged() if isinstance(layer, ScaleOffsetLinear) else None
-            writer.add_quantized(name, trained or checkpoint.group_affine(name))
+            writer.add_quantized(name, changed(name) or checkpoint.group_affine(name))
         writer.add_rest_of(checkpoint)

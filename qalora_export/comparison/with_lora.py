@@ -12,7 +12,7 @@ import torch
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.checkpoint.model_folder import ModelFolder
-from qalora_export.comparison import k_quants, lora, lq
+from qalora_export.comparison import k_quants, lora, lq, mixed
 from qalora_export.comparison.bench import Bench, Trained, plain
 from qalora_export.comparison.cells import Cell
 from qalora_export.comparison.method import (
@@ -67,12 +67,32 @@ def qlora_k_quants(bench: Bench, cell: Cell, folder: Path) -> Made:
 
 def lq_lora(bench: Bench, cell: Cell, _folder: Path) -> Made:
     """W = Q + L₁L₂; Q stays on our grid at the same bits and groups, the 16-bit adapter beside it."""
-    return _lq(bench, cell, {})
+    return _lq(bench, cell, {}, _uniform(bench, cell))
 
 
 def lq_lora_fisher(bench: Bench, cell: Cell, _folder: Path) -> Made:
     """The same, every row and column weighing by its Fisher information on the training data."""
-    return _lq(bench, cell, bench.importance)
+    return _lq(bench, cell, bench.importance, _uniform(bench, cell))
+
+
+def lq_lora_mixed(bench: Bench, cell: Cell, _folder: Path) -> Made:
+    """The same, bits and group of every matrix chosen under the total of its uniform bits."""
+    budget = mixed.spent(bench.forecast.shapes, _uniform(bench, cell))
+    errors = bench.once("errors with low rank", lambda: mixed.errors_of(bench, partial(_rest, bench)))
+    return _lq(bench, cell, bench.importance, mixed.allocate(errors, bench.forecast.shapes, budget))
+
+
+def _uniform(bench: Bench, cell: Cell) -> dict[str, Plan]:
+    return mixed.uniform(bench.modules, CanonicalCheckpoint(bench.base(bits_of(cell), "rtn")).modules)
+
+
+def _rest(bench: Bench, name: str, weight: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """What a grid and the best low rank beside it leave; of the first turn, to be quick."""
+    rows, columns = bench.importance[name]
+    found = lq.split(
+        weight, bench.recipe.train.rank, partial(_on_grid, plan, name), rows=rows, columns=columns, turns=1
+    )
+    return weight - found.quantized - found.b @ found.a
 
 
 def _lora(bench: Bench, cell: Cell, *, nf4: bool = False) -> tuple[Any, Trained]:
@@ -93,21 +113,25 @@ def _merged_qlora(bench: Bench, cell: Cell) -> tuple[Path, Trained]:
     return folder, bench.merged[folder]
 
 
-def _lq(bench: Bench, cell: Cell, importance: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Made:
-    base = CanonicalCheckpoint(bench.base(bits_of(cell), "rtn"))  # for its bits, groups and size alone
+def _lq(
+    bench: Bench,
+    cell: Cell,
+    importance: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    plans: Mapping[str, Plan],
+) -> Made:
     model, settings = plain(bench.source), bench.recipe.train
     splits = {}
     for name in bench.modules:
         rows, columns = importance.get(name, (None, None))
-        on_grid = partial(_on_grid, Plan(*base.modules[name], sym=False), name)
         weight = model.get_submodule(name).weight.data
+        on_grid = partial(_on_grid, plans[name], name)
         splits[name] = lq.split(weight, settings.rank, on_grid, rows=rows, columns=columns)
     put(model, {name: split.quantized for name, split in splits.items()})
     lora.add_adapters(model, bench.modules, settings, cell.seed)
     for name, layer in lora.adapted(model).items():
         lora.set_adapter(layer, splits[name].a, splits[name].b)
     trained = bench.fit(model, cell.seed, rate_of(cell))
-    bits = bench.bits_of(base.path) + lora.adapter_bits(model, bench.weights)
+    bits = 8 * mixed.spent(bench.forecast.shapes, plans) / bench.weights + lora.adapter_bits(model, bench.weights)
     return Made(model, trained, bits, BESIDE)
 
 

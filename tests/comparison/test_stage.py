@@ -37,6 +37,8 @@ def test_every_method_has_its_row_and_a_second_run_keeps_them(recipe: Recipe) ->
     bits = {row.method: row.bits_per_weight for row in report.rows}
     assert bits["base"] == bits["lora"] == 16
     assert bits["rtn"] == bits["gptq"] == bits["qa-lora"] == bits["qa-lora+"] == bits["qlora+gptq"]
+    assert bits["qa-lora-plain"] == bits["qa-lora-refit"] == bits["qa-lora"] >= bits["qa-lora-mixed"] > 3
+    assert bits["lq-lora"] >= bits["lq-lora-mixed"] > 3
     assert bits["k-quants"] == bits["qlora+k-quants"] > 4
     assert bits["lq-lora"] == bits["lq-lora-fisher"] > bits["gptq"] and bits["qlora"] > 4.127
     trainable = {row.method: row.trainable for row in report.rows}

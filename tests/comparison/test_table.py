@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qalora_export.comparison.cells import Cell, Measured, read, write
-from qalora_export.comparison.claims import judged
+from qalora_export.comparison.claims import CLAIMS, judged
 from qalora_export.comparison.plot import plot_rows
 from qalora_export.comparison.table import Row, best_rate, markdown, row_of, spread
 from qalora_export.errors import UnsafeInputError
@@ -43,10 +43,17 @@ def test_claims_follow_the_numbers() -> None:
     good = rows(qa_lora_4=1.0, qlora_16=1.1, qlora_and_gptq_4=1.2, qlora_and_gptq_3=1.5, qlora_and_gptq_2=2.5)
     good += rows(qa_lora_3=1.2, qa_lora_2=1.5, lq_lora_2=1.9, lora_16=0.9, qa_lora_plus_4=0.905)
     good += rows(qa_lora_plus_3=1.0, qa_lora_plus_2=1.1)
-    assert [claim.verdict for claim in judged(good)] == ["held"] * 7
+    good += rows(qlora_and_k_quants_4=1.15, lq_lora_mixed_3=1.1, lq_lora_mixed_2=1.8, lq_lora_fisher_3=1.1)
+    good += rows(lq_lora_fisher_2=1.85, qa_lora_mixed_3=1.1, qa_lora_mixed_2=1.5)
+    good += rows(qa_lora_refit_3=1.2, qa_lora_refit_2=1.6, qa_lora_plain_3=1.25, qa_lora_plain_2=1.7)
+    assert [claim.verdict for claim in judged(good)] == ["held"] * len(CLAIMS)
     worse = [row for row in good if (row.method, row.bits) != ("qa-lora", 4)] + rows(qa_lora_4=1.3)
     verdicts = [claim.verdict for claim in judged(worse)]
-    assert verdicts[:2] == ["not held"] * 2 and verdicts[3:] == ["held"] * 4
+    assert verdicts[:2] == ["not held"] * 2 and verdicts.count("not held") == 3  # the third: what people ship
+    same = [row for row in good if row.method != "qa-lora-refit"] + rows(qa_lora_refit_3=1.25, qa_lora_refit_2=1.6)
+    assert [claim.text for claim in judged(same) if not claim.held] == [
+        "ours: offsets refitted in closed form are a better start than zero at 3 and 2 bits"
+    ]
     assert {claim.verdict for claim in judged([])} == {"not measured"}
 
 
