@@ -27,7 +27,7 @@ from qalora_export.version import __version__
 if TYPE_CHECKING:
     from qalora_export.comparison.stage import ComparisonReport, compare
     from qalora_export.errors import InputError, ParityError, QaloraError, RuntimeUnavailableError, UnsafeInputError
-    from qalora_export.evaluation import EvaluateReport, evaluate
+    from qalora_export.evaluation import EvaluateReport
     from qalora_export.formats.export_report import ExportReport
     from qalora_export.formats.gguf.export import export_gguf
     from qalora_export.formats.onnx.export import export_onnx
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         VerifySettings,
     )
     from qalora_export.recipe_file import load_recipe
+    from qalora_export.scores.stage import PerplexityReport, evaluate, perplexity
     from qalora_export.verify.device.pack import PackReport, pack_verification
     from qalora_export.verify.foreign.report import Diagnosis
     from qalora_export.verify.foreign.stage import diagnose
@@ -72,6 +73,7 @@ __all__ = [  # noqa: RUF022  (in the order of the line, then what it takes and r
     "pack_verification",
     "diagnose",
     "evaluate",
+    "perplexity",
     "compare",
     "run",
     "load",
@@ -97,6 +99,7 @@ __all__ = [  # noqa: RUF022  (in the order of the line, then what it takes and r
     "PackReport",
     "Diagnosis",
     "EvaluateReport",
+    "PerplexityReport",
     "ComparisonReport",
     "RunReport",
     "View",
@@ -122,7 +125,8 @@ _HOME = {
     "verify_parity": "verify.stage",
     "pack_verification": "verify.device.pack",
     "diagnose": "verify.foreign.stage",
-    "evaluate": "evaluation",
+    "evaluate": "scores.stage",
+    "perplexity": "scores.stage",
     "compare": "comparison.stage",
     "run": "pipeline",
     "load": "inspection.view:open_view",
@@ -138,6 +142,7 @@ _HOME = {
     "ParityReport": "verify.report.parity_report",
     "Diagnosis": "verify.foreign.report",
     "EvaluateReport": "evaluation",
+    "PerplexityReport": "scores.stage",
     "ComparisonReport": "comparison.stage",
     "RunReport": "pipeline",
     "View": "inspection.view",

@@ -1,10 +1,12 @@
-"""The task score: greedy answers compared with the expected ones as text (exact match)."""
+"""The task score in PyTorch: greedy answers compared with the expected ones, as text or as regular expressions."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,6 +24,7 @@ from qalora_export.recipe import EvaluateSettings
 from qalora_export.safety import StrPath, atomic_file, inside, local_path, read_json, sha256_file
 
 FORMAT = "qalora-score/1"
+PYTORCH = "PyTorch"
 SHOWN = 5  # wrong answers
 Prompt = tuple[list[int], Record]  # token ids of everything before the answer
 
@@ -39,7 +42,7 @@ class Miss:
 class EvaluateReport:
     """Exact matches out of total; `misses` shows the first few wrong answers, `wrong` has the numbers of all.
 
-    model_sha256: which model, as manifests name it.
+    model_sha256: which model, as manifests name it. match: how answers were compared. runtime: what gave them.
     """
 
     model: str
@@ -50,6 +53,8 @@ class EvaluateReport:
     misses: tuple[Miss, ...]
     max_new_tokens: int = 0
     wrong: tuple[int, ...] = ()
+    match: str = "exact"
+    runtime: str = PYTORCH
 
     @property
     def accuracy(self) -> float:
@@ -79,29 +84,47 @@ def _evaluate(model: Path, settings: EvaluateSettings, out: Path | None, *, forc
     tokenizer = load_tokenizer(model)
     prompts = questions(tokenizer, settings, context=ModelFolder(model).context)
     answers = answers_of(model, tokenizer, [ids for ids, _ in prompts], settings)
+    score = scored(model, settings, [record for _, record in prompts], answers)
+    if out is not None:
+        write_score(out, score, force=force)
+    return score
+
+
+def scored(
+    model: Path,
+    settings: EvaluateSettings,
+    records: Sequence[Record],
+    answers: Sequence[str],
+    *,
+    runtime: str = PYTORCH,
+) -> EvaluateReport:
+    """answers: one per record."""
     wrong, misses = list[int](), list[Miss]()
-    for index, ((_, sample), answer) in enumerate(zip(prompts, answers, strict=True)):
-        expected = sample.expected()
-        if not matches(answer, expected):
+    for index, (record, answer) in enumerate(zip(records, answers, strict=True)):
+        expected = record.expected()
+        if not matches(answer, expected, settings.match):
             wrong.append(index)
             if len(misses) < SHOWN:
-                misses.append(Miss(sample.messages[-2]["content"], expected, answer))
-    which = parent_of(model, "checkpoint").sha256
-    score = EvaluateReport(
+                misses.append(Miss(record.messages[-2]["content"], expected, answer))
+    which, data = parent_of(model, "checkpoint").sha256, sha256_file(Path(settings.data))
+    return EvaluateReport(
         model.name,
         which,
-        sha256_file(Path(settings.data)),
-        len(prompts),
-        len(prompts) - len(wrong),
+        data,
+        len(records),
+        len(records) - len(wrong),
         tuple(misses),
         settings.max_new_tokens,
         tuple(wrong),
+        settings.match,
+        runtime,
     )
-    if out is not None:
-        with atomic_file(out, force=force) as temporary:
-            content = {"format": FORMAT} | asdict(score) | {"accuracy": score.accuracy}
-            temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-    return score
+
+
+def write_score(out: Path, score: EvaluateReport, *, force: bool) -> None:
+    with atomic_file(out, force=force) as temporary:
+        content = {"format": FORMAT} | asdict(score) | {"accuracy": score.accuracy}
+        temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
 def answers_of(model: Path, tokenizer: Any, prompts: list[list[int]], settings: EvaluateSettings) -> list[str]:
@@ -124,35 +147,62 @@ def network_answers(
     return answers
 
 
-def matches(answer: str, expected: str) -> bool:
-    """Whether an answer is the expected one: as text, but for space around it."""
-    return answer.strip() == expected.strip()
+def matches(answer: str, expected: str, how: str = "exact") -> bool:
+    """Whether an answer is the expected one: "exact", as text, but for space around it; "regex": the expected text is a
+    regular expression that is found in the answer.
+    """
+    return answer.strip() == expected.strip() if how == "exact" else re.search(expected, answer.strip()) is not None
+
+
+def asked_records(settings: EvaluateSettings) -> list[Record]:
+    """The first settings.limit records. Raises InputError, with the line, as data.records does, for a record that does
+    not end in an answer, and for an expected answer that is no regular expression where it must be one.
+    """
+    found = list[Record]()
+    for record in islice(iter_records(Path(settings.data)), settings.limit):
+        expected = record.expected()
+        if settings.match == "regex":
+            try:
+                re.compile(expected)
+            except re.error as error:
+                raise InputError(
+                    f"the expected answer {expected[:80]!r} is no regular expression",
+                    where=record.where,
+                    why=str(error),
+                ) from error
+        found.append(record)
+    return found
+
+
+def prompt_ids(tokenizer: Any, record: Record) -> list[int]:
+    """Ids of all before the answer, by the tokenizer's chat template. Raises InputError without one."""
+    require_template(record, tokenizer, otherwise="")
+    options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+    return [] if record.oversize else list(render(record, tokenizer, until=-1, **options)["input_ids"])
+
+
+def require_room(ids: list[int], record: Record, settings: EvaluateSettings, *, context: int | None) -> None:
+    """Raises InputError for a prompt that is empty or leaves no room for an answer in the model's context."""
+    longest = None if context is None else context - settings.max_new_tokens
+    if record.oversize or (longest is not None and len(ids) > longest):
+        raise InputError(
+            f"the prompt and its answer do not fit in the model's context ({len(ids) or 'a million'} tokens)",
+            where=record.where,
+            why=f"room for {longest} is left for the prompt",
+            fix="shorten the line, or lower max_new_tokens",
+        )
+    if not ids:
+        raise InputError(
+            "the chat template renders this question to nothing", where=record.where, fix="check the chat template"
+        )
 
 
 def questions(tokenizer: Any, settings: EvaluateSettings, *, context: int | None) -> list[Prompt]:
-    """What the model is asked, tokenized, and the record each came from: the first settings.limit.
-
-    Raises InputError, with the line, as data.records does, for a record that does not end in an answer, and for a
-    prompt that is empty or leaves no room for one in the model's context.
-    """
-    path, prompts = Path(settings.data), list[Prompt]()
-    longest = None if context is None else context - settings.max_new_tokens
-    for record in islice(iter_records(path), settings.limit):
-        record.expected()
-        require_template(record, tokenizer, otherwise="")
-        options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
-        ids = [] if record.oversize else list(render(record, tokenizer, until=-1, **options)["input_ids"])
-        if record.oversize or (longest is not None and len(ids) > longest):
-            raise InputError(
-                f"the prompt and its answer do not fit in the model's context ({len(ids) or 'a million'} tokens)",
-                where=record.where,
-                why=f"room for {longest} is left for the prompt",
-                fix="shorten the line, or lower max_new_tokens",
-            )
-        if not ids:
-            raise InputError(
-                "the chat template renders this question to nothing", where=record.where, fix="check the chat template"
-            )
+    """What the model is asked, tokenized, and the record each came from. Raises as the three functions above."""
+    prompts = list[Prompt]()
+    for record in asked_records(settings):
+        ids = prompt_ids(tokenizer, record)
+        require_room(ids, record, settings, context=context)
         prompts.append((ids, record))
     return prompts
 

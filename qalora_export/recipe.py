@@ -111,12 +111,15 @@ class TrainSettings(Settings):
 
 
 class EvaluateSettings(Settings):
-    """Exact match: greedy answer to everything before the last assistant turn, compared as text."""
+    """Greedy answers to everything before the last assistant turn, compared with it as text or, match "regex", found by
+    it as a regular expression.
+    """
 
     data: LocalPath
     limit: Positive | None = None
     max_new_tokens: Positive = 64
     batch_size: Positive = 32
+    match: Literal["exact", "regex"] = "exact"
 
 
 class CompareSettings(Settings):

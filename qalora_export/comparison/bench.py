@@ -227,7 +227,8 @@ class Bench:
             total, count = total + loss * learned, count + learned
         prompts, ends = [ids for ids, _ in self.asked], end_ids(self.source, self.tokenizer)
         answers = network_answers(model, self.tokenizer, prompts, self.evaluation, ends, f"score of {name}")
-        exact = sum(matches(answer, record.expected()) for answer, (_, record) in zip(answers, self.asked, strict=True))
+        pairs = zip(answers, self.asked, strict=True)
+        exact = sum(matches(answer, record.expected(), self.evaluation.match) for answer, (_, record) in pairs)
         return Score(total / count, exact, len(prompts))
 
     def bits_of(self, checkpoint: Path) -> float:

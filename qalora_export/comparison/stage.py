@@ -97,6 +97,8 @@ def _made_of(recipe: Recipe, source: Path) -> str:
     parts = [parent_of(source, "source").sha256, __version__]
     parts += ["" if name is None else sha256_file(Path(name)) for name in files]
     places = {"data", "validation", "calibration"}
+    if e is not None and e.match == "exact":
+        places.add("match")  # cells of before there was a choice stay valid
     parts += [table.model_dump_json(exclude=places) for table in (t, q, e) if table is not None]
     return sha256_bytes("\n".join(parts).encode())
 

@@ -61,7 +61,9 @@ class Task:
         if len(answers) != len(self.prompts):
             raise RuntimeUnavailableError(f"{runtime} answered {len(answers)} of {len(self.prompts)} questions")
         texts = [self._text(answer) for answer in answers]
-        return self.counted([matches(text, want) for text, want in zip(texts, self.expected, strict=True)])
+        return self.counted(
+            [matches(text, want, self.settings.match) for text, want in zip(texts, self.expected, strict=True)]
+        )
 
     def _text(self, answer: Mapping[str, Any]) -> str:
         if answer.get("text") is not None:
@@ -111,7 +113,9 @@ def _recorded(model: Path, task: Task, path: Path, hash_of: HashFile) -> list[bo
         "model_sha256": parent_of(model, "checkpoint", hash_of=hash_of).sha256,
         "data_sha256": sha256_file(Path(asked.data)),
         "max_new_tokens": asked.max_new_tokens,
+        "match": asked.match,
     }
+    score.setdefault("match", "exact")  # scores of before there was a choice
     wrong = score.get("wrong")
     if any(score.get(key) != value for key, value in same.items()) or not isinstance(wrong, list):
         return None
@@ -124,10 +128,13 @@ def _computed(model: Path, task: Task, threads: int) -> list[bool]:
     def compute() -> Arrays:
         with fixed_threads(threads):
             answers = answers_of(model, task.tokenizer, [[*prompt] for prompt in task.prompts], task.settings)
-        right = [matches(answer, want) for answer, want in zip(answers, task.expected, strict=True)]
+        right = [
+            matches(answer, want, task.settings.match) for answer, want in zip(answers, task.expected, strict=True)
+        ]
         return {"right": np.array(right, np.bool_)}
 
-    asked = repr((task.prompts, task.expected, task.settings.max_new_tokens, task.settings.batch_size))
+    how = task.settings
+    asked = repr((task.prompts, task.expected, how.max_new_tokens, how.batch_size, how.match))
     found = remembered(
         "task score",
         compute,
