@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from qalora_export.models.families import family_of
 from qalora_export.models.skeleton import Skeleton
 from qalora_export.progress import track
 from qalora_export.quantization.gptq_layer import PARTS, Stored, check_layer, read_layer
-from qalora_export.quantization.gptq_version import choose_version
+from qalora_export.quantization.gptq_version import ZeroFormat, choose_version
 from qalora_export.quantization.report import REPORT, ModuleReport, QuantizeReport, record
 from qalora_export.quantization.source import Source
 from qalora_export.recipe import QuantizeSettings
@@ -54,7 +55,8 @@ def import_gptq(
     if not modules:
         raise InputError("no quantized layers found", where=folder.path, why="the config says GPTQ, no tensor does")
     shapes = {name: widths[name] for name in modules}
-    zeros = choose_version(folder, gptq, shapes, settings.checkpoint_format)
+    packed = packed_in(folder, gptq, shapes, settings.checkpoint_format)
+    zeros = packed.zeros
     recorded = {
         "method": "import-gptq",
         "checkpoint_format": zeros.version,
@@ -71,9 +73,7 @@ def import_gptq(
     ) as writer:
         reports = []
         for name in track(modules, "import (gptq)"):
-            layer = check_layer(folder, name, shapes[name], gptq)
-            stored = read_layer(folder, name, layer, zeros.rule(layer.bits))
-            matrix, report = convert(stored, name=name)
+            matrix, report = packed.matrix(name)
             writer.add_quantized(name, matrix)
             reports.append(report)
         kept, dropped = _copy_rest(folder, writer, modules, biasless)
@@ -82,6 +82,28 @@ def import_gptq(
     return QuantizeReport(
         out, "import-gptq", tuple(reports), kept, 0, time.perf_counter() - began, peak_rss_bytes(), None, tuple(notes)
     )
+
+
+@dataclass(frozen=True, slots=True)
+class PackedGptq:
+    """The matrices of a folder in GPTQ format. shapes: (out, in) of each."""
+
+    folder: ModelFolder
+    gptq: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, int]]
+    zeros: ZeroFormat
+
+    def matrix(self, name: str) -> tuple[GroupAffine, ModuleReport]:
+        """In canonical form, and how many weights that changes. Raises InputError as import_gptq does."""
+        layer = check_layer(self.folder, name, self.shapes[name], self.gptq)
+        return convert(read_layer(self.folder, name, layer, self.zeros.rule(layer.bits)), name=name)
+
+
+def packed_in(
+    folder: ModelFolder, gptq: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]], version: str | None
+) -> PackedGptq:
+    """version: how zero points are stored, None where the values are to tell. Raises InputError as choose_version."""
+    return PackedGptq(folder, gptq, shapes, choose_version(folder, gptq, shapes, version))
 
 
 def convert(stored: Stored, *, name: str) -> tuple[GroupAffine, ModuleReport]:

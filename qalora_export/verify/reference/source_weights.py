@@ -1,24 +1,29 @@
 """The weights of a base against those of the model that it was quantized from.
 
 What quantizing leaves alone (norms, biases, most embeddings) is the source's bit for bit, and so is a matrix that the
-source held in canonical form already. A matrix that was quantized cannot equal its source; how far it may be from it
-follows from the source's own numbers: rounding to the nearest of a group's 2^bits levels leaves step²/12 per weight,
+source held as codes already (GGUF, GPTQ). A matrix that was quantized cannot equal its source; how far it may be from
+it follows from the source's own numbers: rounding to the nearest of a group's 2^bits levels leaves step²/12 per weight,
 and GPTQ trades some of that for what its calibration text needs; the direction of a row, and of nearly every group,
 stays. Rows that hold anything else are further off or point elsewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
+from qalora_export.checkpoint.manifest import has_manifest, read_manifest
 from qalora_export.checkpoint.model_folder import ModelFolder, as_float32
-from qalora_export.grid import difference, differing
+from qalora_export.errors import InputError
+from qalora_export.grid import GroupAffine, difference, differing
 from qalora_export.quantization.gguf_source import GgufModel
+from qalora_export.quantization.gptq_import import packed_in
+from qalora_export.quantization.gptq_version import VERSIONS
+from qalora_export.quantization.source import gptq_config
 
 ROWS = 512  # looked at together
 # Squared error of a row over that of rounding to nearest, at most, by bits (5: and more). Measured on the sample base
@@ -42,12 +47,37 @@ def changed_weights(source: ModelFolder, base: CanonicalCheckpoint) -> list[str]
 
 
 def packed_elsewhere(source: ModelFolder, base: CanonicalCheckpoint) -> int:
-    """How many quantized matrices cannot be compared: the source holds them packed in another format."""
-    return sum(f"{module}.weight" not in source and module not in _stored(source) for module in base.modules)
+    """How many quantized matrices cannot be compared: the source holds them packed in a format that is not read."""
+    stored = _stored(source, base)
+    return sum(f"{module}.weight" not in source and module not in stored for module in base.modules)
 
 
-def _stored(source: ModelFolder) -> dict[str, tuple[int, int]]:
-    return source.stored_modules() if isinstance(source, GgufModel) else {}
+def _stored(source: ModelFolder, base: CanonicalCheckpoint) -> Mapping[str, Callable[[str], GroupAffine]]:
+    """Modules whose codes the source has already -> how they are read from it."""
+    if isinstance(source, GgufModel):
+        return dict.fromkeys(source.stored_modules(), source.stored)
+    packed = [module for module in base.modules if f"{module}.qweight" in source]
+    try:
+        gptq = gptq_config(source) if packed else None
+        if gptq is None:
+            return {}
+        shapes = {module: _shape(base, module) for module in packed}
+        found = packed_in(source, gptq, shapes, _version(base))
+    except InputError:
+        return {}
+    return dict.fromkeys(packed, lambda module: found.matrix(module)[0])
+
+
+def _version(base: CanonicalCheckpoint) -> str | None:
+    """How the import took the source's zero points, as its manifest says."""
+    settings = read_manifest(base.path).get("settings") if has_manifest(base.path) else None
+    version = settings.get("checkpoint_format") if isinstance(settings, dict) else None
+    return version if version in VERSIONS else None
+
+
+def _shape(base: CanonicalCheckpoint, module: str) -> tuple[int, int]:
+    out, groups = base.entry(f"{module}.scale").shape
+    return out, groups * base.modules[module][1]
 
 
 def _plain(source: ModelFolder, base: CanonicalCheckpoint) -> Iterator[str]:
@@ -71,11 +101,11 @@ def _embeddings(source: ModelFolder, base: CanonicalCheckpoint) -> list[str]:
 
 
 def _quantized(source: ModelFolder, base: CanonicalCheckpoint) -> Iterator[str]:
-    stored = _stored(source)
+    stored = _stored(source, base)
     for module in (*base.modules, *_embeddings(source, base)):
-        if module in stored and isinstance(source, GgufModel):
-            if count := difference(source.stored(module), base.group_affine(module)).total:
-                yield f"{module}: {count} codes, scales and offsets other than in the file it was made from"
+        if module in stored:
+            if count := difference(stored[module](module), base.group_affine(module)).total:
+                yield f"{module}: {count} codes, scales and offsets other than in what it was made from"
         elif f"{module}.weight" in source:
             values = np.asarray(source.tensor(f"{module}.weight"))
             if said := closeness(base, module, values).describe():

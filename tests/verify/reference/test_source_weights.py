@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.grid import PackedAffine
 from qalora_export.quantization.stage import quantize
 from qalora_export.recipe import QuantizeSettings
-from qalora_export.verify.reference.source_weights import changed_weights, closeness
+from qalora_export.verify.reference.source_weights import changed_weights, closeness, packed_elsewhere
 from tests.models import make_tiny_model
+from tests.quantization.gptq_packer import make_gptq_folder
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 200
 MODULE = "model.layers.1.mlp.down_proj"
@@ -100,3 +102,28 @@ def test_bases_of_models_with_outliers_are_right(bits: int, tmp_path: Path) -> N
     more = {"calibration": str(tmp_path / "text.txt")}
     quantize(tmp_path / "model", tmp_path / "base", QuantizeSettings(**settings, **more))
     assert changed_weights(ModelFolder(tmp_path / "model"), CanonicalCheckpoint(tmp_path / "base")) == []
+
+
+@pytest.mark.parametrize("stored", ["gptq", "gptq_v2"])
+def test_an_imported_base_is_held_against_the_codes_it_was_made_from(
+    stored: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    make_gptq_folder(tmp_path / "gptq", tiny_model, bits=4, stored=stored, sym=False)
+    make_gptq_folder(tmp_path / "other", tiny_model, bits=4, stored=stored, sym=False, seed=1)
+    quantize(tmp_path / "gptq", tmp_path / "base", QuantizeSettings())
+    source, other, base = ModelFolder(tmp_path / "gptq"), ModelFolder(tmp_path / "other"), tmp_path / "base"
+    assert changed_weights(source, CanonicalCheckpoint(base)) == []
+    assert packed_elsewhere(source, CanonicalCheckpoint(base)) == 0
+    found = changed_weights(other, CanonicalCheckpoint(base))
+    assert len(found) == len(CanonicalCheckpoint(base).modules)
+    assert "codes, scales and offsets other than in what it was made from" in found[0]
+
+
+def test_what_no_import_reads_is_counted(tiny_model: Path, tmp_path: Path) -> None:
+    make_gptq_folder(tmp_path / "gptq", tiny_model, bits=4)
+    quantize(tmp_path / "gptq", tmp_path / "base", QuantizeSettings())
+    config = json.loads((tmp_path / "gptq/config.json").read_text())
+    config["quantization_config"]["quant_method"] = "awq"
+    (tmp_path / "gptq/config.json").write_text(json.dumps(config))
+    base, source = CanonicalCheckpoint(tmp_path / "base"), ModelFolder(tmp_path / "gptq")
+    assert packed_elsewhere(source, base) == len(base.modules)
