@@ -57,10 +57,12 @@ def test_what_the_converter_loses_without_a_sentencepiece_model_is_found(tmp_pat
     assert "tokens by rank" in found.sentence
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int4"])
-def test_a_folder_of_genais_builder_is_right(precision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "precision"), [("Llama", "fp16"), ("Llama", "int4"), ("Granite", "int4"), ("Gemma 2", "int4")]
+)
+def test_a_folder_of_genais_builder_is_right(family: str, precision: str, tmp_path: Path) -> None:
     """In float16 on a processor too, whose kernels ONNX Runtime has for a part of the graph only."""
-    model = make_small(tmp_path / "model", "Llama", hidden_size=256, intermediate_size=512)
+    model = make_small(tmp_path / "model", family, hidden_size=256, intermediate_size=512)
     build(model, tmp_path / "onnx", precision)
     found = diagnose(model, tmp_path / "report", SETTINGS, onnx=tmp_path / "onnx")
     assert found.exit_code == ExitCode.OK, found.sentence
@@ -71,6 +73,24 @@ def test_a_folder_of_genais_builder_is_right(precision: str, tmp_path: Path) -> 
     onnx.save(graph, tmp_path / "onnx/model.onnx", save_as_external_data=True, location="model.onnx.data")
     found = diagnose(model, tmp_path / "damaged", SETTINGS, onnx=tmp_path / "onnx")
     assert "epsilon of the norms is 0.001" in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("family", "said", "proof"),
+    [
+        ("Mistral", "reads this tokenizer.json its own way", "tokenizer_module.json beside the same files the ids are"),
+        ("Qwen2", "'<|endoftext|>' (id 904) is a token here and none of the model's", "1 of its tables differ"),
+    ],
+)
+def test_what_the_builder_makes_of_a_tokenizer_is_traced(family: str, said: str, proof: str, tmp_path: Path) -> None:
+    """A SentencePiece model as it is, which GenAI cuts into words; a token that Transformers adds on saving."""
+    model = make_small(tmp_path / "model", family, hidden_size=256, intermediate_size=512)
+    build(model, tmp_path / "onnx", "int4")
+    found = diagnose(model, tmp_path / "report", SETTINGS, onnx=tmp_path / "onnx")
+    (broken,) = (part for part in found.parts if part.state == "broken")
+    assert broken.id == "tokenizer"
+    assert said in broken.sentence
+    assert proof in broken.proof
 
 
 def smollm2(folder: Path) -> Path:

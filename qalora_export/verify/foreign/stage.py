@@ -26,11 +26,12 @@ from qalora_export.recipe import VerifySettings
 from qalora_export.safety import HashedOnce, StrPath, atomic_directory, local_path
 from qalora_export.verify.foreign.diagnosis import Part
 from qalora_export.verify.foreign.ends import ends_part
+from qalora_export.verify.foreign.genai_words import explained
 from qalora_export.verify.foreign.graph import LogProbs, graph_part, kernels_part, measured
 from qalora_export.verify.foreign.metadata import complete_config
 from qalora_export.verify.foreign.model import OwnNumbers
 from qalora_export.verify.foreign.report import Diagnosis, write_diagnosis
-from qalora_export.verify.foreign.sides import GgufSide, OnnxSide, Side
+from qalora_export.verify.foreign.sides import GENAI, GgufSide, OnnxSide, Side
 from qalora_export.verify.foreign.text import template_part, tokenizer_part, without_bos
 from qalora_export.verify.foreign.weights import Finding, compared, weights_part
 from qalora_export.verify.identity import changes, identities
@@ -259,11 +260,20 @@ def _text(source: Source, side: Side, runs: Runs) -> list[Part]:
         answers = side.text_answers(runs, source.probes)
     except RuntimeUnavailableError as error:
         return [Part(part, name, "not run", error.reason) for part in ("tokenizer", "template", "ends")]
-    answers = without_bos(answers, source.text["bos"] if habits.cuts_bos else "")
-    facts = side.facts()
+    bos, facts = source.text["bos"] if habits.cuts_bos else "", side.facts()
+    answers, tables = without_bos(answers, bos), (expected_text_facts(folder), facts)
     templates = (source.tokenizer.chat_template, facts.get("chat template"))
+    tokenizer = tokenizer_part(name, source.probes, source.text, answers, habits, tables)
+    if name == GENAI:
+        tokenizer = explained(
+            tokenizer,
+            side.artifact.path,
+            source.workdir / "with-words",
+            lambda copy: without_bos(runs.text_answers(name, Artifact(copy)), bos),
+            lambda found: tokenizer_part(name, source.probes, source.text, found, habits, tables),
+        )
     parts = [
-        tokenizer_part(name, source.probes, source.text, answers, habits, (expected_text_facts(folder), facts)),
+        tokenizer,
         template_part(name, source.probes, source.text, answers, habits, templates),
     ]
     try:

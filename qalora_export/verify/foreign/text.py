@@ -37,7 +37,8 @@ def tokenizer_part(
     if entry.status == "pass":
         return Part("tokenizer", runtime, "ok", entry.detail, figures=figures)
     count = int(entry.checks[0].measured)
-    blame = differing_facts(*(_tokenizer_facts(side) for side in facts))
+    blame = [*differing_facts(*(_tokenizer_facts(side) for side in facts)), *_more_tokens(probes, *facts)]
+    figures |= {"differing": count, "tables": len(blame)}
     first = str(entry.where[0]) if entry.where else ""
     what = blame[0] if blame else first
     proof = (
@@ -95,6 +96,17 @@ def without_bos(answers: dict[str, Any], bos: str) -> dict[str, Any]:
 
 def _tokenizer_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {name: facts[name] for name in TOKENIZER_FACTS if name in facts}
+
+
+def _more_tokens(probes: ProbeSet, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Tokens behind the model's last one that stand in a text: no filler then, and the text is cut there."""
+    count = len(ours.get("tokens") or [])
+    behind = list(theirs.get("tokens") or [])[count:]
+    return [
+        f"{token!r} (id {count + place}) is a token here and none of the model's"
+        for place, token in enumerate(behind)
+        if isinstance(token, str) and token and any(token in text for text in probes.texts)
+    ]
 
 
 def _only(wanted: dict[str, Any], chats: Sequence[int]) -> dict[str, Any]:

@@ -8,20 +8,22 @@ by trying (causes.py).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qalora_export.checkpoint.model_folder import ModelFolder
+from qalora_export.checkpoint.model_folder import ModelFolder, as_float32
 from qalora_export.errors import InputError
+from qalora_export.grid.narrow import BFLOAT16
 from qalora_export.progress import track
-from qalora_export.verify.foreign.artifact import Foreign
+from qalora_export.verify.foreign.artifact import Foreign, Tensor
 from qalora_export.verify.foreign.causes import cause_of
 from qalora_export.verify.foreign.diagnosis import Part
 from qalora_export.verify.foreign.fit import Fit, fit, source_of
 from qalora_export.verify.foreign.graph import LogProbs, measured
+from qalora_export.verify.foreign.holding import FLOATS
 from qalora_export.verify.foreign.model import OwnNumbers
 
 
@@ -51,10 +53,24 @@ def compared(artifact: Foreign, folder: ModelFolder, heads: Mapping[str, int]) -
             cause = cause_of(tensor, source, None, folder, heads)
             found.append(Finding(name, tensor.stored_as, tensor.kind, size, None, cause))
             continue
-        near = fit(tensor, source)
+        near, kind = fit(tensor, source), tensor.kind
+        if not near.right and (narrow := _added_in(tensor, source)) is not None:
+            near, kind = fit(replace(tensor, kind=narrow), source), narrow
         cause = "" if near.right else cause_of(tensor, source, near, folder, heads)
-        found.append(Finding(name, tensor.stored_as, tensor.kind, size, near, cause))
+        found.append(Finding(name, tensor.stored_as, kind, size, near, cause))
     return found
+
+
+def _added_in(tensor: Tensor, source: NDArray[Any]) -> str | None:
+    """The 16-bit type in which a tool added 1 to the weights of a norm (GenAI's builder does), exactly; else None."""
+    if not tensor.shift or FLOATS.get(tensor.kind) != FLOATS["F32"]:
+        return None
+    exact = as_float32(source[:]) + np.float32(tensor.shift)
+    found = np.concatenate([tensor.load(rows).ravel() for rows in tensor.slices()]).reshape(exact.shape)
+    for kind, dtype in (("F16", np.dtype(np.float16)), ("BF16", BFLOAT16)):
+        if np.array_equal(found, exact.astype(dtype).astype(np.float32)):
+            return kind
+    return None
 
 
 def _unknown(name: str) -> str:

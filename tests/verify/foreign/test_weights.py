@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from qalora_export.checkpoint.model_folder import ModelFolder
-from qalora_export.verify.foreign.artifact import Tensor
+from qalora_export.grid.narrow import BFLOAT16
+from qalora_export.verify.foreign.artifact import Foreign, Tensor
 from qalora_export.verify.foreign.fit import fit
 from qalora_export.verify.foreign.gguf_file import open_gguf
 from qalora_export.verify.foreign.holding import HELD
@@ -87,3 +88,25 @@ def dequantized(source: np.ndarray, kind: str, importance: np.ndarray | None) ->
 
 def tensor_of(values: np.ndarray, kind: str) -> Tensor:
     return Tensor("x.weight", "x", kind, values.shape, lambda rows: values[rows])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16])
+def test_norms_to_which_a_tool_added_one_in_sixteen_bits_are_the_models(dtype: np.dtype, plain: Plain) -> None:
+    """GenAI's builder does so for Gemma; a value beside that is none it could have made."""
+    folder, name = ModelFolder(plain.model), "model.norm.weight"
+    added = (np.asarray(folder.tensor(name)).astype(np.float32) * np.float32(1.001) + 1).astype(dtype)
+
+    class Source(ModelFolder):
+        def tensor(self, name: str) -> np.ndarray:
+            return super().tensor(name).astype(np.float32) * np.float32(1.001)
+
+    def looked(values: np.ndarray) -> Finding:
+        tensor = Tensor(name, "norm", "F32", values.shape, lambda rows: values[rows], shift=1.0)
+        (finding,) = compared(Foreign(plain.model, {name: tensor}), Source(plain.model), {})
+        return finding
+
+    values = added.astype(np.float32)
+    assert (looked(values).cause, looked(values).kind) == ("", "BF16" if dtype is BFLOAT16 else "F16")
+    beside = values.copy()
+    beside[7] = np.nextafter(values[7], np.float32(9))
+    assert looked(beside).cause
