@@ -17,7 +17,7 @@ from qalora_export.formats.gguf.types import Q4_K
 from qalora_export.formats.onnx.read import read_back as read_onnx
 from qalora_export.grid import AFFINE16, Differences
 from qalora_export.inspection.view import byte_table, open_view
-from qalora_export.recipe import GgufSettings
+from qalora_export.recipe import GgufSettings, QuantizeRule
 from qalora_export.verify.reference.merge_check import merge_check
 from tests.conftest import MadeOnce
 from tests.models import make_tiny_model
@@ -30,20 +30,28 @@ QUERY, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 @pytest.fixture(scope="module")
 def line(made_once: MadeOnce) -> Path:
     """model, base, adapter of two steps, merged, model.gguf and onnx."""
-    return made_once("super", make_line)
+
+    def make(folder: Path) -> None:
+        report = make_line(folder)
+        assert report.notes == (falls_back(2, "q4_k"),)
+        assert 0 < report.bits_per_weight - 4.5 < 0.3
+
+    return made_once("super", make)
 
 
-def make_line(folder: Path, grid: str = "q4_k") -> None:
+def make_line(folder: Path, grid: str = "q4_k", rules: tuple[QuantizeRule, ...] = ()) -> q.QuantizeReport:
     make_tiny_model(folder / "model", **WIDTHS)
     rows = [{"prompt": f"turn on {n}", "completion": f"on {n}"} for n in range(8)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = q.QuantizeSettings(
-        grid=grid, calibration=str(folder / "data.jsonl"), calibration_samples=4, sequence_length=64, sweeps=1
+        grid=grid,
+        rules=rules,
+        calibration=str(folder / "data.jsonl"),
+        calibration_samples=4,
+        sequence_length=64,
+        sweeps=1,
     )
     report = q.quantize(folder / "model", folder / "base", settings)
-    note = f"2 × down_proj: grid affine16 instead of {grid}, 320 in-features do not divide into super-blocks of 256"
-    assert report.notes == (note,)
-    assert 0 < report.bits_per_weight - {"q4_k": 4.5, "q5_k": 5.5, "q2_k": 2.625}[grid] < 0.3
     training = q.TrainSettings(data=str(folder / "data.jsonl"), rank=2, max_steps=2, batch_size=4, learning_rate=1e-2)
     q.train(folder / "base", folder / "adapter", training)
     merged = q.merge(folder / "base", folder / "adapter", folder / "merged")
@@ -51,6 +59,14 @@ def make_line(folder: Path, grid: str = "q4_k") -> None:
     assert 0 < merged.changed_offsets < merged.offsets
     q.export_gguf(folder / "merged", folder / "model.gguf")
     q.export_onnx(folder / "merged", folder / "onnx")
+    return report
+
+
+def falls_back(count: int, grid: str) -> str:
+    """What the plan says of `count` down_proj."""
+    return (
+        f"{count} × down_proj: grid affine16 instead of {grid}, 320 in-features do not divide into super-blocks of 256"
+    )
 
 
 def test_grids_of_the_modules_and_what_the_report_says(line: Path) -> None:
@@ -159,17 +175,18 @@ def test_it_is_verified_on_every_runtime(line: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("grid", "own", "free", "types"),
-    [("q2_k", (2, 16), (2, 32), {"Q2_K", "Q4_1"}), ("q5_k", (5, 32), (5, 32), {"Q5_K", "Q5_1"})],
-)
-def test_other_bits_go_the_same_way(
-    tmp_path: Path, grid: str, own: tuple[int, int], free: tuple[int, int], types: set[str]
-) -> None:
-    """Groups of 16, which no other grid has in GGUF; codes of 5 bits; 320 in-features fall back to a free grid."""
-    make_line(tmp_path, grid=grid)
-    merged = CanonicalCheckpoint(tmp_path / "merged")
-    assert (merged.modules[QUERY], merged.modules[DOWN]) == (own, free)
-    assert {tensor.kind for tensor in GgufFile(tmp_path / "model.gguf").tensors.values()} >= types
+def test_other_bits_go_the_same_way(tmp_path: Path) -> None:
+    """Groups of 16, which no other grid has in GGUF, in one layer; codes of 5 bits in the other; 320 in-features fall
+    back to a free grid.
+    """
+    report = make_line(tmp_path, "q2_k", (QuantizeRule(match="model.layers.1.*", grid="q5_k"),))
+    assert set(report.notes) == {falls_back(1, "q2_k"), falls_back(1, "q5_k")}
+    assert 0 < report.bits_per_weight - (2.625 + 5.5) / 2 < 0.3
+    merged, other_query = CanonicalCheckpoint(tmp_path / "merged"), QUERY.replace("layers.0", "layers.1")
+    assert (merged.modules[QUERY], merged.grids[QUERY].name) == ((2, 16), "q2_k")
+    assert (merged.modules[other_query], merged.grids[other_query].name) == ((5, 32), "q5_k")
+    assert (merged.modules[DOWN.replace("layers.1", "layers.0")], merged.modules[DOWN]) == ((2, 32), (5, 32))
+    types = {tensor.kind for tensor in GgufFile(tmp_path / "model.gguf").tensors.values()}
+    assert types >= {"Q2_K", "Q4_1", "Q5_K", "Q5_1"}
     assert merge_check(merged, base=tmp_path / "base").wrong == {}
     assert verified(tmp_path, tmp_path / "report") == {"pass"}
