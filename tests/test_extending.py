@@ -94,6 +94,13 @@ def test_the_file_of_a_family_is_all_that_admits_it(copy: Path, tmp_path: Path) 
     assert run(without, code).strip() == "False"
 
 
+def test_the_tests_of_the_gates_hold_with_one_more(copy: Path) -> None:
+    """Those that list all gates take the registry's list; whoever adds one edits none of them."""
+    where = [str(ROOT / "tests" / "verify" / name) for name in ("test_rule.py", "report/test_parity_report.py")]
+    code = "import sys, qalora_export, qalora_runtimes, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    run(copy, code, "-q", "-x", "-n0", "-p", "no:cacheprovider", *where)
+
+
 def test_the_added_gate_and_runtime_are_verified_like_the_others(
     copy: Path, exported: Exported, tmp_path: Path
 ) -> None:

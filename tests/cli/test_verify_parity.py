@@ -13,8 +13,8 @@ from qalora_export.errors import InputError
 from qalora_export.formats.gguf.export import export_gguf
 from qalora_export.recipe import GgufSettings
 from tests.verify.exports import Exported, copy_of, float32, gguf_block, gguf_value, patch, read_at
+from tests.verify.fake_runs import GATES
 
-GATES = ["G0", "G1", "G2", "G3", "G4", "G5", "G6"]
 RUNTIMES = ["llama.cpp", "onnxruntime", "onnxruntime-genai"]
 
 

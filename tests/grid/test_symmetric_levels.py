@@ -23,14 +23,13 @@ GRID = GRIDS["q6_k"]
 assert isinstance(GRID, SymmetricGrid)
 
 
-def symmetric_matrix(rows: int = 3, blocks: int = 2, seed: int = 0) -> GroupAffine:
+def symmetric_matrix(rows: int = 3, blocks: int = 2, seed: int = 0, grid: SymmetricGrid = GRID) -> GroupAffine:
     """Any codes, levels of both signs."""
-    assert isinstance(GRID, SymmetricGrid)
     rng = np.random.default_rng(seed)
-    levels = rng.integers(-128, 128, (rows, blocks * GRID.groups)).astype(np.int8)
+    levels = rng.integers(-grid.top - 1, grid.top + 1, (rows, blocks * grid.groups)).astype(np.int8)
     steps = rng.normal(0, 1e-3, (rows, blocks)).astype(np.float16)
-    codes = rng.integers(0, 64, (rows, blocks * SUPER_BLOCK)).astype(np.uint8)
-    return GroupAffine.on_levels(codes, SymmetricLevels(GRID, levels, steps))
+    codes = rng.integers(0, 2**grid.bits, (rows, blocks * SUPER_BLOCK)).astype(np.uint8)
+    return GroupAffine.on_levels(codes, SymmetricLevels(grid, levels, steps))
 
 
 def test_a_weight_is_exact() -> None:

@@ -172,7 +172,7 @@ def test_a_model_of_the_real_autogptq_goes_all_the_way(tmp_path: Path, tiny_mode
         tmp_path / "base", tmp_path / "report", settings, gguf=tmp_path / "model.gguf", onnx=tmp_path / "onnx"
     )
     gates = {(entry.gate, entry.runtime): entry.status for entry in parity.entries}
-    assert len(gates) == 21
+    assert {runtime for _, runtime in gates} == {"llama.cpp", "onnxruntime", "onnxruntime-genai"}
     assert {key for key, status in gates.items() if status != "pass"} == set()
 
 

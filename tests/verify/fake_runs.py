@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qalora_export.recipe import VerifySettings
+from qalora_export.verify.gates.registry import all_gates
 from qalora_export.verify.report.parity_report import ParityReport
 from qalora_export.verify.stage import verify_parity
 from tests.verify.exports import Exported
@@ -14,7 +15,8 @@ from tests.verify.fakes import FakeRuntimes
 
 SETTINGS = VerifySettings(threads=1)
 ALL = ("llama.cpp", "onnxruntime", "onnxruntime-genai")
-GATES = ["G0", "G1", "G2", "G3", "G4", "G5", "G6"]
+GATES = list(all_gates())
+NEED_RUNS = ("G2", "G3", "G4", "G5", "G6")  # what a runtime answered, without which they are not run
 MODES = ("prefill", "decode", "text", "behaviour")
 
 

@@ -55,7 +55,7 @@ def test_exit_code(statuses: list[str], code: ExitCode) -> None:
 
 
 def test_every_limit_states_unit_and_reason() -> None:
-    assert list(all_gates()) == ["G0", "G1", "G2", "G3", "G4", "G5", "G6"]
+    assert {"G0", "G1", "G2", "G3", "G4", "G5", "G6"} <= set(all_gates())
     for gate in all_gates().values():
         assert gate.limits
         assert all(limit.unit and limit.reason for limit in gate.limits)

@@ -34,6 +34,8 @@ def correct(model: ir.Model, config: Mapping[str, Any]) -> None:
         rotate_by_factors(model, rope)
     if rope.partial != 1.0:
         rotate_in_part(model)
+    if family.rotates_pairs:
+        rotate_pairs(model)
     if family.fused_qkv:
         fuse_qkv(model, config["num_hidden_layers"])
     scale_attention(model, family.attention_scale(config))
@@ -81,6 +83,12 @@ def rotate_in_part(model: ir.Model) -> None:
     """
     for node in _attention(model).values():
         node.attributes.pop("rotary_embedding_dim", None)
+
+
+def rotate_pairs(model: ir.Model) -> None:
+    """Features rotate with those half a head away, for ERNIE 4.5 too, whose pairs are neighbours."""
+    for node in _attention(model).values():
+        node.attributes["rotary_interleaved"] = ir.AttrInt64("rotary_interleaved", 1)
 
 
 def _table_shape(model: ir.Model) -> tuple[int, int]:

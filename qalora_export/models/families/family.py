@@ -8,6 +8,13 @@ from qalora_export.errors import InputError
 from qalora_export.models.families.rope import rope_of
 
 Config = Mapping[str, Any]
+# What both exporters take where config.json lacks a key.
+ASSUMED = {
+    "num_key_value_heads": "num_attention_heads",
+    "head_dim": "hidden_size / num_attention_heads",
+    "rms_norm_eps": "1e-6",
+    "rope_theta": "10000",
+}
 EMBEDDING_NODE = "embd"
 Side = Literal["input", "output"]
 Format = Literal["gguf", "onnx"]
@@ -68,6 +75,8 @@ class Family:
         halves too.
     rope_types: the rotary scalings that both exporters carry exactly.
     only: config key -> the values we handle (the first is the default when the key is absent).
+    stated: keys that config.json must have, because what Transformers takes where they are absent is not what both
+        exporters take (`ASSUMED`); tests/models/families/test_families.py finds them.
     linears, norms: modules of one decoder layer, below `model.layers.<n>.`.
     points: observation points of the bisect in the order of the data flow; embedding_node: llama.cpp's name of what
         enters the first layer.
@@ -83,6 +92,7 @@ class Family:
     partial_rotary: whether `partial_rotary_factor` may leave features of a head unrotated.
     local_theta: RoPE base of the layers with a window where it is not that of the others.
     embedding_scale: factor of the embedding, None where there is none.
+    rotates_pairs: Transformers' model itself rotates neighbouring pairs, not halves.
     fused_qkv: q, k and v are rows of one matrix, `self_attn.qkv_proj`, in that order.
     genai_type: `model.type` in genai_config.json where ONNX Runtime GenAI does not know Transformers' name.
     onnx_refused: why this family has no ONNX export; empty where it has.
@@ -97,6 +107,7 @@ class Family:
     linears: tuple[str, ...]
     norms: tuple[str, ...]
     points: tuple[LayerPoint, ...]
+    stated: tuple[str, ...] = ()
     wrappers: tuple[str, ...] = ()
     embedding_node: str = EMBEDDING_NODE
     gguf_fields: tuple[GgufField, ...] = ()
@@ -109,6 +120,7 @@ class Family:
     partial_rotary: bool = False
     local_theta: Callable[[Config], float] | None = None
     embedding_scale: Callable[[Config], float] | None = None
+    rotates_pairs: bool = False
     fused_qkv: bool = False
     genai_type: str = ""
     onnx_refused: str = ""
@@ -178,6 +190,16 @@ class Family:
                     where=f"config.json: {key}",
                     why=f"both exporters handle {', '.join(map(repr, allowed))} only",
                     fix="use a model of the standard architecture",
+                )
+        rope = config.get("rope_parameters") or config.get("rope_scaling")
+        theta = isinstance(rope, Mapping) and ("rope_theta" in rope or "full_attention" in rope)
+        for key in self.stated:
+            if key not in config and not (key == "rope_theta" and theta):
+                raise InputError(
+                    f"config.json does not say {key}",
+                    where=f"config.json: {key}",
+                    why=f"Transformers has a default of its own for {self.name}, exporters take {ASSUMED[key]}",
+                    fix="state what Transformers' configuration class of the model has",
                 )
         if self.check is not None:
             self.check(config)

@@ -131,6 +131,7 @@ GEMMA2 = Family(
     linears=LINEARS,
     norms=NORMS,
     points=(NORM_BEFORE_ATTENTION, QUERY, KEY, VALUE, *TAIL),
+    stated=("num_key_value_heads", "head_dim"),
     embedding_node="inp_scaled",
     gguf_fields=(
         GgufField("attention.sliding_window", "uint32", from_config("sliding_window")),
@@ -160,6 +161,7 @@ GEMMA3 = Family(
     linears=LINEARS,
     norms=(*NORMS, "self_attn.q_norm", "self_attn.k_norm"),
     points=(NORM_BEFORE_ATTENTION, *HEAD_NORMS, VALUE, *TAIL),
+    stated=("num_key_value_heads", "head_dim", "rope_theta"),
     embedding_node="inp_scaled",
     gguf_fields=(
         GgufField("attention.sliding_window", "uint32", from_config("sliding_window")),

@@ -27,4 +27,5 @@ MISTRAL = Family(
     linears=LINEARS,
     norms=NORMS,
     points=POINTS,
+    stated=("num_key_value_heads",),
 )

@@ -41,4 +41,5 @@ OLMO2 = Family(
         NORM_AFTER_MLP,
         LAYER,
     ),
+    stated=("rms_norm_eps",),
 )

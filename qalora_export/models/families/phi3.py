@@ -91,4 +91,5 @@ PHI3 = Family(
         GgufField("rope.scaling.original_context_length", "uint32", _original_context),
     ),
     fused_qkv=True,
+    stated=("rms_norm_eps",),
 )

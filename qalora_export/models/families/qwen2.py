@@ -13,4 +13,5 @@ QWEN2 = Family(
     linears=LINEARS,
     norms=NORMS,
     points=POINTS,
+    stated=("num_key_value_heads",),
 )

@@ -13,4 +13,5 @@ QWEN3 = Family(
     linears=LINEARS,
     norms=(*NORMS, "self_attn.q_norm", "self_attn.k_norm"),
     points=POINTS_WITH_HEAD_NORMS,
+    stated=("num_key_value_heads", "head_dim"),
 )

@@ -35,6 +35,7 @@ SMOLLM3 = Family(
     linears=LINEARS,
     norms=NORMS,
     points=POINTS,
+    stated=("num_key_value_heads", "rope_theta"),
     tied=True,
     check=_check,
 )

@@ -40,6 +40,7 @@ def graph_of(folder: Path, model_type: str, **own: object) -> ir.Model:
         "gemma3_text": "Gemma3ForCausalLM",
         "smollm3": "SmolLM3ForCausalLM",
         "phi3": "Phi3ForCausalLM",
+        "ernie4_5": "Ernie4_5ForCausalLM",
     }
     (folder / "config.json").write_text(json.dumps(config | {"architectures": [names[model_type]]}))
     package = mobius.build(str(folder), execution_provider=PROVIDER, dtype="f32", load_weights=False)
@@ -134,6 +135,13 @@ def test_a_stated_factor_on_cos_and_sin_is_lost(tmp_path: Path) -> None:
     (node,) = attention(model)
     for value, numbers in zip(node.inputs[7:9], wanted, strict=True):
         assert np.array_equal(value.const_value.numpy(), numbers)  # type: ignore[union-attr]
+
+
+def test_neighbouring_pairs_are_not_rotated(tmp_path: Path) -> None:
+    (node,) = attention(model := graph_of(tmp_path, "ernie4_5", num_hidden_layers=1, head_dim=32))
+    assert node.attributes.get_int("rotary_interleaved", 0) == 0
+    corrections.rotate_pairs(model)
+    assert node.attributes["rotary_interleaved"].value == 1
 
 
 def test_an_attribute_that_the_operator_does_not_have_is_written(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ CONFIGS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "Gemma 2": ("gemma2", "Gemma", {"num_hidden_layers": 4, **WINDOWS}),
     "Gemma 3": ("gemma3_text", "Gemma", {"num_hidden_layers": 6, **WINDOWS}),
     "Phi-3": ("phi3", "SentencePiece", {"sliding_window": None}),
+    "ERNIE 4.5": ("ernie4_5", "SentencePiece", {"head_dim": 48, "tie_word_embeddings": True}),
     # Variants of a family whose function is not the same in every runtime: an export has less context than the model.
     "Mistral, windows": ("mistral", "SentencePiece", {"sliding_window": 64}),
     "Phi-3, windows": ("phi3", "SentencePiece", {"sliding_window": 64}),

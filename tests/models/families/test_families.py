@@ -1,12 +1,15 @@
 """Only what both exporters carry exactly is admitted; everything else is refused with the list of what is."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from qalora_export.errors import InputError, UnsafeInputError
-from qalora_export.models.families import family_of, rope_of, supported_architectures
+from qalora_export.models.families import FAMILIES, Family, family_of, rope_of, supported_architectures
 from qalora_export.models.families.rope import rope_tables
 from tests.conftest import ROOT
+from tests.models.families.small import CONFIGS
 from tests.models.families.support_table import table
 
 LLAMA = {
@@ -18,6 +21,7 @@ LLAMA = {
     "num_key_value_heads": 2,
     "vocab_size": 100,
     "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
     "hidden_act": "silu",
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
@@ -70,6 +74,21 @@ def test_multi_head_attention_falls_back_to_the_head_count() -> None:
 def test_unsupported_variants_are_refused(change: dict, said: str) -> None:
     with pytest.raises((InputError, UnsafeInputError), match=said):
         family_of(LLAMA | change)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_what_transformers_assumes_otherwise_must_be_stated(family: Family) -> None:
+    from transformers import AutoConfig
+
+    sizes = {"hidden_size": 96, "num_attention_heads": 6}
+    config = AutoConfig.for_model(CONFIGS[family.name][0], **sizes).to_dict()
+    ours = {"num_key_value_heads": 6, "head_dim": 16, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+    theirs = config | {"head_dim": config.get("head_dim") or 16, "rope_theta": rope_of(config).theta}
+    assert set(family.stated) == {key for key, value in ours.items() if theirs[key] != value}
+    for key in family.stated:
+        said = {name: value for name, value in (LLAMA | ours).items() if name not in (key, "rope_parameters")}
+        with pytest.raises(InputError, match=f"does not say {key}"):
+            replace(family, check=None, only={}).check_variant(said)
 
 
 def test_refusal_lists_what_is_supported() -> None:

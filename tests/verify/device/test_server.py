@@ -51,7 +51,8 @@ def test_what_its_api_gives_is_judged_and_the_rest_is_not_run(
     report = verify_parity(exported.checkpoint, tmp_path / "report", SETTINGS, **given)
     entries = {entry.gate: entry for entry in report.entries}
     assert {entry.runtime for entry in report.entries} == {"llama.cpp"}
-    assert {gate for gate, entry in entries.items() if entry.status == "pass"} == {"G0", "G1", "G5"}
+    passed = {gate for gate, entry in entries.items() if entry.status == "pass"}
+    assert {"G0", "G1", "G5"} <= passed and not passed & {"G2", "G3", "G4", "G6"}
     assert entries["G6"].where == ()
     assert report.exit_code == ExitCode.RUNTIME_UNAVAILABLE
     assert EXACT in entries["G2"].detail

@@ -123,6 +123,7 @@ PHI3 = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
     "original_max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
     "sliding_window": None,
     "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5] * 4, "long_factor": [2.0, 3.0] * 4},
 }
