@@ -7,13 +7,15 @@ from typing import Any
 
 from qalora_export.checkpoint.forecast import Forecast
 from qalora_export.errors import InputError
-from qalora_export.formats.contents import check_tied_head
+from qalora_export.formats.contents import check_tied_head, ties_head
+from qalora_export.formats.onnx.embeddings import ELEMENT_BITS
 from qalora_export.formats.onnx.graph import build_graph
 from qalora_export.formats.onnx.split_form import CONTAINER_BITS
+from qalora_export.grid import NamedGrid, SuperBlockGrid
 from qalora_export.models.families import family_of, rope_of
 from qalora_export.models.families.family import head_dim
 
-FP16, ZERO = 2, 1  # bytes of a scale or an offset, and at most of a zero point
+FP16, FP32, ZERO = 2, 4, 1  # bytes of a scale or an offset, and at most of a zero point
 # onnxruntime/contrib_ops/cpu/bert/group_query_attention_helper.h: CheckRotaryCaches says "head_size shall be a multiple
 # of 16". tests/formats/onnx/test_check.py holds every rule here against the installed version, and that MatMulNBits
 # takes every width and group size of the canonical form.
@@ -63,10 +65,21 @@ def check_onnx(forecast: Forecast) -> int:
     check_tied_head(forecast.folder)
     build_graph(forecast.config, untied_head="lm_head" in forecast.modules)
     exported = family_of(forecast.config).exported(forecast.config, "onnx")
-    size = rope_of(exported).rotated(head_dim(exported))
-    rotary = 4 * int(exported["max_position_embeddings"]) * size  # cos and sin of every position
-    matrices = (
-        out * (width * CONTAINER_BITS[bits] // 8 + (2 * FP16 + ZERO) * width // group)
-        for (out, width), (bits, group) in ((forecast.shapes[name], grid) for name, grid in forecast.modules.items())
-    )
-    return forecast.plain_bytes + rotary + sum(matrices)
+    rotated = rope_of(exported).rotated(head_dim(exported))
+    rotary = FP32 * int(exported["max_position_embeddings"]) * rotated  # cos and sin of every position
+    matrices = {name: (*forecast.modules[name], forecast.grid(name)) for name in forecast.modules}
+    size = forecast.plain_bytes + rotary
+    for name, (bits, group, grid) in matrices.items():
+        size += _matrix_bytes(forecast.shapes[name], CONTAINER_BITS[bits], group, grid)
+    if not ties_head(forecast.config) or "lm_head" in forecast.modules:
+        for name, (bits, group, grid) in forecast.embeddings.items():
+            entry = forecast.plain[f"{name}.weight"]
+            size += _matrix_bytes(entry.shape, ELEMENT_BITS[bits], group, grid) - entry.nbytes
+    return size
+
+
+def _matrix_bytes(shape: tuple[int, ...], container: int, group: int, grid: NamedGrid) -> int:
+    """Codes, scales, remainders and zero points; float16 numbers, or the float32 products of a grid of super-blocks."""
+    number = FP32 if isinstance(grid, SuperBlockGrid) else FP16
+    numbers = number if isinstance(grid, SuperBlockGrid) and grid.symmetric else 2 * number
+    return shape[0] * (shape[1] * container // 8 + (numbers + ZERO) * shape[1] // group)

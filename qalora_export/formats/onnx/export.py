@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +19,10 @@ from qalora_export.formats.contents import Comparison, FolderContents, compare
 from qalora_export.formats.export_report import ExportReport
 from qalora_export.formats.onnx.check import check_runnable
 from qalora_export.formats.onnx.layout import DATA, GRAPH
-from qalora_export.formats.onnx.read import MODULES_KEY, read_back
+from qalora_export.formats.onnx.read import EMBEDDINGS_KEY, MODULES_KEY, read_back
 from qalora_export.formats.onnx.split_form import WrittenForm
 from qalora_export.formats.streaming import synced
-from qalora_export.grid import AFFINE16
+from qalora_export.grid import AFFINE16, NamedGrid
 from qalora_export.models.families import family_of
 from qalora_export.progress import track
 from qalora_export.recipe import OnnxSettings
@@ -103,7 +103,8 @@ def _write(source: CanonicalCheckpoint, folder: Path, settings: OnnxSettings) ->
     for name, content in made.files.items():
         (folder / name).write_bytes(content)
     types = Counter(f"MatMulNBits, {form.container} bits" for form in made.forms.values())
-    types.update(data.entries[name]["dtype"] for name in made.carried)
+    types.update(f"GatherBlockQuantized, {form.container} bits" for form in made.embeddings.values())
+    types.update(data.entries[name]["dtype"] for name in made.carried if name in data.entries)
     bound = family_of(source.config).bound(source.config, "onnx")
     notes = (*_notes(made.forms), *([str(bound)] if bound else []), *genai_notes(source.path))
     return Written(data.entries, data.sha256, dict(types), notes)
@@ -112,13 +113,15 @@ def _write(source: CanonicalCheckpoint, folder: Path, settings: OnnxSettings) ->
 @dataclass(frozen=True)
 class Made:
     """A folder in memory. files: what hosts need beside the graph, by name. forms: of quantized modules; carried: names
-    of other tensors of the checkpoint; constants: large ones of the graph itself, as rotary tables.
+    of other tensors of the checkpoint; embeddings: forms of those of them that stay in blocks; constants: large ones of
+    the graph itself, as rotary tables.
     """
 
     graph: onnx.ModelProto
     files: dict[str, bytes]
     forms: dict[str, WrittenForm]
     carried: list[str]
+    embeddings: dict[str, WrittenForm]
     constants: dict[str, NDArray[Any]]
 
 
@@ -140,12 +143,23 @@ def make_folder(source: CanonicalCheckpoint, settings: OnnxSettings, data: DataF
             rewriter.place(value)
         rewriter.finish()
     model.producer_name, model.producer_version = PRODUCER, __version__
-    modules: dict[str, list[int | str]] = {name: list(entry) for name, entry in source.modules.items()}
-    for name, grid in source.grids.items():
-        modules[name] += [grid.name] if grid is not AFFINE16 else []
-    model.metadata_props[MODULES_KEY] = json.dumps(modules, separators=(",", ":"))
+    modules = {name: (*entry, source.grids[name]) for name, entry in source.modules.items()}
+    model.metadata_props[MODULES_KEY] = _declared(modules)
+    if rewriter.embeddings:
+        model.metadata_props[EMBEDDINGS_KEY] = _declared(
+            {name: source.embeddings[name] for name in rewriter.embeddings}
+        )
     graph = ir.serde.serialize_model(model)
-    return Made(graph, host_files(package, source), rewriter.forms, rewriter.carried, rewriter.constants)
+    host = host_files(package, source)
+    return Made(graph, host, rewriter.forms, rewriter.carried, rewriter.embeddings, rewriter.constants)
+
+
+def _declared(matrices: Mapping[str, tuple[int, int, NamedGrid]]) -> str:
+    """JSON: module -> [bits, group_size], and its grid where that is not the usual one."""
+    entries = {
+        m: [bits, group, *([] if grid is AFFINE16 else [grid.name])] for m, (bits, group, grid) in matrices.items()
+    }
+    return json.dumps(entries, separators=(",", ":"))
 
 
 def onnx_tools() -> dict[str, str]:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.errors import InputError, UnsafeInputError
+from qalora_export.formats.onnx.embeddings import ELEMENT_BITS, GatheredBlocks, gathered_values
 from qalora_export.formats.onnx.layout import graph_file
 from qalora_export.formats.onnx.split_form import CONTAINER_BITS, from_blocks, offset_of
 from qalora_export.formats.onnx.validate import read_model
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 # JSON: module -> [bits, group_size], or [bits, group_size, grid] where scale and offset are float32 products instead of
 # float16 numbers. A 3-bit code in a 4-bit container shows only here.
 MODULES_KEY = "qalora.modules"
+EMBEDDINGS_KEY = "qalora.embeddings"  # the same of embeddings that stay in blocks; in none of earlier versions
 OFFSETS = ("remainder", "offset")  # how a file holds m: R = m + z·s, or, in earlier versions, m itself
 
 
@@ -39,7 +41,8 @@ class OnnxContents:
 
     It is formats.contents.Contents, and: nodes: module name -> its MatMulNBits node; initializers: every tensor by
     name, data not loaded; metadata; grids: of modules on a grid of super-blocks, of which a folder has scales
-    and offsets but not the levels. An implied offset is that of a symmetric matrix, −z·s.
+    and offsets but not the levels. An implied offset is that of a symmetric matrix, −z·s. embeddings: those in blocks,
+    plain float32 tensors to the caller, with bits and group size; gathers: their GatherBlockQuantized nodes.
     """
 
     folder: Path
@@ -49,6 +52,8 @@ class OnnxContents:
     nodes: dict[str, onnx.NodeProto]
     initializers: dict[str, onnx.TensorProto]
     grids: Mapping[str, NamedGrid] = field(default_factory=dict)
+    embeddings: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    gathers: Mapping[str, onnx.NodeProto] = field(default_factory=dict)
 
     @property
     def data_folder(self) -> Path:
@@ -58,7 +63,8 @@ class OnnxContents:
     @property
     def others(self) -> list[str]:
         """Checkpoint tensors end in .weight or .bias; the graph's own constants (axes, rotary tables) do not."""
-        return [name for name in self.initializers if name.endswith((".weight", ".bias"))]
+        found = [name for name in self.initializers if name.endswith((".weight", ".bias"))]
+        return [*found, *(f"{module}.weight" for module in self.embeddings)]
 
     @property
     def offset_is_implied(self) -> frozenset[str]:
@@ -103,6 +109,9 @@ class OnnxContents:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """(out, in) of a module, by its codes, or the shape of another tensor."""
+        if (module := self._embedding(name)) is not None:
+            rows, width = (list(self.initializers[f"{module}.codes"].dims) + [0, 0])[:2]
+            return rows, width * 8 // ELEMENT_BITS[self.embeddings[module][0]]
         if name not in self.modules:
             return tuple(self.initializers[name].dims)
         out, groups = (list(self.initializers[f"{name}.codes"].dims) + [0, 0])[:2]
@@ -112,6 +121,10 @@ class OnnxContents:
         """dtype and bytes of a tensor that is not quantized."""
         import onnx
 
+        if (module := self._embedding(name)) is not None:
+            stored = (t for n, t in self.initializers.items() if n.rpartition(".")[0] == module)
+            size = sum(int(e.value) for t in stored for e in t.external_data if e.key == "length")
+            return f"{self.embeddings[module][0]} bit, g {self.embeddings[module][1]}", size
         dtype = onnx.helper.tensor_dtype_to_np_dtype(self.initializers[name].data_type)
         return dtype.name, math.prod(self.shape(name)) * dtype.itemsize
 
@@ -130,6 +143,8 @@ class OnnxContents:
         import onnx
         from onnx.external_data_helper import load_external_data_for_tensor
 
+        if (module := self._embedding(name)) is not None:
+            return self._gathered(module, rows)
         if name not in self.initializers:
             raise InputError(f"the model has no tensor {name!r}", where=self.folder)
         tensor = self.initializers[name]
@@ -157,6 +172,22 @@ class OnnxContents:
             file.seek(int(entries.get("offset", "0")) + start * row * dtype.itemsize)
             raw = file.read((stop - start) * row * dtype.itemsize)
         return np.frombuffer(raw, dtype).reshape(stop - start, *tensor.dims[1:])
+
+    def _embedding(self, name: str) -> str | None:
+        """The embedding in blocks that a tensor is the weight of."""
+        module = name.removesuffix(".weight")
+        return module if module != name and module in self.embeddings else None
+
+    def _gathered(self, module: str, rows: slice) -> NDArray[np.float32]:
+        """Rows of an embedding in blocks, float32. Raises UnsafeInputError when node and tensors disagree."""
+        bits, group_size = self.embeddings[module]
+        shape, said = self.shape(f"{module}.weight"), integers_of(self.gathers[module])
+        stored = (name for name in (f"{module}.scale", f"{module}.remainder") if name in self.initializers)
+        codes, *numbers = (self.tensor(name, rows) for name in (f"{module}.codes", *stored))
+        blocks = GatheredBlocks(ELEMENT_BITS[bits], group_size, shape[1] // group_size, f"{self.folder}: {module}")
+        blocks.check(said, codes, numbers)
+        zero = self._zeros(module, blocks.element_bits, (len(codes), blocks.groups), rows)
+        return gathered_values(from_blocks(codes, blocks.element_bits), zero, *numbers)
 
     def group_affine(self, module: str) -> GroupAffine:
         """The quantized matrix of one module. Raises UnsafeInputError when node and tensors disagree."""
@@ -222,7 +253,7 @@ class OnnxContents:
 
     def _zeros(self, module: str, container: int, shape: tuple[int, ...], rows: slice) -> NDArray[np.uint8]:
         """z (rows, groups) of a module: its zero_points, or MatMulNBits' default."""
-        inputs = self.nodes[module].input
+        inputs = (self.nodes[module] if module in self.nodes else self.gathers[module]).input
         if len(inputs) < 4 or not inputs[3]:
             return np.full(shape, 2 ** (container - 1), np.uint8)
         packed = self.tensor(inputs[3], rows)
@@ -237,12 +268,26 @@ def read_back(folder: Path) -> OnnxContents:
     """Validate a folder and describe what it holds. Errors as in validate.read_model; InputError if it is not ours."""
     model = read_model(folder)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
-    (modules, grids), nodes = _modules(metadata, folder), _products(model)
+    if MODULES_KEY not in metadata:
+        raise InputError(
+            "not a folder written by qalora-export",
+            where=folder,
+            why=f"no {MODULES_KEY} in its metadata",
+            fix="run `qalora-export export onnx`",
+        )
+    (modules, grids), nodes = _declared(metadata, MODULES_KEY, folder), _readers(model, "MatMulNBits", 1)
+    (embeddings, _), gathers = _declared(metadata, EMBEDDINGS_KEY, folder), _readers(model, "GatherBlockQuantized", 0)
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-    for module in modules:
-        if module not in nodes or not {f"{module}.codes", f"{module}.scale"} <= set(initializers):
+    for module in (*modules, *embeddings):
+        known = module in (nodes if module in modules else gathers)
+        if not known or not {f"{module}.codes", f"{module}.scale"} <= set(initializers):
             raise UnsafeInputError("metadata names a module that the graph does not hold", where=f"{folder}: {module}")
-    return OnnxContents(folder, model, metadata, modules, nodes, initializers, grids)
+    for module in embeddings:
+        if module in modules or f"{module}.weight" in initializers:
+            raise UnsafeInputError(
+                "metadata names an embedding that the graph holds twice", where=f"{folder}: {module}"
+            )
+    return OnnxContents(folder, model, metadata, modules, nodes, initializers, grids, embeddings, gathers)
 
 
 def integers_of(node: onnx.NodeProto) -> dict[str, int]:
@@ -252,24 +297,19 @@ def integers_of(node: onnx.NodeProto) -> dict[str, int]:
     return {a.name: int(a.i) for a in node.attribute if a.type == onnx.AttributeProto.INT}
 
 
-def _products(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
-    """The MatMulNBits node of every module, found by the name of its codes input."""
-    nodes = [node for node in model.graph.node if node.op_type == "MatMulNBits" and len(node.input) > 2]
-    return {node.input[1].removesuffix(".codes"): node for node in nodes if node.input[1].endswith(".codes")}
+def _readers(model: onnx.ModelProto, kind: str, place: int) -> dict[str, onnx.NodeProto]:
+    """The node of that kind of every matrix, found by the name of its codes, input number `place`."""
+    nodes = [node for node in model.graph.node if node.op_type == kind and len(node.input) > 2]
+    return {node.input[place].removesuffix(".codes"): node for node in nodes if node.input[place].endswith(".codes")}
 
 
-def _modules(metadata: dict[str, str], folder: Path) -> tuple[dict[str, tuple[int, int]], dict[str, NamedGrid]]:
-    """module -> (bits, group_size), and the grids of modules that are on one of super-blocks."""
-    if MODULES_KEY not in metadata:
-        raise InputError(
-            "not a folder written by qalora-export",
-            where=folder,
-            why=f"no {MODULES_KEY} in its metadata",
-            fix="run `qalora-export export onnx`",
-        )
-    raw = parse_json(metadata[MODULES_KEY].encode(), where=f"{folder}: {MODULES_KEY}")
+def _declared(
+    metadata: dict[str, str], key: str, folder: Path
+) -> tuple[dict[str, tuple[int, int]], dict[str, NamedGrid]]:
+    """module -> (bits, group_size), and the grids of those that are on one of super-blocks; nothing without the key."""
+    raw = parse_json(metadata.get(key, "{}").encode(), where=f"{folder}: {key}")
     if not isinstance(raw, dict) or not all(_is_entry(value) for value in raw.values()):
-        raise UnsafeInputError(f"{MODULES_KEY} holds impossible bits or group sizes", where=folder)
+        raise UnsafeInputError(f"{key} holds impossible bits or group sizes", where=folder)
     grids = {name: GRIDS[entry[2]] for name, entry in raw.items() if len(entry) > 2}
     return {name: (entry[0], entry[1]) for name, entry in raw.items()}, grids
 

@@ -6,7 +6,8 @@ Per quantized module M, with x (batch, sequence, in) and G = in/g groups:
     y       = MatMulNBits(x, M.codes, scale32[, M.zero_points])   (batch, sequence, out)
     y      += ReduceSum_g(x) · Cast(M.remainder)ᵀ                 the GroupSum is shared by every M with the same x
 
-Everything else keeps its source bytes in the file and is cast to float32 in the graph. No g_idx is ever emitted.
+An embedding in blocks stays in blocks (embeddings.py), unless it is lm_head too. Everything else keeps its source bytes
+in the file and is cast to float32 in the graph. No g_idx is ever emitted.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.errors import InputError
 from qalora_export.formats.contents import exported_names
 from qalora_export.formats.onnx.datafile import DataFile
+from qalora_export.formats.onnx.embeddings import element_codes, embedding_form
 from qalora_export.formats.onnx.split_form import SplitForm, WrittenForm, choose_form, to_blocks, zero_points
 from qalora_export.formats.streaming import prepared
 
@@ -40,6 +42,7 @@ class Rewriter:
         self.accuracy_level = accuracy_level
         self.forms: dict[str, WrittenForm] = {}
         self.carried: list[str] = []  # other tensors, by checkpoint name
+        self.embeddings: dict[str, WrittenForm] = {}  # those of them that stay in blocks, by module
         self.constants: dict[str, NDArray[Any]] = {}  # large ones of the graph itself
         self._group_sums: dict[tuple[str, int], ir.Value] = {}
         modules = [name for value in self.weights() if (name := _module(value)) in checkpoint.modules]
@@ -61,6 +64,8 @@ class Rewriter:
             self._place_constant(value, value.const_value.numpy())
         elif module in self.checkpoint.modules:
             self._place_quantized(value, module)
+        elif module in self.checkpoint.embeddings and not _is_head(value):
+            self._place_embedding(value, module)
         elif name in self.checkpoint:
             self._place_other(value, name)
         else:
@@ -131,12 +136,7 @@ class Rewriter:
         _check_shape(value, (out, groups * group_size))
         form = next(self._forms)
         self.forms[module] = WrittenForm.of(form)
-        codes = self._initializer(f"{module}.codes", to_blocks(matrix.codes, bits, groups))
-        weights = {"codes": codes, "scale": self._initializer(f"{module}.scale", matrix.scale)}
-        if form.explicit_zero:
-            weights["zero_points"] = self._initializer(f"{module}.zero_points", zero_points(form))
-        if form.remainder is not None:
-            weights["remainder"] = self._initializer(f"{module}.remainder", form.remainder)
+        weights = self._stored(module, to_blocks(matrix.codes, bits, groups), matrix.scale, form)
         transposed = [use.node for use in value.uses()]
         for transpose in transposed:
             for use in list(transpose.outputs[0].uses()):
@@ -150,6 +150,65 @@ class Rewriter:
                 self._replace_matmul(use.node, module, form.container, weights, (out, groups, group_size))
             self.graph.remove(transpose, safe=True)
         self.graph.initializers.pop(value.name or "")
+
+    def _stored(
+        self, module: str, codes: NDArray[np.uint8], scale: NDArray[Any], form: SplitForm
+    ) -> dict[str, ir.Value]:
+        """The tensors of a matrix, by their last names; zero_points and remainder where there are any."""
+        tensors = {"codes": codes, "scale": scale}
+        tensors |= {"zero_points": zero_points(form)} if form.explicit_zero else {}
+        tensors |= {} if form.remainder is None else {"remainder": form.remainder}
+        return {part: self._initializer(f"{module}.{part}", array) for part, array in tensors.items()}
+
+    def _place_embedding(self, value: ir.Value, module: str) -> None:
+        """Codes that stay codes: every Gather becomes one of blocks, with the rest of the offset where there is any."""
+        matrix = self.checkpoint.packed(module)
+        _check_shape(value, matrix.shape)
+        form = embedding_form(matrix, where=module)
+        weights = self._stored(module, element_codes(matrix), matrix.scale, form)
+        scale = self._wide(weights["scale"], module)
+        for gather in [use.node for use in value.uses()]:
+            zeros = [weights["zero_points"]] if "zero_points" in weights else []
+            found = ir.node(
+                "GatherBlockQuantized",
+                [weights["codes"], gather.inputs[1], scale, *zeros],
+                {"bits": form.container, "block_size": matrix.group_size, "gather_axis": 0, "quantize_axis": 1},
+                domain=MICROSOFT,
+                name=f"{module}/GatherBlockQuantized",
+            )
+            nodes = [found]
+            if "remainder" in weights:
+                nodes += self._group_by_group(module, found.outputs[0], weights["remainder"], gather, matrix.shape[1])
+            ir.convenience.replace_nodes_and_values(
+                self.graph, gather, [gather], nodes, [gather.outputs[0]], [nodes[-1].outputs[0]]
+            )
+        self.graph.initializers.pop(value.name or "")
+        self.embeddings[module] = WrittenForm.of(form)
+        self.carried.append(f"{module}.weight")
+
+    def _group_by_group(
+        self, module: str, found: ir.Value, remainder: ir.Value, gather: ir.Node, width: int
+    ) -> list[ir.Node]:
+        """Nodes of found (batch, sequence, in) + the rows of R (in/g) of the same ids, one number for each group."""
+        name, group_size = f"{module}/remainder", self.checkpoint.embeddings[module][1]
+        groups = width // group_size
+        grouped = self._constant(f"group_shape_{groups}x{group_size}", np.array([0, 0, groups, group_size], np.int64))
+        flat = self._constant(f"row_shape_{width}", np.array([0, 0, width], np.int64))
+        last = self._constant("group_axis", np.array([3], np.int64))
+        nodes = [ir.node("Gather", [remainder, gather.inputs[1]], {"axis": 0}, name=f"{name}/Gather")]
+        nodes += [_cast(nodes[0].outputs[0], f"{name}/Cast")] if remainder.dtype != FLOAT else []
+        nodes.append(ir.node("Unsqueeze", [nodes[-1].outputs[0], last], name=f"{name}/Unsqueeze"))
+        blocks = ir.node("Reshape", [found, grouped], name=f"{name}/Reshape")
+        total = ir.node("Add", [blocks.outputs[0], nodes[-1].outputs[0]], name=f"{name}/Add")
+        return [*nodes, blocks, total, ir.node("Reshape", [total.outputs[0], flat], name=f"{name}/Flatten")]
+
+    def _wide(self, stored: ir.Value, module: str) -> ir.Value:
+        """As float32; the cast is constant-folded when the session starts."""
+        if stored.dtype == FLOAT:
+            return stored
+        cast = _cast(stored, f"{module}/{(stored.name or '').rpartition('.')[2]}/Cast")
+        self.graph.insert_before(self.graph[0], cast)
+        return cast.outputs[0]
 
     def _replace_matmul(
         self, matmul: ir.Node, module: str, container: int, weights: dict[str, ir.Value], shape: tuple[int, int, int]
@@ -216,6 +275,11 @@ class Rewriter:
         value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(value)
         return value
+
+
+def _is_head(value: ir.Value) -> bool:
+    """Whether something other than a Gather of rows reads an embedding, which is lm_head then."""
+    return any(use.node.op_type != "Gather" or use.idx != 0 for use in value.uses())
 
 
 def _module(value: ir.Value) -> str:

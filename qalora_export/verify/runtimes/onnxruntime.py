@@ -133,11 +133,12 @@ def graph_facts(contents: OnnxContents) -> dict[str, Any]:
     heads = _single(a.get("num_heads") for a in attention)
     windows = _windows(a for kind, a in attributes if kind == ATTENTION)
     everywhere = [index for index in range(len(attention)) if not windows or not windows[index]]
+    embedding = contents.shape(EMBEDDING) if EMBEDDING in contents.others else (ABSENT,)
     table_name = _table_name(graph, 7, everywhere or list(range(len(attention))))
     table = shapes.get(table_name, [ABSENT, ABSENT])
     return {
-        "vocabulary": shapes.get(EMBEDDING, [ABSENT])[0],
-        "hidden size": shapes.get(EMBEDDING, [ABSENT])[-1],
+        "vocabulary": embedding[0],
+        "hidden size": embedding[-1],
         "layers": len(attention),
         "attention heads": heads,
         "key/value heads": _single(a.get("kv_num_heads") for a in attention),
