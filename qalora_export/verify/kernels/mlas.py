@@ -11,6 +11,11 @@ On arm64 with the dot product, MLAS hands 4-bit codes to KleidiAI (kai_matmul_cl
 rounds whole rows of x, not blocks, and cuts the scales of the weights to bfloat16. It knows no zero points but 8: what
 they are off by, (8 − z)·s, MLAS multiplies with the sums of x itself, in float32 and by scales that are not cut.
 Without the dot product MLAS has no int8 kernel on arm64 and multiplies in float32.
+
+With the dot product but without i8mm (sqnbitgemm_kernel_neon_int8.cpp, SQ8BitGemmKernel_BlkSum_CompInt8<true>), codes
+in bytes meet unsigned activations, q + 128: the instruction at hand multiplies unsigned bytes. Sums over blocks of
+s·d·Σ(q + 128)·code, of −s·z·d·Σ(q + 128) and of 128·d·s·(z·block − Σ code) are made in float32, one after the other,
+and put together at the end, where most of them cancels.
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ STEP = np.dtype(np.float32)
 LOGITS = "logits"
 TAPPED = "products.onnx"
 KLEIDIAI, KLEIDIAI_BITS, KLEIDIAI_ZERO = "KleidiAI: int8 rows, scales cut to bfloat16", 4, 8
+UNSIGNED, BYTE_BITS, UNSIGNED_ZERO = "int8 blocks of {} as unsigned bytes, Arm without i8mm", 8, 128
 PASSES_ON = ("Cast", "Transpose", "Identity")  # between a stored weight and the product that reads it
 
 
@@ -42,7 +48,9 @@ def ways_of(level: int, block: int, container: int) -> tuple[Arithmetic, ...]:
     """container: bits in which the file has a code."""
     if level != INT8_LEVEL:
         return (FLOAT32,)
-    rows = (Int8Rows(KLEIDIAI, block),) if container == KLEIDIAI_BITS else ()
+    rows: tuple[Arithmetic, ...] = (Int8Rows(KLEIDIAI, block),) if container == KLEIDIAI_BITS else ()
+    if container == BYTE_BITS:
+        rows = (Int8Blocks(UNSIGNED.format(block), block, STEP, "127/max", shift=UNSIGNED_ZERO),)
     return (
         Int8Blocks(f"int8 blocks of {block}, x86", block, STEP, "127/max"),
         Int8Blocks(f"int8 blocks of {block}, Arm", block, STEP, "1/d", half="away"),
