@@ -149,6 +149,7 @@ def sha256_of(raw: bytes) -> str:
 
 
 def sha256_file(path: Path) -> str:
+    """As qalora_export.safety.sha256_file, which a device has not: this package stands alone, without torch."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

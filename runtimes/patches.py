@@ -38,6 +38,7 @@ WIDTHS = (1, 2, 4)
 MEMORY = 256 << 20  # bytes that decompressing may take
 FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 0, "pb": 0}]  # planes of bytes have no alignment
 LARGEST = 1 << 30  # bytes of what is stored as it is
+LORA, MANIFEST = ".lora", ".manifest.json"  # what lies beside a single file: model.lora.gguf, model.gguf.manifest.json
 COPIED = 16 << 20
 OLD, NEW = "old", "new"
 
@@ -169,8 +170,8 @@ def _natural(value: object) -> int:
 
 @dataclass(frozen=True)
 class PatchedFile:
-    """A file that differs. path: in the folder, or what follows the name of a single file. old, new: {size, sha256},
-    None where the file is only in the other.
+    """A file that differs. path: in the folder, or by `beside` for a single file. old, new: {size, sha256}, None where
+    the file is only in the other.
     """
 
     path: str
@@ -250,6 +251,11 @@ class PatchFile:
             raise ProtocolError(f"{self.path}: describes another file than {source}")
 
 
+def beside(file: Path, path: str) -> Path:
+    """Where a part of a single file's artifact lies; path: "", LORA or MANIFEST."""
+    return file.with_name(f"{file.stem}{path}{file.suffix}" if path == LORA else f"{file.name}{path}")
+
+
 def _nothing() -> Bytes:
     return np.empty(0, np.uint8)
 
@@ -269,8 +275,8 @@ def _table(raw: Mapping[str, Any], path: Path) -> Table:
     right = len({*paths, *table.same}) == len(paths) + len(table.same) and all(map(is_digest, table.same.values()))
     if table.kind == "folder":
         right = right and all(map(is_inside, (*paths, *table.same)))
-    else:  # the file itself, and its manifest beside it
-        right = right and table.kind == "file" and {*paths, *table.same} <= {"", ".manifest.json"}
+    else:  # the file itself, and its adapter and manifest beside it
+        right = right and table.kind == "file" and {*paths, *table.same} <= {"", LORA, MANIFEST}
     if not right:
         raise ProtocolError(f"{path}: names files that it cannot be for")
     return table

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qalora_runtimes.packs import sha256_file
-from qalora_runtimes.patches import NEW, OLD, PatchedFile, PatchFile
+from qalora_runtimes.patches import LORA, NEW, OLD, PatchedFile, PatchFile, beside
 from qalora_runtimes.protocol import ProtocolError
 
 MARK = ".qalora-patch"  # in the names of what is unfinished
@@ -41,9 +41,11 @@ def apply_patch(patch: Path, target: Path, *, reverse: bool = False, out: Path |
     """
     opened = PatchFile(patch)
     before, after = (NEW, OLD) if reverse else (OLD, NEW)
-    if out is not None and (out.exists() or out.is_symlink()):
-        raise ProtocolError(f"{out}: exists already")
     folder = opened.table.kind == "folder"
+    has_adapter = LORA in {*opened.table.same, *(file.path for file in opened.table.files)}
+    for place in [] if out is None else [out, *([beside(out, LORA)] if has_adapter else [])]:
+        if place.exists() or place.is_symlink():
+            raise ProtocolError(f"{place}: exists already")
     _restore(target)
     if folder != target.is_dir() or not target.exists():
         raise ProtocolError(f"{target}: the patch is for a {'folder' if folder else 'file'}")
@@ -56,7 +58,7 @@ def apply_patch(patch: Path, target: Path, *, reverse: bool = False, out: Path |
 
 
 def _place(target: Path, path: str) -> Path:
-    return target / path if target.is_dir() else target.with_name(target.name + path)
+    return target / path if target.is_dir() else beside(target, path)
 
 
 def _require(opened: PatchFile, target: Path, before: str, after: str) -> list[PatchedFile]:
@@ -85,7 +87,7 @@ def _of(file: PatchedFile, side: str) -> tuple[int, str] | None:
 
 
 def _files(opened: PatchFile, target: Path, changed: list[PatchedFile], *, reverse: bool, out: Path | None) -> None:
-    """A file and its manifest. The manifest is renamed last: until then it does not fit, and readers say so."""
+    """A file, its adapter and its manifest, which is renamed last: until then it does not fit, and readers say so."""
     goal, temporaries = out or target, list[tuple[Path, Path]]()
     try:
         for file in sorted(changed, key=lambda one: one.path):

@@ -1,7 +1,7 @@
 """Node and the npm packages that package-lock.json pins, in a cache folder.
 
 The cache is $QALORA_WEB_CACHE, by default ~/.cache/qalora-export/web. Scripts of packages are not run, and packages
-that npm calls optional (CUDA builds, image libraries) are left out.
+that npm calls optional (CUDA builds, other systems) are left out; tests name the two that Node wants for itself.
 """
 
 from __future__ import annotations

@@ -24,13 +24,6 @@ MOVED = ("m", "dmin", "scales")  # parts of a block that hold offsets; `scales` 
 
 def gguf_segments(old: Path, new: Path, writer: PatchWriter) -> Iterator[Segment]:
     sides = GgufFile(old), GgufFile(new)
-    if any(side.metadata.get("qalora.layout") == "split" for side in sides):
-        raise InputError(
-            "a file of layout split needs no patch",
-            where=f"{old}, {new}",
-            why="the adapter beside it is the fine-tune",
-            fix="give llama.cpp another adapter: --lora",
-        )
     tensors = [list(side.tensors.values()) for side in sides]
     layouts = [[(t.info.name, t.info.type, t.info.shape) for t in side] for side in tensors]
     if layouts[0] != layouts[1]:

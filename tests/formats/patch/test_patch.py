@@ -16,7 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from qalora_runtimes import patching
 from qalora_runtimes.__main__ import main
-from qalora_runtimes.patches import FLOAT, INT, TABLE, PatchFile, decompress, differences, with_differences
+from qalora_runtimes.patches import (
+    FLOAT,
+    INT,
+    TABLE,
+    PatchFile,
+    beside,
+    decompress,
+    differences,
+    with_differences,
+)
 from qalora_runtimes.protocol import ProtocolError
 
 from qalora_export.errors import InputError, UnsafeInputError
@@ -148,11 +157,35 @@ def test_what_is_no_pair_is_refused(tiny_canonical: Path, pair: Path, tmp_path: 
         export_patch(pair / "one" / "onnx", pair / "one" / "onnx", tmp_path / "patch")
     with pytest.raises(InputError, match="no two artifacts of one kind"):
         export_patch(pair / "one" / "onnx", pair / "one" / "model.gguf", tmp_path / "patch")
-    for seed in (0, 1):
-        checkpoint = moved(tiny_canonical, tmp_path / f"{seed}.qalora", seed)
-        export_gguf(checkpoint, tmp_path / f"{seed}.gguf", GgufSettings(layout="split"))
-    with pytest.raises(InputError, match="the adapter beside it is the fine-tune"):
-        export_patch(tmp_path / "0.gguf", tmp_path / "1.gguf", tmp_path / "patch")
+    for folder, what in ((tiny_canonical, "a checkpoint is not what devices have"), (tmp_path, "no exported model")):
+        with pytest.raises(InputError, match=what) as caught:
+            export_patch(folder, pair / "one" / "onnx", tmp_path / "patch")
+        assert "export gguf" in caught.value.fix
+
+
+def test_of_layout_split_the_adapter_is_patched_too(tiny_canonical: Path, tmp_path: Path) -> None:
+    """One base, adapters that differ: there and back, beside it, and never over an adapter that lies there."""
+    for seed, name in enumerate(("one", "two")):
+        checkpoint = moved(tiny_canonical, tmp_path / f"{name}.qalora", seed)
+        (tmp_path / name).mkdir()
+        export_gguf(checkpoint, tmp_path / name / "model.gguf", GgufSettings(layout="split"))
+    report = export_patch(tmp_path / "one" / "model.gguf", tmp_path / "two" / "model.gguf", tmp_path / "patch")
+    before, after = content(tmp_path / "one" / "model.gguf"), content(tmp_path / "two" / "model.gguf")
+    assert set(before) == {"model.gguf", "model.lora.gguf", "model.gguf.manifest.json"}
+    assert report.of == sum(len(after[name]) for name in ("model.gguf", "model.lora.gguf"))
+    assert 0 < report.moved <= report.offsets
+    target = Path(shutil.copytree(tmp_path / "one", tmp_path / "here")) / "model.gguf"
+    apply(tmp_path / "patch", target)
+    assert content(target) == after
+    apply(tmp_path / "patch", target, reverse=True)
+    assert content(target) == before
+    elsewhere = tmp_path / "elsewhere" / "model.gguf"
+    apply(tmp_path / "patch", target, elsewhere)
+    assert content(elsewhere) == after
+    elsewhere.unlink()
+    with pytest.raises(InputError, match=r"model\.lora\.gguf: exists already"):
+        apply(tmp_path / "patch", target, elsewhere)
+    assert content(target) == before
 
 
 @pytest.mark.parametrize("artifact", KINDS)
@@ -235,7 +268,7 @@ def test_whatever_is_damaged_is_one_protocol_error(pair: Path, tmp_path: Path) -
         try:
             patch = PatchFile(tmp_path / "patch")
             for file in patch.table.files:
-                source = pair / "one" / f"model.gguf{file.path}"
+                source = beside(pair / "one" / "model.gguf", file.path)
                 for _ in patch.other_side(file, source, reverse=False):
                     pass
         except ProtocolError:

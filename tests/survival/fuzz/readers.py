@@ -8,6 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+# What an answer must be to; the same in the seeds' pack.
+ABOUT: dict[str, Any] = {
+    "checkpoint": {"name": "base.qalora", "sha256": "0" * 64},
+    "artifacts": {},
+    "settings": {"seed": 0},
+    "probe_sha256": "1" * 64,
+    "task_sha256": None,
+}
+
 
 def tensors(folder: Path) -> None:
     from qalora_export.checkpoint.safetensors_file import map_tensor, read_header
@@ -194,6 +203,34 @@ def answers(folder: Path) -> None:
     from qalora_runtimes.protocol import read_answers
 
     read_answers(folder / "answers.npz", positions=5)
+
+
+def pack(folder: Path) -> None:
+    from qalora_runtimes.answering import check_files
+    from qalora_runtimes.packs import read_pack
+
+    check_files(folder / "pack", read_pack(folder / "pack")[0])
+
+
+def device_answers(folder: Path) -> None:
+    from qalora_export.safety import HashedOnce
+    from qalora_export.verify.device.answers import DeviceAnswers
+
+    found = DeviceAnswers(folder / "answers.zip", HashedOnce())
+    found.described()
+    found.require(ABOUT)
+
+
+def patch(folder: Path) -> None:
+    from qalora_export.formats.patch.apply import apply
+
+    (folder / "patched").mkdir(exist_ok=True)
+    try:
+        apply(folder / "gguf.patch", folder / "model.gguf", folder / "patched" / "model.gguf")
+    finally:
+        for path in (folder / "patched").iterdir():
+            path.unlink()
+        (folder / "patched").rmdir()
 
 
 def run_state(folder: Path) -> None:

@@ -7,17 +7,22 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+from qalora_runtimes.packs import PACK, RUN, AnswersWriter, Pack, PackedRequest, request_key
 from qalora_runtimes.protocol import TextRequest, make_job, write_answers, write_job
 
 from qalora_export.checkpoint.model_folder import INDEX
 from qalora_export.checkpoint.safetensors_file import read_header
 from qalora_export.formats.gguf.export import export_gguf
+from qalora_export.formats.patch.export import export_patch
 from qalora_export.qalora.merge import merge
 from qalora_export.qalora.training import folder as training_folder
 from qalora_export.recipe import GgufSettings
+from qalora_export.safety import sha256_file
+from tests.formats.patch.artifacts import moved
 from tests.models import make_tiny_canonical, make_tiny_model
 from tests.qalora.adapters import foreign_adapter, own_adapter
 from tests.quantization.gptq_packer import make_gptq_folder
+from tests.survival.fuzz.readers import ABOUT
 from tests.verify.exports import export_both
 
 RECIPE = """
@@ -90,6 +95,9 @@ def make_seeds(folder: Path) -> Path:
     _small_files(folder)
     _run_folder(folder)
     _training_folder(folder)
+    _device_files(folder)
+    export_gguf(moved(base, folder / "moved.qalora", 1), folder / "moved.gguf")
+    export_patch(folder / "model.gguf", folder / "moved.gguf", folder / "gguf.patch")
     return folder
 
 
@@ -121,3 +129,22 @@ def _training_folder(folder: Path) -> None:
     training_folder.write_json(folder / "adapter.training" / "run.json", {"settings": {"rank": 4}, "base": "0"})
     (checkpoint / "trainer_state.json").write_text('{"global_step": 2}')
     training_folder.mark_complete(checkpoint)
+
+
+def _device_files(folder: Path) -> None:
+    """A pack of one question, and a device's answers to it."""
+    pack = folder / "pack"
+    pack.mkdir()
+    for name in ("model.gguf", "job.npz"):
+        shutil.copyfile(folder / name, pack / name)
+    files = {path.name: {"size": path.stat().st_size, "sha256": sha256_file(path)} for path in pack.iterdir()}
+    key = request_key({"runtime": "llama.cpp"}, [(name, file["sha256"]) for name, file in files.items()])
+    request = PackedRequest(key, RUN, "llama.cpp", "model.gguf", "job.npz", exact=True, threads=1)
+    raw = json.dumps(Pack("0", ABOUT, files, (request,)).as_json()).encode()
+    (pack / PACK).write_bytes(raw)
+    (folder / "fingerprint.json").write_text('{"runtime": "llama.cpp"}')
+    answered = {"logits.npz": folder / "answers.npz", "fingerprint.json": folder / "fingerprint.json"}
+    with AnswersWriter(folder / "answers.zip", raw) as writer:
+        members = {name: writer.add(f"{key}/{name}", source) for name, source in answered.items()}
+        outcome = {"status": "ok", "message": "", "members": members}
+        writer.close({"machine": {"flags": ["avx2"]}, "packages": {"numpy": "2"}, "requests": {key: outcome}})

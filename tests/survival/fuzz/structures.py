@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Iterator
 from random import Random
 
-from tests.survival.fuzz.mutate import NUMBERS, SIZES, TEXTS, any_bytes, change_json, spot
+from tests.survival.fuzz.mutate import NUMBERS, SIZES, TEXTS, any_bytes, change_json, json_text, spot
 
 
 def safetensors(random: Random, raw: bytes) -> tuple[bytes, str]:
@@ -252,3 +252,19 @@ def npz(random: Random, raw: bytes) -> tuple[bytes, str]:
         damaged = damaged[:place] + bytes([damaged[place] ^ 1 << random.randrange(8)]) + damaged[place + 1 :]
         what += f", bit flipped at {place}"
     return damaged, f"npz: {what}"
+
+
+def stored(random: Random, raw: bytes) -> tuple[bytes, str]:
+    """Inside an archive of stored members (a patch, a file of answers): its table in JSON, or the bytes of another."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+    except Exception:
+        return any_bytes(random, raw)
+    name = random.choice(list(members))
+    members[name], what = (json_text if name.endswith(".json") else any_bytes)(random, members[name])
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
+        for member, content in members.items():
+            archive.writestr(member, content)
+    return out.getvalue(), f"{name}: {what}"

@@ -21,6 +21,7 @@ TENSORS: tuple[Mutator, ...] = (structures.safetensors, structures.safetensors, 
 GGUF: tuple[Mutator, ...] = (structures.gguf, structures.gguf, mutate.any_bytes)
 GRAPH: tuple[Mutator, ...] = (structures.protobuf, structures.protobuf, structures.protobuf, mutate.any_bytes)
 NPZ: tuple[Mutator, ...] = (structures.npz, mutate.any_bytes)
+STORED: tuple[Mutator, ...] = (structures.stored, structures.stored, structures.npz, mutate.any_bytes)
 TOML: tuple[Mutator, ...] = (languages.toml, languages.toml, mutate.any_bytes)
 JINJA: tuple[Mutator, ...] = (languages.jinja, mutate.any_bytes)
 
@@ -101,6 +102,9 @@ TARGETS = (
     Target("calibration, text", "text.txt", BYTES, partial(readers.calibration, "text.txt"), 1),
     Target("job", "job.npz", NPZ, readers.job, 2),
     Target("answers", "answers.npz", NPZ, readers.answers, 2),
+    Target("pack", "pack/pack.json", JSON, readers.pack, 2),
+    Target("device's answers", "answers.zip", STORED, readers.device_answers, 2),
+    Target("patch", "gguf.patch", STORED, readers.patch, 2),
     Target("run.json", "out/run.json", JSON, readers.run_state, 2),
     Target("report.json", "out/report/report.json", JSON, readers.run_summary, 1),
     Target("score", "out/score.merged.json", JSON, readers.run_summary, 1),
