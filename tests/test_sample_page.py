@@ -11,8 +11,9 @@ import pytest
 
 from qalora_export.errors import InputError
 from samples.web.make import PAGE, TRANSFORMERS, make
-from samples.web.npm import LOCK
+from samples.web.npm import LOCK, NodeUnavailableError, install
 from samples.web.serve import serving
+from tests.web.node import BrowserUnavailableError, chromium
 
 
 @pytest.fixture
@@ -76,3 +77,12 @@ def test_every_package_is_pinned_by_its_hash() -> None:
     for name, version in {**wanted["dependencies"], **wanted["devDependencies"]}.items():
         assert locked[f"node_modules/{name}"]["version"] == version
     assert all("integrity" in package for name, package in locked.items() if name and not package.get("inBundle"))
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No skip and no traceback: a machine without Node or a browser is told what to install."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(NodeUnavailableError, match="node is not installed"):
+        install()
+    with pytest.raises(BrowserUnavailableError, match="apt-get install chromium"):
+        chromium()
