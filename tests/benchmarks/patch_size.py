@@ -27,7 +27,7 @@ from tests.conftest import ROOT
 from tests.formats.patch.artifacts import moved
 
 RECIPE = ROOT / "samples/devices/recipe.toml"
-ARTIFACTS = ("model.gguf", "onnx")
+ARTIFACTS = ("model.gguf", "onnx", "split.gguf")  # the last: layout split, its adapter included
 SPREAD = 0.005
 
 
@@ -44,6 +44,7 @@ def main() -> None:
             tuned = moved(base, work / f"{seed}.qalora", seed, size=SPREAD) if options.model else _taught(base, seed)
             (work / str(seed)).mkdir()
             q.export_gguf(tuned, work / str(seed) / "model.gguf")
+            q.export_gguf(tuned, work / str(seed) / "split.gguf", q.GgufSettings(layout="split"))
             q.export_onnx(tuned, work / str(seed) / "onnx", q.OnnxSettings(allow_text_differences=True))
         for artifact in ARTIFACTS:
             rows[f"g{group}, {artifact}"] = _measured(work, artifact, options.repeats)
