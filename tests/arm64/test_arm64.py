@@ -20,8 +20,9 @@ from qalora_export.formats.gguf.export import export_gguf
 from qalora_export.formats.onnx.export import export_onnx
 from qalora_export.recipe import VerifySettings
 from qalora_export.verify.device.pack import pack_verification
+from qalora_export.verify.kernels.arithmetic import BACKWARD
 from qalora_export.verify.kernels.mlas import KLEIDIAI
-from qalora_export.verify.kernels.products import BACKWARD, deviation
+from qalora_export.verify.kernels.products import deviation
 from qalora_export.verify.report.parity_report import ParityReport
 from qalora_export.verify.runtimes.record import all_runtimes
 from qalora_export.verify.stage import verify_parity

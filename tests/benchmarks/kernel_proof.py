@@ -34,7 +34,8 @@ from qalora_export.formats.gguf.export import export_gguf
 from qalora_export.formats.onnx.export import export_onnx
 from qalora_export.grid import GroupAffine
 from qalora_export.recipe import GgufSettings, OnnxSettings
-from qalora_export.verify.kernels.products import BACKWARD, TappedGraph, deviation
+from qalora_export.verify.kernels.arithmetic import BACKWARD
+from qalora_export.verify.kernels.products import TappedGraph, deviation
 from qalora_export.verify.reference.local_proof import (
     DECODED,
     SHORTER,

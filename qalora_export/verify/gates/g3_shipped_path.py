@@ -16,7 +16,7 @@ from qalora_export.progress import status
 from qalora_export.verify.gates.g2_exact_path import NO_BAD
 from qalora_export.verify.gates.positions import described, figures_of, worst_places
 from qalora_export.verify.gates.registry import measures
-from qalora_export.verify.kernels.products import BACKWARD
+from qalora_export.verify.kernels.arithmetic import BACKWARD
 from qalora_export.verify.metrics import PositionMetrics
 from qalora_export.verify.reference.local_proof import BETWEEN, TIMES_HALF, LayerFinding, LocalProof
 from qalora_export.verify.reference.local_run import LocalRun

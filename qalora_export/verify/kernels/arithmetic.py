@@ -200,7 +200,7 @@ def left_by_sums(carried: Float64, blocks: int) -> Float64:
     A running sum of numbers of one sign grows evenly, so the squares of what its additions leave come to blocks / 3 of
     the last one's. Making each number rounds it too, and the sums are put together: two more.
     """
-    return DEVIATIONS * FLOAT32_NOISE * np.sqrt(blocks / 3 + 2) * carried
+    return carried * float(DEVIATIONS * FLOAT32_NOISE * np.sqrt(blocks / 3 + 2))
 
 
 def product_of(x: Float64, weight: Weight, sums: Float64 | None = None) -> Float64:

@@ -16,7 +16,8 @@ from qalora_export.formats.gguf.export import export_gguf
 from qalora_export.formats.gguf.split import adapter_path
 from qalora_export.recipe import GgufSettings
 from qalora_export.verify.kernels import ggml, mlas
-from qalora_export.verify.kernels.products import BACKWARD, Product, TappedGraph, deviation
+from qalora_export.verify.kernels.arithmetic import BACKWARD
+from qalora_export.verify.kernels.products import Product, TappedGraph, deviation
 from tests.verify.exports import Exported
 
 Taps = Mapping[str, np.ndarray]

@@ -11,7 +11,8 @@ from qalora_runtimes.taps import run_taps
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.verify.kernels import ggml, mlas
-from qalora_export.verify.kernels.products import BACKWARD, TappedGraph
+from qalora_export.verify.kernels.arithmetic import BACKWARD
+from qalora_export.verify.kernels.products import TappedGraph
 from qalora_export.verify.reference.local_proof import (
     BETWEEN,
     PASS_BYTES,
