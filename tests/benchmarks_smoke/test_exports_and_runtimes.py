@@ -16,7 +16,7 @@ ROWS = {
     "export_streaming": {"gguf q4_1", "gguf split", "onnx", "gguf q2_k"},
     "llama_layouts": {"q4_1", "q4_k", "q4_k_m", "split", "split, rank 16", "split, F16 lm_head", "Q4_0", "Q4_K_M"},
     "q4_k_m": {"ours, q4_k_m", "ours, Q6_K", "Q4_K_M", "Q4_K_M, imatrix"},
-    "patch_size": {"g32, model.gguf", "g32, onnx"},
+    "patch_size": {"g32, model.gguf", "g32, onnx", "g32, split.gguf"},
     "onnx_decode": {f"g{g}, {name}" for g in (32, 64, 128) for name in ("split", "limit", "float zero_points")},
 }
 
