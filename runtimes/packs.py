@@ -149,7 +149,7 @@ def sha256_of(raw: bytes) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    """As qalora_export.safety.sha256_file, which a device has not: this package stands alone, without torch."""
+    """Hex digest of a file's bytes. The exporter's safety package has its own: this one stands alone, without torch."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
