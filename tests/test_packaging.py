@@ -37,7 +37,7 @@ ALLOWED = {
     "evaluation": {*BYTES, "data", "models"},
     "verify": {*BYTES, "data", "evaluation", "formats", "installed", "models", "qalora", "quantization"},
     "scores": {*BYTES, "data", "evaluation", "formats", "models", "verify"},
-    "comparison": {*BYTES, "data", "evaluation", "formats", "models", "qalora", "quantization", "verify"},
+    "comparison": {*BYTES, "data", "evaluation", "formats", "models", "qalora", "quantization", "scores", "verify"},
     "model_card": {*BYTES, "evaluation", "verify"},
     "installed": {"safety"},
     "stage_keys": {"errors", "checkpoint", "installed", "safety"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -227,9 +227,12 @@ class Bench:
             total, count = total + loss * learned, count + learned
         prompts, ends = [ids for ids, _ in self.asked], end_ids(self.source, self.tokenizer)
         answers = network_answers(model, self.tokenizer, prompts, self.evaluation, ends, f"score of {name}")
+        return Score(total / count, self.right(answers), len(prompts))
+
+    def right(self, answers: Sequence[str]) -> int:
+        """How many answers to `asked` are the expected ones."""
         pairs = zip(answers, self.asked, strict=True)
-        exact = sum(matches(answer, record.expected(), self.evaluation.match) for answer, (_, record) in pairs)
-        return Score(total / count, exact, len(prompts))
+        return sum(matches(answer, record.expected(), self.evaluation.match) for answer, (_, record) in pairs)
 
     def bits_of(self, checkpoint: Path) -> float:
         """Bits per weight of `modules` in a canonical checkpoint: codes, scales, offsets, steps."""

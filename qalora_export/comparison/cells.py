@@ -49,7 +49,8 @@ class Measured:
     bits_per_weight: of the decoder layers' matrices as deployed, scales, offsets and an unmerged adapter included.
     trainable: parameters. seconds: of training steps. ships: how the model is deployed. gates: what verify-parity said
     of its exports ("21/21", or the first gate that failed), None where it was not asked. speed: of llama.cpp on the
-    GGUF file that is deployed, None where it was not timed or there is none.
+    GGUF file that is deployed, None where it was not timed or there is none. answered: exact
+    answers of total by llama.cpp on that file, of the first seed, None where it was not asked.
     """
 
     cell: Cell
@@ -63,6 +64,7 @@ class Measured:
     ships: str
     gates: str | None = None
     speed: Speed | None = None
+    answered: int | None = None
 
     @property
     def score(self) -> float | None:

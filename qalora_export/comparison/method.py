@@ -21,7 +21,10 @@ GGUF = "GGUF, llama.cpp's own"
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A model ready to be scored. checkpoint: canonical, when that is what is deployed; exports are made of it."""
+    """A model ready to be scored. checkpoint: canonical, when that is what is deployed; exports are made of it.
+
+    gguf: the file, when that is what is deployed.
+    """
 
     model: Any
     trained: Trained
@@ -29,6 +32,7 @@ class Made:
     ships: str
     checkpoint: Path | None = None
     base: Path | None = None
+    gguf: Path | None = None
 
 
 Maker = Callable[[Bench, Cell, Path], Made]  # the folder is the cell's own and goes when it is measured

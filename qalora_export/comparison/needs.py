@@ -26,8 +26,9 @@ def require(recipe: Recipe, methods: Collection[Method]) -> None:
             asked.setdefault(need, []).append(method.id)
     if recipe.compare.speed and any(method.artifact for method in methods):
         asked.setdefault(LLAMA_CPP, []).append("[compare] speed")
-    if recipe.compare.prove and any(method.exact for method in methods):
-        for runtime in recipe.verify.runtimes or all_runtimes():
+    if recipe.compare.prove and any(method.artifact for method in methods):
+        gates = (recipe.verify.runtimes or all_runtimes()) if any(method.exact for method in methods) else ()
+        for runtime in dict.fromkeys((LLAMA_CPP, *gates)):
             asked.setdefault(runtime, []).append("[compare] prove")
     missing = [error for need, who in asked.items() if (error := _missing(need, recipe, ", ".join(who))) is not None]
     if missing:

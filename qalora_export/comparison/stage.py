@@ -21,11 +21,11 @@ from qalora_export.checkpoint.output import claim_output
 from qalora_export.comparison.bench import Bench, Score
 from qalora_export.comparison.cells import Cell, Measured, read, write
 from qalora_export.comparison.claims import Claim, judged
-from qalora_export.comparison.method import EXACT, Made, Method
+from qalora_export.comparison.method import EXACT, GGUF, Made, Method
 from qalora_export.comparison.methods import METHODS
 from qalora_export.comparison.needs import require
 from qalora_export.comparison.plot import plot_rows
-from qalora_export.comparison.proof import gates_of
+from qalora_export.comparison.proof import Proof, proof_of
 from qalora_export.comparison.speed import Speeds
 from qalora_export.comparison.table import Row, best_rate, markdown, row_of
 from qalora_export.errors import DivergedError, InputError
@@ -159,8 +159,9 @@ class _OneRow:
         first, *others = asked.seeds
         rates = asked.learning_rates if self.method.trained else (None,)
         best = best_rate([self._measured(first, rate) for rate in rates])
-        if asked.prove and best.ships == EXACT and best.gates is None:
-            best = self.run.write(replace(best, gates=self._gates(best.cell)))
+        unproven = best.gates is None if best.ships == EXACT else best.ships == GGUF and best.answered is None
+        if asked.prove and unproven and (proof := self._proof(best.cell)) is not None:
+            best = self.run.write(replace(best, gates=proof.gates, answered=proof.answered))
         if asked.speed and best.speed is None and self.method.artifact is not None:
             best = self.run.write(replace(best, speed=self.run.speeds.of(self.method.artifact, self.bits)))
         return [best] + [self._measured(seed, best.cell.rate) for seed in others if self.method.trained]
@@ -186,10 +187,10 @@ class _OneRow:
         self.written[cell] = replace(made, model=None)
         return made
 
-    def _gates(self, cell: Cell) -> str | None:
+    def _proof(self, cell: Cell) -> Proof | None:
         """Of a cell that was kept from an earlier run the model is made again."""
         made = self.written.get(cell) or self._make(cell)
-        return gates_of(self.run.bench, made, self.folder / cell.name)
+        return proof_of(self.run.bench, made, self.folder / cell.name)
 
 
 def _record(cell: Cell, made: Made, score: Score) -> Measured:

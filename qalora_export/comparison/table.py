@@ -14,7 +14,8 @@ class Row:
     """bits: None for 16-bit weights and for NF4. loss, score: one value per seed; empty where training diverged.
 
     rate: the learning rate with the lowest validation loss on the first seed, None where nothing is trained. gates: of
-    the first seed. speed: of the layout.
+    the first seed. speed: of the layout. runtime_score: share of exact answers
+    by llama.cpp on the deployed file, of the first seed.
     """
 
     method: str
@@ -29,6 +30,7 @@ class Row:
     ships: str
     gates: str | None
     speed: Speed | None = None
+    runtime_score: float | None = None
 
     @property
     def mean_loss(self) -> float | None:
@@ -56,6 +58,7 @@ def row_of(title: str, cells: Sequence[Measured]) -> Row:
         first.ships,
         first.gates,
         first.speed,
+        None if first.answered is None or not first.total else first.answered / first.total,
     )
 
 
@@ -72,6 +75,7 @@ HEADINGS = (
     "bits/weight",
     "held-out loss",
     "score",
+    "in llama.cpp",
     "decode",
     "GGUF bits",
     "trained",
@@ -89,6 +93,7 @@ def cells_of(row: Row) -> tuple[str, ...]:
         f"{row.bits_per_weight:.2f}",
         spread(row.loss, ".4f"),
         spread(row.score, ".1%"),
+        "–" if row.runtime_score is None else f"{row.runtime_score:.1%}",
         "–" if row.speed is None else f"{row.speed.of_base:.2f}×",
         "–" if row.speed is None else f"{row.speed.bits_per_weight:.2f}",
         f"{row.trainable:,}" if row.trainable else "–",

@@ -159,4 +159,4 @@ def _k_quants(bench: Bench, file: Path, trained: Trained) -> Made:
     with torch.no_grad():
         for name in contents.types:
             weights[name].copy_(torch.tensor(contents.dequantized(name)))
-    return Made(model, trained, bench.gguf_bits(file), GGUF)
+    return Made(model, trained, bench.gguf_bits(file), GGUF, gguf=file)

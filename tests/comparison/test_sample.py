@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from qalora_export.cli.compare import QUICK, quick_methods
+from qalora_export.comparison.methods import METHODS
 from qalora_export.recipe_file import load_recipe
 from samples.compare import make_task
 
@@ -30,3 +32,10 @@ def test_its_recipe_is_one() -> None:
     recipe = load_recipe(SAMPLE / "recipe.toml")
     assert recipe.evaluate is not None and Path(recipe.evaluate.data) == SAMPLE / "test.jsonl"
     assert recipe.compare.bits == (4, 3, 2)
+
+
+def test_a_first_look_trains_no_variants() -> None:
+    found = quick_methods()
+    assert set(METHODS) - set(found) == {"lq-lora-mixed", "qa-lora-mixed", "qa-lora-plain", "qa-lora-refit"}
+    recipe = load_recipe(SAMPLE / "recipe.toml", dict(QUICK) | {"compare.methods": found})
+    assert recipe.compare.bits == (4,) and not recipe.compare.prove and not recipe.compare.speed

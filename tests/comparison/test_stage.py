@@ -117,6 +117,19 @@ def test_what_the_methods_need_is_looked_for_first_and_all_at_once(
     assert caught.value.code is ExitCode.RUNTIME_UNAVAILABLE and "[compare] speed" in str(caught.value)
 
 
+def test_what_is_deployed_is_asked_the_task_in_llama_cpp_too(recipe: Recipe, warm_runners: WarmRunners) -> None:
+    data = Path(recipe.quantize.calibration or "")
+    data.write_text("".join(json.dumps({"prompt": a, "completion": ".*"}) + "\n" for a, _ in PAIRS))
+    asked = recipe.compare.model_copy(update={"methods": ("k-quants",), "prove": True})
+    assert recipe.evaluate is not None
+    anything = recipe.evaluate.model_copy(update={"match": "regex"})
+    proven = recipe.model_copy(update={"compare": asked, "evaluate": anything})
+    (row,) = compare(proven).rows
+    assert (row.score, row.runtime_score, row.gates) == ((1.0,), 1.0, None)
+    (exact,) = compare(recipe.model_copy(update={"compare": asked})).rows
+    assert (exact.score, exact.runtime_score) == ((0.0,), 0.0)
+
+
 def test_a_layout_is_timed_once_beside_the_16_bit_base(
     recipe: Recipe, warm_runners: WarmRunners, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,10 +1,12 @@
 """Rows, spread and claims: what is judged is what was measured, and what is missing is not judged."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from qalora_export.comparison.cells import Cell, Measured, read, write
+from qalora_export.comparison.cells import Cell, Measured, Speed, read, write
 from qalora_export.comparison.claims import CLAIMS, judged
 from qalora_export.comparison.plot import plot_rows
 from qalora_export.comparison.table import Row, best_rate, markdown, row_of, spread
@@ -30,7 +32,9 @@ def rows(**losses: float) -> list[Row]:
 def test_mean_and_spread_over_seeds() -> None:
     row = row_of("QA-LoRA", [measured("qa-lora", 4, 1.0), measured("qa-lora", 4, 2.0, seed=1)])
     assert row.mean_loss == 1.5 and spread(row.loss, ".2f") == "1.50 ± 0.71"
-    assert "| QA-LoRA | 4.00 | 1.5000 ± 0.7071 | 75.0% ± 0.0% |" in markdown([row])
+    assert "| QA-LoRA | 4.00 | 1.5000 ± 0.7071 | 75.0% ± 0.0% | – | – |" in markdown([row])
+    timed = replace(measured("qa-lora", 4, 1.0), speed=Speed(100.0, 1.25, 5.0), answered=2)
+    assert "| 75.0% | 50.0% | 1.25× | 5.00 |" in markdown([row_of("QA-LoRA", [timed])])
     assert spread((), ".2f") == "diverged" and spread((1.0,), ".2f") == "1.00"
 
 
@@ -62,6 +66,12 @@ def test_a_cell_is_kept_only_for_what_it_was_made_of(tmp_path: Path) -> None:
     assert read(path, "a") is None
     write(path, cell, "a")
     assert read(path, "a") == cell and read(path, "b") is None
+    write(path, timed := replace(cell, speed=Speed(100.0, 1.25, 5.0), answered=2), "a")
+    assert read(path, "a") == timed
+    old = json.loads(path.read_text())
+    del old["speed"], old["answered"]  # a cell of before there were any
+    path.write_text(json.dumps(old))
+    assert read(path, "a") == cell
     path.write_text('{"format": "qalora-comparison-cell/1", "made_of": "a", "cell": 3}')
     with pytest.raises(UnsafeInputError, match="not a cell"):
         read(path, "a")
