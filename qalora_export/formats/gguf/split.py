@@ -57,7 +57,7 @@ def adapter_entries(model: CanonicalCheckpoint, *, name: str | None = None) -> l
 def plan_remainders(model: CanonicalCheckpoint) -> list[TensorPlan]:
     """lora_a and lora_b of every quantized module whose offset is not −z·s already.
 
-    Raises InputError, before anything is written, when a remainder is not exact in float32.
+    Loading rows of lora_b raises InputError where a remainder is not exact in float32.
     """
     family = family_of(model.config)
     names = NameMap(family.gguf_arch, model.config["num_hidden_layers"])
@@ -76,11 +76,12 @@ def plan_remainders(model: CanonicalCheckpoint) -> list[TensorPlan]:
 
 
 def _any_remainder(model: CanonicalCheckpoint, module: str, zero: int, rows: int) -> bool:
-    """Whether any remainder is not 0; every one is checked to be exact."""
-    matrix, found = model.packed(module), False
-    for part in row_blocks(rows, matrix.scale.nbytes, SLAB_BYTES):
-        found |= bool(remainder(matrix.scale[part], matrix.offset[part], zero, where=f"{model.path}: {module}").any())
-    return found
+    """Whether any remainder is not 0: most matrices say so in their first rows."""
+    matrix, where = model.packed(module), f"{model.path}: {module}"
+    return any(
+        remainder(matrix.scale[part], matrix.offset[part], zero, where=where).any()
+        for part in row_blocks(rows, matrix.scale.nbytes, SLAB_BYTES)
+    )
 
 
 def _indicator_rows(groups: int, group_size: int, rows: slice) -> NDArray[np.float32]:

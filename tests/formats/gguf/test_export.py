@@ -17,6 +17,7 @@ from qalora_export.checkpoint.canonical_writer import CanonicalWriter
 from qalora_export.errors import InputError, ParityError, UnsafeInputError
 from qalora_export.formats.contents import FolderContents, compare
 from qalora_export.formats.gguf import export as export_module
+from qalora_export.formats.gguf import split
 from qalora_export.formats.gguf.export import export_gguf
 from qalora_export.formats.gguf.read import read_back, runtime_dequantized
 from qalora_export.grid import GroupAffine, PackedAffine, differing
@@ -104,15 +105,20 @@ def test_a_symmetric_model_needs_no_adapter(tiny_model: Path, tmp_path: Path) ->
     assert report.types["Q4_0"] == 14
 
 
-def test_a_remainder_beyond_float32_is_refused_by_name(tiny_canonical: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("at", [(0, 0), (-1, -1)], ids=["before anything is written", "when its rows are loaded"])
+def test_a_remainder_beyond_float32_is_refused_by_name(
+    at: tuple[int, int], tiny_canonical: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(split, "SLAB_BYTES", 1)  # a row at a time
     matrix = CanonicalCheckpoint(tiny_canonical).group_affine("model.layers.0.mlp.up_proj")
     scale, offset = matrix.scale.copy(), matrix.offset.copy()
-    scale[0, 0], offset[0, 0] = np.float16(6e-8), np.float16(2048.5)
+    scale[at], offset[at] = np.float16(6e-8), np.float16(2048.5)
     bad = variant(
         tiny_canonical, tmp_path / "c", {"model.layers.0.mlp.up_proj": GroupAffine(matrix.codes, scale, offset, 4)}
     )
     with pytest.raises(InputError, match=r"up_proj.*q4_1"):
         export_gguf(bad, tmp_path / "m.gguf", GgufSettings(layout="split"))
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".qalora-lock"] == ["c"]
     assert export_gguf(bad, tmp_path / "m.gguf", GgufSettings()).differing == 0
 
 
