@@ -1,8 +1,9 @@
 """One exception class per exit code. Every message says what, where, why and what to do next."""
 
 import contextlib
+import difflib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
 
 LONGEST = 2000  # characters of one part of a message; a file may hold a name, or a line, of megabytes
@@ -23,6 +24,13 @@ def _shown(text: object) -> str:
     if len(text) > LONGEST:
         text = f"{text[:LONGEST]}… ({len(text):,} characters in all)"
     return printable(text)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The nearest of the known names as a question, or all of them where none is near."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
 
 
 class ExitCode(IntEnum):

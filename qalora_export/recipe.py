@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
+from qalora_export.errors import did_you_mean
 from qalora_export.safety.paths import local_path
 
 Bits = Literal[2, 3, 4, 5, 8]
@@ -15,6 +15,7 @@ GroupSize = Literal[32, 64, 128]
 GridName = Literal["affine16", "q4_k", "q5_k", "q6_k", "q2_k", "q8_0"]
 Preset = Literal["q4_k_m"]
 Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy takes, which Transformers seeds too
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}(?<!\.gguf)")  # owner/name
 
@@ -30,6 +31,15 @@ class Settings(BaseModel):
     """Frozen, no unknown keys, no silent conversion between types, every number finite."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @field_validator("bits", "group_size", "accuracy_level", mode="before", check_fields=False)
+    @classmethod
+    def _whole(cls, value: object) -> object:
+        """pydantic takes 4.0 for Literal[4], strict or not."""
+        value = tuple(value) if isinstance(value, list) else value
+        if any(isinstance(number, float) for number in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError("Input should be a valid integer")
+        return value
 
 
 class QuantizeRule(Settings):
@@ -69,7 +79,7 @@ class QuantizeSettings(Settings):
     sweeps: Annotated[int, Field(ge=0, le=100)] = Field(
         default=2, description="GPTQ: passes that solve scales and offsets of a row together and choose codes anew"
     )
-    seed: int = 0
+    seed: Seed = 0
     rules: tuple[QuantizeRule, ...] = ()
     checkpoint_format: Literal["gptq", "gptq_v2"] | None = Field(default=None, description="when importing GPTQ")
     dequantize: bool = Field(default=False, description="GGUF: take types without a canonical form as float, anew")
@@ -107,7 +117,7 @@ class TrainSettings(Settings):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = Field(default=False, description="torch.compile the decoder layers: slow to start, for long runs")
     evaluate_every: Positive | None = Field(default=None, description="steps between evaluations; default ten per run")
-    seed: int = 0
+    seed: Seed = 0
 
 
 class EvaluateSettings(Settings):
@@ -131,7 +141,7 @@ class CompareSettings(Settings):
 
     methods: tuple[str, ...] | None = None
     bits: Annotated[tuple[Literal[2, 3, 4], ...], Field(min_length=1)] = (4, 3, 2)
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
     learning_rates: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (1e-3, 3e-3, 1e-2)
     prove: bool = Field(default=True, description="export every merged checkpoint and run verify-parity on it")
     speed: bool = Field(default=True, description="time llama.cpp on what is deployed as GGUF, beside the 16-bit base")
@@ -176,7 +186,7 @@ class VerifySettings(Settings):
     max_length: Positive = 128
     long_length: Positive = Field(default=4096, description="tokens of one long sequence, or the model's context")
     threads: Positive = 2
-    seed: int = 0
+    seed: Seed = 0
     scored: Positive = Field(
         default=32, description="questions of [evaluate] that every model and runtime answers, for the table of costs"
     )
@@ -194,9 +204,7 @@ class VerifySettings(Settings):
 
         for name in names or ():
             if name not in RUNNERS:
-                close = difflib.get_close_matches(name, RUNNERS, n=1)
-                hint = f", did you mean {close[0]!r}?" if close else f"; known are {', '.join(RUNNERS)}"
-                raise ValueError(f"no runtime is called {name!r}{hint}")
+                raise ValueError(f"no runtime is called {name!r}, {did_you_mean(name, RUNNERS)}")
         return names
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import tomllib
 from collections.abc import Iterable
@@ -11,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from qalora_export.errors import InputError, UnsafeInputError
+from qalora_export.errors import InputError, UnsafeInputError, did_you_mean
 from qalora_export.recipe import HUB_ID, Recipe
 from qalora_export.safety.confined import Confined, FailedError, OutOfBoundsError
 from qalora_export.safety.paths import local_path
@@ -114,8 +113,7 @@ def _explain(model: type[BaseModel], item: Any) -> str:
     dotted = ".".join(location)
     if item["type"] != "extra_forbidden":
         return f"{dotted}: {item['msg'].removeprefix('Value error, ')}"
-    close = difflib.get_close_matches(location[-1], _keys_at(model, location[:-1]), n=1)
-    return f"unknown key {dotted!r}" + (f", did you mean {close[0]!r}?" if close else "")
+    return f"unknown key {dotted!r}, {did_you_mean(location[-1], _keys_at(model, location[:-1]))}"
 
 
 def _keys_at(model: type[BaseModel], location: Iterable[str]) -> list[str]:

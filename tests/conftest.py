@@ -14,6 +14,7 @@ if shutil.which("nvidia-smi") is None:  # before anything imports Triton: the ke
     os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))  # tests use samples/ and each other
 
+import hypothesis
 import pytest
 from filelock import FileLock
 
@@ -23,6 +24,10 @@ from tests.models import make_tiny_canonical, make_tiny_model
 from tests.survival.driven import Driver
 from tests.verify.exports import Exported, export_both
 from tests.warm_runners import USERS, WarmRunners
+
+# An example may take any time: on a busy desk 200 ms are over before it has been asked for.
+hypothesis.settings.register_profile("desk", deadline=None)
+hypothesis.settings.load_profile("desk")
 
 ROOT = Path(__file__).parent.parent
 # Triton exists for Linux only.

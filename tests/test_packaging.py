@@ -24,7 +24,7 @@ ALLOWED = {
     "version": set[str](),
     "grid": {"errors"},
     "safety": {"errors"},
-    "recipe": {"safety"},
+    "recipe": {"errors", "safety"},
     "recipe_file": {"errors", "recipe", "safety"},
     "console": {"errors", "progress"},
     "checkpoint": {*NUMBERS, "progress", "safety", "version"},

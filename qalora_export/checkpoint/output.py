@@ -28,10 +28,11 @@ def claim_output(target: Path, *, force: bool, inputs: Iterable[Path | str | Non
 
     inputs: what the stage reads. Raises InputError, before anything is written, when `target` is, holds or lies inside
     an input, lies inside an artifact, is a link, or is the home or working folder; when it exists (unless `force`);
-    when `force` would replace what this program did not make; and when another command is writing it.
+    when `force` would replace what this program did not make (at that time, or when the output takes its name); and
+    when another command is writing it.
     """
     refuse_place(target, inputs)
-    with exclusive(target):
+    with exclusive(target, refuse_foreign):
         refuse_existing(target, force=force)
         if force:
             refuse_foreign(target)

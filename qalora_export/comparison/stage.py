@@ -7,9 +7,9 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import logging
+import re
 import shutil
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -28,15 +28,16 @@ from qalora_export.comparison.plot import plot_rows
 from qalora_export.comparison.proof import Proof, proof_of
 from qalora_export.comparison.speed import Speeds
 from qalora_export.comparison.table import Row, best_rate, markdown, row_of
-from qalora_export.errors import DivergedError, InputError
+from qalora_export.errors import DivergedError, InputError, did_you_mean
 from qalora_export.models.sources import locate
 from qalora_export.progress import task
 from qalora_export.recipe import Recipe
-from qalora_export.safety import atomic_file, local_path, sha256_bytes, sha256_file
+from qalora_export.safety import atomic_file, local_path, refuse_existing, sha256_bytes, sha256_file
 from qalora_export.version import __version__
 
 logger = logging.getLogger(__name__)
-CELLS, WORK, RECORD = "cells", "work", "comparison.json"
+CELLS, WORK, RECORD, TABLE, PLOT = "cells", "work", "comparison.json", "comparison.md", "comparison.png"
+BENCH = re.compile(r"[0-9a-f]{16}")  # folder of one comparison in WORK
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,8 @@ def compare(recipe: Recipe, *, force: bool = False) -> ComparisonReport:
     with contextlib.ExitStack() as stack:
         out.mkdir(parents=True, exist_ok=True)
         stack.enter_context(claim_output(out / RECORD, force=True, inputs=inputs))
+        for name in (TABLE, PLOT):  # ours where the record is, which is written before them
+            refuse_existing(out / name, force=(out / RECORD).exists())
         made_of = _made_of(recipe, source)
         # What a killed run of other data or settings left in its folder is no base of this one.
         bench = Bench(recipe, source, out / WORK / made_of[:16])
@@ -73,20 +76,25 @@ def compare(recipe: Recipe, *, force: bool = False) -> ComparisonReport:
         rows = run.rows(methods)
         report = ComparisonReport(str(out), tuple(rows), tuple(judged(rows)), run.made, run.kept)
         _write(out, report)
-        shutil.rmtree(out / WORK, ignore_errors=True)
+        _clean(out / WORK)
     return report
+
+
+def _clean(work: Path) -> None:
+    """Delete what comparisons left in `work`, of other settings too, and nothing that somebody else put there."""
+    for path in list(work.iterdir()) if work.is_dir() else ():
+        if BENCH.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        work.rmdir()
 
 
 def _methods(recipe: Recipe) -> list[Method]:
     asked = recipe.compare.methods or tuple(METHODS)
     for name in asked:
         if name not in METHODS:
-            close = difflib.get_close_matches(name, METHODS, n=1)
-            raise InputError(
-                f"no method is called {name!r}",
-                where="[compare] methods",
-                fix=f"did you mean {close[0]!r}?" if close else f"known: {', '.join(METHODS)}",
-            )
+            fix = did_you_mean(name, METHODS)
+            raise InputError(f"no method is called {name!r}", where="[compare] methods", fix=fix)
     return [method for method in METHODS.values() if method.id in asked]
 
 
@@ -217,6 +225,6 @@ def _write(out: Path, report: ComparisonReport) -> None:
     with atomic_file(out / RECORD, force=True) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     lines = [f"* {claim.text}: **{claim.verdict}** ({claim.figure})" for claim in report.claims]
-    with atomic_file(out / "comparison.md", force=True) as temporary:
+    with atomic_file(out / TABLE, force=True) as temporary:
         temporary.write_text(markdown(report.rows) + "\n" + "\n".join(lines) + "\n", "utf-8")
-    plot_rows(out / "comparison.png", report.rows)
+    plot_rows(out / PLOT, report.rows)

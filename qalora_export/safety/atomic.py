@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -27,6 +27,7 @@ from qalora_export.safety.lock import LOCK, OWNER, is_held, locked, place_of, si
 _FOREIGN = re.compile(r"I/O error|os error \d+|PytorchStreamWriter|inline_container")
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.qalora-\d+-[0-9a-f]{8}(?P<replaced>\.replaced)?\.partial", re.DOTALL)
 _LOCK_FILE = re.compile(rf"\.(?P<name>.+)({re.escape(LOCK)}|{re.escape(OWNER)})", re.DOTALL)
+_guards: dict[Path, Callable[[Path], None]] = {}  # what may be replaced, by output
 _touched: set[Path] = set()  # folders in which this process wrote or tried to
 _made: list[Path] = []  # folders that it made for its outputs
 
@@ -37,9 +38,16 @@ def refuse_existing(target: Path, *, force: bool) -> None:
         raise InputError("the output exists already", where=target, fix="choose another path or pass --force")
 
 
+def _refuse_replacing(target: Path, *, force: bool) -> None:
+    """Just before a rename: hours may lie between the checks of a stage's start and its end."""
+    refuse_existing(target, force=force)
+    if force and (guard := _guards.get(place_of(target))):
+        guard(target)
+
+
 @contextlib.contextmanager
-def exclusive(target: Path) -> Iterator[None]:
-    """Be the one writer of `target` while the block runs; may be nested.
+def exclusive(target: Path, guard: Callable[[Path], None] | None = None) -> Iterator[None]:
+    """Be the one writer of `target` while the block runs; may be nested. guard: raises for what must not be replaced.
 
     Missing parent folders are made, and go again when nothing was put into them. What killed writers left under
     temporary names in its folder is removed, and an output that one had moved aside is put back.
@@ -51,6 +59,9 @@ def exclusive(target: Path) -> Iterator[None]:
             if stack.enter_context(single_writer(target)):
                 _clean(place_of(target))
                 sweep(target.parent)
+            if guard is not None:
+                _guards[place_of(target)] = guard
+                stack.callback(_guards.pop, place_of(target), None)
         yield
 
 
@@ -67,7 +78,7 @@ def atomic_file(target: Path, *, force: bool = False) -> Iterator[Path]:
         try:
             yield temporary
             _sync(temporary, mode=_ordinary_mode(_temporary(target)))
-            refuse_existing(target, force=force)
+            _refuse_replacing(target, force=force)
             temporary.replace(target)
             _sync(target.parent)
         finally:
@@ -91,7 +102,7 @@ def atomic_files(targets: Sequence[Path], *, force: bool = False) -> Iterator[li
             yield temporaries
             for target, temporary in zip(targets, temporaries, strict=True):
                 _sync(temporary, mode=_ordinary_mode(_temporary(target)))
-                refuse_existing(target, force=force)
+                _refuse_replacing(target, force=force)
             for target, temporary in zip(targets, temporaries, strict=True):
                 if not (target.exists() or target.is_symlink()):
                     renamed.append(target)
@@ -135,7 +146,7 @@ def atomic_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
             for path in sorted(temporary.rglob("*")):
                 _sync(path, mode=mode)
             _sync(temporary)
-            refuse_existing(target, force=force)
+            _refuse_replacing(target, force=force)
             if target.exists() or target.is_symlink():
                 target.rename(replaced)
             temporary.rename(target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 from qalora_export.checkpoint.manifest import write_manifest
 from qalora_export.checkpoint.output import claim_output, foreign_files, write_signed
 from qalora_export.errors import InputError
+from qalora_export.safety import atomic_directory
 
 COMMENT = ("# ", "")
 
@@ -84,6 +86,32 @@ def test_force_never_replaces_what_is_not(tmp_path: Path, case: str) -> None:
     with refused, claim_output(tmp_path / "out", force=True):
         pytest.fail("the block must not run")
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("meanwhile", ["a folder of the user's", "a file of the user's", "one more file", "nothing"])
+def test_what_came_while_a_stage_ran_is_not_replaced_either(tmp_path: Path, meanwhile: str) -> None:
+    """Hours may lie between the check at the start and the rename."""
+    out = tmp_path / "out"
+    if meanwhile in ("one more file", "nothing"):
+        artifact(out)
+    allowed = meanwhile == "nothing"
+    refused = pytest.raises(InputError, match="only what this program made")
+    with (
+        contextlib.nullcontext() if allowed else refused,
+        claim_output(out, force=True),
+        atomic_directory(out, force=True) as folder,
+    ):
+        (folder / "new").write_text("ours")
+        match meanwhile:
+            case "a file of the user's":
+                out.write_text("theirs")
+            case "a folder of the user's" | "one more file":
+                out.mkdir(exist_ok=True)
+                (out / "notes.txt").write_text("theirs")
+    kept = [path for path in (out, out / "notes.txt") if path.is_file()]
+    assert [path.read_text() for path in kept] == ([] if allowed else ["theirs"])
+    assert (out / "new").exists() == allowed
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_foreign_files_are_listed_by_name(tmp_path: Path) -> None:

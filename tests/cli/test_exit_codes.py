@@ -92,7 +92,8 @@ def test_a_defect_is_never_one_of_the_documented_codes(
 ) -> None:
     plant(monkeypatch, error)
     assert run("inspect", "x") == INTERNAL_ERROR == 70
-    assert "please report" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "Traceback" in said and type(error).__name__ in said and "please report" in said
 
 
 @pytest.mark.parametrize("words", ["inspect {model}", "--help", "inspect --help", "doctor", "inspect nothing 2>&1"])

@@ -55,6 +55,21 @@ def test_every_method_has_its_row_and_a_second_run_keeps_them(recipe: Recipe) ->
     assert compare(only).made == 1  # of other settings, so nothing that was kept counts
 
 
+def test_a_folder_of_the_users_keeps_its_files(recipe: Recipe) -> None:
+    out = Path(recipe.out)
+    asked = recipe.model_copy(update={"compare": recipe.compare.model_copy(update={"methods": ("rtn",)})})
+    (out / "work").mkdir(parents=True)
+    (out / "work" / "thesis.tex").write_text("mine")
+    (out / "comparison.md").write_text("mine")
+    with pytest.raises(InputError, match="exists already"):
+        compare(asked)
+    assert (out / "comparison.md").read_text() == "mine"
+    (out / "comparison.md").unlink()
+    compare(asked)
+    compare(asked)  # over its own table
+    assert [path.name for path in (out / "work").iterdir()] == ["thesis.tex"]
+
+
 def test_what_a_killed_comparison_left_is_no_base_of_other_settings(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

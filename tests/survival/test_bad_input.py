@@ -12,14 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qalora_export.cli.main import INTERNAL_ERROR
 from tests.survival.place import (
     BAD,
     BASE,
     EVALUATE,
     GGUF,
     GOOD_CHAT,
-    MERGE,
     ONNX,
     QUANTIZE,
     REFUTED,
@@ -276,18 +274,6 @@ def test_an_existing_output_is_refused(
     assert run(*command) == BAD
     check_message(capsys.readouterr().err, ("exists already", "new", "--force"))
     assert (place / "new").read_text() == "mine"
-
-
-def test_a_defect_of_ours_shows_its_traceback_and_no_documented_code(
-    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise KeyError("oops")
-
-    monkeypatch.setattr("qalora_export.qalora.merge.merge", fail)
-    assert run(*MERGE) == INTERNAL_ERROR
-    said = capsys.readouterr().err
-    assert "Traceback" in said and "oops" in said and "internal error" in said
 
 
 def test_through_the_installed_command(place: Place) -> None:

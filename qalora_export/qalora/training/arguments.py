@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from qalora_export.errors import InputError, RuntimeUnavailableError
+from qalora_export.errors import InputError, RuntimeUnavailableError, did_you_mean
 from qalora_export.qalora.training.processes import fsdp_wanted, world_size
 from qalora_export.recipe import TrainSettings
 
@@ -80,9 +79,7 @@ def check_optimizer(name: str) -> None:
     absent bitsandbytes."""
     known = [str(item.value) for item in OptimizerNames]
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise InputError(f"unknown optimizer {name!r}", where="optimizer", fix=f"{hint}known: {', '.join(known)}")
+        raise InputError(f"unknown optimizer {name!r}", where="optimizer", fix=did_you_mean(name, known))
     if fsdp_wanted() and name not in SHARDABLE:
         raise InputError(
             f"the optimizer {name} does not work on the shards of FSDP",
