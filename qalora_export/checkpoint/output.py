@@ -9,15 +9,18 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from qalora_export.checkpoint.manifest import MANIFEST, files_of, is_ours, sidecar_path
 from qalora_export.errors import InputError, QaloraError
 from qalora_export.safety import atomic_file, exclusive, local_path, read_json, refuse_existing, sha256_bytes
+from qalora_export.safety.limits import MAX_JSON_BYTES, parse_json
 
 OWN_FORMAT = "qalora-"  # how the "format" of every JSON file of ours begins
 GGUF_MAGIC, GGUF_KEY = b"GGUF", b"qalora.version"
+ZIP_MAGIC, PATCH_TABLE = b"PK\x03\x04", "patch.json"
 GGUF_HEAD = 64 * 2**20  # metadata, tokenizer included, ends well before
 SHOWN = 4
 
@@ -127,6 +130,8 @@ def is_own_file(path: Path) -> bool:
         if head == GGUF_MAGIC:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 return content.find(GGUF_KEY, 0, GGUF_HEAD) >= 0
+    if head == ZIP_MAGIC:
+        return _own_patch(path)
     return path.suffix == ".json" and _own_json(path)
 
 
@@ -165,6 +170,19 @@ def _own_json(path: Path) -> bool:
     try:
         content = read_json(path)
     except QaloraError:
+        return False
+    return isinstance(content, dict) and str(content.get("format", "")).startswith(OWN_FORMAT)
+
+
+def _own_patch(path: Path) -> bool:
+    """Whether a zip is what `export patch` wrote: its table, which is stored as it is, says so."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            table = archive.getinfo(PATCH_TABLE)
+            if table.compress_type != zipfile.ZIP_STORED or table.file_size > MAX_JSON_BYTES:
+                return False
+            content = parse_json(archive.read(table), where=path)
+    except (zipfile.BadZipFile, QaloraError, KeyError, NotImplementedError, RuntimeError, ValueError, OSError):
         return False
     return isinstance(content, dict) and str(content.get("format", "")).startswith(OWN_FORMAT)
 

@@ -11,14 +11,17 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 from qalora_export.safety import abandon
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE = 10.0  # seconds between the signal and the end of the process
+SOON = 0.05  # seconds until a signal that was lost is raised again
 NO_SIGNAL = 0
 SHOW_CURSOR = b"\x1b[?25h"  # a progress bar hides it
 
@@ -39,6 +42,21 @@ class Ending:
         if not self._raised:
             self._raised = True
             raise Interrupted(self.by.name)
+
+    def unless_swallowed(
+        self, hook: Callable[[sys.UnraisableHookArgs], Any]
+    ) -> Callable[[sys.UnraisableHookArgs], Any]:
+        """A hook for exceptions that Python drops, in what runs around a fork, say, or in __del__: ours comes again."""
+
+        def unraisable(dropped: sys.UnraisableHookArgs) -> None:
+            if self.by is None or not issubclass(dropped.exc_type, Interrupted):
+                hook(dropped)
+                return
+            self._raised = False
+            signal.signal(signal.SIGALRM, self.handle)
+            signal.setitimer(signal.ITIMER_REAL, SOON)  # what is raised in here would be dropped too
+
+        return unraisable
 
     def watch(self, wakeups: int) -> None:
         """In a thread: end the process GRACE after its first signal, whatever the main thread does."""
@@ -88,11 +106,13 @@ def _handled(ending: Ending) -> Iterator[None]:
     watcher.start()
     told = signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
     before = {number: signal.signal(number, ending.handle) for number in ours}
+    hook, sys.unraisablehook = sys.unraisablehook, ending.unless_swallowed(sys.unraisablehook)
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler if ending.by is None else signal.SIG_IGN)  # the process is about to end
+        sys.unraisablehook = hook
         signal.set_wakeup_fd(told)
         ending.over()
         os.write(woken, bytes([NO_SIGNAL]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,11 +39,17 @@ def beside(path: Path) -> None:
     path.with_name(f"{path.name}.manifest.json").write_text(json.dumps(content))
 
 
+def zipped(path: Path, member: str, form: str) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(member, json.dumps({"format": form}))
+
+
 OURS: dict[str, Callable[[Path], object]] = {
     "an artifact": artifact,
     "an empty folder": Path.mkdir,
     "a GGUF of ours": gguf,
     "a file with its manifest": beside,
+    "a patch": lambda path: zipped(path, "patch.json", "qalora-patch/1"),
     "a damaged artifact": lambda path: (
         artifact(path),
         (path / "a").write_text("alphb"),
@@ -53,6 +60,9 @@ FOREIGN: dict[str, Callable[[Path], object]] = {
     "a text": lambda path: path.write_text("thesis"),
     "an empty file": Path.touch,
     "somebody's GGUF": lambda path: path.write_bytes(b"GGUF" + b"\0" * 100),
+    "somebody's archive": lambda path: zipped(path, "notes.json", "qalora-patch/1"),
+    "a patch of another tool": lambda path: zipped(path, "patch.json", "bsdiff"),
+    "half an archive": lambda path: path.write_bytes(b"PK\x03\x04" + b"\0" * 60),
     "a folder": lambda path: (path.mkdir(), (path / "thesis").write_text("mine")),
     "an artifact with a foreign file": lambda path: (artifact(path), (path / "sub" / "thesis").write_text("mine")),
     "an artifact with a link": lambda path: (artifact(path), (path / "link").symlink_to(path.parent)),

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,37 @@ def test_control_c_in_a_running_command() -> None:
     done = subprocess.run([sys.executable, "-c", INTERRUPT], capture_output=True, text=True, timeout=120)
     assert done.returncode == INTERRUPTED, done.stderr
     assert "Traceback" not in done.stderr and "interrupted" in done.stderr
+
+
+DROPPED = """
+import os, signal, time
+import qalora_export.inspection.view as view
+from qalora_export.cli.main import main
+
+class Dropping:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+
+def slow(path):
+    Dropping()
+    os.write(1, b"went on")
+    time.sleep(60)
+
+view.open_view = slow
+main(["inspect", "x"])
+"""
+
+
+def test_a_signal_whose_exception_python_drops_comes_again() -> None:
+    """As it drops one in what libraries have run around a fork."""
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", DROPPED], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "went on")
+    assert done.stderr.splitlines() == [
+        "interrupted by SIGTERM; finished stages are kept, run the same command again to go on"
+    ]
+    assert time.monotonic() - begun < 60
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), OSError("no number"), RecursionError(), AssertionError()])
