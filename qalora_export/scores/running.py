@@ -114,11 +114,14 @@ class Running:
         return [list(ids) for ids in said["rendered_ids"]]
 
     def ids_of(self, texts: Sequence[str]) -> tuple[list[int], list[list[int]]]:
-        """(ids that stand before a text, ids of each text without them); special tokens are plain characters."""
+        """(ids that stand before a text, ids of each text without them); special tokens spelled in it are recognised,
+        as Hugging Face's tokenizers do.
+        """
         if self.format == "onnx":
             return around(self.tokenizer)[0], [plain_ids(self.tokenizer, text) for text in texts]
         said = self._text(TextRequest(tuple(texts)))
-        return [said["bos_id"]] if said["adds_bos"] else [], [list(ids) for ids in said["texts_literal"]]
+        before = [int(said["bos_id"])] if said["adds_bos"] else []
+        return before, [list(ids[len(before) :]) for ids in said["texts"]]
 
     def answers(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[str]:
         """Greedy answers of at most `tokens` tokens, as the runtime itself generates and shows them."""

@@ -58,12 +58,14 @@ def test_expected_answers_can_be_regular_expressions(exported: Exported, tmp_pat
 
 
 def test_perplexity_is_the_mean_loss_of_windows_in_every_runtime(exported: Exported, tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text(TEXT)
+    content = f"<|end|> ends a turn. {TEXT}"  # a special token in a text is one, whoever reads it
+    (tmp_path / "text.txt").write_text(content)
     text, window = str(tmp_path / "text.txt"), 24
     found = q.perplexity(exported.checkpoint, text, str(tmp_path / "out.json"), window=window, limit=3)
     tokenizer, model = load_tokenizer(exported.checkpoint), load_model(exported.checkpoint)
     before = [tokenizer.bos_token_id] if tokenizer("a").input_ids[0] == tokenizer.bos_token_id else []
-    ids = tokenizer(TEXT, add_special_tokens=False).input_ids
+    ids = tokenizer(content, add_special_tokens=False).input_ids
+    assert ids[0] == tokenizer.convert_tokens_to_ids("<|end|>")
     body = window - len(before)
     losses = []
     for at in range(0, 3 * body, body):
