@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from qalora_export.checkpoint.canonical import PARTS, CanonicalCheckpoint
 from qalora_export.checkpoint.model_folder import ModelFolder, as_float32
 from qalora_export.errors import InputError, QaloraError
+from qalora_export.formats.same_blocks import same_blocks
 from qalora_export.formats.streaming import prepared, release, row_blocks
 from qalora_export.grid import AFFINE16, Differences, NamedGrid, PackedAffine, differing, grid_differences
 from qalora_export.models.families import family_of
@@ -107,6 +108,11 @@ class FolderContents:
 
     def carried(self, name: str, tensor: NDArray[Any]) -> NDArray[Any]:
         return tensor
+
+    def blocks(self, name: str, rows: slice = ALL) -> PackedAffine | None:
+        module = name.removesuffix(".weight")
+        in_blocks = isinstance(self.folder, CanonicalCheckpoint) and module in self.folder.embeddings
+        return self.packed(module, rows) if in_blocks else None
 
 
 def ties_head(config: Mapping[str, Any]) -> bool:
@@ -282,6 +288,8 @@ def _tensor_difference(left: Contents, name: str, right: Contents, other: str) -
         return max(1, math.prod(shape))
     count = 0
     for rows in row_blocks(shape[0], 4 * math.prod(shape)) if shape else [ALL]:
+        if same_blocks(left, name, right, other, rows):
+            continue
         want, got = left.tensor(name, rows), right.tensor(other, rows)
         if type(left) is type(right):
             count += values_differing(want, got)

@@ -36,10 +36,23 @@ def quantize_embedding(skeleton: Skeleton, name: str, plan: Plan, writer: Canoni
     else:
         step = max(1, VALUES // weight.shape[1])
         where = f"{folder.path}: {tensor}"
-        matrix = stacked([round_to_nearest(rows, plan, where=where) for rows in weight.split(step)])
+        matrix = _zeros_in_the_middle(
+            stacked([round_to_nearest(rows, plan, where=where) for rows in weight.split(step)])
+        )
     writer.add_embedding(name, matrix)
     skeleton.instead[tensor] = lambda: values_of(matrix)
     return report_of(name, plan, weight, torch.from_numpy(values_of(matrix)), None)
+
+
+def _zeros_in_the_middle(matrix: GroupAffine) -> GroupAffine:
+    """Groups of zeros, such as the row of a padding token, with the code that stands for 0 where that is symmetric.
+
+    Their scale is 0, so any code has the value 0; but a runtime's d·(q − middle) makes −0 of the lower ones.
+    """
+    if matrix.levels is None and matrix.is_symmetric:
+        groups = matrix.codes.reshape(*matrix.scale.shape, -1)
+        groups[matrix.scale == 0] = 2 ** (matrix.bits - 1)
+    return matrix
 
 
 def stacked(parts: Sequence[GroupAffine]) -> GroupAffine:

@@ -68,6 +68,11 @@ class GgufContents:
         """The matrix in the blocks of any tensor, an embedding's too, as its type has it."""
         return self._packed(module, BLOCK_TYPES[self.types[f"{module}.weight"]].native(), slice(None))
 
+    def blocks(self, name: str, rows: slice = slice(None)) -> PackedAffine | None:
+        """Some rows of a plain tensor that is in blocks, an embedding, as its type has them; None for any other."""
+        kind = BLOCK_TYPES.get(self.types[name]) if name in self.others else None
+        return None if kind is None else self._packed(name.removesuffix(".weight"), kind.native(), rows)
+
     def _packed(self, module: str, declared: tuple[int, int], rows: slice) -> PackedAffine:
         source, tensor = self._source, self._source.tensors[f"{module}.weight"]
         kind, (bits, group_size) = BLOCK_TYPES[tensor.kind], declared
