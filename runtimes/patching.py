@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qalora_runtimes.packs import sha256_file
-from qalora_runtimes.patches import LORA, NEW, OLD, PatchedFile, PatchFile, beside
+from qalora_runtimes.patches import LORA, MANIFEST, NEW, OLD, PatchedFile, PatchFile, beside
 from qalora_runtimes.protocol import ProtocolError
 
 MARK = ".qalora-patch"  # in the names of what is unfinished
@@ -42,8 +42,8 @@ def apply_patch(patch: Path, target: Path, *, reverse: bool = False, out: Path |
     opened = PatchFile(patch)
     before, after = (NEW, OLD) if reverse else (OLD, NEW)
     folder = opened.table.kind == "folder"
-    has_adapter = LORA in {*opened.table.same, *(file.path for file in opened.table.files)}
-    for place in [] if out is None else [out, *([beside(out, LORA)] if has_adapter else [])]:
+    parts = {LORA, MANIFEST} & {*opened.table.same, *(file.path for file in opened.table.files)}
+    for place in [] if out is None else [out, *(beside(out, part) for part in sorted(parts))]:
         if place.exists() or place.is_symlink():
             raise ProtocolError(f"{place}: exists already")
     _restore(target)

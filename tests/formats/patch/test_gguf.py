@@ -1,9 +1,12 @@
-"""Which bytes of a block are offsets, for each type that has them: K-quants pack their levels with those of scales."""
+"""Which bytes of a block are offsets, for each type that has them: K-quants pack their levels with those of scales;
+and the adapter of layout split."""
 
 from __future__ import annotations
 
+import shutil
 import zipfile
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +14,16 @@ import pytest
 from qalora_runtimes.patches import decompress, with_differences
 
 from qalora_export.errors import InputError
+from qalora_export.formats.gguf.export import export_gguf
 from qalora_export.formats.gguf.types import BLOCK_TYPES
+from qalora_export.formats.patch.apply import apply
+from qalora_export.formats.patch.export import export_patch
 from qalora_export.formats.patch.gguf import gguf_tensor
 from qalora_export.formats.patch.writer import PatchWriter
 from qalora_export.grid import GroupAffine, Levels, PackedAffine
+from qalora_export.recipe import GgufSettings
 from tests.formats.gguf.test_super_blocks import TYPES, random_matrix
+from tests.formats.patch.artifacts import content, moved
 
 
 def other_offsets(matrix: GroupAffine, grid: Any, **parts: Any) -> GroupAffine:
@@ -67,3 +75,32 @@ def test_a_type_without_offsets_may_not_differ(name: str) -> None:
     new[1, -1] = 1
     with pytest.raises(InputError, match="codes or scales differ"):
         patched(kind, old, new)
+
+
+def test_of_layout_split_the_adapter_is_patched_too(tiny_canonical: Path, tmp_path: Path) -> None:
+    """One base, adapters that differ: there and back, beside it, and never over an adapter that lies there."""
+    for seed, name in enumerate(("one", "two")):
+        checkpoint = moved(tiny_canonical, tmp_path / f"{name}.qalora", seed)
+        (tmp_path / name).mkdir()
+        export_gguf(checkpoint, tmp_path / name / "model.gguf", GgufSettings(layout="split"))
+    report = export_patch(tmp_path / "one" / "model.gguf", tmp_path / "two" / "model.gguf", tmp_path / "patch")
+    before, after = content(tmp_path / "one" / "model.gguf"), content(tmp_path / "two" / "model.gguf")
+    assert set(before) == {"model.gguf", "model.lora.gguf", "model.gguf.manifest.json"}
+    assert report.of == sum(len(after[name]) for name in ("model.gguf", "model.lora.gguf"))
+    assert 0 < report.moved <= report.offsets
+    target = Path(shutil.copytree(tmp_path / "one", tmp_path / "here")) / "model.gguf"
+    apply(tmp_path / "patch", target)
+    assert content(target) == after
+    apply(tmp_path / "patch", target, reverse=True)
+    assert content(target) == before
+    elsewhere = tmp_path / "elsewhere" / "model.gguf"
+    apply(tmp_path / "patch", target, elsewhere)
+    assert content(elsewhere) == after
+    for name in ("model.gguf", "model.gguf.manifest.json"):
+        (elsewhere.parent / name).unlink()
+    (elsewhere.parent / "model.lora.gguf").write_bytes(b"mine")
+    for force in (False, True):
+        with pytest.raises(InputError, match="only what this program made" if force else "exists already"):
+            apply(tmp_path / "patch", target, elsewhere, force=force)
+    assert content(elsewhere) == {"model.lora.gguf": b"mine"}
+    assert content(target) == before

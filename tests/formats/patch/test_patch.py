@@ -30,54 +30,10 @@ from qalora_runtimes.protocol import ProtocolError
 
 from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.formats.gguf.export import export_gguf
-from qalora_export.formats.onnx.export import export_onnx
 from qalora_export.formats.patch.apply import apply
 from qalora_export.formats.patch.export import export_patch
-from qalora_export.recipe import GgufSettings
-from tests.conftest import MadeOnce
-from tests.formats.patch.artifacts import moved
+from tests.formats.patch.artifacts import KINDS, content, copied, expected, export_all, moved
 from tests.models import make_tiny_canonical
-
-KINDS = {"model.gguf": "gguf", "onnx": "onnx"}
-
-
-def export_all(checkpoint: Path, folder: Path) -> None:
-    folder.mkdir()
-    export_gguf(checkpoint, folder / "model.gguf")
-    export_onnx(checkpoint, folder / "onnx")
-
-
-@pytest.fixture(scope="session")
-def pair(tiny_canonical: Path, made_once: MadeOnce) -> Path:
-    """one/ and two/, each with model.gguf and onnx/; gguf.patch and onnx.patch go from one to two. Read-only."""
-
-    def make(at: Path) -> None:
-        for seed, name in enumerate(("one", "two")):
-            export_all(moved(tiny_canonical, at / f"{name}.qalora", seed), at / name)
-        for artifact, kind in KINDS.items():
-            export_patch(at / "one" / artifact, at / "two" / artifact, at / f"{kind}.patch")
-
-    return made_once("patches", make)
-
-
-def copied(source: Path, folder: Path) -> Path:
-    """A copy of an artifact, its manifest beside it included."""
-    if source.is_dir():
-        return Path(shutil.copytree(source, folder / source.name))
-    shutil.copyfile(source.with_name("model.gguf.manifest.json"), folder / "model.gguf.manifest.json")
-    return Path(shutil.copyfile(source, folder / source.name))
-
-
-def content(artifact: Path) -> dict[str, bytes]:
-    root = artifact if artifact.is_dir() else artifact.parent
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-
-
-def expected(artifact: Path) -> dict[str, bytes]:
-    """What `content` gives for a copy of it."""
-    if artifact.is_dir():
-        return content(artifact)
-    return {name: (artifact.parent / name).read_bytes() for name in ("model.gguf", "model.gguf.manifest.json")}
 
 
 @pytest.mark.parametrize("artifact", KINDS)
@@ -91,6 +47,20 @@ def test_a_patch_makes_the_other_artifact_and_goes_back(artifact: str, pair: Pat
     apply(patch, target, tmp_path / "elsewhere" / artifact)
     assert content(tmp_path / "elsewhere" / artifact) == expected(pair / "two" / artifact)
     assert content(target).items() >= expected(pair / "one" / artifact).items()
+    with pytest.raises(InputError, match="exists already"):
+        apply(patch, target, tmp_path / "elsewhere" / artifact)
+    apply(patch, target, tmp_path / "elsewhere" / artifact, force=True)
+    assert content(tmp_path / "elsewhere" / artifact) == expected(pair / "two" / artifact)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_stands_beside_the_output_is_kept(force: bool, pair: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "new" / "model.gguf.manifest.json"
+    theirs.parent.mkdir()
+    theirs.write_text("mine")
+    with pytest.raises(InputError, match="only what this program made" if force else "exists already"):
+        apply(pair / "gguf.patch", pair / "one" / "model.gguf", theirs.parent / "model.gguf", force=force)
+    assert content(theirs.parent) == {theirs.name: b"mine"}
 
 
 @pytest.mark.parametrize(("group", "most"), [(32, 0.12), (64, 0.08), (128, 0.04)])
@@ -161,31 +131,6 @@ def test_what_is_no_pair_is_refused(tiny_canonical: Path, pair: Path, tmp_path: 
         with pytest.raises(InputError, match=what) as caught:
             export_patch(folder, pair / "one" / "onnx", tmp_path / "patch")
         assert "export gguf" in caught.value.fix
-
-
-def test_of_layout_split_the_adapter_is_patched_too(tiny_canonical: Path, tmp_path: Path) -> None:
-    """One base, adapters that differ: there and back, beside it, and never over an adapter that lies there."""
-    for seed, name in enumerate(("one", "two")):
-        checkpoint = moved(tiny_canonical, tmp_path / f"{name}.qalora", seed)
-        (tmp_path / name).mkdir()
-        export_gguf(checkpoint, tmp_path / name / "model.gguf", GgufSettings(layout="split"))
-    report = export_patch(tmp_path / "one" / "model.gguf", tmp_path / "two" / "model.gguf", tmp_path / "patch")
-    before, after = content(tmp_path / "one" / "model.gguf"), content(tmp_path / "two" / "model.gguf")
-    assert set(before) == {"model.gguf", "model.lora.gguf", "model.gguf.manifest.json"}
-    assert report.of == sum(len(after[name]) for name in ("model.gguf", "model.lora.gguf"))
-    assert 0 < report.moved <= report.offsets
-    target = Path(shutil.copytree(tmp_path / "one", tmp_path / "here")) / "model.gguf"
-    apply(tmp_path / "patch", target)
-    assert content(target) == after
-    apply(tmp_path / "patch", target, reverse=True)
-    assert content(target) == before
-    elsewhere = tmp_path / "elsewhere" / "model.gguf"
-    apply(tmp_path / "patch", target, elsewhere)
-    assert content(elsewhere) == after
-    elsewhere.unlink()
-    with pytest.raises(InputError, match=r"model\.lora\.gguf: exists already"):
-        apply(tmp_path / "patch", target, elsewhere)
-    assert content(target) == before
 
 
 @pytest.mark.parametrize("artifact", KINDS)
