@@ -22,7 +22,7 @@ demo: $(VENV)/.installed
 	$(BIN)/qalora-export run samples/devices/recipe.toml --out $(OUT)
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 3 --dist worksteal
 
 real: $(VENV)/.installed
 	OMP_WAIT_POLICY=passive $(BIN)/python -m samples.smollm2.run
@@ -38,9 +38,9 @@ fuzz: $(VENV)/.installed-dev
 
 # What is left to `make test` says so by its marker; tests/conftest.py gives `thorough` to whole folders.
 test-fast: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 -m "not slow and not thorough and not real and not web and not arm64"
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 3 --dist worksteal -m "not slow and not thorough and not real and not web and not arm64"
 
-test-real: $(VENV)/.installed-dev
+test-real: $(VENV)/.installed-real
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m real tests/real
 
 lint: $(VENV)/.installed-dev
@@ -72,6 +72,10 @@ $(VENV)/.installed: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c .ci/constraints.txt -e '.[runtimes,dev]'
+	@touch $@
+
+$(VENV)/.installed-real: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet -c .ci/constraints.txt -e '.[runtimes,dev,lm-eval]'
 	@touch $@
 
 clean:

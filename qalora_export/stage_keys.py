@@ -42,6 +42,7 @@ PACKAGES = {
     "export onnx": (*MODEL, *ONNX),
     "verify-parity": (*MODEL, *GGUF, *ONNX, "llama-cpp-python", "matplotlib", *(r.package for r in RUNNERS.values())),
 }
+PACKAGES["compare"] = (*dict.fromkeys(name for names in PACKAGES.values() for name in names), "peft", "scipy")
 EVERY = tuple(dict.fromkeys(name for names in PACKAGES.values() for name in names))
 SOURCE_STAGE, VERIFY = "quantize", "verify-parity"
 

@@ -16,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qalora_export.checkpoint.manifest import parent_of
 from qalora_export.checkpoint.output import claim_output
 from qalora_export.comparison.bench import Bench, Score
 from qalora_export.comparison.cells import Cell, Measured, read, write
@@ -33,6 +32,7 @@ from qalora_export.models.sources import locate
 from qalora_export.progress import task
 from qalora_export.recipe import Recipe
 from qalora_export.safety import atomic_file, local_path, refuse_existing, sha256_bytes, sha256_file
+from qalora_export.stage_keys import stage_key
 from qalora_export.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -99,15 +99,14 @@ def _methods(recipe: Recipe) -> list[Method]:
 
 
 def _made_of(recipe: Recipe, source: Path) -> str:
-    """Hash of what decides every cell's numbers: model, settings, data, version."""
-    t, q, e = recipe.train, recipe.quantize, recipe.evaluate
-    files = [t.data, t.validation, q.calibration, None if e is None else e.data]
-    parts = [parent_of(source, "source").sha256, __version__]
-    parts += ["" if name is None else sha256_file(Path(name)) for name in files]
+    """Hash of what decides every cell's numbers: model, settings, data, our code and the packages it goes through."""
+    tables = {"train": recipe.train, "quantize": recipe.quantize, "evaluate": recipe.evaluate}
     places = {"data", "validation", "calibration"}
-    if e is not None and e.match == "exact":
-        places.add("match")  # cells of before there was a choice stay valid
-    parts += [table.model_dump_json(exclude=places) for table in (t, q, e) if table is not None]
+    parts = [stage_key("compare", [source], None)]
+    for name, table in tables.items():
+        files = [getattr(table, place, None) for place in sorted(places)]
+        parts += ["" if file is None else sha256_file(Path(file)) for file in files]
+        parts.append(f"{name} {'' if table is None else table.model_dump_json(exclude=places)}")
     return sha256_bytes("\n".join(parts).encode())
 
 

@@ -59,9 +59,15 @@ def divergence(reference: list[torch.Tensor], found: list[torch.Tensor]) -> floa
 
 
 def measure(
-    windows: torch.Tensor, bits: int, group: int, reference: list[torch.Tensor], *, calibration_samples: int = 64
+    windows: torch.Tensor,
+    bits: int,
+    group: int,
+    reference: list[torch.Tensor],
+    *,
+    calibration_samples: int = 64,
+    **more: Any,
 ) -> dict[str, Any]:
-    """One row of the table."""
+    """One row of the table. more: other settings of quantize."""
     row: dict[str, Any] = {"bits": bits, "group_size": group}
     loss = {}
     for method in ("rtn", "gptq"):
@@ -72,6 +78,7 @@ def measure(
             sequence_length=256,
             calibration_samples=calibration_samples,
             calibration=str(MODEL / "calibration.txt"),
+            **more,
         )
         with tempfile.TemporaryDirectory() as folder:
             quantize(MODEL, Path(folder) / "q", settings)

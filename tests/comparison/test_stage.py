@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qalora_export import stage_keys
 from qalora_export.comparison import methods, speed, stage
 from qalora_export.comparison.stage import compare
 from qalora_export.errors import DivergedError, ExitCode, InputError, QaloraError
@@ -30,7 +31,7 @@ def recipe(tiny_model: Path, tmp_path: Path) -> Recipe:
     )
 
 
-def test_every_method_has_its_row_and_a_second_run_keeps_them(recipe: Recipe) -> None:
+def test_every_method_has_its_row_and_a_second_run_keeps_them(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     report = compare(recipe)
     assert [row.method for row in report.rows] == list(methods.METHODS)
     assert (report.made, report.kept) == (len(methods.METHODS), 0)
@@ -53,6 +54,9 @@ def test_every_method_has_its_row_and_a_second_run_keeps_them(recipe: Recipe) ->
     other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"max_steps": 1})})
     only = other.model_copy(update={"compare": other.compare.model_copy(update={"methods": ("rtn",)})})
     assert compare(only).made == 1  # of other settings, so nothing that was kept counts
+    assert compare(only).made == 0
+    monkeypatch.setattr(stage_keys, "package_version", lambda name: f"another {name}")
+    assert compare(only).made == 1
 
 
 def test_a_folder_of_the_users_keeps_its_files(recipe: Recipe) -> None:

@@ -33,7 +33,7 @@ evaluate_every = 3
 data = "validation.jsonl"
 max_new_tokens = 4
 [verify]
-runtimes = ["llama.cpp", "onnxruntime"]
+runtimes = ["llama.cpp"]
 threads = 1
 """
 STAGES = (

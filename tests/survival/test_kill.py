@@ -13,7 +13,7 @@ import pytest
 from tests.survival.driven import OUTPUTS, STAGES, Driver, gates, hashes, left_overs, write_recipe
 
 KILLED = -9
-KILLS_PER_STAGE = 3
+KILLS_PER_STAGE = 2
 START = 15  # changes on disk before a resumed run comes to its stage, about
 
 
@@ -106,7 +106,7 @@ def test_killed_at_random_moments_of_every_stage(driver: Driver, undisturbed: Un
             assert code in (KILLED, 0), run.said()
             done += code == KILLED
         kills += done
-    assert kills >= 20
+    assert kills == KILLS_PER_STAGE * len(STAGES)
     finish(driver, undisturbed)
 
 
@@ -115,11 +115,11 @@ def test_killed_between_any_two_changes_on_disk(driver: Driver, undisturbed: Und
     """The narrow places: between two renames, between a file and its manifest, in the middle of deleting a folder."""
     places = random.Random(8)
     kills = in_last_stage = 0
-    while in_last_stage < 3:
+    while in_last_stage < 2:
         run = driver.start("run", undisturbed.recipe, die_at=places.randint(START, undisturbed.changes // 3))
         assert driver.ended() == KILLED, run.said()
         kills += 1
         assert kills < 100, "the chain does not get on"
         in_last_stage += run.started(STAGES[-1])
-    assert kills >= 10
+    assert kills >= 6
     finish(driver, undisturbed)

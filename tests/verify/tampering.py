@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def fresh_once(monkeypatch: Any) -> None:
         made = make(checkpoint.path, settings.accuracy_level)
         graph = onnx.ModelProto()
         graph.CopyFrom(made.graph)
-        return onnx_account._Fresh(graph, dict(made.files), made.tensors, made.constants, made.data_sha256)
+        return replace(made, graph=graph, files=dict(made.files), hashed=lambda: made.tensors)
 
     monkeypatch.setattr(onnx_account, "_fresh", fresh)
 

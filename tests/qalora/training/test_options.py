@@ -45,7 +45,7 @@ def test_compiled_layers_are_whole_graphs_that_train_the_same(
     run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     """Graphs without the code generator (minutes on a CPU), and an error where one would break."""
-    plain = run("a", max_steps=3, **options)
+    plain = run("a", max_steps=2, **options)
     compiled: list[torch.nn.Module] = []
     original = torch.nn.Module.compile
 
@@ -55,7 +55,7 @@ def test_compiled_layers_are_whole_graphs_that_train_the_same(
 
     monkeypatch.setattr(torch.nn.Module, "compile", whole_graph)
     torch.compiler.reset()
-    other = run("b", max_steps=3, compile=True, **options)
+    other = run("b", max_steps=2, compile=True, **options)
     torch.compiler.reset()
     assert [type(module).__name__ for module in compiled] == ["LlamaDecoderLayer"] * 2
     for curve in ("train_curve", "validation_curve"):
