@@ -154,7 +154,7 @@ class Store:
                 left -= stat.st_size
 
 
-ANSWERS = ("logprobs", "decoded", "frequencies", "noise", "right")
+ANSWERS = ("logprobs", "decoded", "deviations", "frequencies", "noise", "right")
 _CURRENT: ContextVar[Store | None] = ContextVar("store", default=None)
 
 

@@ -24,13 +24,15 @@ import torch
 from numpy.typing import NDArray
 
 from qalora_export.verify.reference.layerwise import Change, LayerwiseModel
-from qalora_export.verify.reference.logits import fixed_threads, round_to_int8
+from qalora_export.verify.reference.logits import PACKAGES, fixed_threads, round_to_int8
+from qalora_export.verify.store import remembered
 
 NEAR = 6.0
 DRAWS, SEED = 16, 0
 DRAWN = 4  # places of one answer, those with the largest margins: a smaller margin has the least spread of these
 FLOAT16 = 2.0**-11  # half a unit in the last place, relative
 MOST_COST = 3.0
+COLUMNS = 6  # of a kept deviation: number of the answer, index, token, wanted, margin, spread
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,30 @@ class GreedyReference:
         asked = {(a.prompt, a.tokens): a for a in answers if a.tokens and (a.prompt, a.tokens) not in self._known}
         fresh = list(asked.values())
         if fresh:
-            for answer, found in zip(fresh, self._judged(fresh), strict=True):
+            for answer, found in zip(fresh, self._remembered(fresh), strict=True):
                 self._known[answer.prompt, answer.tokens] = found
         named = ((answer.name, self._known.get((answer.prompt, answer.tokens), [])) for answer in answers)
         return [Deviation(name, d.index, d.token, d.wanted, d.margin, d.spread) for name, found in named for d in found]
+
+    def _remembered(self, answers: list[Answer]) -> list[list[Deviation]]:
+        """_judged, or what it found before of the same answers of this checkpoint."""
+
+        def compute() -> dict[str, NDArray[np.float64]]:
+            found = self._judged(answers)
+            rows = [
+                (number, d.index, d.token, d.wanted, d.margin, d.spread) for number, of in enumerate(found) for d in of
+            ]
+            return {"deviations": np.array(rows, np.float64).reshape(-1, COLUMNS)}
+
+        asked = [[list(answer.prompt), list(answer.tokens)] for answer in answers]
+        kept = remembered(
+            "greedy answers", compute, of=self.checkpoint, packages=PACKAGES, answers=asked, threads=self.threads
+        )["deviations"]
+        found: list[list[Deviation]] = [[] for _ in answers]
+        for number, index, token, wanted, margin, spread in kept.tolist():
+            deviation = Deviation(answers[int(number)].name, int(index), int(token), int(wanted), margin, spread)
+            found[int(number)].append(deviation)
+        return found
 
     def _judged(self, answers: list[Answer]) -> list[list[Deviation]]:
         exact = self._logprobs([(answer, answer.kept) for answer in answers])

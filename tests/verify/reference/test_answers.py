@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from qalora_export.verify.reference import answers as module
 from qalora_export.verify.reference.answers import DRAWN, DRAWS, NEAR, Answer, Deviation, GreedyReference, noise
 from qalora_export.verify.reference.logits import round_to_int8
+from qalora_export.verify.store import Store, kept_in
 from tests.verify.exports import Exported
 
 
@@ -85,3 +87,17 @@ def test_noise_is_int8_rounding_of_what_float16_may_disturb() -> None:
     step = x.abs().reshape(4, 2, 32).amax(-1, keepdim=True) / 127
     moved = (noise()(x) - round_to_int8(x)).reshape(4, 2, 32).abs()
     assert (moved <= 1.01 * step).all() and moved.any()
+
+
+def test_what_was_judged_before_is_kept_to_the_bit(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = [Answer("a", (1, 2, 3), (5, 6, 7)), Answer("b", (4, 5), ()), Answer("c", (6, 7), (8, 9))]
+    store = Store(tmp_path / "store")
+    with kept_in(store):
+        first = GreedyReference(exported.checkpoint, 1).deviations(answers)
+        monkeypatch.setattr(module, "LayerwiseModel", None)  # no model is needed any more
+        assert GreedyReference(exported.checkpoint, 1).deviations(answers) == first
+    assert store.answered == ["greedy answers"]
+    assert {deviation.name for deviation in first} == {"a", "c"}
+    assert all(isinstance(d.token, int) and d.spread > 0 for d in first)
