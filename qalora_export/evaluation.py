@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -145,6 +145,14 @@ def network_answers(
         for index, answer in zip(batch, made, strict=True):
             answers[index] = answer
     return answers
+
+
+def answer_text(answer: Mapping[str, Any], tokenizer: Any, ends: Collection[int]) -> str:
+    """What a runtime's answer says: its own text, else its ids by the tokenizer, without an end token."""
+    if answer.get("text") is not None:
+        return str(answer["text"])
+    ids = [int(token) for token in answer["tokens"]]
+    return str(tokenizer.decode(ids[:-1] if ids and ids[-1] in ends else ids, skip_special_tokens=True))
 
 
 def matches(answer: str, expected: str, how: str = "exact") -> bool:

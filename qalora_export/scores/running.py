@@ -21,7 +21,7 @@ from qalora_runtimes.protocol import Job, TextRequest
 from qalora_export.data.records import Record
 from qalora_export.data.rendering import around, plain_ids
 from qalora_export.errors import InputError, RuntimeUnavailableError
-from qalora_export.evaluation import end_ids, prompt_ids
+from qalora_export.evaluation import answer_text, end_ids, prompt_ids
 from qalora_export.formats.gguf.file import GgufFile
 from qalora_export.formats.onnx.layout import is_onnx_folder
 from qalora_export.models.families.family import Format
@@ -130,13 +130,8 @@ class Running:
         made = found.get("scored") if isinstance(found, dict) else None
         if not isinstance(made, list) or len(made) != len(prompts):
             raise RuntimeUnavailableError(f"{self.name} gave no answers", where=self.path)
-        return [self._shown(answer) for answer in made]
-
-    def _shown(self, answer: dict[str, Any]) -> str:
-        if answer.get("text") is not None:
-            return str(answer["text"])
-        ids = [int(token) for token in answer["tokens"]]
-        return str(self.tokenizer.decode(ids[:-1] if ids[-1] in self.ends else ids, skip_special_tokens=True))
+        tokenizer = self.tokenizer if self.format == "onnx" else None
+        return [answer_text(answer, tokenizer, self.ends) for answer in made]
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> Iterator[NDArray[np.float32]]:
         """Of each sequence (n, vocabulary): row i is the log softmax after its first i + 1 ids."""

@@ -17,7 +17,7 @@ from qalora_runtimes.behaviour import Question
 from qalora_export.checkpoint.manifest import parent_of
 from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.errors import RuntimeUnavailableError
-from qalora_export.evaluation import answers_of, end_ids, matches, questions, read_score
+from qalora_export.evaluation import answer_text, answers_of, end_ids, matches, questions, read_score
 from qalora_export.models.loading import load_tokenizer
 from qalora_export.recipe import EvaluateSettings
 from qalora_export.safety import HashFile, sha256_bytes, sha256_file
@@ -60,16 +60,10 @@ class Task:
         """Of a runtime's answers: ids and, where it has a tokenizer, its own text. Raises RuntimeUnavailableError."""
         if len(answers) != len(self.prompts):
             raise RuntimeUnavailableError(f"{runtime} answered {len(answers)} of {len(self.prompts)} questions")
-        texts = [self._text(answer) for answer in answers]
+        texts = [answer_text(answer, self.tokenizer, self.ends) for answer in answers]
         return self.counted(
             [matches(text, want, self.settings.match) for text, want in zip(texts, self.expected, strict=True)]
         )
-
-    def _text(self, answer: Mapping[str, Any]) -> str:
-        if answer.get("text") is not None:
-            return str(answer["text"])
-        ids = [int(token) for token in answer["tokens"]]
-        return str(self.tokenizer.decode(ids[:-1] if ids and ids[-1] in self.ends else ids, skip_special_tokens=True))
 
     def counted(self, right: Sequence[bool]) -> Score:
         """right: of each question."""
