@@ -24,8 +24,9 @@ EMULATOR = "qemu-user-static"
 PYTHON = ("python3.11-minimal", "libpython3.11-minimal", "libpython3.11-stdlib")
 LIBRARIES = ("libc6", "libstdc++6", "libgcc-s1", "zlib1g", "libexpat1", "libssl3", "libffi8", "libgomp1")
 LIBRARIES += ("libbz2-1.0", "liblzma5", "libuuid1")
-# onnxruntime 1.28 and later end with a segmentation fault when they are imported under QEMU 7.2.
-WHEELS = ("numpy==2.4.6", "xllamacpp==2026.10.11549", "onnxruntime==1.27.0")
+# onnxruntime 1.28 and later end with a segmentation fault when they are imported under QEMU 7.2. GenAI asks for 1.31
+# and loads whichever it finds; what it needs of it is in 1.27.
+WHEELS = ("numpy==2.4.6", "xllamacpp==2026.10.11549", "onnxruntime==1.27.0", "onnxruntime-genai==0.18.0")
 PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64")
 # Processor -> flags by which kernels are chosen: int8 matrix products, the dot product alone, neither.
 CPUS = {"max,sve=off": {"asimddp", "i8mm"}, "neoverse-n1": {"asimddp"}, "cortex-a72": set[str]()}

@@ -30,7 +30,8 @@ from tests.arm64.machine import CPUS, Arm64
 from tests.models import make_tiny_canonical
 from tests.verify.exports import Exported
 
-RUNTIMES = ("llama.cpp", "onnxruntime")
+TAPPED = ("llama.cpp", "onnxruntime")  # GenAI's products are onnxruntime's
+RUNTIMES = (*TAPPED, "onnxruntime-genai")
 SETTINGS = VerifySettings(threads=1, runtimes=RUNTIMES, long_length=256)
 # Bits -> group, beside the 4 and 32 of all gates.
 KINDS = {2: 32, 3: 32, 4: 128, 8: 32}
@@ -98,9 +99,9 @@ def test_every_product_of_other_widths_is_what_it_documents(
 ) -> None:
     base = make_tiny_canonical(tmp_path / "base.qalora", tiny_model, bits=bits, group=KINDS[bits])
     export_onnx(base, tmp_path / "onnx")
-    artifacts, settings = {"onnx": tmp_path / "onnx"}, SETTINGS
+    artifacts, settings = {"onnx": tmp_path / "onnx"}, SETTINGS.model_copy(update={"runtimes": TAPPED})
     if bits == 8:  # no GGUF type holds them with free offsets
-        settings = SETTINGS.model_copy(update={"runtimes": ("onnxruntime",)})
+        settings = SETTINGS.model_copy(update={"runtimes": TAPPED[1:]})
     else:
         artifacts["gguf"] = tmp_path / "model.gguf"
         export_gguf(base, artifacts["gguf"])

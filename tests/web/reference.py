@@ -13,7 +13,10 @@ from qalora_export.models.loading import load_tokenizer
 from qalora_export.verify.metrics import position_metrics
 from qalora_export.verify.reference.logits import float32_model
 
-G2_NMSE, G3_FACTOR = 1e-9, 1.25
+G2_NMSE = 1e-9
+# Int8 noise is chaotic: another order of float32 sums moves a position's by a factor of two and more, either way, and
+# the largest of a dozen with it. What two right kernels have in common is how much there is of it.
+SAME_NOISE, WORST_NOISE = 1.25, 5.0
 ANSWER = [{"role": "user", "content": "turn on the lamp in the kitchen"}]
 NEW_TOKENS = 40
 
@@ -31,3 +34,10 @@ def expected(checkpoint: Path, chat: list[dict[str, str]], new_tokens: int) -> t
 def nmse(reference: NDArray[np.float32], found: NDArray[np.float32]) -> NDArray[np.float64]:
     """Per row of log-probabilities, both renormalised: gate G2's figure."""
     return position_metrics(reference, found, np.full(len(reference), -1, np.int32)).nmse
+
+
+def assert_as_noisy(found: NDArray[np.float64], here: NDArray[np.float64]) -> None:
+    """A host's NMSE per position is what int8 activations cost in the same runtime in Python, whose NMSE is `here`."""
+    typical = float(np.exp(np.log(found / here).mean()))
+    assert typical <= SAME_NOISE, (typical, found, here)
+    assert found.max() <= WORST_NOISE * here.max(), (found, here)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,6 +208,26 @@ class LayerwiseModel:
             for step in (step for steps in prompts + walks for step in steps):
                 step.hidden = skeleton.base.norm(step.hidden)
         return self._logprobs([steps for steps in (prompts, walks) if steps])
+
+    def copies(self, sequences: Iterable[NDArray[np.int32]], count: int) -> Iterator[NDArray[np.float32]]:
+        """`count` answers to each sequence as a whole prompt, float32 (tokens, vocabulary), which `noise` sets apart.
+
+        All copies of a sequence are one batch: products of other shapes than `run` computes, so of other roundings.
+        """
+        skeleton = self._skeleton
+        with skeleton.materialized(f"{skeleton.prefix}embed_tokens"):
+            ids = (torch.from_numpy(sequence.astype(np.int64)) for sequence in sequences)
+            batches = [_Step(*skeleton.enter(tokens.expand(count, -1))) for tokens in ids]
+        for index, layer in enumerate(track(skeleton.base.layers, f"{self._checkpoint.path.name} in PyTorch, layers")):
+            with skeleton.materialized(skeleton.layer_name(index)):
+                _advance(layer, index, batches, None)
+        with skeleton.materialized(f"{skeleton.prefix}norm"):
+            for batch in batches:
+                batch.hidden = skeleton.base.norm(batch.hidden)
+        with skeleton.head() as head:
+            for batch in batches:
+                for hidden in batch.hidden.split(1):
+                    yield _stacked([hidden], head, skeleton.model.config.vocab_size)
 
     def at(self, ids: NDArray[np.int32], positions: NDArray[np.int32], *, chunk: int) -> NDArray[np.float32]:
         """Log-probabilities (k, vocabulary) at some positions of one long sequence.

@@ -15,6 +15,7 @@ from qalora_export.errors import InputError
 from qalora_export.verify.reference.layerwise import LayerwiseModel
 from qalora_export.verify.reference.logits import fixed_threads, float32_model, round_to_int8
 from tests.models import make_tiny_canonical, make_tiny_model
+from tests.models.families.small import make_small
 
 SEQUENCES = [np.random.default_rng(length).integers(6, 300, length).astype(np.int32) for length in (1, 7, 33)]
 
@@ -57,6 +58,20 @@ def test_rounding_reaches_every_quantized_layer(tiny_canonical: Path) -> None:
             if isinstance(module, torch.nn.Linear) and module is not model.lm_head:
                 module.register_forward_pre_hook(lambda _, x: (round_to_int8(x[0], 32),))
         np.testing.assert_array_equal(found, np.concatenate([whole(model, ids) for ids in SEQUENCES]))
+
+
+@pytest.mark.parametrize("family", ["Gemma 3", "Phi-4-mini"])
+def test_copies_are_the_same_prompts_again_and_again(family: str, tmp_path: Path) -> None:
+    """Windows and two rotary tables reach all copies; a noise of nothing leaves them alone."""
+    folder, prompts = make_small(tmp_path / "model", family), [*SEQUENCES, np.tile(SEQUENCES[2], 3)]
+    seen = []
+    with fixed_threads(1), torch.inference_mode():
+        (once,) = LayerwiseModel(folder).run(prompts, decode=False)
+        copies = list(LayerwiseModel(folder, noise=lambda x: seen.append(x.shape[0]) or x).copies(prompts, 3))
+    assert set(seen) == {3, 1}  # the head answers one at a time
+    for at, rows in enumerate(np.split(once, np.cumsum([len(ids) for ids in prompts])[:-1])):
+        for copy in copies[3 * at : 3 * at + 3]:
+            np.testing.assert_allclose(copy, rows, atol=1e-4)
 
 
 def test_one_layer_is_held_at_a_time(tiny_canonical: Path, monkeypatch: pytest.MonkeyPatch) -> None:

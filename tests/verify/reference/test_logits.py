@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from unittest.mock import patch
 
@@ -113,9 +113,10 @@ def test_rounding_noise_is_no_matter_of_luck() -> None:
         def __init__(self, noise: Callable[[torch.Tensor], torch.Tensor]) -> None:
             self.noise = noise
 
-        def run(self, sequences: list[np.ndarray], *, decode: bool) -> list[np.ndarray]:
-            moved = [(self.noise(torch.ones(length, 1)) - 1) * 1e3 for _ in sequences]
-            return [torch.cat([torch.log_softmax(logits + m * torch.eye(8)[3], -1) for m in moved]).numpy()]
+        def copies(self, sequences: Iterable[np.ndarray], count: int) -> Iterator[np.ndarray]:
+            for _ in sequences:
+                moved = (self.noise(torch.ones(count, length, 1)) - 1) * 1e3
+                yield from torch.log_softmax(logits + moved * torch.eye(8)[3], -1).numpy()
 
     found = reference.noise_of(OneDirection, probes, exact.numpy())
     assert found.max() < 7 * found.min(), "its true value is the same at every position"
