@@ -15,6 +15,7 @@ from qalora_export.recipe import VerifySettings
 from qalora_export.verify.report.parity_report import ParityReport
 from qalora_export.verify.stage import verify_parity
 from tests.conftest import MadeOnce
+from tests.faults import off_by_one
 from tests.faults import runtime as faulty
 from tests.faults.cases import CASES, FAULTS, KIND, LLAMA, ORT, Fault
 from tests.faults.line import Line, line_in, make_line
@@ -73,7 +74,7 @@ def test_a_planted_fault_is_red_and_named(
     damaged = fault.plant[runtime](line, tmp_path)
     scaled = fault.name == faulty.SCALED_KERNEL
     if fault.runtime_fault and not scaled:
-        warm_runners.prepare = (faulty.__name__, runtime)
+        warm_runners.prepare = (off_by_one.__name__, runtime)
     with fault.context() if fault.context else nullcontext():
         report = verify(damaged, runtime, tmp_path / "report", taps=faulty.scaled_taps if scaled else run_taps)
     statuses = {entry.gate: entry.status for entry in report.entries}

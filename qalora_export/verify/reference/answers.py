@@ -112,7 +112,7 @@ class GreedyReference:
         wrong = [_others(answer, rows) for answer, rows in zip(answers, exact, strict=True)]
         drawn = [_widest(answer, rows, at) for answer, rows, at in zip(answers, exact, wrong, strict=True)]
         places = [(answer, answer.kept[at]) for answer, at in zip(answers, drawn, strict=True) if at]
-        noisy = iter(self._logprobs([place for place in places for _ in range(DRAWS)], noise()) if places else [])
+        noisy = iter(self._draws(places) if places else [])
         found = list[list[Deviation]]()
         for answer, rows, at, chosen in zip(answers, exact, wrong, drawn, strict=True):
             draws = [next(noisy) for _ in range(DRAWS)] if at else []
@@ -121,15 +121,22 @@ class GreedyReference:
             found.append([_deviation(answer, i, rows[i], spread.get(i, least)) for i in at])
         return found
 
-    def _logprobs(
-        self, places: list[tuple[Answer, NDArray[np.int64]]], rounding: Change | None = None
-    ) -> list[NDArray[np.float32]]:
+    def _logprobs(self, places: list[tuple[Answer, NDArray[np.int64]]]) -> list[NDArray[np.float32]]:
         """float32 (positions, vocabulary) of each answer at those positions."""
         with fixed_threads(self.threads), torch.inference_mode():
-            model = LayerwiseModel(self.checkpoint, rounding=rounding)
             kept = [positions for _, positions in places]
-            (rows,) = model.run([answer.sequence for answer, _ in places], decode=False, kept=kept)
+            (rows,) = LayerwiseModel(self.checkpoint).run(_sequences(places), decode=False, kept=kept)
         return np.split(rows, np.cumsum([len(each) for each in kept])[:-1])
+
+    def _draws(self, places: list[tuple[Answer, NDArray[np.int64]]]) -> list[NDArray[np.float32]]:
+        """The same with noise, DRAWS of each answer."""
+        with fixed_threads(self.threads), torch.inference_mode():
+            model = LayerwiseModel(self.checkpoint, rounding=noise())
+            return list(model.copies(_sequences(places), DRAWS, kept=[positions for _, positions in places]))
+
+
+def _sequences(places: list[tuple[Answer, NDArray[np.int64]]]) -> list[NDArray[np.int32]]:
+    return [answer.sequence for answer, _ in places]
 
 
 def noise() -> Change:

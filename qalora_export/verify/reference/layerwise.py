@@ -36,6 +36,7 @@ from qalora_export.progress import track
 from qalora_export.qalora.dequant import dequantize
 from qalora_export.verify.kernels.products import HEAD, linear_modules
 
+AT_ONCE = 1024  # tokens of a batch of copies
 Change = Callable[[Tensor], Tensor]  # of a value on its way, (…, features)
 Played = Callable[[str, Tensor], Tensor]  # module and its x (1, tokens, in) -> x Wᵀ (1, tokens, out), before any bias
 
@@ -104,7 +105,7 @@ def _opened(folder: Path | ModelFolder) -> ModelFolder:
 
 @dataclass
 class _Step:
-    """One forward pass of the whole model: hidden states (1, tokens, hidden) between layers, arguments by layer."""
+    """One forward pass of the whole model: hidden states (n, tokens, hidden) between layers, arguments by layer."""
 
     hidden: Tensor
     arguments: list[dict[str, Any]]
@@ -196,12 +197,7 @@ class LayerwiseModel:
         with skeleton.materialized(f"{skeleton.prefix}embed_tokens"):
             prompts = [[_Step(*skeleton.enter(tokens))] for tokens in ids] if prefill else []
             walks = [self._embed_by_token(tokens) for tokens in ids] if decode else []
-        for index, layer in enumerate(track(skeleton.base.layers, f"{self._checkpoint.path.name} in PyTorch, layers")):
-            with skeleton.materialized(skeleton.layer_name(index)):
-                for steps in prompts:
-                    _advance(layer, index, steps, None)
-                for steps in walks:
-                    _advance(layer, index, steps, self._cache())
+        self._through_layers(prompts, walks)
         with skeleton.materialized(f"{skeleton.prefix}norm"):
             for steps, positions in zip(prompts, kept or [], strict=kept is not None):
                 steps[0].hidden = steps[0].hidden[:, torch.from_numpy(positions)]
@@ -209,25 +205,31 @@ class LayerwiseModel:
                 step.hidden = skeleton.base.norm(step.hidden)
         return self._logprobs([steps for steps in (prompts, walks) if steps])
 
-    def copies(self, sequences: Iterable[NDArray[np.int32]], count: int) -> Iterator[NDArray[np.float32]]:
-        """`count` answers to each sequence as a whole prompt, float32 (tokens, vocabulary), which `noise` sets apart.
+    def copies(
+        self,
+        sequences: Iterable[NDArray[np.int32]],
+        count: int,
+        *,
+        kept: Sequence[NDArray[np.int64]] | None = None,
+    ) -> Iterator[NDArray[np.float32]]:
+        """`count` answers to each sequence as a whole prompt, float32 (tokens, vocabulary), which noise sets apart.
 
-        All copies of a sequence are one batch: products of other shapes than `run` computes, so of other roundings.
+        Copies of a sequence go through in batches: products of other shapes than `run` computes, so of other roundings.
+        kept: as in `run`.
         """
         skeleton = self._skeleton
         with skeleton.materialized(f"{skeleton.prefix}embed_tokens"):
-            ids = (torch.from_numpy(sequence.astype(np.int64)) for sequence in sequences)
-            batches = [_Step(*skeleton.enter(tokens.expand(count, -1))) for tokens in ids]
-        for index, layer in enumerate(track(skeleton.base.layers, f"{self._checkpoint.path.name} in PyTorch, layers")):
-            with skeleton.materialized(skeleton.layer_name(index)):
-                _advance(layer, index, batches, None)
+            batches = [[_Step(*skeleton.enter(ids)) for ids in _batches(sequence, count)] for sequence in sequences]
+        self._through_layers(batches, [])
+        for steps, positions in zip(batches, kept or [], strict=kept is not None):
+            for step in steps:
+                step.hidden = step.hidden[:, torch.from_numpy(positions)]
+        rows = (row for steps in batches for step in steps for row in step.hidden.split(1))
         with skeleton.materialized(f"{skeleton.prefix}norm"):
-            for batch in batches:
-                batch.hidden = skeleton.base.norm(batch.hidden)
+            normed = [skeleton.base.norm(row) for row in rows]
         with skeleton.head() as head:
-            for batch in batches:
-                for hidden in batch.hidden.split(1):
-                    yield _stacked([hidden], head, skeleton.model.config.vocab_size)
+            for row in normed:
+                yield _stacked([row], head, skeleton.model.config.vocab_size)
 
     def at(self, ids: NDArray[np.int32], positions: NDArray[np.int32], *, chunk: int) -> NDArray[np.float32]:
         """Log-probabilities (k, vocabulary) at some positions of one long sequence.
@@ -247,6 +249,16 @@ class LayerwiseModel:
             hidden = skeleton.base.norm(hidden)
         with skeleton.head() as head:
             return _stacked([hidden], head, self._skeleton.model.config.vocab_size)
+
+    def _through_layers(self, prompts: list[list[_Step]], walks: list[list[_Step]]) -> None:
+        """prompts: steps that do not see each other; walks: every step sees the earlier ones through the KV cache."""
+        skeleton = self._skeleton
+        for index, layer in enumerate(track(skeleton.base.layers, f"{self._checkpoint.path.name} in PyTorch, layers")):
+            with skeleton.materialized(skeleton.layer_name(index)):
+                for steps in prompts:
+                    _advance(layer, index, steps, None)
+                for steps in walks:
+                    _advance(layer, index, steps, self._cache())
 
     def _logprobs(self, passes: list[list[list[_Step]]]) -> list[NDArray[np.float32]]:
         vocabulary = self._skeleton.model.config.vocab_size
@@ -274,6 +286,13 @@ def _advance(layer: nn.Module, index: int, steps: list[_Step], cache: DynamicCac
     for step in steps:
         step.hidden = layer_output(layer(step.hidden, past_key_values=cache, **step.arguments[index]))
         step.arguments[index] = {}  # no longer needed
+
+
+def _batches(sequence: NDArray[np.int32], copies: int) -> list[Tensor]:
+    """`copies` rows of ids, int64 (n, length) each: as many together as have AT_ONCE tokens."""
+    most = max(1, AT_ONCE // len(sequence))  # attention needs the square of the length for each row
+    row = torch.from_numpy(sequence.astype(np.int64))[None]
+    return [row.expand(min(most, copies - begin), -1) for begin in range(0, copies, most)]
 
 
 def _stacked(hidden: list[Tensor], head: Callable[[Tensor], Tensor], vocabulary: int) -> NDArray[np.float32]:

@@ -47,30 +47,32 @@ def test_the_spread_is_that_of_the_margin_over_all_draws(reference: GreedyRefere
     wrong = dataclasses.replace(right, tokens=(right.tokens[0], (right.tokens[1] + 1) % 100))
     (found,) = reference.deviations([wrong])
     (exact,) = reference._logprobs([(wrong, wrong.kept[1:])])
-    draws = reference._logprobs([(wrong, wrong.kept[1:])] * DRAWS, noise())
+    draws = reference._draws([(wrong, wrong.kept[1:])])
     change = np.array([draw[0] - exact[0] for draw in draws], np.float64)
     margin = change[:, found.wanted] - change[:, found.token]
     slow = max(np.sqrt((margin**2).mean()), np.sqrt(2 * change.var(axis=1).mean()))
     assert found.spread == pytest.approx(slow, rel=1e-5)
     assert len({draw.tobytes() for draw in draws}) == DRAWS  # every draw is another
-    assert np.array_equal(draws, reference._logprobs([(wrong, wrong.kept[1:])] * DRAWS, noise()))  # in every run
+    again = reference._draws([(wrong, wrong.kept[1:])])
+    assert np.array_equal(draws, again)  # in every run
 
 
 def test_of_many_other_tokens_those_with_the_largest_margins_are_drawn(
     reference: GreedyReference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    right = module.LayerwiseModel.run
+    right = module.LayerwiseModel.copies
 
-    def run(self: object, sequences: list[np.ndarray], **options: list[np.ndarray]) -> object:
-        asked.append(options["kept"])
-        return right(self, sequences, **options)
+    def copies(self: object, sequences: list[np.ndarray], count: int, *, kept: list[np.ndarray]) -> object:
+        asked.append((kept, count))
+        return right(self, sequences, count, kept=kept)
 
-    monkeypatch.setattr(module.LayerwiseModel, "run", run)
+    monkeypatch.setattr(module.LayerwiseModel, "copies", copies)
     found = reference.deviations([Answer("a", (1, 2, 3), tuple(range(5, 25)))])
     margins = sorted((d.margin for d in found), reverse=True)
-    assert len(found) > DRAWN and len(asked[1]) == DRAWS and len(asked[1][0]) == DRAWN
-    drawn = [d for d in found if d.index + 2 in asked[1][0]]
+    (((places,), count),) = asked
+    assert len(found) > DRAWN and count == DRAWS and len(places) == DRAWN
+    drawn = [d for d in found if d.index + 2 in places]
     assert sorted((d.margin for d in drawn), reverse=True) == margins[:DRAWN]
     assert {d.spread for d in found} == {d.spread for d in drawn}
 

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from qalora_export.errors import InputError
+from qalora_export.verify.reference import layerwise
 from qalora_export.verify.reference.layerwise import LayerwiseModel
-from qalora_export.verify.reference.logits import fixed_threads, float32_model, round_to_int8
+from qalora_export.verify.reference.logits import fixed_threads, float32_model, round_to_int8, ulps
 from tests.models import make_tiny_canonical, make_tiny_model
 from tests.models.families.small import make_small
 
@@ -72,6 +73,19 @@ def test_copies_are_the_same_prompts_again_and_again(family: str, tmp_path: Path
     for at, rows in enumerate(np.split(once, np.cumsum([len(ids) for ids in prompts])[:-1])):
         for copy in copies[3 * at : 3 * at + 3]:
             np.testing.assert_allclose(copy, rows, atol=1e-4)
+
+
+@pytest.mark.parametrize("at_once", [1024, 17, 1], ids=["one batch", "several", "one by one"])
+def test_copies_are_runs_of_their_own(tiny_canonical: Path, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    """Each row of a batch has its own noise and its own attention; alone it answers the same but for float32."""
+    monkeypatch.setattr(layerwise, "AT_ONCE", at_once)
+    kept = [np.array([0, len(ids) - 1]) for ids in SEQUENCES]
+    with fixed_threads(1), torch.inference_mode():
+        (quiet,) = LayerwiseModel(tiny_canonical).run(SEQUENCES, decode=False, kept=kept)
+        draws = list(LayerwiseModel(tiny_canonical, noise=ulps(1)).copies(SEQUENCES, 3, kept=kept))
+    assert len({draw.tobytes() for draw in draws}) == 9
+    for number, one in enumerate(np.split(quiet, len(SEQUENCES))):
+        np.testing.assert_allclose(draws[3 * number : 3 * number + 3], [one] * 3, atol=1e-3)
 
 
 def test_one_layer_is_held_at_a_time(tiny_canonical: Path, monkeypatch: pytest.MonkeyPatch) -> None:
