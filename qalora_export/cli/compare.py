@@ -22,7 +22,9 @@ QUICK = {
 
 
 def command(
-    recipe: Annotated[Path, typer.Argument(help="Recipe (TOML) with [train], [quantize], [evaluate] and [compare].")],
+    recipe: Annotated[
+        Path, typer.Argument(help="Recipe (TOML) with \\[train], \\[quantize], \\[evaluate] and \\[compare].")
+    ],
     out: Annotated[Path | None, typer.Option(help="Folder for cells, table and plot; default: the recipe's.")] = None,
     quick: Annotated[
         bool,

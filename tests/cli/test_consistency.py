@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import typer
+from rich.text import Text
 
 from qalora_export.cli import verbs
 from qalora_export.cli.main import app, export_app, main
@@ -57,13 +58,27 @@ def test_help_has_examples_that_parse(verb: tuple[str, ...], capsys: pytest.Capt
         parse(example)
 
 
-@pytest.mark.parametrize("verb", sorted(set(ALL) - READ_ONLY), ids=" ".join)
-def test_what_writes_takes_out_and_force(verb: tuple[str, ...]) -> None:
+def command_of(verb: tuple[str, ...]) -> Any:
     verbs.register(app, export_app)
     command: Any = typer.main.get_command(app)
     for name in verb:
         command = command.commands[name]
-    options = {option for parameter in command.params for option in parameter.opts}
+    return command
+
+
+@pytest.mark.parametrize("verb", ALL, ids=" ".join)
+def test_no_bracket_of_a_help_text_is_taken_for_markup(verb: tuple[str, ...]) -> None:
+    """Rich leaves out what it takes for a style, such as the name of a recipe's table."""
+    command = command_of(verb)
+    for text in (command.help, *(parameter.help for parameter in command.params)):
+        shown = Text.from_markup(text or "")
+        assert {str(span.style) for span in shown.spans} <= {"bold"}
+        assert len(shown.plain) == len((text or "").replace("\\[", "[").replace("[bold]", "").replace("[/bold]", ""))
+
+
+@pytest.mark.parametrize("verb", sorted(set(ALL) - READ_ONLY), ids=" ".join)
+def test_what_writes_takes_out_and_force(verb: tuple[str, ...]) -> None:
+    options = {option for parameter in command_of(verb).params for option in parameter.opts}
     assert {"--out", "--force"} <= options
 
 
