@@ -31,7 +31,7 @@ def quantize_embedding(skeleton: Skeleton, name: str, plan: Plan, writer: Canoni
     """Write the embedding `name` in blocks, and let the skeleton read what was written."""
     folder, tensor = skeleton.folder, f"{name}{WEIGHT}"
     weight = torch.from_numpy(as_float32(folder.tensor(tensor)))
-    if isinstance(folder, GgufModel) and folder.embedding_grid(name) is not None:
+    if isinstance(folder, GgufModel) and folder.embedding_plan(name) is not None:
         matrix = folder.embedding(name)
     else:
         step = max(1, VALUES // weight.shape[1])

@@ -2,7 +2,8 @@
 
     Q4_1, Q4_0, Q4_K, … on a linear layer   codes, scale, offset as they are, 0 values changed
     F32, F16, BF16                          the tensor as it is
-    the same block types on an embedding    float32, which holds d·q (11 + 8 bits) and d·q + m as llama.cpp computes it
+    Q8_0 and K-quants on an embedding       its blocks as they are
+    the other block types there             float32, which holds d·q (11 + 8 bits) and d·q + m as llama.cpp computes it
     other K-quants, IQ, …                   float32 by the gguf package's dequantizer, only when the user asks
 
 Rows of q and k change back to Transformers' order. Nothing is held in memory: tensors are read when asked for, and a
@@ -27,9 +28,10 @@ from qalora_export.errors import InputError, QaloraError
 from qalora_export.formats.gguf.model_config import config_from_gguf, gguf_family, sampling_from_gguf
 from qalora_export.formats.gguf.read import GgufContents
 from qalora_export.formats.gguf.tokenizer.from_gguf import tokenizer_files_from_gguf
-from qalora_export.formats.gguf.types import BLOCK_TYPES, PLAIN_TYPES
+from qalora_export.formats.gguf.types import BLOCK_TYPES, PLAIN_TYPES, Q8_0, QK
 from qalora_export.formats.streaming import row_blocks
-from qalora_export.grid import GroupAffine, Levels, NamedGrid, SuperBlockGrid
+from qalora_export.grid import GroupAffine, Levels, NamedGrid, PackedAffine, SuperBlockGrid, implied_offset
+from qalora_export.quantization.rules import Plan, plan_of
 
 SCRATCH_BYTES = 256 << 20  # a dequantized tensor above this is mapped from a file, not held
 F32 = np.dtype(np.float32)
@@ -103,13 +105,15 @@ class GgufModel(ModelFolder):
             )
         return matrix
 
-    def embedding_grid(self, module: str) -> NamedGrid | None:
-        """The grid of super-blocks on which the file holds an embedding; None where it is stored otherwise."""
+    def embedding_plan(self, module: str) -> Plan | None:
+        """How the file holds an embedding in blocks that are canonical; None where it is stored otherwise."""
         kind = BLOCK_TYPES.get(self._gguf.types.get(f"{module}.weight", ""))
-        return kind.grid if kind is not None and isinstance(kind.grid, SuperBlockGrid) else None
+        if kind is not None and isinstance(kind.grid, SuperBlockGrid):
+            return plan_of(kind.grid)
+        return Plan(8, QK, sym=True) if kind is Q8_0 and _keeps_zeros(self._gguf.native(module)) else None
 
     def embedding(self, module: str) -> GroupAffine:
-        """The matrix of an embedding that has such a grid."""
+        """The matrix of an embedding that has such a plan."""
         return self._gguf.native(module).unpack()
 
     def grid_of(self, module: str) -> NamedGrid:
@@ -144,6 +148,14 @@ def gguf_model(file: Path, scratch: Path, *, dequantize: bool) -> Iterator[GgufM
     except QaloraError as error:
         where = error.where.replace(str(scratch), str(file))
         raise type(error)(error.what, where=where, why=error.why, fix=error.fix) from error
+
+
+def _keeps_zeros(matrix: PackedAffine) -> bool:
+    """Whether s·q − 128·s is d·(q − 128) in every bit: −0 comes of a scale below 0, or of 0 and another code."""
+    if not bool(((matrix.scale >= 0) & np.isfinite(implied_offset(matrix.scale, Q8_0.zero))).all()):
+        return False
+    codes = matrix.unpack().codes.reshape(*matrix.scale.shape, -1)
+    return bool((codes[matrix.scale == 0] == Q8_0.zero).all())
 
 
 def _not_canonical(file: Path, foreign: dict[str, str]) -> InputError:

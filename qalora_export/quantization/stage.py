@@ -34,7 +34,7 @@ from qalora_export.quantization.gptq_import import import_gptq
 from qalora_export.quantization.hessian import Hessian, collect
 from qalora_export.quantization.report import REPORT, ModuleReport, QuantizeReport, record, report_of
 from qalora_export.quantization.rtn import round_to_nearest
-from qalora_export.quantization.rules import Plan, plan_of, resolve
+from qalora_export.quantization.rules import Plan, resolve
 from qalora_export.quantization.source import Source, gptq_config, open_source
 from qalora_export.recipe import QuantizeSettings
 from qalora_export.safety import StrPath, local_path, sha256_file
@@ -140,7 +140,7 @@ def plan_modules(skeleton: Skeleton, settings: QuantizeSettings) -> Planned:
     kept = folder.stored_modules() if isinstance(folder, GgufModel) else {}
     plans, tables, held = dict[str, Plan](), skeleton.embeddings(), dict[str, Plan]()
     if isinstance(folder, GgufModel):
-        held = {name: plan_of(grid) for name in tables if (grid := folder.embedding_grid(name)) is not None}
+        held = {name: plan for name in tables if (plan := folder.embedding_plan(name)) is not None}
         plans = {name: Plan(*kept[name], sym=False, grid=folder.grid_of(name)) for name in linears if name in kept}
     rest = {name: linear.in_features for name, linear in linears.items() if name not in plans}
     inside = skeleton.layer_name(0).removesuffix("0")

@@ -8,7 +8,7 @@ from typing import Any
 from qalora_export.checkpoint.forecast import Forecast
 from qalora_export.errors import InputError
 from qalora_export.formats.contents import check_tied_head, ties_head
-from qalora_export.formats.onnx.embeddings import ELEMENT_BITS
+from qalora_export.formats.onnx.embeddings import ELEMENT_BITS, TIED_BITS
 from qalora_export.formats.onnx.graph import build_graph
 from qalora_export.formats.onnx.split_form import CONTAINER_BITS
 from qalora_export.grid import NamedGrid, SuperBlockGrid
@@ -71,10 +71,12 @@ def check_onnx(forecast: Forecast) -> int:
     size = forecast.plain_bytes + rotary
     for name, (bits, group, grid) in matrices.items():
         size += _matrix_bytes(forecast.shapes[name], CONTAINER_BITS[bits], group, grid)
-    if not ties_head(forecast.config) or "lm_head" in forecast.modules:
-        for name, (bits, group, grid) in forecast.embeddings.items():
-            entry = forecast.plain[f"{name}.weight"]
-            size += _matrix_bytes(entry.shape, ELEMENT_BITS[bits], group, grid) - entry.nbytes
+    tied = ties_head(forecast.config) and "lm_head" not in forecast.modules
+    for name, (bits, group, grid) in forecast.embeddings.items():
+        if tied and ELEMENT_BITS[bits] != TIED_BITS:  # stays float32
+            continue
+        entry = forecast.plain[f"{name}.weight"]
+        size += _matrix_bytes(entry.shape, ELEMENT_BITS[bits], group, grid) - entry.nbytes
     return size
 
 

@@ -9,7 +9,7 @@ that of the sum, as in the checkpoint. What is left is the sign of zero: beside 
 that its values are 0·q + m as they are there; and where R is 0 everywhere it is still added, unless all scales are
 above 0, to make +0 of the kernel's −0.
 
-An embedding that is lm_head too stays float32: MatMulNBits would round the activations of a layer that is exact.
+An embedding in nibbles that is lm_head too stays float32; for one in bytes see tied_head.py.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from qalora_export.errors import UnsafeInputError
 from qalora_export.formats.onnx.split_form import SplitForm, choose_form
 from qalora_export.grid import PackedAffine, SymmetricGrid, pack_codes, unpack_codes
 
+TIED_BITS = 8  # elements of an embedding that may be lm_head too
 ELEMENT_BITS = {2: 4, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8}  # code bits -> bits of one element; 2 are too new for some runtimes
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from qalora_export.checkpoint.manifest import MANIFEST
 from qalora_export.formats.onnx.layout import graph_name
+from qalora_export.formats.onnx.tied_head import without_int8
 from qalora_export.formats.onnx.validate import read_model
 from qalora_export.safety import atomic_directory
 
@@ -47,7 +48,13 @@ def exact_variant(folder: Path, target: Path, *, force: bool = False) -> Path:
 
 
 def with_accuracy_level(model: onnx.ModelProto, level: int) -> onnx.ModelProto:
-    """Set accuracy_level on every MatMulNBits node of `model`, in place, and return it."""
+    """Set accuracy_level on every MatMulNBits node of `model`, in place, and return it.
+
+    Without int8 an lm_head that reads the embedding's codes becomes a float32 product (tied_head.py): of the same
+    numbers, and not a hundred times slower.
+    """
+    if level == EXACT_LEVEL:
+        without_int8(model)
     for node in model.graph.node:
         if node.op_type == "MatMulNBits":
             set_attribute(node, "accuracy_level", level)

@@ -180,6 +180,12 @@ class OnnxContents:
 
     def _gathered(self, module: str, rows: slice) -> NDArray[np.float32]:
         """Rows of an embedding in blocks, float32. Raises UnsafeInputError when node and tensors disagree."""
+        return gathered_values(*self.embedding_parts(module, rows))
+
+    def embedding_parts(
+        self, module: str, rows: slice = slice(None)
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[Any], NDArray[Any] | None]:
+        """codes (rows, in), z, scale, and R where there is one, (rows, groups), of an embedding in blocks."""
         bits, group_size = self.embeddings[module]
         shape, said = self.shape(f"{module}.weight"), integers_of(self.gathers[module])
         stored = (name for name in (f"{module}.scale", f"{module}.remainder") if name in self.initializers)
@@ -187,7 +193,8 @@ class OnnxContents:
         blocks = GatheredBlocks(ELEMENT_BITS[bits], group_size, shape[1] // group_size, f"{self.folder}: {module}")
         blocks.check(said, codes, numbers)
         zero = self._zeros(module, blocks.element_bits, (len(codes), blocks.groups), rows)
-        return gathered_values(from_blocks(codes, blocks.element_bits), zero, *numbers)
+        scale, *rest = numbers
+        return from_blocks(codes, blocks.element_bits), zero, scale, rest[0] if rest else None
 
     def group_affine(self, module: str) -> GroupAffine:
         """The quantized matrix of one module. Raises UnsafeInputError when node and tensors disagree."""

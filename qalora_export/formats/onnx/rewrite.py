@@ -6,8 +6,8 @@ Per quantized module M, with x (batch, sequence, in) and G = in/g groups:
     y       = MatMulNBits(x, M.codes, scale32[, M.zero_points])   (batch, sequence, out)
     y      += ReduceSum_g(x) · Cast(M.remainder)ᵀ                 the GroupSum is shared by every M with the same x
 
-An embedding in blocks stays in blocks (embeddings.py), unless it is lm_head too. Everything else keeps its source bytes
-in the file and is cast to float32 in the graph. No g_idx is ever emitted.
+An embedding in blocks stays in blocks (embeddings.py), in bytes also where it is lm_head (tied_head.py). Everything
+else keeps its source bytes in the file and is cast to float32 in the graph. No g_idx is ever emitted.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.errors import InputError
 from qalora_export.formats.contents import exported_names
 from qalora_export.formats.onnx.datafile import DataFile
-from qalora_export.formats.onnx.embeddings import element_codes, embedding_form
+from qalora_export.formats.onnx.embeddings import ELEMENT_BITS, TIED_BITS, element_codes, embedding_form
+from qalora_export.formats.onnx.exact import EXACT_LEVEL
+from qalora_export.formats.onnx.products import FLOAT, MICROSOFT, Products, to_float
 from qalora_export.formats.onnx.split_form import SplitForm, WrittenForm, choose_form, to_blocks, zero_points
+from qalora_export.formats.onnx.tied_head import BLOCKS, table_of
 from qalora_export.formats.streaming import prepared
 
-MICROSOFT = "com.microsoft"
-FLOAT = ir.DataType.FLOAT
+HEAD = "lm_head"
 SOURCE_DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 FORMS_AHEAD = 2  # matrices whose zero points and remainders are computed before they are placed
 INLINE_BYTES = 1024  # graph constants (axes, shapes) up to here stay in model.onnx; larger ones go to the data file
@@ -44,7 +46,7 @@ class Rewriter:
         self.carried: list[str] = []  # other tensors, by checkpoint name
         self.embeddings: dict[str, WrittenForm] = {}  # those of them that stay in blocks, by module
         self.constants: dict[str, NDArray[Any]] = {}  # large ones of the graph itself
-        self._group_sums: dict[tuple[str, int], ir.Value] = {}
+        self._products = Products(model.graph, accuracy_level, self._constant)
         modules = [name for value in self.weights() if (name := _module(value)) in checkpoint.modules]
         self._forms = prepared(self._form, modules, ahead=FORMS_AHEAD)
 
@@ -64,7 +66,7 @@ class Rewriter:
             self._place_constant(value, value.const_value.numpy())
         elif module in self.checkpoint.modules:
             self._place_quantized(value, module)
-        elif module in self.checkpoint.embeddings and not _is_head(value):
+        elif module in self.checkpoint.embeddings and self._fits_blocks(value, module):
             self._place_embedding(value, module)
         elif name in self.checkpoint:
             self._place_other(value, name)
@@ -109,7 +111,7 @@ class Rewriter:
             self._cast_behind(node, value.const_value.dtype)
         others = [use for use in uses if use.node.op_type != "Gather"]
         if others:
-            cast = _cast(value, f"{name}/Cast")
+            cast = to_float(value, f"{name}/Cast")
             self.graph.insert_before(self.graph[0], cast)
             for use in others:
                 use.node.replace_input_with(use.idx, cast.outputs[0])
@@ -119,7 +121,7 @@ class Rewriter:
         rows = gather.outputs[0]
         uses = list(rows.uses())
         rows.type = ir.TensorType(dtype)
-        cast = _cast(rows, f"{gather.name}/Cast")
+        cast = to_float(rows, f"{gather.name}/Cast")
         self.graph.insert_after(gather, cast)
         for use in uses:
             use.node.replace_input_with(use.idx, cast.outputs[0])
@@ -137,18 +139,9 @@ class Rewriter:
         form = next(self._forms)
         self.forms[module] = WrittenForm.of(form)
         weights = self._stored(module, to_blocks(matrix.codes, bits, groups), matrix.scale, form)
-        transposed = [use.node for use in value.uses()]
-        for transpose in transposed:
-            for use in list(transpose.outputs[0].uses()):
-                if transpose.op_type != "Transpose" or use.node.op_type != "MatMul" or use.idx != 1:
-                    raise InputError(
-                        f"a quantized weight feeds {use.node.op_type}",
-                        where=module,
-                        why="only linear layers can be quantized",
-                        fix="add a skip rule",
-                    )
-                self._replace_matmul(use.node, module, form.container, weights, (out, groups, group_size))
-            self.graph.remove(transpose, safe=True)
+        self._products.replace(
+            [use.node for use in value.uses()], module, form.container, weights, (out, groups, group_size)
+        )
         self.graph.initializers.pop(value.name or "")
 
     def _stored(
@@ -160,6 +153,11 @@ class Rewriter:
         tensors |= {} if form.remainder is None else {"remainder": form.remainder}
         return {part: self._initializer(f"{module}.{part}", array) for part, array in tensors.items()}
 
+    def _fits_blocks(self, value: ir.Value, module: str) -> bool:
+        """Any embedding; where lm_head reads it too, one in bytes (tied_head.py)."""
+        bits, *_ = self.checkpoint.embeddings[module]
+        return ELEMENT_BITS[bits] == TIED_BITS or all(map(_gathers, value.uses()))
+
     def _place_embedding(self, value: ir.Value, module: str) -> None:
         """Codes that stay codes: every Gather becomes one of blocks, with the rest of the offset where there is any."""
         matrix = self.checkpoint.packed(module)
@@ -167,6 +165,7 @@ class Rewriter:
         form = embedding_form(matrix, where=module)
         weights = self._stored(module, element_codes(matrix), matrix.scale, form)
         scale = self._wide(weights["scale"], module)
+        self._place_head(value, module, form, weights)
         for gather in [use.node for use in value.uses()]:
             zeros = [weights["zero_points"]] if "zero_points" in weights else []
             found = ir.node(
@@ -186,6 +185,30 @@ class Rewriter:
         self.embeddings[module] = WrittenForm.of(form)
         self.carried.append(f"{module}.weight")
 
+    def _place_head(self, value: ir.Value, module: str, form: SplitForm, weights: dict[str, ir.Value]) -> None:
+        """Where lm_head reads the embedding: its blocks too, or the float32 matrix made of them (tied_head.py)."""
+        heads = [use.node for use in value.uses() if not _gathers(use)]
+        out, width = self.checkpoint.entry(f"{module}.weight").shape
+        group_size = self.checkpoint.embeddings[module][1]
+        if heads and self.accuracy_level != EXACT_LEVEL and (form.remainder is None or not form.remainder.any()):
+            shape = (out, width // group_size, group_size)
+            sizes = self._constant(f"{module}{BLOCKS}/shape", np.array(shape, np.int64))
+            blocks = ir.node("Reshape", [weights["codes"], sizes], name=f"{module}{BLOCKS}")
+            blocks.outputs[0].name = f"{module}{BLOCKS}"
+            self.graph.insert_before(self.graph[0], blocks)
+            parts = {name: made for name, made in weights.items() if name != "remainder"}
+            self._products.replace(heads, HEAD, form.container, parts | {"codes": blocks.outputs[0]}, shape)
+        elif heads:
+            chain = table_of(module, {part: made.name or "" for part, made in weights.items()}, width, group_size)
+            made = {made.name or "": made for made in weights.values()}
+            made |= {name: self._constant(name, array) for name, array in chain.constants.items()}
+            for step in chain.steps:
+                node = ir.node(step.operator, [made[name] for name in step.inputs], step.attributes, name=step.output)
+                self.graph.insert_before(self.graph[0], node)
+                node.outputs[0].name, made[step.output] = step.output, node.outputs[0]
+            for node in heads:
+                node.replace_input_with(list(node.inputs).index(value), made[chain.steps[-1].output])
+
     def _group_by_group(
         self, module: str, found: ir.Value, remainder: ir.Value, gather: ir.Node, width: int
     ) -> list[ir.Node]:
@@ -196,7 +219,7 @@ class Rewriter:
         flat = self._constant(f"row_shape_{width}", np.array([0, 0, width], np.int64))
         last = self._constant("group_axis", np.array([3], np.int64))
         nodes = [ir.node("Gather", [remainder, gather.inputs[1]], {"axis": 0}, name=f"{name}/Gather")]
-        nodes += [_cast(nodes[0].outputs[0], f"{name}/Cast")] if remainder.dtype != FLOAT else []
+        nodes += [to_float(nodes[0].outputs[0], f"{name}/Cast")] if remainder.dtype != FLOAT else []
         nodes.append(ir.node("Unsqueeze", [nodes[-1].outputs[0], last], name=f"{name}/Unsqueeze"))
         blocks = ir.node("Reshape", [found, grouped], name=f"{name}/Reshape")
         total = ir.node("Add", [blocks.outputs[0], nodes[-1].outputs[0]], name=f"{name}/Add")
@@ -206,62 +229,9 @@ class Rewriter:
         """As float32; the cast is constant-folded when the session starts."""
         if stored.dtype == FLOAT:
             return stored
-        cast = _cast(stored, f"{module}/{(stored.name or '').rpartition('.')[2]}/Cast")
+        cast = to_float(stored, f"{module}/{(stored.name or '').rpartition('.')[2]}/Cast")
         self.graph.insert_before(self.graph[0], cast)
         return cast.outputs[0]
-
-    def _replace_matmul(
-        self, matmul: ir.Node, module: str, container: int, weights: dict[str, ir.Value], shape: tuple[int, int, int]
-    ) -> None:
-        x = matmul.inputs[0]
-        if x is None:
-            raise InputError("a linear layer has no input", where=module)
-        out, groups, group_size = shape
-        scale32 = [_cast(weights["scale"], f"{module}/scale/Cast")] if weights["scale"].dtype != FLOAT else []
-        scale = scale32[0].outputs[0] if scale32 else weights["scale"]
-        product = ir.node(
-            "MatMulNBits",
-            [x, weights["codes"], scale, *([weights["zero_points"]] if "zero_points" in weights else [])],
-            {
-                "K": groups * group_size,
-                "N": out,
-                "bits": container,
-                "block_size": group_size,
-                "accuracy_level": self.accuracy_level,
-            },
-            domain=MICROSOFT,
-            name=f"{module}/MatMulNBits",
-        )
-        nodes = [*scale32, product]
-        if "remainder" in weights:
-            group_sum = self._group_sum(x, groups, group_size, before=matmul)
-            nodes += self._remainder(module, weights["remainder"], group_sum, product.outputs[0])
-        ir.convenience.replace_nodes_and_values(
-            self.graph, matmul, [matmul], nodes, [matmul.outputs[0]], [nodes[-1].outputs[0]]
-        )
-
-    def _remainder(self, module: str, remainder: ir.Value, group_sum: ir.Value, product: ir.Value) -> list[ir.Node]:
-        """Nodes of product + GroupSum · Rᵀ. All but the last two are constant-folded when the session starts."""
-        nodes = [_cast(remainder, f"{module}/remainder/Cast")] if remainder.dtype != FLOAT else []
-        wide = nodes[0].outputs[0] if nodes else remainder
-        nodes.append(ir.node("Transpose", [wide], {"perm": [1, 0]}, name=f"{module}/remainder/Transpose"))
-        nodes.append(ir.node("MatMul", [group_sum, nodes[-1].outputs[0]], name=f"{module}/remainder/MatMul"))
-        nodes.append(ir.node("Add", [product, nodes[-1].outputs[0]], name=f"{module}/Add"))
-        return nodes
-
-    def _group_sum(self, x: ir.Value, groups: int, group_size: int, *, before: ir.Node) -> ir.Value:
-        """(batch, sequence, in) -> (batch, sequence, groups), made once per x and group count."""
-        key = (x.name or "", groups)
-        if key not in self._group_sums:
-            shape = self._constant(f"group_shape_{groups}x{group_size}", np.array([0, 0, groups, group_size], np.int64))
-            axis = self._constant("group_axis", np.array([3], np.int64))
-            grouped = ir.node("Reshape", [x, shape], name=f"{x.name}/groups{groups}/Reshape")
-            summed = ir.node(
-                "ReduceSum", [grouped.outputs[0], axis], {"keepdims": 0}, name=f"{x.name}/groups{groups}/ReduceSum"
-            )
-            self.graph.insert_before(before, [grouped, summed])
-            self._group_sums[key] = summed.outputs[0]
-        return self._group_sums[key]
 
     def _constant(self, name: str, array: NDArray[Any] | np.generic) -> ir.Value:
         if name in self.graph.initializers:
@@ -277,20 +247,13 @@ class Rewriter:
         return value
 
 
-def _is_head(value: ir.Value) -> bool:
-    """Whether something other than a Gather of rows reads an embedding, which is lm_head then."""
-    return any(use.node.op_type != "Gather" or use.idx != 0 for use in value.uses())
+def _gathers(use: Any) -> bool:
+    """Whether rows are gathered from the value; something else that reads an embedding is lm_head."""
+    return bool(use.node.op_type == "Gather" and use.idx == 0)
 
 
 def _module(value: ir.Value) -> str:
     return (value.name or "").removesuffix(".weight")
-
-
-def _cast(value: ir.Value, name: str) -> ir.Node:
-    node = ir.node("Cast", [value], {"to": int(FLOAT)}, name=name)
-    node.outputs[0].type = ir.TensorType(FLOAT)
-    node.outputs[0].shape = value.shape
-    return node
 
 
 def _check_shape(value: ir.Value, shape: Iterable[int]) -> None:

@@ -29,6 +29,7 @@ import numpy as np
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.errors import RuntimeUnavailableError
 from qalora_export.formats.onnx.read import OnnxContents, integers_of, read_back
+from qalora_export.formats.onnx.tied_head import BLOCKS, TABLE
 from qalora_export.verify.kernels.arithmetic import FLOAT32, Arithmetic, Int8Blocks, Int8Rows, Weight, cut_to_bfloat16
 from qalora_export.verify.kernels.products import Linear, Product, TappedGraph, linear_modules
 
@@ -133,6 +134,8 @@ class _Graph:
         """The MatMul of a weight that is not quantized; lm_head may be the embedding."""
         names = (f"{module}.weight", *(("model.embed_tokens.weight",) if module == "lm_head" else ()))
         for node in self._contents.model.graph.node:
+            if node.op_type == "MatMulNBits" and node.input[1].removesuffix(BLOCKS) in self._contents.embeddings:
+                return self._tied(node, node.input[1].removesuffix(BLOCKS))
             weight = self._source(node.input[1]) if node.op_type == "MatMul" else ""
             if weight in names:
                 out, features = self._contents.shape(weight)
@@ -145,9 +148,25 @@ class _Graph:
             "no matrix product of this module was found", where=f"{self._contents.folder}: {module}"
         )
 
+    def _tied(self, node: onnx.NodeProto, module: str) -> Product:
+        """lm_head on the codes of the embedding, in bytes."""
+        contents, said = self._contents, integers_of(node)
+
+        def codes(rows: slice) -> Weight:
+            found, zero, scale, _ = contents.embedding_parts(module, rows)
+            wide, centre = scale.astype(np.float64), zero.astype(np.float64)
+            return Weight(found.astype(np.float64) * np.repeat(wide, said["block_size"], axis=1), -centre * wide)
+
+        ways = ways_of(said.get("accuracy_level", 0), said["block_size"], said["bits"])
+        shape = contents.shape(f"{module}.weight")
+        return Product(f"{module}.codes", node.input[0], node.output[0], (shape[0], shape[1]), codes, ways)
+
     def _source(self, name: str) -> str:
-        """The initializer that a value is, but for its type and the order of its axes; "" if it is another thing."""
+        """The tensor that a value is, but for its type and the order of its axes; "" if it is another thing."""
         producers = self._contents.producers
         while name in producers and producers[name].op_type in PASSES_ON:
             name = producers[name].input[0]
+        module = name.removesuffix(TABLE)
+        if module != name and module in self._contents.embeddings:
+            return f"{module}.weight"
         return name if name in self._contents.initializers else ""

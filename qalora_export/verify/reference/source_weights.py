@@ -96,7 +96,7 @@ def _plain(source: ModelFolder, base: CanonicalCheckpoint) -> Iterator[str]:
 
 def _embeddings(source: ModelFolder, base: CanonicalCheckpoint) -> list[str]:
     """Embeddings that went into blocks; those that the source held in such blocks are the source's."""
-    held = source.embedding_grid if isinstance(source, GgufModel) else lambda _: None
+    held = source.embedding_plan if isinstance(source, GgufModel) else lambda _: None
     return [name for name in base.embeddings if held(name) is None]
 
 

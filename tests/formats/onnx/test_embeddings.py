@@ -23,14 +23,15 @@ from qalora_export.formats.contents import FolderContents, compare
 from qalora_export.formats.onnx.account import account_onnx
 from qalora_export.formats.onnx.check import check_onnx
 from qalora_export.formats.onnx.datafile import DataFile
+from qalora_export.formats.onnx.exact import exact_variant
 from qalora_export.formats.onnx.export import export_onnx
 from qalora_export.formats.onnx.read import EMBEDDINGS_KEY, MODULES_KEY, read_back
 from qalora_export.formats.onnx.rewrite import Rewriter
 from qalora_export.grid import GRIDS, GroupAffine, Levels, SuperBlockGrid, SymmetricGrid, SymmetricLevels
 from qalora_export.quantization.rules import parse_rule
 from qalora_export.quantization.stage import quantize
-from qalora_export.recipe import QuantizeSettings
-from tests.formats.onnx.helpers import matrices, proto, session
+from qalora_export.recipe import OnnxSettings, QuantizeSettings
+from tests.formats.onnx.helpers import matrices, prefill, proto, session, worst_nmse
 from tests.models import make_tiny_model
 
 EMBEDDING = "model.embed_tokens"
@@ -176,11 +177,75 @@ def test_metadata_that_names_an_embedding_twice_or_nowhere_is_refused(
         read_back(folder)
 
 
-def test_an_embedding_that_is_lm_head_too_stays_float32(tmp_path: Path) -> None:
-    """MatMulNBits would round the activations of a product that is exact now."""
-    make_tiny_model(tmp_path / "model", num_hidden_layers=1, hidden_size=256, tie_word_embeddings=True)
-    rules = (parse_rule(f"{EMBEDDING}=grid:q6_k"),)
-    quantize(tmp_path / "model", tmp_path / "base", QuantizeSettings(method="rtn", rules=rules))
-    assert export_onnx(tmp_path / "base", tmp_path / "onnx").differing == 0
-    contents = read_back(tmp_path / "onnx")
+@pytest.mark.parametrize("level", [4, 1])
+@pytest.mark.parametrize("grid", ["q6_k", "q5_k", "q8_0"])
+def test_an_embedding_in_bytes_that_is_lm_head_too_is_stored_once(grid: str, level: int, tmp_path: Path) -> None:
+    """Without int8 the session makes the float32 matrix of the blocks: logits are those of a table in the file."""
+    base, folder = tied(tmp_path, grid, level)
+    contents = read_back(folder)
+    assert list(contents.embeddings) == [EMBEDDING] and f"{EMBEDDING}.weight" not in contents.initializers
+    assert compare(FolderContents(base), contents).total == 0
+    assert check_onnx(Forecast.of(base)) <= (folder / "onnx/model.onnx_data").stat().st_size
+    assert not account_onnx(base, contents).differences
+    in_int8 = level == 4 and grid != "q5_k"  # whose offsets are free
+    assert in_int8 == any(node.name == "lm_head/MatMulNBits" for node in contents.model.graph.node)
+
+    ids, exact = np.arange(5, 25)[None], exact_variant(folder, tmp_path / "exact")
+    plain = with_a_table(exact, contents.tensor(f"{EMBEDDING}.weight"), tmp_path / "plain")
+    assert np.array_equal(bits(prefill(exact, ids)), bits(prefill(plain, ids)))
+    if in_int8:
+        assert 0 < worst_nmse(prefill(folder, ids), prefill(plain, ids)) < 1e-2
+
+
+def test_another_head_on_the_blocks_is_found(tmp_path: Path) -> None:
+    base, folder = tied(tmp_path, "q8_0", 4)
+    for change in (_other_scales, _other_codes):
+        model = proto(folder)
+        change(model)
+        copy = Path(shutil.copytree(folder, tmp_path / change.__name__))
+        onnx.save(model, copy / "onnx/model.onnx")
+        found = account_onnx(base, read_back(copy)).differences
+        assert len(found) == 1 and "graph.node" in found[0], found
+
+
+def _other_scales(model: onnx.ModelProto) -> None:
+    (head,) = [node for node in model.graph.node if node.name == "lm_head/MatMulNBits"]
+    head.input[2] = "model.norm.weight"
+
+
+def _other_codes(model: onnx.ModelProto) -> None:
+    (blocks,) = [node for node in model.graph.node if node.name == f"{EMBEDDING}/blocks"]
+    blocks.input[0] = f"{EMBEDDING}.zero_points"
+
+
+def tied(path: Path, grid: str, level: int) -> tuple[CanonicalCheckpoint, Path]:
+    make_tiny_model(path / "model", num_hidden_layers=1, hidden_size=256, tie_word_embeddings=True)
+    rules = (parse_rule(f"{EMBEDDING}=grid:{grid}"),)
+    quantize(path / "model", path / "base", QuantizeSettings(method="rtn", rules=rules))
+    assert export_onnx(path / "base", path / "onnx", OnnxSettings(accuracy_level=level)).differing == 0
+    return CanonicalCheckpoint(path / "base"), path / "onnx"
+
+
+def with_a_table(folder: Path, values: NDArray[np.float32], target: Path) -> Path:
+    """The same folder with the embedding in float32, read by a Gather and by lm_head."""
+    model = proto(Path(shutil.copytree(folder, target)))
+    table = onnx.numpy_helper.from_array(values, f"{EMBEDDING}/table")
+    (turned,) = [node for node in model.graph.node if table.name in node.input]
+    kept = [node for node in model.graph.node if not node.name.startswith(f"{EMBEDDING}/") or node is turned]
+    makers = {name: node.name for node in model.graph.node for name in node.output}
+    (rows,) = {name for node in kept for name in node.input if makers.get(name, "").startswith(f"{EMBEDDING}/")} - {
+        table.name,
+        *turned.output,
+    }
+    gather = onnx.helper.make_node("Gather", [table.name, "input_ids"], [rows], axis=0)
+    del model.graph.node[:]
+    model.graph.node.extend([turned, gather, *(node for node in kept if node is not turned)])
+    model.graph.initializer.append(table)
+    onnx.save(model, target / "onnx/model.onnx")
+    return target
+
+
+def test_an_embedding_in_nibbles_that_is_lm_head_too_stays_float32(tmp_path: Path) -> None:
+    _, folder = tied(tmp_path, "q4_k", 4)
+    contents = read_back(folder)
     assert contents.embeddings == {} and contents.tensor(f"{EMBEDDING}.weight").dtype == np.float32

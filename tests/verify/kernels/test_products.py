@@ -14,14 +14,18 @@ from qalora_runtimes.taps import run_taps
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.formats.gguf.export import export_gguf
 from qalora_export.formats.gguf.split import adapter_path
-from qalora_export.recipe import GgufSettings
+from qalora_export.formats.onnx.export import export_onnx
+from qalora_export.quantization.rules import parse_rule
+from qalora_export.quantization.stage import quantize
+from qalora_export.recipe import GgufSettings, QuantizeSettings
 from qalora_export.verify.kernels import ggml, mlas
 from qalora_export.verify.kernels.arithmetic import BACKWARD
 from qalora_export.verify.kernels.products import Product, TappedGraph, deviation
+from tests.models import make_tiny_model
 from tests.verify.exports import Exported
 
 Taps = Mapping[str, np.ndarray]
-KINDS = ("gguf", "split", "onnx")
+KINDS = ("gguf", "split", "onnx", "onnx, head q8_0", "onnx, head q5_k")  # the heads: of an embedding in blocks
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ def tapped(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Call
     prompts = {"prefill": random.integers(0, 360, 67), "decode": random.integers(0, 360, 5)}
 
     def graph_of(kind: str, folder: Path) -> TappedGraph:
+        if kind.startswith("onnx, head"):
+            return tied_graph(kind.rpartition(" ")[2], folder)
         if kind == "onnx":
             return mlas.tapped_graph(exported.onnx, checkpoint, folder)
         if kind == "gguf":
@@ -59,7 +65,7 @@ def tapped(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Call
             found = {}
             for mode, ids in prompts.items():
                 result = run_taps(
-                    "onnxruntime" if kind == "onnx" else "llama.cpp",
+                    "onnxruntime" if kind.startswith("onnx") else "llama.cpp",
                     model=graph.model,
                     job=make_job([ids.tolist()], mode),
                     names=[names[:5], names[5:]],
@@ -73,6 +79,19 @@ def tapped(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Call
         return known[kind]
 
     return of
+
+
+def tied_graph(grid: str, folder: Path) -> TappedGraph:
+    make_tiny_model(folder / "model", hidden_size=256, tie_word_embeddings=True)
+    rules = (parse_rule(f"model.embed_tokens=grid:{grid}"),)
+    quantize(folder / "model", folder / "base", QuantizeSettings(method="rtn", rules=rules))
+    export_onnx(folder / "base", folder / "onnx")
+    graph = mlas.tapped_graph(folder / "onnx", CanonicalCheckpoint(folder / "base"), folder / "tapped")
+    (head,) = graph.linears[-1].products
+    assert (head.weight, len(head.ways) > 1) == (
+        ("model.embed_tokens.codes", True) if grid == "q8_0" else ("model.embed_tokens.weight", False)
+    )
+    return graph
 
 
 @pytest.mark.parametrize("mode", ["prefill", "decode"])
