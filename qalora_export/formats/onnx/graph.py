@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import tempfile
 from collections.abc import Mapping
@@ -37,16 +39,27 @@ def build_graph(config: Mapping[str, Any], *, untied_head: bool = False) -> Mode
 
     config: the checkpoint's config.json. untied_head: the checkpoint holds an lm_head of its own although config.json
     ties it to the embeddings (a quantized head). Raises InputError when mobius-onnx cannot build the architecture.
-    """
-    import mobius
 
-    _register_provider()
+    Every call answers a graph of its own. It is built once: an export and its verification ask several times.
+    """
+    from mobius import ModelPackage
+
     source = family_of(config).exported(config, "onnx")
     source.pop("quantization_config", None)
     if untied_head:
         source["tie_word_embeddings"] = False
+    built = _built(json.dumps(source))
+    return ModelPackage({"model": built["model"].clone(deep_copy=True)}, config=copy.deepcopy(built.config))
+
+
+@functools.lru_cache(maxsize=4)
+def _built(config: str) -> ModelPackage:
+    """config: JSON, ready for mobius."""
+    import mobius
+
+    _register_provider()
     with tempfile.TemporaryDirectory(prefix="qalora-onnx-") as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(source), encoding="utf-8")
+        (Path(folder) / "config.json").write_text(config, encoding="utf-8")
         try:
             package = mobius.build(
                 folder, execution_provider=PROVIDER, dtype="f32", load_weights=False, trust_remote_code=False
@@ -56,7 +69,7 @@ def build_graph(config: Mapping[str, Any], *, untied_head: bool = False) -> Mode
     if list(package) != ["model"]:
         raise InputError(f"expected one decoder graph, got {', '.join(package)}", where="config.json")
     model = package["model"]
-    correct(model, source)
+    correct(model, json.loads(config))
     name_dimensions(model)
     model.ir_version = IR_VERSION
     model.graph.name = GRAPH_NAME  # mobius names it after the folder, which is temporary
