@@ -26,6 +26,7 @@ from tests.conftest import MadeOnce
 from tests.models import make_tiny_model
 from tests.verify.exports import verified
 
+pytestmark = pytest.mark.usefixtures("warm_runners")
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 4}
 EMBEDDING = "model.embed_tokens"
 SIX_BITS, EIGHT_BITS = "model.layers.0.self_attn.v_proj", "model.layers.0.mlp.down_proj"

@@ -23,6 +23,7 @@ from tests.conftest import MadeOnce
 from tests.models import make_tiny_model
 from tests.verify.exports import verified
 
+pytestmark = pytest.mark.usefixtures("warm_runners")
 WIDTHS = {"hidden_size": 256, "intermediate_size": 320, "head_dim": 64, "num_attention_heads": 4}
 QUERY, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 
