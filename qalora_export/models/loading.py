@@ -14,6 +14,7 @@ from qalora_export.errors import InputError, refused_by
 from qalora_export.models.templates import BoundedTemplate
 from qalora_export.models.tokenizers import FILE, Bounds, bind, bounds_of, require_declared_ids
 from qalora_export.safety import StrPath
+from qalora_export.safety.confined import ConfinedTogether
 from qalora_export.safety.limits import byte_order_mark
 
 
@@ -89,13 +90,15 @@ def _load_tokenizer(folder: Path) -> Any:
         tokenizer: Any = kind.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False, use_fast=True
         )
-        bind(tokenizer, bounds, folder)
+        process = ConfinedTogether()
+        bind(tokenizer, bounds, folder, process)
+        template = BoundedTemplate(tokenizer, folder, process)
         tokenizer.decode(tokenizer("a").input_ids)  # some damage shows only in use
     if ours:
         require_declared_ids(tokenizer, folder)
     if isinstance(tokenizer.chat_template, str) and tokenizer.chat_template.startswith("\ufeff"):
         raise byte_order_mark(f"{folder}: chat template")
-    tokenizer.apply_chat_template = BoundedTemplate(tokenizer, folder)
+    tokenizer.apply_chat_template = template
     return tokenizer
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from qalora_export.errors import InputError, UnsafeInputError
-from qalora_export.safety.confined import Confined, FailedError, OutOfBoundsError
+from qalora_export.safety.confined import ConfinedTogether, FailedError, OutOfBoundsError
 
 
 class TemplateRefusal(InputError, TemplateError):
@@ -22,16 +22,18 @@ class TemplateRefusal(InputError, TemplateError):
 class BoundedTemplate:
     """Stands in for a tokenizer's apply_chat_template, with the same arguments; answers are str, list and dict.
 
+    process: in which it renders, beside the tokenizer's own calls.
+
     Raises TemplateRefusal when the template raises, UnsafeInputError when it takes more time or memory than a call may.
     """
 
-    def __init__(self, tokenizer: Any, folder: Path) -> None:
-        self._tokenizer, self._folder = tokenizer, folder
-        self._template, self._render = tokenizer.chat_template, Confined(_plain(tokenizer.apply_chat_template))
+    def __init__(self, tokenizer: Any, folder: Path, process: ConfinedTogether) -> None:
+        self._tokenizer, self._folder, self._process = tokenizer, folder, process
+        self._template, self._render = tokenizer.chat_template, process.add(_plain(tokenizer.apply_chat_template))
 
     def __call__(self, conversation: Any, **options: Any) -> Any:
         if self._tokenizer.chat_template != self._template:  # another one was set since
-            self._render.close()
+            self._process.close()
             self._template = self._tokenizer.chat_template
         try:
             return self._render(conversation, **options)

@@ -17,7 +17,15 @@ from typing import Any
 
 from qalora_export.errors import InputError, UnsafeInputError, refused_by
 from qalora_export.safety import read_json, sha256_file
-from qalora_export.safety.confined import MEMORY, SECONDS, Confined, FailedError, OutOfBoundsError, is_confined
+from qalora_export.safety.confined import (
+    MEMORY,
+    SECONDS,
+    Confined,
+    ConfinedTogether,
+    FailedError,
+    OutOfBoundsError,
+    is_confined,
+)
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 # Steps whose work is linear in the text, and which make it at most some times as long.
@@ -158,12 +166,12 @@ def require_declared_ids(tokenizer: Any, folder: Path) -> None:
             )
 
 
-def bind(tokenizer: Any, bounds: Bounds, folder: Path) -> None:
+def bind(tokenizer: Any, bounds: Bounds, folder: Path, process: ConfinedTogether) -> None:
     """Confine the calls of a Transformers tokenizer that need it, in place; encodings are then plain lists."""
     kind, calls = type(tokenizer), dict[str, Any]()
     if bounds.encode:
         original = tokenizer._encode_plus
-        encode = _Call(tokenizer, original, folder, "encode a text")
+        encode = _Call(tokenizer, original, folder, "encode a text", process)
 
         def _encode_plus(_: Any, text: Any, text_pair: Any = None, return_tensors: Any = None, **options: Any) -> Any:
             from transformers import BatchEncoding
@@ -174,7 +182,7 @@ def bind(tokenizer: Any, bounds: Bounds, folder: Path) -> None:
 
         calls["_encode_plus"] = _encode_plus
     if bounds.decode:
-        decode = _Call(tokenizer, tokenizer._decode, folder, "decode tokens")
+        decode = _Call(tokenizer, tokenizer._decode, folder, "decode tokens", process)
         calls["_decode"] = lambda _, *arguments, **options: decode(*arguments, **options)
     if calls:
         tokenizer.__class__ = type(kind.__name__, (kind,), calls)
@@ -183,13 +191,13 @@ def bind(tokenizer: Any, bounds: Bounds, folder: Path) -> None:
 class _Call:
     """A method of a tokenizer, confined; the process starts anew when tokens were added since."""
 
-    def __init__(self, tokenizer: Any, method: Any, folder: Path, doing: str) -> None:
+    def __init__(self, tokenizer: Any, method: Any, folder: Path, doing: str, process: ConfinedTogether) -> None:
         def plain(*arguments: Any, **options: Any) -> Any:
             found = method(*arguments, **options)
             return dict(found) if isinstance(found, Mapping) else found
 
-        self._backend, self._confined = tokenizer.backend_tokenizer, Confined(plain)
-        self._call, self._tokens = _ending(self._confined, folder, doing), self._count()
+        self._backend, self._process = tokenizer.backend_tokenizer, process
+        self._call, self._tokens = _ending(process.add(plain), folder, doing), self._count()
 
     def _count(self) -> int:
         return int(self._backend.get_vocab_size(with_added_tokens=True))
@@ -197,11 +205,11 @@ class _Call:
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         if (tokens := self._count()) != self._tokens:
             self._tokens = tokens
-            self._confined.close()
+            self._process.close()
         return self._call(*arguments, **options)
 
 
-def _ending(call: Confined, folder: Path | None, doing: str) -> Callable[..., Any]:
+def _ending(call: Callable[..., Any], folder: Path | None, doing: str) -> Callable[..., Any]:
     def bounded(*arguments: Any, **options: Any) -> Any:
         where = FILE if folder is None else f"{folder}: tokenizer"
         try:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qalora_export.safety.confined import LARGEST, Confined, FailedError, OutOfBoundsError
+from qalora_export.safety.confined import LARGEST, Confined, ConfinedTogether, FailedError, OutOfBoundsError
 from qalora_export.safety.lock import single_writer
 
 
@@ -61,6 +61,25 @@ def test_every_way_not_to_end_is_ended(expression: str, reason: str) -> None:
     with pytest.raises(OutOfBoundsError, match=reason):
         call(expression)
     assert call("str(1 + 1)") == "2"  # in a new process where the old one is gone
+
+
+def test_several_functions_share_a_process_until_one_of_them_breaks_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qalora_export.safety.confined.SECONDS", 0.2)
+    together = ConfinedTogether()
+    pid, joined = together.add(os.getpid), together.add(lambda *parts, by: by.join(parts))
+    first = pid()
+    assert joined("a", "b", by="-") == "a-b" and pid() == first != os.getpid()
+    forever = together.add(lambda: any(iter(int, 1)))  # the process that runs does not know it
+    second = pid()
+    assert second != first and not Path(f"/proc/{first}").exists()
+    with pytest.raises(OutOfBoundsError, match="took more than"):
+        forever()
+    assert joined("a", by="") == "a" and pid() not in (first, second)
+    with pytest.raises(FailedError, match="TypeError"):
+        joined(1, by="")
+    third = pid()
+    together.close()
+    assert not Path(f"/proc/{third}").exists() and pid() != third
 
 
 def test_the_process_ends_with_its_object() -> None:
