@@ -29,8 +29,7 @@ def moved(base: Path, out: Path, seed: int, *, size: float = 0.02, codes: int = 
             other[0, :codes] ^= 1
             writer.add_quantized(module, GroupAffine(other, matrix.scale, offset, matrix.bits))
             codes = 0
-        for name in checkpoint.plain_names():
-            writer.add(name, checkpoint.tensor(name))
+        writer.add_rest_of(checkpoint)
     return out
 
 
