@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from qalora_export.errors import InputError, UnsafeInputError, did_you_mean
 from qalora_export.recipe import HUB_ID, Recipe
 from qalora_export.safety.confined import Confined, FailedError, OutOfBoundsError
-from qalora_export.safety.paths import local_path
+from qalora_export.safety.paths import StrPath, local_path
 from qalora_export.safety.regular import regular_file
 
 MAX_RECIPE_BYTES = 2**20
@@ -28,12 +28,13 @@ PATH_KEYS = {
 }
 
 
-def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
+def load_recipe(path: StrPath, overrides: dict[str, Any] | None = None) -> Recipe:
     """Read a TOML recipe; `overrides` maps dotted keys ("train.rank") to values and beats the file.
 
     Relative paths in the recipe are relative to the recipe's own folder. Raises InputError with "did you mean",
     UnsafeInputError for a file that is no recipe by its size or takes too long to parse.
     """
+    path = local_path(path)
     raw = _parsed(regular_file(path, "recipe"))
     _resolve_paths(raw, path.parent)
     for dotted, value in (overrides or {}).items():

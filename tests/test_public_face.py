@@ -179,3 +179,14 @@ def test_errors_are_of_this_package(tmp_path: Path) -> None:
     with pytest.raises(q.InputError, match="nothing to inspect"):
         q.load(str(tmp_path / "absent"))
     assert all(issubclass(getattr(q, name), q.QaloraError) for name in q.__all__ if name.endswith("Error"))
+
+
+def test_every_path_may_be_a_str() -> None:
+    functions = [getattr(q, name) for name in q.__all__ if inspect.isfunction(getattr(q, name))]
+    assert q.load_recipe in functions
+    for function in functions:
+        for parameter in inspect.signature(function).parameters.values():
+            said = str(parameter.annotation)
+            assert "Path" not in said.replace("StrPath", "").replace("PathLike", ""), (
+                f"{function.__name__}: {parameter}"
+            )

@@ -58,7 +58,7 @@ def test_missing_recipe(tmp_path: Path) -> None:
 
 
 def test_overrides_beat_the_file_and_paths_are_relative_to_it(tmp_path: Path) -> None:
-    recipe = load_recipe(_write(tmp_path, MINIMAL + "[train]\nrank = 4\ndata = 'd.jsonl'\n"), {"train.rank": 8})
+    recipe = load_recipe(str(_write(tmp_path, MINIMAL + "[train]\nrank = 4\ndata = 'd.jsonl'\n")), {"train.rank": 8})
     assert recipe.train.rank == 8
     assert recipe.model == str(tmp_path / "m")
     assert recipe.train.data == str(tmp_path / "d.jsonl")
