@@ -44,7 +44,7 @@ class GgufModel(ModelFolder):
 
     def __init__(self, file: Path, folder: Path, *, dequantize: bool) -> None:
         self.file, self.path = file, folder
-        self._gguf = GgufContents(file)
+        self._gguf, self._plans = GgufContents(file), dict[str, Plan | None]()
         exact = set(self._gguf.modules) | {name.removesuffix(".weight") for name in self._gguf.others}
         self.foreign = {  # tensors in a type with no canonical form: name -> type
             name: kind
@@ -107,6 +107,11 @@ class GgufModel(ModelFolder):
 
     def embedding_plan(self, module: str) -> Plan | None:
         """How the file holds an embedding in blocks that are canonical; None where it is stored otherwise."""
+        if module not in self._plans:  # to know it of Q8_0 every block is read
+            self._plans[module] = self._plan(module)
+        return self._plans[module]
+
+    def _plan(self, module: str) -> Plan | None:
         kind = BLOCK_TYPES.get(self._gguf.types.get(f"{module}.weight", ""))
         if kind is not None and isinstance(kind.grid, SuperBlockGrid):
             return plan_of(kind.grid)

@@ -21,6 +21,7 @@ from qalora_export.formats.onnx.check import check_runnable
 from qalora_export.formats.onnx.layout import DATA, GRAPH
 from qalora_export.formats.onnx.read import EMBEDDINGS_KEY, MODULES_KEY, read_back
 from qalora_export.formats.onnx.split_form import WrittenForm
+from qalora_export.formats.onnx.tied_head import HEAD
 from qalora_export.formats.streaming import synced
 from qalora_export.grid import AFFINE16, NamedGrid
 from qalora_export.models.families import family_of
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from qalora_export.formats.onnx.datafile import DataFile
 
 PRODUCER = "qalora-export"
-HEAD = "lm_head"
 
 
 def export_onnx(

@@ -27,10 +27,9 @@ from qalora_export.formats.onnx.embeddings import ELEMENT_BITS, TIED_BITS, eleme
 from qalora_export.formats.onnx.exact import EXACT_LEVEL
 from qalora_export.formats.onnx.products import FLOAT, MICROSOFT, Products, to_float
 from qalora_export.formats.onnx.split_form import SplitForm, WrittenForm, choose_form, to_blocks, zero_points
-from qalora_export.formats.onnx.tied_head import BLOCKS, table_of
+from qalora_export.formats.onnx.tied_head import BLOCKS, HEAD, table_of
 from qalora_export.formats.streaming import prepared
 
-HEAD = "lm_head"
 SOURCE_DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 FORMS_AHEAD = 2  # matrices whose zero points and remainders are computed before they are placed
 INLINE_BYTES = 1024  # graph constants (axes, shapes) up to here stay in model.onnx; larger ones go to the data file

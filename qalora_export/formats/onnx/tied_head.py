@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import onnx
 
+HEAD = "lm_head"
 FLOAT = 1  # onnx.TensorProto.FLOAT
 MIDDLE = 128  # z where a file has no zero points
 TABLE, BLOCKS = (

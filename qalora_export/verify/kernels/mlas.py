@@ -22,9 +22,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
 from qalora_export.errors import RuntimeUnavailableError
@@ -98,10 +99,8 @@ class _Graph:
         ways = ways_of(level, contents.modules[module][1], integers_of(node)["bits"])
 
         def codes(rows: slice) -> Weight:
-            """s·q and −s·z: kernels multiply unsigned codes and take the zero point off by the sums of x̂."""
             matrix = contents.packed(module, rows).unpack()
-            scale, zero = matrix.scale.astype(np.float64), contents.zeros(module, rows).astype(np.float64)
-            return Weight(matrix.codes.astype(np.float64) * np.repeat(scale, matrix.group_size, axis=1), -zero * scale)
+            return _of_codes(matrix.codes, contents.zeros(module, rows), matrix.scale)
 
         def cut(rows: slice) -> Weight:
             """s'·(q − 8), with s cut to bfloat16, and s·(8 − z), not cut."""
@@ -154,8 +153,7 @@ class _Graph:
 
         def codes(rows: slice) -> Weight:
             found, zero, scale, _ = contents.embedding_parts(module, rows)
-            wide, centre = scale.astype(np.float64), zero.astype(np.float64)
-            return Weight(found.astype(np.float64) * np.repeat(wide, said["block_size"], axis=1), -centre * wide)
+            return _of_codes(found, zero, scale)
 
         ways = ways_of(said.get("accuracy_level", 0), said["block_size"], said["bits"])
         shape = contents.shape(f"{module}.weight")
@@ -170,3 +168,13 @@ class _Graph:
         if module != name and module in self._contents.embeddings:
             return f"{module}.weight"
         return name if name in self._contents.initializers else ""
+
+
+def _of_codes(codes: NDArray[np.uint8], zero: NDArray[np.uint8], scale: NDArray[Any]) -> Weight:
+    """s·q and −s·z: kernels multiply unsigned codes and take the zero point off by the sums of x̂.
+
+    codes (rows, in), the others (rows, groups).
+    """
+    wide = scale.astype(np.float64)
+    size = codes.shape[1] // scale.shape[1]
+    return Weight(codes.astype(np.float64) * np.repeat(wide, size, axis=1), -zero.astype(np.float64) * wide)
