@@ -135,8 +135,8 @@ class EvaluateSettings(Settings):
 class CompareSettings(Settings):
     """Which methods `compare` trains and scores, at which bits, seeds and learning rates; None: every method.
 
-    The first seed tries every learning rate of a trained method; the others take the one with the lowest validation
-    loss. Everything else comes from [train] and [quantize].
+    The first seed looks for the learning rate of a trained method with the lowest validation loss, from the middle one
+    up or down as long as it falls; the others take it. Everything else comes from [train] and [quantize].
     """
 
     methods: tuple[str, ...] | None = None

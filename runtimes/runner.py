@@ -13,9 +13,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from qalora_runtimes import heartbeat
@@ -49,6 +49,14 @@ class Runtime(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """ "runtime", "package", "version", "settings": what ran and every setting that changes numbers."""
+
+
+@runtime_checkable
+class SideBySide(Protocol):
+    """A Runtime that can decode several sequences in each step."""
+
+    def decode_steps(self, job: Job) -> Iterator[tuple[list[int], Rows]] | None:
+        """Numbers of positions of the job and their rows, every position once; None: ask decode() instead."""
 
 
 def parser(module: str, description: str, *, model_help: str, model_required: bool = True) -> argparse.ArgumentParser:
@@ -125,24 +133,34 @@ def run_pass(runtime: Runtime, job: Job, each: str, seconds: dict[str, float]) -
 
     each: one of job.passes.
     """
-    step = {"prefill": runtime.prefill, "decode": runtime.decode}[each]
     heartbeat.at("first token")
     runtime.prefill(job.sequences[0][:1])  # first touch of the weights is not throughput
+    steps = runtime.decode_steps(job) if each == "decode" and isinstance(runtime, SideBySide) else None
+    if steps is None:
+        steps = _sequence_by_sequence({"prefill": runtime.prefill, "decode": runtime.decode}[each], job)
     out: Logprobs | None = None
-    seconds[each], row = 0.0, 0
-    for ids in job.sequences:
-        heartbeat.at(f"{each}, tokens", row, job.total)
-        started = time.perf_counter()
-        rows = step(ids)
+    seconds[each], done, started = 0.0, 0, time.perf_counter()
+    heartbeat.at(f"{each}, tokens", 0, job.total)
+    for positions, rows in steps:
         seconds[each] += time.perf_counter() - started
-        if rows.ndim != 2 or len(rows) != len(ids) or (out is not None and rows.shape[1] != out.shape[1]):
-            raise RunnerError(f"the runtime returned logits of shape {rows.shape} for {len(ids)} tokens")
+        if rows.ndim != 2 or len(rows) != len(positions) or (out is not None and rows.shape[1] != out.shape[1]):
+            raise RunnerError(f"the runtime returned logits of shape {rows.shape} for {len(positions)} tokens")
         if out is None:
             out = np.empty((job.total, rows.shape[1]), dtype=np.float32)
-        out[row : row + len(ids)] = log_softmax(rows)
-        row += len(ids)
-    assert out is not None  # Job refuses to be empty
+        out[positions] = log_softmax(rows)
+        done += len(positions)
+        heartbeat.at(f"{each}, tokens", done, job.total)
+        started = time.perf_counter()
+    if out is None or done != job.total:
+        raise RunnerError(f"the runtime answered {done} of {job.total} positions")
     return out
+
+
+def _sequence_by_sequence(step: Callable[[Ids], Rows], job: Job) -> Iterator[tuple[list[int], Rows]]:
+    start = 0
+    for ids in job.sequences:
+        yield list(range(start, start + len(ids))), step(ids)
+        start += len(ids)
 
 
 def check_vocabulary(job: Job, vocabulary: int) -> None:

@@ -88,18 +88,28 @@ def _lq_at_two_bits(rows: _Rows) -> tuple[bool, str]:
     return ours < theirs, f"{ours:.4f} against {theirs:.4f} nats"
 
 
+def _coarser_trades(rows: _Rows) -> tuple[bool, str]:
+    fine, coarse = (rows.trainable(method, 4) for method in ("qa-lora", "qa-lora-coarse"))
+    more = [rows.loss("qa-lora-coarse", bits) - rows.loss("qa-lora", bits) for bits in (4, 2)]
+    figure = ", ".join(f"{each:+.4f}" for each in more) + f" nats at 4, 2 bits, {coarse:,} of {fine:,} parameters"
+    return coarse < fine and min(more) > 0, figure
+
+
 def _no_slower(rows: _Rows) -> tuple[bool, str]:
     ours, theirs = rows.seconds("qa-lora", 4), rows.seconds("qlora")
     return ours <= theirs, f"{ours:.0f} against {theirs:.0f} s"
 
 
-def _below(ours: str, theirs: str, *, strictly: bool) -> Callable[[_Rows], tuple[bool, str]]:
-    """Whether one method's loss is below another's at 3 and at 2 bits."""
+def _below(
+    ours: str, theirs: str, *, bits: tuple[int, ...] = (3, 2), strictly: bool = False
+) -> Callable[[_Rows], tuple[bool, str]]:
+    """Whether one method's loss is below another's at each of `bits`."""
 
     def judge(rows: _Rows) -> tuple[bool, str]:
-        pairs = [(rows.loss(ours, bits), rows.loss(theirs, bits)) for bits in (3, 2)]
+        pairs = [(rows.loss(ours, each), rows.loss(theirs, each)) for each in bits]
         held = all(mine < other if strictly else mine <= other for mine, other in pairs)
-        return held, ", ".join(f"{mine:.4f} against {other:.4f}" for mine, other in pairs) + " nats at 3, 2 bits"
+        figure = ", ".join(f"{mine:.4f} against {other:.4f}" for mine, other in pairs)
+        return held, f"{figure} nats at {', '.join(map(str, bits))} bits"
 
     return judge
 
@@ -128,14 +138,15 @@ CLAIMS: tuple[tuple[str, Callable[[_Rows], tuple[bool, str]]], ...] = (
     ("that gap grows at 3 and 2 bits", _gap_grows),
     ("QA-LoRA trains about half of LoRA's parameters at equal rank", _half_of_the_parameters),
     ("LQ-LoRA at 2 bits beats QLoRA merged and quantized", _lq_at_two_bits),
+    ("larger groups trade accuracy for parameters", _coarser_trades),
     ("QA-LoRA trains no slower than QLoRA at equal steps", _no_slower),
     (
         "bits by matrix are no worse than uniform ones for LQ-LoRA at 3 and 2 bits",
-        _below("lq-lora-mixed", "lq-lora-fisher", strictly=False),
+        _below("lq-lora-mixed", "lq-lora-fisher"),
     ),
     (
-        "ours: nor are they for QA-LoRA",
-        _below("qa-lora-mixed", "qa-lora", strictly=False),
+        "ours: nor are they for QA-LoRA at 4 and 3 bits",
+        _below("qa-lora-mixed", "qa-lora", bits=(4, 3)),
     ),
     (
         "ours: offsets refitted in closed form are a better start than zero at 3 and 2 bits",

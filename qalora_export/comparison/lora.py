@@ -38,6 +38,10 @@ def to_nf4(model: nn.Module, modules: Iterable[str]) -> None:
             linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
         )
         packed.bias = linear.bias
+        # bitsandbytes 0.50, processors with AVX-512 BF16: after the first evaluation the weights stay in an order for
+        # inference, whose product has no gradient: training goes on without most of its gradients, and without a word
+        # (tests/comparison/test_lora.py).
+        packed.support_avx512bf16_for_cpu = False
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, packed.to(linear.weight.device))  # this packs
     model.is_loaded_in_4bit = True  # type: ignore[assignment]  # PEFT asks the model, not the layer

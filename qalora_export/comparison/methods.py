@@ -75,7 +75,9 @@ METHODS = {
         replace(
             _merged("qa-lora-mixed", "QA-LoRA, bits by matrix", with_qalora.qa_lora_mixed, CALIBRATION, SCIPY),
             artifact=_mixed_gguf,
+            narrowest=3,
         ),
+        _merged("qa-lora-coarse", f"QA-LoRA, groups of {with_qalora.COARSE}", with_qalora.qa_lora_coarse, CALIBRATION),
         _merged("qa-lora-plain", "QA-LoRA from plain GPTQ", with_qalora.qa_lora_plain, CALIBRATION),
         _merged("qa-lora-refit", "the same, offsets refitted first", with_qalora.qa_lora_refit, CALIBRATION),
         _merged("qa-lora+", "QA-LoRA+ (scales too)", with_qalora.qa_lora_plus, CALIBRATION),

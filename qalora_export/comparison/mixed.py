@@ -21,7 +21,7 @@ from qalora_export.grid import packed_width
 from qalora_export.progress import track
 from qalora_export.quantization.rules import Plan
 
-# Every choice that GGUF and ONNX hold exactly after training.
+# Every choice that GGUF and ONNX hold exactly after training, or beside a 16-bit adapter.
 CHOICES = tuple(Plan(bits, group, sym=False) for bits in (2, 3, 4, 5) for group in (32, 64, 128))
 Rest = Callable[[str, Tensor, Plan], Tensor]  # module, its weight (out, in), a choice -> what is left of the weight
 
@@ -32,13 +32,13 @@ def size_of(shape: tuple[int, int], plan: Plan) -> int:
     return rows * (packed_width(columns, plan.bits) + 2 * FP16 * columns // plan.group_size)
 
 
-def errors_of(bench: Bench, rest: Rest) -> dict[str, dict[Plan, float]]:
-    """Module -> choice that its width allows -> error."""
+def errors_of(bench: Bench, rest: Rest, choices: Sequence[Plan] = CHOICES) -> dict[str, dict[Plan, float]]:
+    """Module -> those of `choices` that its width allows -> error."""
     model, fisher, found = plain(bench.source), bench.fisher, dict[str, dict[Plan, float]]()
     for name in track(bench.modules, "errors of every choice of bits, matrices"):
         weight = model.get_submodule(name).weight.data
-        choices = [plan for plan in CHOICES if weight.shape[1] % plan.group_size == 0]
-        found[name] = {plan: float((fisher[name] * rest(name, weight, plan).square()).sum()) for plan in choices}
+        fit = [plan for plan in choices if weight.shape[1] % plan.group_size == 0]
+        found[name] = {plan: float((fisher[name] * rest(name, weight, plan).square()).sum()) for plan in fit}
     return found
 
 

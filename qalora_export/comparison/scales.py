@@ -1,8 +1,10 @@
 """QA-LoRA+: scales beside offsets, both low-rank, both trained through the grid.
 
-    scale_eff  = fp16( s · (1 + α/r · B_s A_s) )        offset_eff = fp16( m + α/r · B_m A_m )        (out, in/g)
-    y          = x · (codes · scale_eff + offset_eff)ᵀ
+    scale_eff  = fp16( s + α/r · B_s A_s / σ )        offset_eff = fp16( m + α/r · B_m A_m − c · (scale_eff − s) )
+    y          = x · (codes · scale_eff + offset_eff)ᵀ                                                    (out, in/g)
 
+c and σ: mean and standard deviation of the codes of a group. So the scale turns about the middle of the group and
+leaves its mean where it was, and the same step of either update moves weights as far: one learning rate serves both.
 Rounding passes gradients straight through. As in QA-LoRA the merged model is the trained one: merging writes the two
 float16 matrices, codes stay. This layer is plain autograd: it makes the whole matrix at every step, which small models
 can afford.
@@ -62,6 +64,8 @@ class ScaleOffsetLinear(nn.Module):
     codes: Tensor
     scale: Tensor
     offset: Tensor
+    centre: Tensor
+    spread: Tensor
 
     def __init__(self, matrix: GroupAffine, bias: Tensor | None, *, rank: int, alpha: float, seed: int) -> None:
         super().__init__()
@@ -70,6 +74,9 @@ class ScaleOffsetLinear(nn.Module):
             self.register_buffer(name, torch.from_numpy(np.array(getattr(matrix, name), np.float32)))
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         rows, groups = matrix.scale.shape
+        codes = self.codes.unflatten(1, (groups, -1))
+        self.register_buffer("centre", codes.mean(-1))
+        self.register_buffer("spread", codes.std(-1, correction=0).clamp_min(1.0))  # a group of equal codes has none
         generator = torch.Generator().manual_seed(seed)
         self.scale_update, self.offset_update = (
             _LowRank(rows, groups, rank, alpha / rank, generator) for _ in range(2)
@@ -77,8 +84,8 @@ class ScaleOffsetLinear(nn.Module):
 
     def effective(self) -> tuple[Tensor, Tensor]:
         """scale_eff and offset_eff, float32 holding float16 values, (out, in/g)."""
-        scale = _rounded(self.scale * (1 + self.scale_update()))
-        return scale, _rounded(self.offset + self.offset_update())
+        scale = _rounded(self.scale + self.scale_update() / self.spread)
+        return scale, _rounded(self.offset + self.offset_update() - self.centre * (scale - self.scale))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""

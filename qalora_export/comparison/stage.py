@@ -161,11 +161,13 @@ class _OneRow:
     written: dict[Cell, Made] = field(default_factory=dict)  # without their models
 
     def seeds(self) -> list[Measured]:
-        """One cell per seed: the first seed's best of all learning rates, proven, and that rate for the others."""
+        """One cell per seed: the first seed's at its best learning rate, proven, and that rate for the others."""
         asked = self.run.bench.recipe.compare
         first, *others = asked.seeds
-        rates = asked.learning_rates if self.method.trained else (None,)
-        best = best_rate([self._measured(first, rate) for rate in rates])
+        if self.method.trained:
+            best = best_rate(asked.learning_rates, lambda rate: self._measured(first, rate))
+        else:
+            best = self._measured(first, None)
         unproven = best.gates is None if best.ships == EXACT else best.ships == GGUF and best.answered is None
         if asked.prove and unproven and (proof := self._proof(best.cell)) is not None:
             best = self.run.write(replace(best, gates=proof.gates, answered=proof.answered))
@@ -216,7 +218,9 @@ def _record(cell: Cell, made: Made, score: Score) -> Measured:
 
 
 def _widths(method: Method, bits: tuple[int, ...]) -> tuple[int | None, ...]:
-    return tuple(sorted(bits, reverse=True)) if method.bits == "each" else (None,)
+    if method.bits != "each":
+        return (None,)
+    return tuple(each for each in sorted(bits, reverse=True) if each >= method.narrowest)
 
 
 def _write(out: Path, report: ComparisonReport) -> None:

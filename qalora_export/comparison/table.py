@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from qalora_export.comparison.cells import Measured, Speed
@@ -37,9 +37,33 @@ class Row:
         return statistics.mean(self.loss) if self.loss else None
 
 
-def best_rate(cells: Sequence[Measured]) -> Measured:
-    """The cell with the lowest validation loss; the first when every one diverged."""
-    return min(cells, key=lambda m: float("inf") if m.validation_loss is None else m.validation_loss)
+def best_rate(rates: Iterable[float], measured: Callable[[float], Measured]) -> Measured:
+    """The cell at the learning rate with the lowest validation loss, found by climbing: from the middle one upwards as
+    long as the loss falls, and where it never did, downwards.
+
+    What lies behind a worse one is not trained: the loss has one valley over the rate. Of rates that all diverge, the
+    lowest.
+    """
+    rates = sorted(rates)
+    middle = len(rates) // 2
+    start = best = measured(rates[middle])
+    for rate in rates[middle + 1 :]:
+        tried = measured(rate)
+        if _validated(tried) >= _validated(best):
+            break
+        best = tried
+    if best is not start:
+        return best
+    for rate in reversed(rates[:middle]):
+        tried = measured(rate)
+        if _validated(tried) > _validated(best):  # equal: both diverged
+            break
+        best = tried
+    return best
+
+
+def _validated(cell: Measured) -> float:
+    return float("inf") if cell.validation_loss is None else cell.validation_loss
 
 
 def row_of(title: str, cells: Sequence[Measured]) -> Row:

@@ -43,6 +43,7 @@ def lora_16(bench: Bench, cell: Cell, _folder: Path) -> Made:
 
 def qlora(bench: Bench, cell: Cell, _folder: Path) -> Made:
     model, trained = _lora(bench, cell, nf4=True)
+    _keep_merged(bench, cell, model, trained)  # the rows that quantize it again do not train it again
     return Made(model, trained, lora.NF4_BITS + lora.adapter_bits(model, bench.weights), NF4)
 
 
@@ -105,12 +106,20 @@ def _lora(bench: Bench, cell: Cell, *, nf4: bool = False) -> tuple[Any, Trained]
 
 def _merged_qlora(bench: Bench, cell: Cell) -> tuple[Path, Trained]:
     """A folder with QLoRA merged in float16; trained once for every width it is quantized to."""
-    folder = bench.work / f"qlora.seed{cell.seed}.lr{rate_of(cell):g}"
+    folder = _folder_of_merged(bench, cell)
     if folder not in bench.merged:
-        model, trained = _lora(bench, cell, nf4=True)
-        _save(bench.source, _merged(model), folder)
-        bench.merged[folder] = trained
+        _keep_merged(bench, cell, *_lora(bench, cell, nf4=True))
     return folder, bench.merged[folder]
+
+
+def _keep_merged(bench: Bench, cell: Cell, model: Any, trained: Trained) -> None:
+    folder = _folder_of_merged(bench, cell)
+    _save(bench.source, _merged(model), folder)
+    bench.merged[folder] = trained
+
+
+def _folder_of_merged(bench: Bench, cell: Cell) -> Path:
+    return bench.work / f"qlora.seed{cell.seed}.lr{rate_of(cell):g}"
 
 
 def _lq(

@@ -20,6 +20,8 @@ from qalora_export.quantization.rtn import round_to_nearest
 from qalora_export.quantization.rules import Plan
 from qalora_export.recipe import QuantizeRule
 
+COARSE = 128
+
 
 def qa_lora(bench: Bench, cell: Cell, folder: Path) -> Made:
     """The paper's: an adapter on the offsets, merged without loss."""
@@ -27,18 +29,30 @@ def qa_lora(bench: Bench, cell: Cell, folder: Path) -> Made:
 
 
 def qa_lora_mixed(bench: Bench, cell: Cell, folder: Path) -> Made:
-    """Bits and group of every matrix chosen under the total of its uniform bits, then QA-LoRA."""
+    """Bits of every matrix chosen under the total of its uniform bits, then QA-LoRA."""
     return _trained(bench, cell, folder, mixed_base(bench, bits_of(cell)))
 
 
 def mixed_base(bench: Bench, bits: int) -> Path:
-    """The base whose matrices have the bits and groups that integer programming chose, quantized as [quantize] says."""
+    """The base whose matrices have the bits that integer programming chose, quantized as [quantize] says.
+
+    Groups stay as they are: a matrix of L groups has an update of rank L at most, so a choice of larger ones, which
+    the error before training favours, leaves the adapter less to move than it saves.
+    """
     shapes = bench.forecast.shapes
     budget = mixed.spent(shapes, mixed.uniform(bench.modules, CanonicalCheckpoint(bench.base(bits, "rtn")).modules))
-    plans = mixed.allocate(bench.once("errors", lambda: mixed.errors_of(bench, _rest)), shapes, budget)
+    same = [plan for plan in mixed.CHOICES if plan.group_size == bench.recipe.quantize.group_size]
+    plans = mixed.allocate(bench.once("errors", lambda: mixed.errors_of(bench, _rest, same)), shapes, budget)
     chosen = [QuantizeRule(match=name, bits=p.bits, group_size=p.group_size) for name, p in plans.items()]  # type: ignore[arg-type]  # of CHOICES
     settings = bench.quantization(bits)
     return bench.base_of(f"mixed.{bits}bit", settings.model_copy(update={"rules": (*chosen, *settings.rules)}))
+
+
+def qa_lora_coarse(bench: Bench, cell: Cell, folder: Path) -> Made:
+    """Groups of COARSE: fewer trainable parameters and bits, and an update of lower rank."""
+    bits = bits_of(cell)
+    settings = bench.quantization(bits).model_copy(update={"group_size": COARSE})
+    return _trained(bench, cell, folder, bench.base_of(f"coarse.{bits}bit", settings))
 
 
 def _rest(name: str, weight: Tensor, plan: Plan) -> Tensor:

@@ -96,7 +96,7 @@ class Library:
 
 
 class Context:
-    """One model and one sequence slot, optionally with LoRA adapters at scale 1."""
+    """One model and its KV cache, optionally with LoRA adapters at scale 1."""
 
     def __init__(
         self, library: Library, path: Path, lora: Path | None, *, model: dict[str, int], context: dict[str, int]
@@ -160,26 +160,38 @@ class Context:
 
         at: indices into `ids` whose logits are wanted, instead of all.
         """
-        c, batch, count = self._library.c, self._batch, len(ids)
-        wanted = list(range(count)) if at is None else at
-        for i, token in enumerate(ids.tolist()):
-            batch.token[i], batch.pos[i], batch.logits[i] = token, start + i, 0
-            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+        places = [(start + i, 0) for i in range(len(ids))]
+        return self._evaluate(ids.tolist(), places, list(range(len(ids))) if at is None else at)
+
+    def step(self, tokens: list[int], position: int, sequences: list[int]) -> Rows:
+        """One more token of each of several sequences, each with a KV cache of its own: logits (len(tokens), vocab).
+
+        sequences: numbers below the context's n_seq_max.
+        """
+        return self._evaluate(tokens, [(position, sequence) for sequence in sequences], list(range(len(tokens))))
+
+    def _evaluate(self, tokens: list[int], places: list[tuple[int, int]], wanted: list[int]) -> Rows:
+        """places: (position, sequence) of every token. wanted: indices into tokens whose logits are answered."""
+        c, batch = self._library.c, self._batch
+        for i, (token, (position, sequence)) in enumerate(zip(tokens, places, strict=True)):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, position, 0
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
         for i in wanted:
             batch.logits[i] = 1
-        batch.n_tokens = count
+        batch.n_tokens = len(tokens)
         code = c.llama_decode(self._context, batch)
         if code:
             raise RunnerError(f"llama_decode failed with code {code}: {self._library.last_words()}")
-        if c.llama_memory_seq_pos_max(self._memory, 0) != start + count - 1:
-            raise RunnerError(f"after position {start + count - 1} llama.cpp's KV cache ends elsewhere")
+        for sequence, position in {sequence: position for position, sequence in places}.items():
+            if c.llama_memory_seq_pos_max(self._memory, sequence) != position:
+                raise RunnerError(f"after position {position} llama.cpp's KV cache ends elsewhere")
         rows = np.empty((len(wanted), self.vocabulary), dtype=np.float32)
         for row, i in enumerate(wanted):
             pointer = c.llama_get_logits_ith(self._context, i)
             if not pointer:
-                raise RunnerError(f"llama.cpp gave no logits for position {start + i}")
+                raise RunnerError(f"llama.cpp gave no logits for position {places[i][0]}")
             rows[row] = np.ctypeslib.as_array(pointer, (self.vocabulary,))
-        heartbeat.advance(count)
+        heartbeat.advance(len(tokens))
         return rows
 
 

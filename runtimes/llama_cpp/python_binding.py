@@ -24,7 +24,7 @@ def open_binding(arguments: argparse.Namespace, job: Job) -> Runtime:
         import llama_cpp
     except ImportError as error:
         raise MissingRuntimeError(PACKAGE, error) from error
-    settings = LlamaSettings.of(exact=arguments.exact, threads=arguments.threads, longest=job.longest)
+    settings = LlamaSettings.of(exact=arguments.exact, threads=arguments.threads, job=job)
     options: dict[str, Any] = {
         "model_path": str(arguments.model),
         "n_ctx": settings.context,

@@ -84,7 +84,7 @@ class TappedContext:
         self._kept = _Kept(nodes)
         exact = [ExactGelu(nodes)] if options.exact else []  # first: what is kept is what goes on
         self._callback = callback(nodes, [*exact, self._kept])  # the library keeps only the address
-        settings = LlamaSettings.of(exact=options.exact, threads=options.threads, longest=job.longest)
+        settings = LlamaSettings.of(exact=options.exact, threads=options.threads, job=job)
         model, context = parameters(settings)
         context["n_ubatch"] = context["n_batch"]  # one graph per batch, so each name is met once in a batch
         context["cb_eval"] = address(self._callback)

@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from qalora_runtimes.llama_cpp.layouts import FLASH_ATTENTION_OFF, KV_F32
 from qalora_runtimes.llama_cpp.local_server import LocalServer
 from qalora_runtimes.llama_cpp.nodes import Nodes, address, callback
 from qalora_runtimes.llama_cpp.server import ServerRuntime
-from qalora_runtimes.llama_cpp.settings import LlamaSettings
+from qalora_runtimes.llama_cpp.settings import LlamaSettings, side_by_side
 from qalora_runtimes.protocol import Ids, Job, LongSequence, TextRequest
 from qalora_runtimes.runner import Runtime, check_vocabulary
 from qalora_runtimes.scoring import MissingRuntimeError, Rows, RunnerError
@@ -38,7 +39,7 @@ LOGGED = {  # what llama.cpp itself says it did → fingerprint
 def open_wheel(arguments: argparse.Namespace, job: Job) -> Runtime:
     """The C API where the wheel's is known, else its server: slower, same numbers, said on stderr."""
     module = import_wheel()
-    settings = LlamaSettings.of(exact=arguments.exact, threads=arguments.threads, longest=job.longest)
+    settings = LlamaSettings.of(exact=arguments.exact, threads=arguments.threads, job=job)
     server = LocalServer(module, arguments.model, arguments.lora, settings)
     if arguments.through != "server":
         try:
@@ -87,11 +88,16 @@ def parameters(settings: LlamaSettings) -> tuple[dict[str, int], dict[str, int]]
         "n_threads": settings.threads,
         "n_threads_batch": settings.threads,
     }
+    if settings.sequences > 1:
+        context |= {"n_seq_max": settings.sequences, "kv_unified": 1}
     return (exact_model, context | exact_context) if settings.exact else ({}, context)
 
 
 class CApiRuntime:
-    """runner.Runtime on llama_decode: every position of a sequence from one batch, or one token per step."""
+    """runner.Runtime on llama_decode: every position of a sequence from one batch, or one token per step.
+
+    Of the exact path steps of several sequences are one batch.
+    """
 
     def __init__(
         self, library: Library, model: Path, lora: Path | None, settings: LlamaSettings, job: Job, server: LocalServer
@@ -132,6 +138,20 @@ class CApiRuntime:
     def decode(self, ids: Ids) -> Rows:
         self._context.clear()
         return np.concatenate([self._context.run(ids[at : at + 1], at) for at in range(len(ids))])
+
+    def decode_steps(self, job: Job) -> Iterator[tuple[list[int], Rows]] | None:
+        """What ships is proven by the kernels of one token."""
+        return self._side_by_side(job) if self._settings.sequences > 1 else None
+
+    def _side_by_side(self, job: Job) -> Iterator[tuple[list[int], Rows]]:
+        """One token of every sequence of a group in each step, as many steps as the longest has tokens."""
+        starts = np.cumsum([0, *map(len, job.sequences)]).tolist()
+        for group in side_by_side(job):
+            self._context.clear()
+            for at in range(len(job.sequences[group[0]])):
+                going = [i for i in group if at < len(job.sequences[i])]  # the longest come first
+                rows = self._context.step([int(job.sequences[i][at]) for i in going], at, list(range(len(going))))
+                yield [starts[i] + at for i in going], rows
 
     def text_answers(self, request: TextRequest) -> dict[str, Any]:
         return self._server.client().text_answers(request)

@@ -202,7 +202,9 @@ from pathlib import Path
 from qalora_runtimes.llama_cpp.local_server import LocalServer
 from qalora_runtimes.llama_cpp.settings import LlamaSettings
 from qalora_runtimes.llama_cpp.wheel import import_wheel
-server = LocalServer(import_wheel(), Path(sys.argv[1]), None, LlamaSettings.of(exact=False, threads=1, longest=8))
+from qalora_runtimes.protocol import make_job
+settings = LlamaSettings.of(exact=False, threads=1, job=make_job([range(8)]))
+server = LocalServer(import_wheel(), Path(sys.argv[1]), None, settings)
 client = server.client()
 assert client._tokenize("a", special=False)
 try:

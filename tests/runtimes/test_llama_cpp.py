@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from qalora_runtimes.launch import run_runner
+from qalora_runtimes.llama_cpp.settings import SIDE_BY_SIDE, side_by_side
 from qalora_runtimes.protocol import Job, TextRequest, make_job
 
 from tests.runtimes.artifacts import write_gguf, write_lora
@@ -39,6 +40,29 @@ def test_exact_prefill_and_decode_are_pytorchs_numbers(tiny_gguf, job, expected,
     assert decode.fingerprint["decode_tokens_per_second"] > 0
     assert fingerprint["peak_rss_bytes"] > 1 << 20
     assert fingerprint["machine"]["cores"]
+
+
+def test_sequences_that_decode_side_by_side_see_their_own_tokens_alone(tiny_gguf, tmp_path):
+    """More of them than share a batch, of all lengths, in no order: every row is that of the sequence by itself."""
+    random = np.random.default_rng(0)
+    sequences = [random.integers(0, 100, length).tolist() for length in (3, 40, 1, 17, 17, *range(2, 20))]
+    job = make_job(sequences, "decode")
+    result = run_runner("llama.cpp", model=tiny_gguf, job=job, workdir=tmp_path / "all", exact=True)
+    assert result.status == "ok", result.message
+    assert 1 < result.fingerprint["settings"]["sequences"] <= SIDE_BY_SIDE
+    alone = ask(tiny_gguf, make_job(sequences, "prefill"), tmp_path / "alone", exact=True)
+    assert worst_nmse(result.logprobs, alone.astype(np.float64)) < 1e-12
+    shipped = run_runner("llama.cpp", model=tiny_gguf, job=job, workdir=tmp_path / "shipped")
+    assert "sequences" not in shipped.fingerprint["settings"]  # the kernels of one token are what a user runs
+
+
+def test_groups_need_no_more_cells_than_the_job_and_hold_every_sequence_once():
+    job = make_job([[1] * length for length in (5, 9, 1, 2, 8, 1)], "both")
+    groups = side_by_side(job)
+    assert groups == [[1], [4], [0, 3, 2, 5]]
+    assert side_by_side(make_job(job.sequences, "prefill")) == []
+    many = side_by_side(make_job([[1] * 100, *[[1]] * 40], "decode"))
+    assert [len(group) for group in many] == [1, 16, 16, 8]
 
 
 def test_shipped_settings_are_llama_cpps_defaults(tiny_gguf, job, expected, tmp_path):
