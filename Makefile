@@ -25,7 +25,7 @@ test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 3 --dist worksteal
 
 real: $(VENV)/.installed
-	OMP_WAIT_POLICY=passive $(BIN)/python -m samples.smollm2.run
+	OMP_WAIT_POLICY=active GOMP_SPINCOUNT=1000 $(BIN)/python -m samples.smollm2.run
 
 test-web: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m web tests/web
