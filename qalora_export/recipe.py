@@ -12,7 +12,7 @@ from qalora_export.safety.paths import local_path
 
 Bits = Literal[2, 3, 4, 5, 8]
 GroupSize = Literal[32, 64, 128]
-GridName = Literal["affine16", "q4_k", "q5_k", "q6_k", "q2_k", "q8_0"]
+GridName = Literal["affine16", "q4_k", "q5_k", "q6_k", "q2_k", "q8_0", "q4_0"]
 Preset = Literal["q4_k_m"]
 Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy takes, which Transformers seeds too
@@ -62,7 +62,8 @@ class QuantizeSettings(Settings):
     grid: GridName = Field(
         default="affine16",
         description="affine16: free float16 scale and offset; q4_k, q5_k, q2_k: those of GGUF Q4_K, Q5_K and Q2_K, "
-        "whose bits and groups they have; q6_k, q8_0: Q6_K and Q8_0, symmetric, for what is not trained",
+        "whose bits and groups they have; q6_k, q8_0, q4_0: Q6_K, Q8_0 and Q4_0, symmetric, for what is not "
+        "trained",
     )
     preset: Preset | None = Field(
         default=None, description="q4_k_m: q4_k, more bits where llama.cpp's Q4_K_M has them; rules beat it"

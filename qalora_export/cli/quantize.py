@@ -40,8 +40,8 @@ def command(
         None,
         metavar="|".join(get_args(GridName)),
         help="affine16: float16 scale and offset of every group; q4_k, q5_k, q2_k: those of GGUF Q4_K, Q5_K and "
-        "Q2_K, 4.5, 5.5, 2.625 bits per weight, for in-features that 256 divides; q6_k, q8_0: symmetric, for what is "
-        f"not trained. \\[default: {D.grid}]",
+        "Q2_K, 4.5, 5.5, 2.625 bits per weight, for in-features that 256 divides; q6_k, q8_0, q4_0: symmetric, for "
+        f"what is not trained. \\[default: {D.grid}]",
         rich_help_panel=GRID,
     ),
     preset: str | None = typer.Option(

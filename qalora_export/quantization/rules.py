@@ -21,7 +21,8 @@ from qalora_export.quantization.presets import preset_rules
 from qalora_export.recipe import GridName, GroupSize, QuantizeRule, QuantizeSettings
 
 CHOICES = ("bits", "group_size", "sym")
-Q8_0 = "q8_0"  # affine16 as GGUF's Q8_0 has it
+Q8_0 = "q8_0"
+SYMMETRIC = {Q8_0: 8, "q4_0": 4}  # affine16 as GGUF's blocks of 32 without an offset have it -> bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,8 +193,8 @@ def _planned(settings: QuantizeSettings, rule: QuantizeRule | None, module: str)
 
 def _own(name: str, free: Plan) -> Plan:
     """The plan that a grid is by itself; of the free one the bits of `free`, in groups that GGUF has."""
-    if name == Q8_0:
-        return Plan(8, 32, True)
+    if name in SYMMETRIC:
+        return Plan(SYMMETRIC[name], 32, True)
     grid = GRIDS[name]
     if isinstance(grid, SuperBlockGrid):
         return plan_of(grid)

@@ -49,11 +49,16 @@ def test_an_embedding_that_is_the_head_has_its_bits() -> None:
 
 def test_a_rule_beats_the_preset() -> None:
     found = resolved(
-        "*.0.self_attn.v_proj=grid:q6_k", "model.embed_tokens=skip", "lm_head=grid:q8_0", "*_proj=grid:q4_k"
+        "*.0.self_attn.v_proj=grid:q6_k",
+        "model.embed_tokens=skip",
+        "lm_head=grid:q8_0",
+        "*.1.*.q_proj=grid:q4_0",
+        "*_proj=grid:q4_k",
     )
     assert found.plans["model.layers.0.self_attn.v_proj"] == Q6
     assert found.plans["model.layers.0.mlp.down_proj"] == Q4
     assert found.plans["lm_head"] == Plan(8, 32, True)
+    assert found.plans["model.layers.1.self_attn.q_proj"] == Plan(4, 32, True)
     assert found.embeddings == {}
 
 
