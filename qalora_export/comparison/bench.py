@@ -200,12 +200,13 @@ class Bench:
     def settings(self, seed: int, rate: float) -> TrainSettings:
         return self.recipe.train.model_copy(update={"seed": seed, "learning_rate": rate})
 
-    def fit(self, model: Any, seed: int, rate: float) -> Trained:
+    def fit(self, model: Any, seed: int, rate: float, *, optimizer: str | None = None) -> Trained:
         """Train what requires gradients in `model` as the train stage does; the best step stays in it.
 
-        Raises DivergedError when the loss is no longer finite.
+        optimizer: instead of the one of [train]. Raises DivergedError when the loss is no longer finite.
         """
         settings = self.settings(seed, rate)
+        settings = settings if optimizer is None else settings.model_copy(update={"optimizer": optimizer})
         steps = Steps.of(len(self.train_rows), settings)
         with self.scratch("fit") as folder:
             args = arguments(folder, settings, steps, evaluate=True, fresh=True)
@@ -213,6 +214,7 @@ class Bench:
             run_to_end(trainer, None)
             kept = kept_step(trainer)
             losses = {row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row}
+        model.to("cpu")  # where every method's model is merged, packed and scored
         model.eval()
         model.config.use_cache = True
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from qalora_export.comparison.needs import BITSANDBYTES, PEFT, imported
 from qalora_export.recipe import TrainSettings
 
-# NF4: 4-bit codes, an 8-bit scale per 64 weights, a float32 scale and its mean per 256 of those (arXiv 2305.14314, §3).
+PAGED = "paged_adamw_32bit"  # QLoRA's optimizer (arXiv 2305.14314, §3); on a CPU bitsandbytes pages nothing
+# NF4: 4-bit codes, an 8-bit scale per 64 weights, a float32 scale and its mean per 256 of those (the same).
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 
 

@@ -101,7 +101,8 @@ def _lora(bench: Bench, cell: Cell, *, nf4: bool = False) -> tuple[Any, Trained]
     if nf4:
         lora.to_nf4(model, bench.modules)
     lora.add_adapters(model, bench.modules, bench.recipe.train, cell.seed)
-    return model, bench.fit(model, cell.seed, rate_of(cell))
+    paged = lora.PAGED if nf4 and torch.cuda.is_available() else None
+    return model, bench.fit(model, cell.seed, rate_of(cell), optimizer=paged)
 
 
 def _merged_qlora(bench: Bench, cell: Cell) -> tuple[Path, Trained]:
