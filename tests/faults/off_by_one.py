@@ -35,6 +35,7 @@ def prepare(runtime: str) -> None:
         from qalora_runtimes.llama_cpp.wheel import CApiRuntime
 
         CApiRuntime.decode = llama_off_by_one  # type: ignore[method-assign]
+        CApiRuntime.decode_steps = lambda *_: None  # type: ignore[method-assign]  # the exact path's, side by side
     else:
         from qalora_runtimes.onnxruntime_.decoder import Decoder
 
