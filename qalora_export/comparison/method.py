@@ -43,7 +43,7 @@ Artifact = Callable[[Bench, int | None], Path]  # bits -> a GGUF file
 class Method:
     """bits: "16" or "nf4" for one row; "each" for a row at every bits of the recipe. trained: seeds and rates count.
 
-    needs: as needs.py has them. narrowest: no row at fewer bits, where the method has nothing to choose. exact: it
+    needs: as needs.py has them. widths: the only bits at which it has a row, where others tell nothing new. exact: it
     ships as a canonical checkpoint, whose exports are proven. artifact: a GGUF file of the layout that is deployed, of
     untrained numbers: what is timed, for speed does not depend on values; None for what no GGUF file is made of.
     """
@@ -56,7 +56,7 @@ class Method:
     needs: tuple[str, ...] = ()
     artifact: Artifact | None = None
     exact: bool = False
-    narrowest: int = 0
+    widths: tuple[int, ...] = (4, 3, 2)
 
 
 def bits_of(cell: Cell) -> int:

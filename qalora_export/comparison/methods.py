@@ -16,6 +16,9 @@ from qalora_export.comparison.needs import BITSANDBYTES, CALIBRATION, LLAMA_CPP,
 
 __all__ = ["METHODS", "Cell", "Made", "Method"]
 
+Widths = tuple[int, ...]
+ALL, LOW = (4, 3, 2), (3, 2)  # LOW: of what the literature claims where bits are few
+
 
 def base_16(bench: Bench, _cell: Cell, _folder: Path) -> Made:
     return Made(plain(bench.source), UNTRAINED, 16.0, SIXTEEN)
@@ -48,9 +51,14 @@ def _k_quants_gguf(bench: Bench, bits: int | None) -> Path:
     return bench.k_quants(bits)
 
 
-def _merged(id: str, title: str, make: Maker, *needs: str, trained: bool = True) -> Method:
-    """A method that ships as a canonical checkpoint, at every width."""
-    return Method(id, title, "each", trained, make, needs, _canonical_gguf, exact=True)
+def _merged(id: str, title: str, make: Maker, *needs: str, trained: bool = True, widths: Widths = ALL) -> Method:
+    """A method that ships as a canonical checkpoint."""
+    return Method(id, title, "each", trained, make, needs, _canonical_gguf, exact=True, widths=widths)
+
+
+def _beside(id: str, title: str, make: Maker, *needs: str, widths: Widths = ALL) -> Method:
+    """A method whose adapter stays beside the quantized weights."""
+    return Method(id, title, "each", True, make, needs, widths=widths)
 
 
 def _by_llama_cpp(id: str, title: str, make: Maker, *needs: str, trained: bool = True) -> Method:
@@ -68,18 +76,20 @@ METHODS = {
         Method("qlora", "QLoRA, unmerged", "nf4", True, with_lora.qlora, (PEFT, BITSANDBYTES)),
         _merged("qlora+gptq", "QLoRA merged, then GPTQ", with_lora.qlora_gptq, PEFT, BITSANDBYTES, CALIBRATION),
         _by_llama_cpp("qlora+k-quants", "QLoRA merged, then K-quants", with_lora.qlora_k_quants, PEFT, BITSANDBYTES),
-        Method("lq-lora", "LQ-LoRA, unmerged", "each", True, with_lora.lq_lora, (PEFT,)),
-        Method("lq-lora-fisher", "LQ-LoRA by Fisher information", "each", True, with_lora.lq_lora_fisher, (PEFT,)),
-        Method("lq-lora-mixed", "LQ-LoRA, bits by matrix", "each", True, with_lora.lq_lora_mixed, (PEFT, SCIPY)),
+        _beside("lq-lora", "LQ-LoRA, unmerged", with_lora.lq_lora, PEFT),
+        _beside("lq-lora-fisher", "LQ-LoRA by Fisher information", with_lora.lq_lora_fisher, PEFT, widths=LOW),
+        _beside("lq-lora-mixed", "LQ-LoRA, bits by matrix", with_lora.lq_lora_mixed, PEFT, SCIPY, widths=LOW),
         _merged("qa-lora", "QA-LoRA", with_qalora.qa_lora, CALIBRATION),
         replace(
             _merged("qa-lora-mixed", "QA-LoRA, bits by matrix", with_qalora.qa_lora_mixed, CALIBRATION, SCIPY),
             artifact=_mixed_gguf,
-            narrowest=3,
+            widths=(4, 3),  # at 2 bits there is nothing to choose
         ),
         _merged("qa-lora-coarse", f"QA-LoRA, groups of {with_qalora.COARSE}", with_qalora.qa_lora_coarse, CALIBRATION),
-        _merged("qa-lora-plain", "QA-LoRA from plain GPTQ", with_qalora.qa_lora_plain, CALIBRATION),
-        _merged("qa-lora-refit", "the same, offsets refitted first", with_qalora.qa_lora_refit, CALIBRATION),
+        _merged("qa-lora-plain", "QA-LoRA from plain GPTQ", with_qalora.qa_lora_plain, CALIBRATION, widths=LOW),
+        _merged(
+            "qa-lora-refit", "the same, offsets refitted first", with_qalora.qa_lora_refit, CALIBRATION, widths=LOW
+        ),
         _merged("qa-lora+", "QA-LoRA+ (scales too)", with_qalora.qa_lora_plus, CALIBRATION),
     )
 }

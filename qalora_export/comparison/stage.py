@@ -220,7 +220,7 @@ def _record(cell: Cell, made: Made, score: Score) -> Measured:
 def _widths(method: Method, bits: tuple[int, ...]) -> tuple[int | None, ...]:
     if method.bits != "each":
         return (None,)
-    return tuple(each for each in sorted(bits, reverse=True) if each >= method.narrowest)
+    return tuple(each for each in sorted(bits, reverse=True) if each in method.widths)
 
 
 def _write(out: Path, report: ComparisonReport) -> None:
