@@ -36,13 +36,13 @@ def qa_lora_mixed(bench: Bench, cell: Cell, folder: Path) -> Made:
 def mixed_base(bench: Bench, bits: int) -> Path:
     """The base whose matrices have the bits that integer programming chose, quantized as [quantize] says.
 
-    Groups stay as they are: a matrix of L groups has an update of rank L at most, so a choice of larger ones, which
-    the error before training favours, leaves the adapter less to move than it saves.
+    Groups do not grow: a matrix of L groups has an update of rank L at most, so a choice of larger ones, which the
+    error before training favours, leaves the adapter less to move than it saves.
     """
     shapes = bench.forecast.shapes
     budget = mixed.spent(shapes, mixed.uniform(bench.modules, CanonicalCheckpoint(bench.base(bits, "rtn")).modules))
-    same = [plan for plan in mixed.CHOICES if plan.group_size == bench.recipe.quantize.group_size]
-    plans = mixed.allocate(bench.once("errors", lambda: mixed.errors_of(bench, _rest, same)), shapes, budget)
+    choices = [plan for plan in mixed.CHOICES if plan.group_size <= bench.recipe.quantize.group_size]
+    plans = mixed.allocate(bench.once("errors", lambda: mixed.errors_of(bench, _rest, choices)), shapes, budget)
     chosen = [QuantizeRule(match=name, bits=p.bits, group_size=p.group_size) for name, p in plans.items()]  # type: ignore[arg-type]  # of CHOICES
     settings = bench.quantization(bits)
     return bench.base_of(f"mixed.{bits}bit", settings.model_copy(update={"rules": (*chosen, *settings.rules)}))
