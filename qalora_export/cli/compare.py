@@ -61,10 +61,10 @@ def command(
 
 
 def quick_methods() -> list[str]:
-    """Without those that only vary another one's start or bits: each trains another model."""
+    """Without those that only vary another one's start, bits or groups: each trains another model."""
     from qalora_export.comparison.methods import METHODS
 
-    return [name for name in METHODS if not name.endswith(("-mixed", "-plain", "-refit"))]
+    return [name for name in METHODS if not name.endswith(("-fisher", "-mixed", "-coarse", "-plain", "-refit"))]
 
 
 def _show(report: ComparisonReport) -> None:
