@@ -92,7 +92,7 @@ def _through(
     x, y = narrow.input[0], wide.output[0]
     scale = graph.values.array(narrow.input[1]) if ranges else None
     zero = graph.values.array(narrow.input[2]) if len(narrow.input) > 2 else None
-    if scale is None or zero is None or scale.size != 1 or zero.size != 1:
+    if scale is None or zero is None or scale.size != 1 or zero.size != 1 or zero.dtype.kind not in "iu":
         return [onnx.helper.make_node("Identity", [x], [y])]
     low, high = (float(end) - float(zero.item()) for end in (np.iinfo(zero.dtype).min, np.iinfo(zero.dtype).max))
     numbers = {f"{y}/{name}": value for name, value in (("step", scale.item()), ("low", low), ("high", high))}
