@@ -39,6 +39,7 @@ OUTSIDE = {
     "model.norm": re.compile(r"final_norm_layernorm|final_norm|model[./]norm\b"),
     "lm_head": re.compile(r"lm_head"),
 }
+GATHERS = ("Gather", "GatherBlockQuantized")
 PRODUCTS = ("MatMulNBits", "MatMul", "Gemm", "MatMulInteger")
 NORMS = ("LayerNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "RMSNormalization")
 PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -128,7 +129,7 @@ class Graph:
 
     def _reads(self, node: onnx.NodeProto) -> list[tuple[int, str]]:
         """(index of an input, what of the module it is)."""
-        places = {**dict.fromkeys(PRODUCTS, 1), "Gather": 0, "GatherBlockQuantized": 0}
+        places = dict.fromkeys(PRODUCTS, 1) | dict.fromkeys(GATHERS, 0)
         count = len(node.input)
         if node.op_type in NORMS:
             return [(2 if node.op_type.startswith("Skip") else 1, "weight")]
@@ -158,7 +159,8 @@ class Graph:
                 return ".".join(["model.layers", found["layer"], *([block] if block else []), leaf, suffix])
             for module, pattern in OUTSIDE.items():
                 if pattern.search(text):
-                    return f"{module}.{suffix}"
+                    tied = module == "lm_head" and node.op_type in GATHERS  # named after the head that shares it
+                    return f"{'model.embed_tokens' if tied else module}.{suffix}"
         place = self._places.get(node.output[0]) if node.op_type in PRODUCTS and suffix == "weight" else None
         return f"{place}.{suffix}" if place else ""
 

@@ -127,6 +127,16 @@ def test_a_tied_embedding_is_read_from_the_codes_of_the_head(tmp_path: Path) -> 
     np.testing.assert_array_equal(found.values, want.reshape(6, 64))
 
 
+def test_an_embedding_under_the_name_of_the_head_that_shares_it_is_one(tmp_path: Path) -> None:
+    """As torch's dynamo exporter leaves it."""
+    ids = onnx.helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, [1, None])
+    rows = onnx.helper.make_tensor_value_info("rows", onnx.TensorProto.FLOAT, [1, None, 4])
+    node = onnx.helper.make_node("Gather", ["lm_head.weight", "ids"], ["rows"])
+    tensor = numpy_helper.from_array(np.ones((6, 4), np.float32), "lm_head.weight")
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "tied", [ids], [rows], [tensor])), tmp_path / GRAPH)
+    assert [name for name, _ in Graph(tmp_path).constants()] == ["model.embed_tokens.weight"]
+
+
 def save(model: onnx.ModelProto, folder: Path) -> None:
     (folder / DATA).unlink(missing_ok=True)
     onnx.save(model, folder / GRAPH, save_as_external_data=True, location=DATA, size_threshold=0)
