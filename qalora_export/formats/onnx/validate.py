@@ -29,6 +29,12 @@ MAX_ELEMENTS = 2**40
 EXTERNAL_KEYS = {"location", "offset", "length", "checksum"}
 STANDARD = {"", "ai.onnx"}
 DOMAINS = {*STANDARD, "com.microsoft"}  # what a stock ONNX Runtime has; any other needs a custom-op library
+# ONNX Runtime's quantizers import every domain that it registers itself, needed or not; nodes of these are refused.
+IMPORTED = {
+    *DOMAINS,
+    *("ai.onnx.ml", "ai.onnx.training", "ai.onnx.preview", "ai.onnx.preview.training"),
+    *("com.microsoft.experimental", "com.microsoft.nchwc", "com.ms.internal.nhwc", "org.pytorch.aten"),
+}
 FORBIDDEN_OPERATORS = {("com.microsoft", "EPContext")}  # names a compiled binary beside the model
 FORBIDDEN_METADATA = {"ort_config"}  # session options inside the model
 
@@ -207,7 +213,7 @@ def _check_code(model: onnx.ModelProto, where: object) -> None:
     if len(local) != len(model.functions) or any(domain in STANDARD for domain, _ in local):
         raise UnsafeInputError("a function is repeated or redefines a standard operator", where=where)
     for opset in [*model.opset_import, *(opset for function in model.functions for opset in function.opset_import)]:
-        if opset.domain not in DOMAINS | {domain for domain, _ in local}:
+        if opset.domain not in IMPORTED | {domain for domain, _ in local}:
             raise UnsafeInputError(f"operators of {opset.domain!r} need a library of native code", where=where)
     for function in model.functions:
         if any((node.domain, node.op_type) in local for node in _all_nodes(function.node)):

@@ -33,7 +33,7 @@ def cause_of(
             return said
     if len(set(tensor.shape)) == 1 and len(tensor.shape) == 2 and _is_transposed(tensor, source):
         return "transposed"
-    if near.like or near.cosine >= STALE_COSINE:
+    if near.like or near.cosine >= STALE_COSINE or near.in_few_blocks:
         return _nearly(tensor, source, near)
     if (other := _whose(tensor, folder)) is not None:
         return f"holds the numbers of {other}"

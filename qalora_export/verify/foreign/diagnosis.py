@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from qalora_export.errors import ExitCode
@@ -38,6 +38,12 @@ class Part:
     @property
     def title(self) -> str:
         return PARTS[self.id]
+
+    def behind(self, cause: str, mended: str) -> Part:
+        """This part where `cause` had to be mended first, so that it is broken whatever it says of the rest."""
+        return replace(
+            self, state="broken", sentence=cause, findings=(cause, *self.findings), proof=f"{mended}: {self.sentence}"
+        )
 
 
 def exit_code(parts: Iterable[Part]) -> ExitCode:

@@ -26,7 +26,8 @@ TINY = np.finfo(np.float64).tiny
 class Fit:
     """How near a tensor is to a source. ratio: squared error over what its type can hold. error: root of squared error
     over squared source. cosine; scale: the source is best met by scale times the tensor. worst: of the blocks, how far
-    above the limit (1 is at it); at: (row, first column) of that block; blocks: how many are above.
+    above the limit (1 is at it); at: (row, first column) of that block; blocks: how many are above; rest: the ratio
+    without these.
     """
 
     ratio: float
@@ -37,6 +38,12 @@ class Fit:
     at: tuple[int, int]
     blocks: int
     total_blocks: int
+    rest: float
+
+    @property
+    def in_few_blocks(self) -> bool:
+        """Whether some blocks are wrong, however far they pull the whole, and what is left is the source."""
+        return 0 < self.blocks <= max(1, self.total_blocks // 10) and self.rest <= TENSOR_RATIO
 
     @property
     def right(self) -> bool:
@@ -71,10 +78,10 @@ def fit(tensor: Tensor, source: NDArray[Any], load: Any = None) -> Fit:
     error, bound, power = (np.concatenate(column) for column in zip(*parts, strict=True))
     above = _above(error, bound, power, held, kind)
     place = np.unravel_index(int(np.argmax(above)), above.shape)
-    width = source.shape[-1] // above.shape[1] if source.ndim > 1 else 1
+    width = -(-source.shape[-1] // above.shape[1]) if source.ndim > 1 else 1
     finite = bool(np.isfinite(total).all())
     return Fit(
-        ratio=float(total[0] / max(allowed, TINY)) if finite and total[0] else (0.0 if finite else np.inf),
+        ratio=_ratio(total[0], allowed) if finite else np.inf,
         error=float(np.sqrt(total[0] / max(total[1], TINY))) if finite else np.inf,
         cosine=_cosine(total) if finite else 0.0,
         scale=float(total[2] / total[3]) if finite and total[3] > 0 else 1.0,
@@ -82,7 +89,12 @@ def fit(tensor: Tensor, source: NDArray[Any], load: Any = None) -> Fit:
         at=(int(place[0]), int(place[1]) * width),
         blocks=int(np.count_nonzero(above > 1)),
         total_blocks=above.size,
+        rest=_ratio(error[above <= 1].sum(), bound[above <= 1].sum()),
     )
+
+
+def _ratio(error: float, allowed: float) -> float:
+    return float(error / max(allowed, TINY)) if error else 0.0
 
 
 def _above(
@@ -119,12 +131,14 @@ def _by_block(
     wanted: NDArray[np.float64], found: NDArray[np.float64], held: Holding | None, kind: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """(squared error, what is allowed, squared source) by block, (rows, blocks) each. Float types have none: there a
-    block is up to LARGEST_BLOCK values.
+    block is up to LARGEST_BLOCK values. The last block of a row may be short of values (MatMulNBits).
     """
     squared = (wanted - found) ** 2
     squared[wanted == found] = 0.0  # infinities of both, too
     if held is not None:
-        size, bound = held.above or held.block, held_error(wanted, held)
+        size = held.above or held.block
+        wanted, squared = _filled(wanted, size), _filled(squared, size)
+        bound = held_error(wanted, held)
     else:
         relative = FLOATS[kind]
         each = (relative * np.abs(wanted)) ** 2 + (SMALLEST**2 if relative else 0.0)
@@ -132,6 +146,12 @@ def _by_block(
         bound = each.reshape(len(wanted), -1, size).sum(-1)
     parts = (len(wanted), -1, size)
     return squared.reshape(parts).sum(-1), bound, (wanted**2).reshape(parts).sum(-1)
+
+
+def _filled(values: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+    """(rows, columns) with zeros behind each row up to a multiple of `size`, as tools fill a last block."""
+    missing = -values.shape[1] % size
+    return np.pad(values, ((0, 0), (0, missing))) if missing else values
 
 
 def source_of(folder: ModelFolder, name: str) -> NDArray[Any] | None:

@@ -5,19 +5,20 @@ they differ, which setting of the artifact explains it. And kernels: that path a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qalora_export.errors import InputError
+from qalora_export.errors import InputError, RuntimeUnavailableError
 from qalora_export.verify.foreign.diagnosis import Part
 from qalora_export.verify.foreign.metadata import Difference
 from qalora_export.verify.foreign.model import OwnNumbers
 from qalora_export.verify.metrics import EXACT, PositionMetrics, Summary, following_ids, position_metrics
 from qalora_export.verify.probes.probe_set import ProbeSet
+from qalora_export.verify.runtimes.runs import CrashedError
 
 LogProbs = NDArray[np.float32]
 MOST_TRIED = 6  # settings whose every subset is worth a run of the model, at most one setting left out at a time
@@ -74,6 +75,13 @@ def graph_part(
     return Part("graph", runtime, "broken", cause, said, proof, plain.figures())
 
 
+def graph_refused(runtime: str, error: RuntimeUnavailableError) -> Part:
+    """A runtime that is not there leaves the part open; one that cannot run the file has found something."""
+    if isinstance(error, CrashedError):
+        return Part("graph", runtime, "broken", f"{runtime} cannot run it: {error.reason}")
+    return Part("graph", runtime, "not run", error.reason)
+
+
 def _cause(own: OwnNumbers, exact: LogProbs, differences: Sequence[Difference], plain: Measured) -> tuple[str, str]:
     """(what is broken, what was tried). The smallest set of settings that explains the runtime's logits."""
     usable = [difference for difference in differences if difference.can_be_tried][:MOST_TRIED]
@@ -104,8 +112,10 @@ def _tried(own: OwnNumbers, exact: LogProbs, tried: tuple[Difference, ...]) -> M
 
 
 def kernels_part(runtime: str, own: OwnNumbers, paths: dict[str, LogProbs], numbers: LogProbs | None) -> Part:
-    """paths: "exact", "shipped", "decode" (exact, token by token)."""
-    cost = measured(own.probes, paths["exact"], paths["shipped"])
+    """paths: "exact", "shipped", "decode" (exact, token by token), and "ranges" (exact, but for activations rounded to
+    ranges of the file) where it has them: what that costs is the file's, and no kernel's.
+    """
+    cost = measured(own.probes, paths.get("ranges", paths["exact"]), paths["shipped"])
     stepwise = measured(own.probes, paths["exact"], paths["decode"])
     figures: dict[str, Any] = cost.figures() | {"decode_nmse": stepwise.summary.nmse_max}
     if cost.summary.bad_positions:
@@ -128,3 +138,29 @@ def kernels_part(runtime: str, own: OwnNumbers, paths: dict[str, LogProbs], numb
         proof="the same file with its numbers as float32 does not show it",
         figures=figures,
     )
+
+
+def kernels_refused(runtime: str, error: RuntimeUnavailableError, *, graph_runs: bool, is_half: bool) -> Part:
+    """graph_runs: the same nodes and numbers run without rounding, so that only the kernels are what fails."""
+    if not graph_runs or not isinstance(error, CrashedError):
+        return Part("kernels", runtime, "not run", error.reason)
+    if is_half:
+        said = f"{runtime} has no processor kernels that run this float16 graph; in float32 it runs"
+        return Part("kernels", runtime, "not run", said, (error.reason,))
+    said = f"{runtime} cannot run it as it is, and runs the same numbers without rounding: {error.reason}"
+    return Part("kernels", runtime, "broken", said)
+
+
+def costs(
+    probes: ProbeSet, reference: LogProbs, runtime: str, numbers: LogProbs | None, paths: Mapping[str, LogProbs]
+) -> dict[str, Any]:
+    """What each step away from the model costs, against the model: its own numbers, exact and shipped kernels."""
+    exact = f"exact path in {runtime}"
+    steps = {"its numbers in Transformers": numbers, exact: paths.get("exact")}
+    steps |= {f"{exact}, activations in the file's ranges": paths.get("ranges")}
+    steps |= {f"as shipped in {runtime}": paths.get("shipped")}
+    return {
+        name: measured(probes, reference, logprobs).figures()
+        for name, logprobs in steps.items()
+        if logprobs is not None
+    }

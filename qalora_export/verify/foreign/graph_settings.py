@@ -1,4 +1,6 @@
-"""Settings in an ONNX graph that are not the model's: attributes of its norms and attention, its rotary tables."""
+"""Settings in an ONNX graph that are not the model's: attributes of its norms and attention, its rotary tables; and
+the same where an export spells norms and rotation out in plain operators.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qalora_export.models.families import family_of
+from qalora_export.verify.foreign.holding import FLOATS, without_step
 from qalora_export.verify.foreign.metadata import Difference
 from qalora_export.verify.foreign.onnx_folder import NORMS, Graph
 from qalora_export.verify.runtimes.facts import windows
@@ -36,11 +39,23 @@ def _epsilons(graph: Graph, config: Mapping[str, Any]) -> list[Difference]:
         for attribute in node.attribute
         if attribute.name == "epsilon"
     }
+    values |= _spelled_out_epsilons(graph)
     wrong = sorted(value for value in values if np.float32(value) != wanted)
     if not wrong:
         return []
     change = {"rms_norm_eps": wrong[0]} if len(values) == 1 else {}
     return [Difference("epsilon of the norms", float(wanted), wrong[0] if len(values) == 1 else sorted(values), change)]
+
+
+def _spelled_out_epsilons(graph: Graph) -> set[float]:
+    """What is added to a mean of squares."""
+    found = set[float]()
+    for node in (node for node in graph.model.graph.node if node.op_type == "Add"):
+        makers = [graph.values.maker(name) for name in node.input]
+        if any(maker is not None and maker.op_type == "ReduceMean" for maker in makers):
+            numbers = (graph.values.array(name) for name in node.input)
+            found |= {float(number.item()) for number in numbers if number is not None and number.size == 1}
+    return found
 
 
 def _attention(graph: Graph, config: Mapping[str, Any]) -> list[Difference]:
@@ -67,20 +82,47 @@ def _attention(graph: Graph, config: Mapping[str, Any]) -> list[Difference]:
 
 
 def _rotary(graph: Graph, frequencies: NDArray[np.floating[Any]]) -> Difference | None:
-    """Where row 1 of the tables, cos and sin of one step, turns by other angles."""
-    names = {(node.input[COS], node.input[SIN]) for node in graph.attention if len(node.input) > SIN}
-    if len(names) != 1:
-        return None  # rotated elsewhere, or by a table for each kind of layer: the logits tell
-    cos, sin = (graph.values.array(name) for name in next(iter(names)))
-    if cos is None or sin is None or len(cos) < 2 or cos.shape != sin.shape:
+    """Where it turns by other angles than the model."""
+    own, kind = _of_tables(graph) if graph.attention else _of_angles(graph, frequencies.size)
+    if own is None:
         return None
-    own = np.arctan2(sin[1].astype(np.float64), cos[1].astype(np.float64))
-    tolerance = HALF_TOLERANCE if cos.dtype == np.float16 else TABLE_TOLERANCE
+    tolerance = HALF_TOLERANCE if kind == "F16" else TABLE_TOLERANCE
     if own.shape == frequencies.shape and np.allclose(own, frequencies, rtol=tolerance, atol=1e-6):
         return None
     return Difference(
-        "rotary tables (radians per position)",
+        f"rotary tables{'' if kind in FLOATS else ' in ' + without_step(kind)} (radians per position)",
         np.round(np.asarray(frequencies, np.float64)[:4], 6).tolist(),
         np.round(own[:4], 6).tolist(),
         frequencies=own if own.shape == frequencies.shape else None,
     )
+
+
+def _of_tables(graph: Graph) -> tuple[NDArray[np.float64] | None, str]:
+    """(radians per position, type they are stored in), by row 1 of the tables, cos and sin of one step."""
+    names = {(node.input[COS], node.input[SIN]) for node in graph.attention if len(node.input) > SIN}
+    if len(names) != 1:
+        return None, ""  # rotated elsewhere, or by a table for each kind of layer: the logits tell
+    tables = [graph.values.evaluated(name) for name in next(iter(names))]
+    cos, sin = (None if table is None else table.values.astype(np.float64) for table in tables)
+    if cos is None or sin is None or len(cos) < 2 or cos.shape != sin.shape:
+        return None, ""
+    return np.arctan2(sin[1], cos[1]), next(table.kind for table in tables if table is not None)
+
+
+def _of_angles(graph: Graph, count: int) -> tuple[NDArray[np.float64] | None, str]:
+    """The same by the constant of `count` numbers from which Cos is computed, where there is one."""
+    open_, seen = [name for node in graph.model.graph.node if node.op_type == "Cos" for name in node.input], set[str]()
+    found = list[NDArray[Any]]()
+    while open_:
+        name = open_.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        values, maker = graph.values.array(name), graph.values.maker(name)
+        if values is not None and values.size == count and values.dtype.kind == "f":
+            found.append(values.reshape(-1))
+        elif maker is not None:
+            open_ += maker.input
+    if len(found) != 1:
+        return None, ""
+    return found[0].astype(np.float64), "F16" if found[0].dtype == np.float16 else "F32"

@@ -74,7 +74,13 @@ LARGEST_BLOCK = 32  # values of a float type that are looked at together
 # How far a right file's block may stand out from what its type holds, and from 99.5 % of its tensor's own blocks:
 # measured 4.8 (Q6_K), 6.8 (NVFP4) and, in the types that weigh a whole block of 32 by an importance matrix, 28.
 OUTSTANDS, WEIGHED = 8.0, {"Q4_0": 40.0, "Q4_1": 40.0, "Q5_0": 40.0, "Q5_1": 40.0}
+STEP = re.compile(r" step \S+")
 INTEGER = re.compile(r"int(\d) g(\d+)(?: step (\S+))?( offset)?")
+
+
+def without_step(kind: str) -> str:
+    """A type as it is told: a step that a whole tensor shares is that tensor's own."""
+    return STEP.sub("", kind)
 
 
 def holding_of(kind: str) -> Holding | None:

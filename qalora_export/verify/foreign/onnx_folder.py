@@ -2,8 +2,8 @@
 
 Exporters name nodes and initializers after the module they come from (`/model/layers.0/attn/qkv_proj/MatMul_Q4`,
 `model.layers.0.mlp.up_proj.weight`, `onnx::MatMul_12` read by `/model/layers.0/mlp/up_proj/MatMul`). Matrices are read
-from MatMul, Gemm and Gather and from their quantized kinds (onnx_values.py). Fused q, k, v and gate, up are cut into
-the model's own.
+from MatMul, Gemm and Gather and from their quantized kinds (onnx_values.py). Where no name tells, the wiring does
+(onnx_places.py). Fused q, k, v and gate, up are cut into the model's own.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from qalora_export.formats.onnx.validate import read_model
 from qalora_export.models.families import family_of
 from qalora_export.models.families.family import head_dim
 from qalora_export.verify.foreign.artifact import Foreign, Rows, Tensor
+from qalora_export.verify.foreign.onnx_places import places
 from qalora_export.verify.foreign.onnx_values import Constant, Values, attribute
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ OUTSIDE = {
     "model.norm": re.compile(r"final_norm_layernorm|final_norm|model[./]norm\b"),
     "lm_head": re.compile(r"lm_head"),
 }
+GATHERS = ("Gather", "GatherBlockQuantized")
+PRODUCTS = ("MatMulNBits", "MatMul", "Gemm", "MatMulInteger")
 NORMS = ("LayerNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "RMSNormalization")
 PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
@@ -126,8 +129,7 @@ class Graph:
 
     def _reads(self, node: onnx.NodeProto) -> list[tuple[int, str]]:
         """(index of an input, what of the module it is)."""
-        places = {"MatMulNBits": 1, "MatMul": 1, "Gemm": 1, "Gather": 0, "GatherBlockQuantized": 0}
-        places["MatMulInteger"] = 1
+        places = dict.fromkeys(PRODUCTS, 1) | dict.fromkeys(GATHERS, 0)
         count = len(node.input)
         if node.op_type in NORMS:
             return [(2 if node.op_type.startswith("Skip") else 1, "weight")]
@@ -143,7 +145,7 @@ class Graph:
         ]
 
     def _name(self, node: onnx.NodeProto, value: str, suffix: str) -> str:
-        """By the constant's own name, else by its node's; "" where neither tells."""
+        """By the constant's own name, else by its node's, else by what it feeds; "" where none of these tells."""
         if node.op_type in ("Add", "Mul") and not value.endswith((".weight", ".bias")):
             return ""
         for text in (value, node.name):
@@ -157,8 +159,16 @@ class Graph:
                 return ".".join(["model.layers", found["layer"], *([block] if block else []), leaf, suffix])
             for module, pattern in OUTSIDE.items():
                 if pattern.search(text):
-                    return f"{module}.{suffix}"
-        return ""
+                    tied = module == "lm_head" and node.op_type in GATHERS  # named after the head that shares it
+                    return f"{'model.embed_tokens' if tied else module}.{suffix}"
+        place = self._places.get(node.output[0]) if node.op_type in PRODUCTS and suffix == "weight" else None
+        return f"{place}.{suffix}" if place else ""
+
+    @cached_property
+    def _places(self) -> dict[str, str]:
+        """Modules of products by their wiring."""
+        nodes = [node for node in self.model.graph.node if node.op_type in PRODUCTS and len(node.input) > 1]
+        return places(self.model, [node for node in nodes if self.values.is_matrix(node.input[1]) and node.output])
 
     def _constant(self, node: onnx.NodeProto, place: int) -> Constant | None:
         if node.op_type == "MatMulNBits" and place == 1:
@@ -169,6 +179,8 @@ class Graph:
             product = self.values.integer_product(node)
             return None if product is None else product.weight.transposed
         constant = self.values.evaluated(node.input[place])
+        if constant is None and node.op_type == "Gather":
+            constant = self.values.dequantized_behind(node)
         if constant is None:
             return None
         transposed = node.op_type == "MatMul" or (node.op_type == "Gemm" and not attribute(node, "transB", 0))
@@ -183,6 +195,11 @@ class Graph:
     def rounds_whole_inputs(self) -> bool:
         """Whether its products round their inputs by themselves, a whole input at a time (quantize_dynamic)."""
         return any(node.op_type == "MatMulInteger" for node in self.model.graph.node)
+
+    @cached_property
+    def rounds_to_ranges(self) -> bool:
+        """Whether it rounds activations to ranges of its own (static quantization)."""
+        return any(node.op_type == "QuantizeLinear" for node in self.model.graph.node)
 
     @cached_property
     def attention(self) -> list[onnx.NodeProto]:

@@ -50,14 +50,20 @@ class Values:
     def __init__(self, model: onnx.ModelProto, data: Path) -> None:
         self._data = data
         self.tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        for node in (node for node in model.graph.node if node.op_type == "Constant"):
+            self.tensors |= {name: each.t for each in node.attribute if each.name == "value" for name in node.output}
         self._makers = {name: node for node in model.graph.node for name in node.output}
         self._readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         for node in model.graph.node:
             for name in node.input:
                 self._readers[name].append(node)
 
+    def maker(self, name: str) -> onnx.NodeProto | None:
+        """The node that makes a value; None for constants and inputs."""
+        return self._makers.get(name)
+
     def array(self, name: str) -> NDArray[Any] | None:
-        """An initializer; None where there is none of this name."""
+        """A constant as it is stored; None where there is none of this name."""
         from onnx import numpy_helper
 
         tensor = self.tensors.get(name)
@@ -81,20 +87,35 @@ class Values:
             return inner
         return inner.transposed
 
-    def dequantized(self, node: onnx.NodeProto) -> Constant | None:
-        """(q − z)·s along `axis`, in blocks or a channel at a time (ONNX, DequantizeLinear)."""
-        codes, scale, zero = self._quantized(node.input)
+    def is_matrix(self, name: str) -> bool:
+        """Whether a value is a constant of two axes or more, packed ones included."""
+        while name not in self.tensors:
+            maker = self._makers.get(name)
+            if maker is None or maker.op_type not in ("DequantizeLinear", "Transpose", "Cast"):
+                return False
+            name = maker.input[0]
+        return len(self.tensors[name].dims) > 1
+
+    def dequantized_behind(self, gather: onnx.NodeProto) -> Constant | None:
+        """The whole matrix of an embedding whose codes are gathered before they are dequantized."""
+        last = self._reader(gather.output[0], "DequantizeLinear")
+        return None if last is None else self.dequantized(last, of=gather.input[0])
+
+    def dequantized(self, node: onnx.NodeProto, *, of: str = "") -> Constant | None:
+        """(q − z)·s along `axis`, in blocks or a channel at a time (ONNX, DequantizeLinear). of: its codes."""
+        name = of or node.input[0]
+        codes, scale, zero = self._quantized([name, *node.input[1:]])
         if codes is None or scale is None:
             return None
         axis, block = attribute(node, "axis", 1) % max(1, codes.ndim), attribute(node, "block_size", 0)
-        bits = {"4": 4, "2": 2}.get(self._integer(node.input[0])[-1], 8)
+        bits = {"4": 4, "2": 2}.get(self._integer(name)[-1], 8)
         if block:
             scale, zero = (np.repeat(part, block, axis).take(range(codes.shape[axis]), axis) for part in (scale, zero))
         elif scale.ndim == 1 and scale.size > 1:
             shape = [-1 if index == axis else 1 for index in range(codes.ndim)]
             scale, zero = scale.reshape(shape), zero.reshape(shape)
         kind = f"int{bits} g{block}" if block else _channels(bits, codes, scale, axis)
-        return Constant((codes - zero) * scale, f"{kind} offset", node.input[0])
+        return Constant((codes - zero) * scale, f"{kind} offset", name)
 
     def integer_product(self, node: onnx.NodeProto) -> IntegerProduct | None:
         """What MatMulInteger is of, as onnxruntime's quantize_dynamic writes it: DynamicQuantizeLinear before it, Cast
@@ -179,9 +200,12 @@ def _blocks(bits: int, group: int, zero: NDArray[Any] | None) -> str:
 
 
 def _channels(bits: int, codes: NDArray[Any], scale: NDArray[Any], axis: int) -> str:
-    """A kind of (in, out) or (out, in) codes whose step is one for each channel of `axis`, or one for all: that one."""
-    along = codes.shape[1 - axis] if codes.ndim == 2 else codes.shape[-1]
-    return f"int{bits} g{along}" if scale.size > 1 else f"int{bits} g{along} step {float(scale.reshape(-1)[0]):.9g}"
+    """A kind of (in, out) or (out, in) codes whose step is one for each channel of `axis`, or one for all, in
+    blocks of the shorter axis then, as it does not matter which is which.
+    """
+    if scale.size == 1:
+        return f"int{bits} g{min(codes.shape, default=1)} step {float(scale.reshape(-1)[0]):.9g}"
+    return f"int{bits} g{codes.shape[1 - axis] if codes.ndim == 2 else codes.shape[-1]}"
 
 
 def _unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.float32]:

@@ -14,7 +14,6 @@ report.json (format "qalora-diagnosis/1"):
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 from qalora_export.errors import ExitCode
 from qalora_export.verify.foreign.diagnosis import Part, exit_code, in_one_sentence
+from qalora_export.verify.foreign.holding import without_step
 from qalora_export.verify.foreign.weights import Finding
 from qalora_export.verify.report.environment import environment
 from qalora_export.verify.report.html import write_page
@@ -33,7 +33,6 @@ VERDICTS = {
     ExitCode.PARITY_FAILED: "broken",
     ExitCode.RUNTIME_UNAVAILABLE: "not known",
 }
-STEP = re.compile(r" step \S+")  # each tensor's own
 MARKS = {"ok": "✓", "broken": "✗", "not run": "–"}
 
 
@@ -80,7 +79,7 @@ class Diagnosis:
         """The type that holds most values."""
         totals = dict[str, int]()
         for tensor in self.tensors:
-            kind = STEP.sub("", tensor.kind)
+            kind = without_step(tensor.kind)
             totals[kind] = totals.get(kind, 0) + tensor.values
         return max(totals, key=lambda kind: totals[kind], default="this file")
 

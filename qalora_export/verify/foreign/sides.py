@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from qalora_export.checkpoint.generation import GENERATION
 from qalora_export.errors import InputError
 from qalora_export.formats.gguf.tensor_table import ROPE_LONG
 from qalora_export.formats.onnx.layout import GENAI_CONFIG
@@ -23,6 +25,7 @@ from qalora_export.verify.foreign.graph_settings import graph_differences
 from qalora_export.verify.foreign.metadata import Difference, gguf_differences
 from qalora_export.verify.foreign.onnx_exact import float_variant
 from qalora_export.verify.foreign.onnx_folder import Graph, open_onnx
+from qalora_export.verify.foreign.onnx_interface import NO_CACHE, has_cache, output_in_place_of_logits, with_logits
 from qalora_export.verify.metrics import EXACT
 from qalora_export.verify.probes.probe_set import ProbeSet
 from qalora_export.verify.reference.layerwise import Change
@@ -38,6 +41,7 @@ from qalora_export.verify.runtimes.twin import write_twin
 # NMSE that rotary tables in float16 leave in a graph that is run in float32 otherwise: 8e-6 in a Llama of two layers.
 HALF_TABLES = 1e-4
 GENAI = "onnxruntime-genai"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def round_whole_to_uint8(x: torch.Tensor) -> torch.Tensor:
@@ -76,9 +80,31 @@ class Side(ABC):
     def exact(self, workdir: Path) -> contextlib.AbstractContextManager[Artifact]:
         """The same numbers for kernels that do not round."""
 
+    def cannot_run(self) -> str:
+        """Why no runtime can generate with it, "" where nothing is known that says so."""
+        return ""
+
+    def mended(self, _workdir: Path) -> str:
+        """What is wrong with the names that runtimes ask for; a copy that has them stands for it from then on."""
+        return ""
+
+    @property
+    def says_ends(self) -> bool:
+        """Whether it says where a generation ends; whoever runs it knows otherwise."""
+        return True
+
+    def no_tokenizer(self) -> str:
+        """Why there is no tokenizer to ask, "" where there is one."""
+        return ""
+
     @abstractmethod
     def text_answers(self, runs: Runs, probes: ProbeSet) -> dict[str, Any]:
         """The answers to texts and conversations. Raises RuntimeUnavailableError, InputError."""
+
+    @contextlib.contextmanager
+    def ranges(self, _workdir: Path) -> Iterator[Artifact | None]:
+        """The same, rounding activations to the ranges that it gives them; None where it gives none."""
+        yield None
 
     @abstractmethod
     def facts(self) -> Mapping[str, Any]:
@@ -168,6 +194,35 @@ class OnnxSide(Side):
     @contextlib.contextmanager
     def exact(self, workdir: Path) -> Iterator[Artifact]:
         yield Artifact(float_variant(self._graph, workdir / f"exact-{self.runtime}"))
+
+    @contextlib.contextmanager
+    def ranges(self, workdir: Path) -> Iterator[Artifact | None]:
+        target = workdir / f"ranges-{self.runtime}"
+        yield Artifact(float_variant(self._graph, target, ranges=True)) if self._graph.rounds_to_ranges else None
+
+    def cannot_run(self) -> str:
+        return "" if has_cache(self._graph.model, self.genai) else NO_CACHE
+
+    def mended(self, workdir: Path) -> str:
+        name = output_in_place_of_logits(self._graph.model, self.genai)
+        if name is None:
+            return ""
+        copy = with_logits(self.artifact.path, name, workdir / f"named-{self.runtime}")
+        self._graph = Graph(copy)
+        self.artifact = replace(self.artifact, path=copy)
+        return f"the output that holds the logits is named {name!r}, runtimes ask for 'logits'"
+
+    @property
+    def says_ends(self) -> bool:
+        return any((self.artifact.path / name).exists() for name in (GENAI_CONFIG, GENERATION, *TOKENIZERS))
+
+    def no_tokenizer(self) -> str:
+        if any((self.artifact.path / name).exists() for name in TOKENIZERS):
+            return ""
+        return (
+            f"the folder has no tokenizer ({', '.join(TOKENIZERS)}), whoever runs it brings one; copy the model's "
+            "tokenizer files beside the graph to have them looked at"
+        )
 
     def text_answers(self, runs: Runs, probes: ProbeSet) -> dict[str, Any]:
         if self.runtime != GENAI:

@@ -27,7 +27,14 @@ from qalora_export.safety import HashedOnce, StrPath, atomic_directory, local_pa
 from qalora_export.verify.foreign.diagnosis import Part
 from qalora_export.verify.foreign.ends import ends_part
 from qalora_export.verify.foreign.genai_words import explained
-from qalora_export.verify.foreign.graph import LogProbs, graph_part, kernels_part, measured
+from qalora_export.verify.foreign.graph import (
+    LogProbs,
+    costs,
+    graph_part,
+    graph_refused,
+    kernels_part,
+    kernels_refused,
+)
 from qalora_export.verify.foreign.metadata import complete_config
 from qalora_export.verify.foreign.model import OwnNumbers
 from qalora_export.verify.foreign.report import Diagnosis, write_diagnosis
@@ -42,7 +49,7 @@ from qalora_export.verify.report.parity_report import withdraw
 from qalora_export.verify.runtimes.facts import expected_text_facts
 from qalora_export.verify.runtimes.onnxruntime_genai import expected_generation_ends
 from qalora_export.verify.runtimes.record import Artifact, requested
-from qalora_export.verify.runtimes.runs import CrashedError, Mode, Runs
+from qalora_export.verify.runtimes.runs import Mode, Runs
 from qalora_export.verify.store import kept_in, opened
 
 MODES: tuple[Mode, ...] = ("prefill", "decode")
@@ -180,32 +187,37 @@ def _parts(source: Source, sides: list[Side], launch: Callable[..., Any]) -> tup
     )
     numbers = _own_numbers(own)
     source.parts.append(weights_part(source.folder, source.reference.logprobs, findings, own, numbers))
-    costs = dict[str, Any]()
+    figures = dict[str, Any]()
     for side in sides:
-        costs |= _in_runtime(source, side, own, numbers, launch)
-    return findings, costs
+        figures |= _in_runtime(source, side, own, numbers, launch)
+    return findings, figures
 
 
 def _in_runtime(
     source: Source, side: Side, own: OwnNumbers, numbers: LogProbs | None, launch: Callable[..., Any]
 ) -> dict[str, Any]:
     """Every part but the weights, in one runtime; what it costs there."""
-    name = side.runtime
+    name, misnamed = side.runtime, side.mended(source.workdir)
     runs = Runs(source.probes, source.config["vocab_size"], source.workdir, source.threads, launch)
+    if reason := side.cannot_run():
+        source.parts += [Part("graph", name, "broken", reason), *_text(source, side, runs)]
+        source.parts.append(Part("kernels", name, "not run", reason))
+        return costs(own.probes, source.reference.logprobs, name, numbers, {})
     paths, refusal = _paths(source, side, runs)
     if "exact" in paths:
         with _timed(source):
             differences = side.differences(source.config, source.reference.frequencies)
-            source.parts.append(graph_part(name, own, paths["exact"], differences, numbers))
+            found = graph_part(name, own, paths["exact"], differences, numbers)
+            source.parts.append(found.behind(misnamed, "in a copy that has this name") if misnamed else found)
     elif refusal is not None:
-        source.parts.append(_graph_refused(name, refusal))
+        source.parts.append(graph_refused(name, refusal))
     source.parts += _text(source, side, runs)
     if refusal is not None:
-        source.parts.append(_kernels_refused(side, refusal, graph_runs="exact" in paths))
+        source.parts.append(kernels_refused(name, refusal, graph_runs="exact" in paths, is_half=side.is_half))
     else:
         with _timed(source):
             source.parts.append(kernels_part(name, own, paths, numbers))
-    return _costs(source, name, numbers, paths)
+    return costs(own.probes, source.reference.logprobs, name, numbers, paths)
 
 
 @contextmanager
@@ -229,32 +241,22 @@ def _paths(source: Source, side: Side, runs: Runs) -> tuple[dict[str, LogProbs],
         with side.exact(source.workdir) as exact:
             answers = {mode: runs.logprobs(side.runtime, exact, mode, exact=True) for mode in MODES}
         found |= {"exact": answers["prefill"], "decode": answers["decode"]}
+        with side.ranges(source.workdir) as rounding:
+            if rounding is not None:
+                found["ranges"] = runs.logprobs(side.runtime, rounding, "prefill", exact=True)
         found["shipped"] = runs.logprobs(side.runtime, Artifact(side.artifact.path), "prefill", exact=False)
     except RuntimeUnavailableError as error:
         return found, error
     return found, None
 
 
-def _graph_refused(runtime: str, error: RuntimeUnavailableError) -> Part:
-    """A runtime that is not there leaves the part open; one that cannot run the file has found something."""
-    if isinstance(error, CrashedError):
-        return Part("graph", runtime, "broken", f"{runtime} cannot run it: {error.reason}")
-    return Part("graph", runtime, "not run", error.reason)
-
-
-def _kernels_refused(side: Side, error: RuntimeUnavailableError, *, graph_runs: bool) -> Part:
-    """graph_runs: the same nodes and numbers run without rounding, so that only the kernels are what fails."""
-    if not graph_runs or not isinstance(error, CrashedError):
-        return Part("kernels", side.runtime, "not run", error.reason)
-    if side.is_half:
-        said = f"{side.runtime} has no processor kernels that run this float16 graph; in float32 it runs"
-        return Part("kernels", side.runtime, "not run", said, (error.reason,))
-    said = f"{side.runtime} cannot run it as it is, and runs the same numbers without rounding: {error.reason}"
-    return Part("kernels", side.runtime, "broken", said)
-
-
 def _text(source: Source, side: Side, runs: Runs) -> list[Part]:
     """Tokenizer, chat template, end tokens."""
+    if reason := side.no_tokenizer():
+        return [
+            *(Part(part, side.runtime, "not run", reason) for part in ("tokenizer", "template")),
+            _ends(source, side),
+        ]
     habits, name, folder = side.habits, side.runtime, source.folder.path
     try:
         answers = side.text_answers(runs, source.probes)
@@ -272,25 +274,18 @@ def _text(source: Source, side: Side, runs: Runs) -> list[Part]:
             lambda copy: without_bos(runs.text_answers(name, Artifact(copy)), bos),
             lambda found: tokenizer_part(name, source.probes, source.text, found, habits, tables),
         )
-    parts = [
-        tokenizer,
-        template_part(name, source.probes, source.text, answers, habits, templates),
-    ]
+    template = template_part(name, source.probes, source.text, answers, habits, templates)
+    return [tokenizer, template, _ends(source, side)]
+
+
+def _ends(source: Source, side: Side) -> Part:
+    if not side.says_ends:
+        return Part("ends", side.runtime, "not run", "the folder says nothing about generation")
+    folder = source.folder.path
     try:
         found = side.ends(source.workdir / "stops")
     except RuntimeUnavailableError as error:
-        return [*parts, Part("ends", name, "not run", error.reason)]
+        return Part("ends", side.runtime, "not run", error.reason)
     wanted = expected_generation_ends(folder, source.config)
     sampling = side.sampling(generation_config(folder, source.config))
-    return [*parts, ends_part(name, wanted, found, source.tokenizer, sampling)]
-
-
-def _costs(source: Source, runtime: str, numbers: LogProbs | None, paths: Mapping[str, LogProbs]) -> dict[str, Any]:
-    """What each step away from the model costs, against the model: its own numbers, exact and shipped kernels."""
-    steps = {"its numbers in Transformers": numbers, f"exact path in {runtime}": paths.get("exact")}
-    steps |= {f"as shipped in {runtime}": paths.get("shipped")}
-    return {
-        name: measured(source.probes, source.reference.logprobs, logprobs).figures()
-        for name, logprobs in steps.items()
-        if logprobs is not None
-    }
+    return ends_part(side.runtime, wanted, found, source.tokenizer, sampling)

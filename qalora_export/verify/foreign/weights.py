@@ -23,7 +23,7 @@ from qalora_export.verify.foreign.causes import cause_of
 from qalora_export.verify.foreign.diagnosis import Part
 from qalora_export.verify.foreign.fit import Fit, fit, source_of
 from qalora_export.verify.foreign.graph import LogProbs, measured
-from qalora_export.verify.foreign.holding import FLOATS
+from qalora_export.verify.foreign.holding import FLOATS, without_step
 from qalora_export.verify.foreign.model import OwnNumbers
 
 
@@ -83,10 +83,10 @@ def weights_part(
     """findings: of `compared`. reference: what the model answers; numbers: own.logprobs(), None if there are none."""
     artifact = own.artifact
     wrong = [finding for finding in findings if finding.cause]
-    said = [f"{finding.name} ({finding.kind}): {finding.cause}" for finding in wrong]
+    said = [f"{finding.name} ({without_step(finding.kind)}): {finding.cause}" for finding in wrong]
     said += [f"{name} is missing{_what_for(name)}" for name in artifact.absent]
     said += [f"{name} is no tensor of this architecture" for name in artifact.extra]
-    kinds = sorted({finding.kind for finding in findings})
+    kinds = sorted({without_step(finding.kind) for finding in findings})
     if not said:
         seen = f"{len(findings)} tensors are the model's, as {', '.join(kinds)} hold them"
         return Part("weights", "", "ok", seen)

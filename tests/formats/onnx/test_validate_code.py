@@ -80,6 +80,18 @@ def test_a_model_that_needs_more_than_the_runtimes_own_operators_is_unsafe(
         read_model(victim)
 
 
+def test_a_domain_of_the_runtimes_own_may_be_imported_but_not_used(victim: Path) -> None:
+    """ONNX Runtime's quantizers import every one of them."""
+    model = proto(victim)
+    model.opset_import.append(helper.make_opsetid("ai.onnx.ml", 5))
+    (victim / "onnx/model.onnx").write_bytes(model.SerializeToString())
+    assert read_model(victim)
+    model.graph.node.append(helper.make_node("Scaler", ["x"], ["t"], domain="ai.onnx.ml"))
+    (victim / "onnx/model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(UnsafeInputError):
+        read_model(victim)
+
+
 def test_a_function_spelled_out_in_standard_operators_passes(victim: Path) -> None:
     model = proto(victim)
     model.functions.append(local_function("local", "f", helper.make_node("Identity", ["x"], ["y"])))

@@ -188,3 +188,73 @@ def test_settings_that_differ_are_read(name: str, built: Path, plain: Plain, tmp
     found = settings(folder)
     assert len(found) in (1, 2)
     assert said in found[0]
+
+
+def rename_logits(folder: Path, name: str) -> None:
+    """As a quantizer leaves it that replaces the last product by one with an output of its own."""
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    for value in (value for value in model.graph.output if value.name == "logits"):
+        value.name = name
+    for node in model.graph.node:
+        node.output[:] = [name if output == "logits" else output for output in node.output]
+    onnx.save(model, folder / "model.onnx")
+
+
+@pytest.mark.parametrize("built", ["int4"], indirect=True)
+@pytest.mark.parametrize("runtime", ["onnxruntime", "onnxruntime-genai"])
+def test_logits_under_another_name_are_named_and_the_rest_is_looked_at(
+    runtime: str, built: Path, plain: Plain, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(built, tmp_path / "onnx")
+    rename_logits(folder, "logits_Q4")
+    settings = VerifySettings(threads=1, runtimes=(runtime,))
+    found = diagnose(plain.model, tmp_path / "report", settings, onnx=folder)
+    assert [part.id for part in found.parts if part.state != "ok"] == ["graph"]
+    assert "the output that holds the logits is named 'logits_Q4'" in found.sentence
+    (graph,) = (part for part in found.parts if part.id == "graph")
+    assert "in a copy that has this name: its own numbers" in graph.proof
+
+
+@pytest.mark.parametrize("built", ["int4"], indirect=True)
+def test_a_name_that_genais_config_gives_the_logits_is_theirs(built: Path, plain: Plain, tmp_path: Path) -> None:
+    folder = shutil.copytree(built, tmp_path / "onnx")
+    rename_logits(folder, "scores")
+    config, source = complete_config(plain.model), set(ModelFolder(plain.model).names())
+    _json("genai_config.json", lambda table: table["model"]["decoder"]["outputs"].update(logits="scores"))(folder)
+    assert OnnxSide(folder, config, source).mended(tmp_path) == ""
+    (folder / "genai_config.json").unlink()
+    side = OnnxSide(folder, config, source)
+    assert "'scores'" in side.mended(tmp_path)
+    assert side.cannot_run() == ""
+
+
+@pytest.mark.parametrize("built", ["int4"], indirect=True)
+def test_a_graph_alone_is_judged_by_its_numbers(built: Path, plain: Plain, tmp_path: Path) -> None:
+    """Without tokenizer files and configs: the text is what cannot be looked at, and the sentence says what to do."""
+    folder = tmp_path / "onnx"
+    folder.mkdir()
+    for name in ("model.onnx", "model.onnx.data"):
+        shutil.copy(built / name, folder)
+    graph = onnx.load(folder / "model.onnx", load_external_data=False)
+    for value in graph.graph.input:
+        if value.name.startswith("past"):
+            value.type.tensor_type.shape.dim[3].dim_value = 64  # GenAI's builder leaves it to genai_config.json
+    onnx.save(graph, folder / "model.onnx")
+    found = of(plain, folder, tmp_path / "report")
+    assert found.exit_code == ExitCode.RUNTIME_UNAVAILABLE
+    assert [part.id for part in found.parts if part.state == "ok"] == ["weights", "graph", "kernels"]
+    assert "copy the model's tokenizer files beside the graph" in found.sentence
+
+
+@pytest.mark.parametrize("built", ["int4"], indirect=True)
+def test_a_graph_without_a_cache_is_told_as_that(built: Path, plain: Plain, tmp_path: Path) -> None:
+    folder = shutil.copytree(built, tmp_path / "onnx")
+    (folder / "genai_config.json").unlink()
+    graph = onnx.load(folder / "model.onnx", load_external_data=False)
+    kept = [value for value in graph.graph.input if not value.name.startswith("past")]
+    del graph.graph.input[:]
+    graph.graph.input.extend(kept)
+    onnx.save(graph, folder / "model.onnx")
+    found = of(plain, folder, tmp_path / "report")
+    assert found.sentence.startswith("The graph and metadata are broken: the graph has no KV cache")
+    assert [part.id for part in found.parts if part.state == "not run"] == ["kernels"]

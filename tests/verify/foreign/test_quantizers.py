@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
-from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 from onnxruntime.quantization.quant_utils import QuantFormat
 
@@ -36,19 +36,40 @@ def _blocks(model: onnx.ModelProto, _: Path, **options: Any) -> onnx.ModelProto:
     return quantizer.model.model
 
 
-def _dynamic(model: onnx.ModelProto, folder: Path, *, per_channel: bool) -> onnx.ModelProto:
+def _through_files(model: onnx.ModelProto, folder: Path, quantize: Callable[[Path, Path], None]) -> onnx.ModelProto:
     onnx.save(model, folder / "float.onnx")
-    quantize_dynamic(
-        folder / "float.onnx",
-        folder / "integer.onnx",
-        weight_type=QuantType.QInt8,
-        per_channel=per_channel,
-        op_types_to_quantize=["MatMul"],
-    )
+    quantize(folder / "float.onnx", folder / "integer.onnx")
     found = onnx.load(folder / "integer.onnx")
     for name in ("float.onnx", "integer.onnx"):
         (folder / name).unlink()
     return found
+
+
+def _dynamic(model: onnx.ModelProto, folder: Path, *, per_channel: bool, only: list[str] | None) -> onnx.ModelProto:
+    options = {"weight_type": QuantType.QInt8, "per_channel": per_channel, "op_types_to_quantize": only}
+    return _through_files(model, folder, lambda source, out: quantize_dynamic(source, out, **options))
+
+
+class _Texts(CalibrationDataReader):
+    """Some random texts, with an empty cache."""
+
+    def __init__(self) -> None:
+        random = np.random.default_rng(0)
+        self._left = [random.integers(0, 300, (1, 32)) for _ in range(4)]
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        if not self._left:
+            return None
+        empty = np.zeros((1, 2, 0, 64), np.float32)
+        cache = {f"past_key_values.{layer}.{part}": empty for layer in range(2) for part in ("key", "value")}
+        ids = self._left.pop()
+        return {"input_ids": ids, "attention_mask": np.ones_like(ids), **cache}
+
+
+def _static(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
+    """Activations rounded to ranges that were seen in texts."""
+    options = {"weight_type": QuantType.QInt8, "op_types_to_quantize": ["MatMul"]}
+    return _through_files(model, folder, lambda source, out: quantize_static(source, out, _Texts(), **options))
 
 
 # Name -> (what makes it of the float graph, what the matrices are stored as).
@@ -61,9 +82,12 @@ QUANTIZERS: dict[str, tuple[Callable[[onnx.ModelProto, Path], onnx.ModelProto], 
         lambda m, at: _blocks(m, at, is_symmetric=True, op_types_to_quantize=("MatMul", "Gather")),
         "int4 g32",
     ),
-    "dynamic by channel": (lambda m, at: _dynamic(m, at, per_channel=True), "int8 g256 offset"),
-    "dynamic by tensor": (lambda m, at: _dynamic(m, at, per_channel=False), "int8 g256 step "),
+    "dynamic by channel": (lambda m, at: _dynamic(m, at, per_channel=True, only=["MatMul"]), "int8 g256 offset"),
+    "dynamic by tensor": (lambda m, at: _dynamic(m, at, per_channel=False, only=["MatMul"]), "int8 g256 step "),
+    "dynamic of everything": (lambda m, at: _dynamic(m, at, per_channel=False, only=None), "int8 g256 step "),
+    "static": (_static, "int8 g256 step "),
 }
+EMBEDDINGS = {"int4 embedding": "int4 g32", "dynamic of everything": "int8 g256 step "}
 
 
 @pytest.fixture(scope="module", params=QUANTIZERS)
@@ -103,6 +127,16 @@ def test_a_tied_embedding_is_read_from_the_codes_of_the_head(tmp_path: Path) -> 
     np.testing.assert_array_equal(found.values, want.reshape(6, 64))
 
 
+def test_an_embedding_under_the_name_of_the_head_that_shares_it_is_one(tmp_path: Path) -> None:
+    """As torch's dynamo exporter leaves it."""
+    ids = onnx.helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, [1, None])
+    rows = onnx.helper.make_tensor_value_info("rows", onnx.TensorProto.FLOAT, [1, None, 4])
+    node = onnx.helper.make_node("Gather", ["lm_head.weight", "ids"], ["rows"])
+    tensor = numpy_helper.from_array(np.ones((6, 4), np.float32), "lm_head.weight")
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "tied", [ids], [rows], [tensor])), tmp_path / GRAPH)
+    assert [name for name, _ in Graph(tmp_path).constants()] == ["model.embed_tokens.weight"]
+
+
 def save(model: onnx.ModelProto, folder: Path) -> None:
     (folder / DATA).unlink(missing_ok=True)
     onnx.save(model, folder / GRAPH, save_as_external_data=True, location=DATA, size_threshold=0)
@@ -121,7 +155,7 @@ def test_right_weights_are_right(quantizer: str, folder: Path, plain: Plain) -> 
     kinds = {finding.name: finding.kind for finding in found}
     assert len(kinds) == 21
     assert kinds["model.layers.1.mlp.up_proj.weight"].startswith(QUANTIZERS[quantizer][1])
-    assert kinds["model.embed_tokens.weight"] == ("int4 g32" if quantizer == "int4 embedding" else "F32")
+    assert kinds["model.embed_tokens.weight"].startswith(EMBEDDINGS.get(quantizer, "F32"))
 
 
 def test_a_damaged_scale_and_swapped_layers_are_named(folder: Path, plain: Plain, tmp_path: Path) -> None:

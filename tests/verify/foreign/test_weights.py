@@ -110,3 +110,34 @@ def test_norms_to_which_a_tool_added_one_in_sixteen_bits_are_the_models(dtype: n
     beside = values.copy()
     beside[7] = np.nextafter(values[7], np.float32(9))
     assert looked(beside).cause
+
+
+def four_bits(values: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
+    """(numbers, scales) of MatMulNBits: symmetric 4 bits, whose last block of a row may be short of values."""
+    filled = np.pad(values, ((0, 0), (0, -values.shape[1] % group)))
+    parts = filled.reshape(len(values), -1, group)
+    scales = np.abs(parts).max(-1, keepdims=True) / 7
+    found = np.round(parts / scales) * scales
+    return found.reshape(len(values), -1)[:, : values.shape[1]].astype(np.float32), scales[..., 0]
+
+
+def test_a_last_block_that_is_short_of_values_is_looked_at() -> None:
+    values = np.random.default_rng(0).normal(size=(16, 192)).astype(np.float32)
+    found, _ = four_bits(values, 128)
+    tensor = Tensor("w", "w", "int4 g128", values.shape, lambda rows: found[rows])
+    assert fit(tensor, values).right
+    found[3, 130] += 20
+    wrong = fit(tensor, values)
+    assert (wrong.blocks, wrong.total_blocks, wrong.at) == (1, 32, (3, 96))
+
+
+def test_one_block_far_off_is_a_damaged_block_and_no_other_version(plain: Plain) -> None:
+    folder, name = ModelFolder(plain.model), "model.layers.1.mlp.up_proj.weight"
+    source = np.asarray(folder.tensor(name)).astype(np.float32)
+    found, _ = four_bits(source, 32)
+    found[0, 32:64] *= 100
+    tensor = Tensor(name, name, "int4 g32", found.shape, lambda rows: found[rows])
+    (finding,) = compared(Foreign(plain.model, {name: tensor}), folder, {})
+    assert finding.fit is not None
+    assert finding.fit.cosine < 0.9
+    assert finding.cause.startswith("1 of 4096 blocks damaged, worst in row 0 from column 32")
