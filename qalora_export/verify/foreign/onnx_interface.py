@@ -51,7 +51,7 @@ def with_logits(folder: Path, name: str, target: Path) -> Path:
     """A copy of an ONNX folder at `target` whose output `name` is called logits; returns `target`."""
     import onnx
 
-    shutil.copytree(folder, target)
+    shutil.copytree(folder, target, symlinks=True)
     file = graph_file(target)
     model = onnx.load(file, load_external_data=False)
     for value in (*model.graph.output, *model.graph.value_info):

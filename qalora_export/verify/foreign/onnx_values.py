@@ -89,10 +89,12 @@ class Values:
 
     def is_matrix(self, name: str) -> bool:
         """Whether a value is a constant of two axes or more, packed ones included."""
+        seen = set[str]()
         while name not in self.tensors:
             maker = self._makers.get(name)
-            if maker is None or maker.op_type not in ("DequantizeLinear", "Transpose", "Cast"):
+            if name in seen or maker is None or maker.op_type not in ("DequantizeLinear", "Transpose", "Cast"):
                 return False
+            seen.add(name)
             name = maker.input[0]
         return len(self.tensors[name].dims) > 1
 
