@@ -61,10 +61,11 @@ def command(
 
 
 def quick_methods() -> list[str]:
-    """Without those that only vary another one's start, bits or groups: each trains another model."""
+    """Without LQ-LoRA and those that only vary another one's start, bits or groups: each trains another model."""
     from qalora_export.comparison.methods import METHODS
 
-    return [name for name in METHODS if not name.endswith(("-fisher", "-mixed", "-coarse", "-plain", "-refit"))]
+    varied = ("-mixed", "-coarse", "-plain", "-refit")
+    return [name for name in METHODS if not name.startswith("lq-") and not name.endswith(varied)]
 
 
 def _show(report: ComparisonReport) -> None:

@@ -36,8 +36,9 @@ def test_its_recipe_is_one() -> None:
 
 def test_a_first_look_trains_no_variants() -> None:
     found = quick_methods()
-    assert {method.rpartition("-")[2] for method in METHODS if method not in found} == {
-        *("fisher", "mixed", "coarse", "plain", "refit")
+    left_out = [method for method in METHODS if method not in found]
+    assert {method.rpartition("-")[2] for method in left_out if not method.startswith("lq-")} == {
+        *("mixed", "coarse", "plain", "refit")
     }
     recipe = load_recipe(SAMPLE / "recipe.toml", dict(QUICK) | {"compare.methods": found})
     assert recipe.compare.bits == (4,) and not recipe.compare.prove and not recipe.compare.speed
