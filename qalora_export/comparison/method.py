@@ -13,6 +13,8 @@ from qalora_export.comparison.bench import Bench, Trained
 from qalora_export.comparison.cells import Cell
 from qalora_export.models.loading import load_model
 
+Widths = tuple[int, ...]
+ALL: Widths = (4, 3, 2)
 UNTRAINED = Trained(None, 0, 0.0)
 SIXTEEN, EXACT, NF4 = "16-bit weights", "GGUF and ONNX, exact", "NF4 and a 16-bit adapter, PyTorch"
 BESIDE = "INT4 and a 16-bit adapter beside it"
@@ -56,7 +58,7 @@ class Method:
     needs: tuple[str, ...] = ()
     artifact: Artifact | None = None
     exact: bool = False
-    widths: tuple[int, ...] = (4, 3, 2)
+    widths: Widths = ALL
 
 
 def bits_of(cell: Cell) -> int:

@@ -11,13 +11,12 @@ from pathlib import Path
 from qalora_export.comparison import with_lora, with_qalora
 from qalora_export.comparison.bench import Bench, plain
 from qalora_export.comparison.cells import Cell
-from qalora_export.comparison.method import SIXTEEN, UNTRAINED, Made, Maker, Method, bits_of, canonical
+from qalora_export.comparison.method import ALL, SIXTEEN, UNTRAINED, Made, Maker, Method, Widths, bits_of, canonical
 from qalora_export.comparison.needs import BITSANDBYTES, CALIBRATION, LLAMA_CPP, PEFT, SCIPY
 
 __all__ = ["METHODS", "Cell", "Made", "Method"]
 
-Widths = tuple[int, ...]
-ALL, LOW = (4, 3, 2), (3, 2)  # LOW: of what the literature claims where bits are few
+LOW = (3, 2)  # of what the literature claims where bits are few
 
 
 def base_16(bench: Bench, _cell: Cell, _folder: Path) -> Made:
@@ -81,9 +80,11 @@ METHODS = {
         _beside("lq-lora-mixed", "LQ-LoRA, bits by matrix", with_lora.lq_lora_mixed, PEFT, SCIPY, widths=LOW),
         _merged("qa-lora", "QA-LoRA", with_qalora.qa_lora, CALIBRATION),
         replace(
-            _merged("qa-lora-mixed", "QA-LoRA, bits by matrix", with_qalora.qa_lora_mixed, CALIBRATION, SCIPY),
+            _merged(
+                *("qa-lora-mixed", "QA-LoRA, bits by matrix", with_qalora.qa_lora_mixed, CALIBRATION, SCIPY),
+                widths=(4, 3),  # at 2 bits there is nothing to choose
+            ),
             artifact=_mixed_gguf,
-            widths=(4, 3),  # at 2 bits there is nothing to choose
         ),
         _merged("qa-lora-coarse", f"QA-LoRA, groups of {with_qalora.COARSE}", with_qalora.qa_lora_coarse, CALIBRATION),
         _merged("qa-lora-plain", "QA-LoRA from plain GPTQ", with_qalora.qa_lora_plain, CALIBRATION, widths=LOW),

@@ -49,7 +49,7 @@ def _nearly(tensor: Tensor, source: NDArray[Any], near: Fit) -> str:
     """Right but for a factor, a shift, some blocks, or an older state."""
     if near.scaled and fit(tensor, source, lambda rows: near.scale * tensor.load(rows)).like:
         return f"multiplied by {1 / near.scale:.6g}"
-    if near.worst > 1 and near.blocks <= max(1, near.total_blocks // 10):
+    if near.worst > 1 and near.few_blocks:
         row, column = near.at
         return (
             f"{near.blocks} of {near.total_blocks} blocks damaged, worst in row {row} from column {column}, whose "

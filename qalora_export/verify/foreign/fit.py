@@ -41,9 +41,14 @@ class Fit:
     rest: float
 
     @property
+    def few_blocks(self) -> bool:
+        """Whether those above the limit are a part of the tensor and not its nature."""
+        return self.blocks <= max(1, self.total_blocks // 10)
+
+    @property
     def in_few_blocks(self) -> bool:
         """Whether some blocks are wrong, however far they pull the whole, and what is left is the source."""
-        return 0 < self.blocks <= max(1, self.total_blocks // 10) and self.rest <= TENSOR_RATIO
+        return self.blocks > 0 and self.few_blocks and self.rest <= TENSOR_RATIO
 
     @property
     def right(self) -> bool:

@@ -4,7 +4,7 @@ the same where an export spells norms and rotation out in plain operators.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from qalora_export.models.families import family_of
 from qalora_export.verify.foreign.holding import FLOATS, without_step
 from qalora_export.verify.foreign.metadata import Difference
 from qalora_export.verify.foreign.onnx_folder import NORMS, Graph
+from qalora_export.verify.foreign.onnx_places import walk
 from qalora_export.verify.runtimes.facts import windows
 
 COS, SIN = 7, 8  # inputs of GroupQueryAttention
@@ -111,18 +112,18 @@ def _of_tables(graph: Graph) -> tuple[NDArray[np.float64] | None, str]:
 
 def _of_angles(graph: Graph, count: int) -> tuple[NDArray[np.float64] | None, str]:
     """The same by the constant of `count` numbers from which Cos is computed, where there is one."""
-    open_, seen = [name for node in graph.model.graph.node if node.op_type == "Cos" for name in node.input], set[str]()
-    found = list[NDArray[Any]]()
-    while open_:
-        name = open_.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        values, maker = graph.values.array(name), graph.values.maker(name)
-        if values is not None and values.size == count and values.dtype.kind == "f":
-            found.append(values.reshape(-1))
-        elif maker is not None:
-            open_ += maker.input
+
+    def inputs(name: str) -> Iterable[str]:
+        maker = graph.values.maker(name)
+        return () if maker is None else maker.input
+
+    turned = (name for node in graph.model.graph.node if node.op_type == "Cos" for name in node.input)
+    arrays = (graph.values.array(name) for name in walk(turned, inputs))
+    found = [
+        values.reshape(-1)
+        for values in arrays
+        if values is not None and values.size == count and values.dtype.kind == "f"
+    ]
     if len(found) != 1:
         return None, ""
     return found[0].astype(np.float64), "F16" if found[0].dtype == np.float16 else "F32"

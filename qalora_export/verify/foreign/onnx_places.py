@@ -13,8 +13,9 @@ the nodes. The wiring of a decoder tells all the same:
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def places(model: onnx.ModelProto, products: Sequence[onnx.NodeProto]) -> dict[s
     found = dict[str, Place]()
     heads = set[str]()
     for node in products:
-        layers, kinds = wires.cached(node)
+        layers, kinds = wires.in_cache(node)
         if len(layers) == 1:
             found[node.output[0]] = (min(layers), PROJECTIONS[kinds])
         elif not layers and wires.reaches_logits(node):
@@ -48,9 +49,7 @@ def places(model: onnx.ModelProto, products: Sequence[onnx.NodeProto]) -> dict[s
     for node in products:
         if node.output[0] not in found and node.input[0] in inputs:
             found[node.output[0]] = (inputs[node.input[0]], "q_proj")
-    siblings = defaultdict[str, int](int)
-    for node in products:
-        siblings[node.input[0]] += 1
+    siblings = Counter(node.input[0] for node in products)
     for node in products:
         if node.output[0] not in {*found, *heads}:
             place = _behind(wires, node, found, alone=siblings[node.input[0]] == 1)
@@ -89,6 +88,17 @@ def _made_of(node: onnx.NodeProto, place: int) -> list[str]:
     return list(node.output)
 
 
+def walk(start: Iterable[str], onwards: Callable[[str], Iterable[str]]) -> Iterator[str]:
+    """Every value of a graph that is reached from `start`, once each, whatever cycles it has."""
+    open_, seen = list(start), set[str]()
+    while open_:
+        name = open_.pop()
+        if name not in seen:
+            seen.add(name)
+            yield name
+            open_ += onwards(name)
+
+
 class _Wires:
     """From product to product. A walk ends at a product's output, or at the graph's."""
 
@@ -102,44 +112,32 @@ class _Wires:
                 for output in _made_of(node, place) if name else ():
                     self._readers[name].append((node.op_type, output))
                     self._made_of[output].append(name)
+        self._after = cache(self._walked)
 
-    def cached(self, node: onnx.NodeProto) -> tuple[set[int], tuple[str, ...]]:
+    def in_cache(self, node: onnx.NodeProto) -> tuple[set[int], tuple[str, ...]]:
         """(layers of the KV cache that it reaches, what of them)."""
-        found = [match for name in self._after(node)[0] if (match := PRESENT.match(name))]
+        found = [match for name in self._after(node.output[0])[0] if (match := PRESENT.match(name))]
         return {int(match[1]) for match in found}, tuple(sorted({match[2] for match in found}))
 
     def reaches_logits(self, node: onnx.NodeProto) -> bool:
-        return any(not PRESENT.match(name) for name in self._after(node)[0])
+        return any(not PRESENT.match(name) for name in self._after(node.output[0])[0])
 
     def passes_activation(self, node: onnx.NodeProto) -> bool:
-        return bool(self._after(node)[1] & ACTIVATIONS)
+        return bool(self._after(node.output[0])[1] & ACTIVATIONS)
 
     def before(self, node: onnx.NodeProto) -> set[str]:
         """Outputs of the products before it."""
-        found, seen, open_ = set[str](), set[str](), [node.input[0]]
-        while open_:
-            name = open_.pop()
-            if name in seen:
-                continue
-            seen.add(name)
-            if name in self._products:
-                found.add(name)
-            else:
-                open_ += self._made_of[name]
-        return found
+        products = self._products
+        reached = walk([node.input[0]], lambda name: () if name in products else self._made_of[name])
+        return {name for name in reached if name in products}
 
-    def _after(self, node: onnx.NodeProto) -> tuple[set[str], set[str]]:
-        """(the graph's outputs, operators) between it and the next products."""
-        outputs, operators, seen, open_ = set[str](), set[str](), set[str](), [node.output[0]]
-        while open_:
-            name = open_.pop()
-            if name in seen:
-                continue
-            seen.add(name)
-            if name in self._outputs:
-                outputs.add(name)
-            for operator, made in self._readers[name]:
-                if made not in self._products:
-                    operators.add(operator)
-                    open_.append(made)
-        return outputs, operators
+    def _walked(self, output: str) -> tuple[set[str], set[str]]:
+        """(the graph's outputs, operators) between a product's output and the next products."""
+        operators = set[str]()
+
+        def onwards(name: str) -> list[str]:
+            steps = [(operator, made) for operator, made in self._readers[name] if made not in self._products]
+            operators.update(operator for operator, _ in steps)
+            return [made for _, made in steps]
+
+        return {name for name in walk([output], onwards) if name in self._outputs}, operators
