@@ -95,6 +95,13 @@ def _methods(recipe: Recipe) -> list[Method]:
         if name not in METHODS:
             fix = did_you_mean(name, METHODS)
             raise InputError(f"no method is called {name!r}", where="[compare] methods", fix=fix)
+        if recipe.compare.methods and not _widths(METHODS[name], recipe.compare.bits):
+            raise InputError(
+                f"the method {name!r} has no row at these bits",
+                where="[compare] bits",
+                why=f"its rows are at {' and '.join(map(str, METHODS[name].widths))} bits",
+                fix="ask for one of these, or leave the method out",
+            )
     return [method for method in METHODS.values() if method.id in asked]
 
 

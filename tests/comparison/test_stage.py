@@ -106,6 +106,10 @@ def test_what_is_missing_is_said_before_anything_is_made(recipe: Recipe) -> None
     with pytest.raises(InputError, match="qa-lorra") as caught:
         compare(recipe.model_copy(update={"compare": asked}))
     assert "did you mean 'qa-lora'" in str(caught.value)
+    asked = recipe.compare.model_copy(update={"methods": ("qa-lora-mixed",), "bits": (2,)})
+    with pytest.raises(InputError, match=r"'qa-lora-mixed' has no row at these bits") as caught:
+        compare(recipe.model_copy(update={"compare": asked}))
+    assert "4 and 3 bits" in str(caught.value)
     with pytest.raises(InputError, match="nothing to compare the methods on"):
         compare(recipe.model_copy(update={"evaluate": None}))
     train = recipe.train.model_copy(update={"validation": None})
