@@ -137,10 +137,13 @@ class CompareSettings(Settings):
     """Which methods `compare` trains and scores, at which bits, seeds and learning rates; None: every method.
 
     The first seed looks for the learning rate of a trained method with the lowest validation loss, from the middle one
-    up or down as long as it falls; the others take it. Everything else comes from [train] and [quantize].
+    up or down as long as it falls; the others take it. Everything else comes from [train] and [quantize]. text:
+    held-out text, whose loss then stands in the table and in the claims: thousands of tokens tell methods apart that
+    the answers of [evaluate] do not.
     """
 
     methods: tuple[str, ...] | None = None
+    text: LocalPath | None = None
     bits: Annotated[tuple[Literal[2, 3, 4], ...], Field(min_length=1)] = (4, 3, 2)
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
     learning_rates: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (1e-3, 3e-3, 1e-2)

@@ -24,6 +24,7 @@ PATH_KEYS = {
     "quantize": ("calibration",),
     "train": ("data", "validation"),
     "evaluate": ("data",),
+    "compare": ("text",),
     "verify": ("prompts",),
 }
 

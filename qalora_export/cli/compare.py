@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 QUICK = {
     "compare.seeds": [0],
-    "compare.learning_rates": [3e-3],
+    "compare.learning_rates": [4e-3],
     "compare.bits": [4],
     "compare.prove": False,
     "compare.speed": False,
@@ -64,8 +64,7 @@ def quick_methods() -> list[str]:
     """Without LQ-LoRA and those that only vary another one's start, bits or groups: each trains another model."""
     from qalora_export.comparison.methods import METHODS
 
-    varied = ("-mixed", "-coarse", "-plain", "-refit")
-    return [name for name in METHODS if not name.startswith("lq-") and not name.endswith(varied)]
+    return [name for name, method in METHODS.items() if name not in ("lq-lora", "qa-lora-coarse") and not method.varies]
 
 
 def _show(report: ComparisonReport) -> None:
@@ -74,11 +73,11 @@ def _show(report: ComparisonReport) -> None:
     from qalora_export.comparison.table import cells_of
 
     table = Table(title=f"{report.made} cells measured now, {report.kept} kept from before")
-    for heading in ("method", "bits/weight", "held-out loss", "score", "decode", "parity"):
+    for heading in ("method", "bits/weight", "held-out text", "answers", "score", "decode", "parity"):
         table.add_column(heading, justify="left" if heading in ("method", "parity") else "right")
     for row in report.rows:
-        title, bits, loss, score, _, decode, *_, parity = cells_of(row)
-        table.add_row(title, bits, loss, score, decode, parity)
+        title, bits, text, loss, score, _, decode, *_, parity = cells_of(row)
+        table.add_row(title, bits, text, loss, score, decode, parity)
     console.print(table)
     for claim in report.claims:
         console.print(f"{claim.verdict:>12}  {claim.text} ({claim.figure})")

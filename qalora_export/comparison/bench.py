@@ -49,9 +49,10 @@ class Trained:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """held_out_loss: nats per learned token. exact answers of total."""
+    """held_out_loss: nats per token of the answers; text_loss: of [compare] text. exact answers of total."""
 
     held_out_loss: float
+    text_loss: float | None
     exact: int
     total: int
 
@@ -121,6 +122,12 @@ class Bench:
     @cached_property
     def held_out_rows(self) -> list[Row]:
         return self.rows(self.evaluation.data)
+
+    @cached_property
+    def text_rows(self) -> list[Row] | None:
+        """Of [compare] text; None without it."""
+        text = self.recipe.compare.text
+        return None if text is None else self.rows(text)
 
     @cached_property
     def fisher(self) -> dict[str, torch.Tensor]:
@@ -221,15 +228,20 @@ class Bench:
         return Trained(losses[kept], trainable, clock.seconds)
 
     def score(self, model: nn.Module, name: str) -> Score:
-        """Loss on the held-out answers and the share that greedy decoding answers exactly."""
-        size, total, count = self.evaluation.batch_size, 0.0, 0
-        batches = range(0, len(self.held_out_rows), size)
-        for begin in track(batches, f"held-out loss of {name}"):
-            loss, learned = learned_loss(model, collate(self.held_out_rows[begin : begin + size]))
-            total, count = total + loss * learned, count + learned
+        """Loss on the held-out answers and text, and the share of questions that greedy decoding answers exactly."""
+        loss = self._loss(model, self.held_out_rows, f"held-out loss of {name}")
+        text = None if self.text_rows is None else self._loss(model, self.text_rows, f"held-out text of {name}")
         prompts, ends = [ids for ids, _ in self.asked], end_ids(self.source, self.tokenizer)
         answers = network_answers(model, self.tokenizer, prompts, self.evaluation, ends, f"score of {name}")
-        return Score(total / count, self.right(answers), len(prompts))
+        return Score(loss, text, self.right(answers), len(prompts))
+
+    def _loss(self, model: nn.Module, rows: Sequence[Row], title: str) -> float:
+        """Nats per learned token."""
+        size, total, count = self.evaluation.batch_size, 0.0, 0
+        for begin in track(range(0, len(rows), size), title):
+            loss, learned = learned_loss(model, collate(rows[begin : begin + size]))
+            total, count = total + loss * learned, count + learned
+        return total / count
 
     def right(self, answers: Sequence[str]) -> int:
         """How many answers to `asked` are the expected ones."""

@@ -44,13 +44,13 @@ class Speed:
 class Measured:
     """What a cell came to.
 
-    held_out_loss: nats per learned token of the held-out data; None when training diverged. validation_loss: the same
-    of the validation data, which chooses the learning rate. exact of total: the task score, None without one.
-    bits_per_weight: of the decoder layers' matrices as deployed, scales, offsets and an unmerged adapter included.
-    trainable: parameters. seconds: of training steps. ships: how the model is deployed. gates: what verify-parity said
-    of its exports ("21/21", or the first gate that failed), None where it was not asked. speed: of llama.cpp on the
-    GGUF file that is deployed, None where it was not timed or there is none. answered: exact
-    answers of total by llama.cpp on that file, of the first seed, None where it was not asked.
+    held_out_loss: nats per learned token of the held-out data; None when training diverged. text_loss: the same of the
+    held-out text, None without one. validation_loss: of the validation data, which chooses the learning rate. exact of
+    total: the task score, None without one. bits_per_weight: of the decoder layers' matrices as deployed, scales,
+    offsets and an unmerged adapter included. trainable: parameters. seconds: of training steps. ships: how the model is
+    deployed. gates: what verify-parity said of its exports ("21/21", or the first gate that failed), None where it was
+    not asked. speed: of llama.cpp on the GGUF file that is deployed, None where it was not timed or there is none.
+    answered: exact answers of total by llama.cpp on that file, of the first seed, None where it was not asked.
     """
 
     cell: Cell
@@ -65,6 +65,7 @@ class Measured:
     gates: str | None = None
     speed: Speed | None = None
     answered: int | None = None
+    text_loss: float | None = None
 
     @property
     def score(self) -> float | None:

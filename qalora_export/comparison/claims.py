@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from qalora_export.comparison.table import Row
+from qalora_export.comparison.table import Row, spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,10 @@ class _Rows:
             raise _MissingError
         return row.mean_loss
 
+    def said(self, method: str, bits: int | None = None) -> str:
+        """The loss as text, with its deviation over seeds."""
+        return spread(self._row(method, bits).judged, ".4f")
+
     def trainable(self, method: str, bits: int | None = None) -> int:
         return self._row(method, bits).trainable
 
@@ -65,12 +69,14 @@ def judged(rows: Sequence[Row]) -> list[Claim]:
 
 def _against_qlora(rows: _Rows) -> tuple[bool, str]:
     ours, theirs = rows.loss("qa-lora", 4), rows.loss("qlora")
-    return ours <= theirs, f"{ours:.4f} against {theirs:.4f} nats"
+    return ours <= theirs, f"{rows.said('qa-lora', 4)} against {rows.said('qlora')} nats"
 
 
 def _quantizing_again_loses(rows: _Rows) -> tuple[bool, str]:
     ours, unmerged, again = rows.loss("qa-lora", 4), rows.loss("qlora"), rows.loss("qlora+gptq", 4)
-    return again > max(ours, unmerged), f"{again:.4f} against {ours:.4f} and {unmerged:.4f} nats"
+    return again > max(ours, unmerged), (
+        f"{rows.said('qlora+gptq', 4)} against {rows.said('qa-lora', 4)} and {rows.said('qlora')} nats"
+    )
 
 
 def _gap_grows(rows: _Rows) -> tuple[bool, str]:
@@ -85,7 +91,7 @@ def _half_of_the_parameters(rows: _Rows) -> tuple[bool, str]:
 
 def _lq_at_two_bits(rows: _Rows) -> tuple[bool, str]:
     ours, theirs = rows.loss("lq-lora", 2), rows.loss("qlora+gptq", 2)
-    return ours < theirs, f"{ours:.4f} against {theirs:.4f} nats"
+    return ours < theirs, f"{rows.said('lq-lora', 2)} against {rows.said('qlora+gptq', 2)} nats"
 
 
 def _coarser_trades(rows: _Rows) -> tuple[bool, str]:
@@ -108,7 +114,7 @@ def _below(
     def judge(rows: _Rows) -> tuple[bool, str]:
         pairs = [(rows.loss(ours, each), rows.loss(theirs, each)) for each in bits]
         held = all(mine < other if strictly else mine <= other for mine, other in pairs)
-        figure = ", ".join(f"{mine:.4f} against {other:.4f}" for mine, other in pairs)
+        figure = ", ".join(f"{rows.said(ours, each)} against {rows.said(theirs, each)}" for each in bits)
         return held, f"{figure} nats at {', '.join(map(str, bits))} bits"
 
     return judge
@@ -116,12 +122,12 @@ def _below(
 
 def _against_what_is_shipped(rows: _Rows) -> tuple[bool, str]:
     ours, theirs = rows.loss("qa-lora", 4), rows.loss("qlora+k-quants", 4)
-    return ours < theirs, f"{ours:.4f} against {theirs:.4f} nats"
+    return ours < theirs, f"{rows.said('qa-lora', 4)} against {rows.said('qlora+k-quants', 4)} nats"
 
 
 def _plus_reaches_lora(rows: _Rows) -> tuple[bool, str]:
     ours, theirs = rows.loss("qa-lora+", 4), rows.loss("lora")
-    return ours <= theirs + 0.01, f"{ours:.4f} against {theirs:.4f} nats"
+    return ours <= theirs + 0.01, f"{rows.said('qa-lora+', 4)} against {rows.said('lora')} nats"
 
 
 def _plus_closes_half(rows: _Rows) -> tuple[bool, str]:

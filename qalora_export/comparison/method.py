@@ -48,6 +48,8 @@ class Method:
     needs: as needs.py has them. widths: the only bits at which it has a row, where others tell nothing new. exact: it
     ships as a canonical checkpoint, whose exports are proven. artifact: a GGUF file of the layout that is deployed, of
     untrained numbers: what is timed, for speed does not depend on values; None for what no GGUF file is made of.
+    varies: another method, of which only the start or the bits are others: it takes that row's learning rate where
+    there is one.
     """
 
     id: str
@@ -59,6 +61,7 @@ class Method:
     artifact: Artifact | None = None
     exact: bool = False
     widths: Widths = ALL
+    varies: str | None = None
 
 
 def bits_of(cell: Cell) -> int:

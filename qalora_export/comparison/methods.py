@@ -64,6 +64,10 @@ def _by_llama_cpp(id: str, title: str, make: Maker, *needs: str, trained: bool =
     return Method(id, title, "each", trained, make, (*needs, LLAMA_CPP), _k_quants_gguf)
 
 
+def _variant(of: str, method: Method) -> Method:
+    return replace(method, varies=of)
+
+
 METHODS = {
     method.id: method
     for method in (
@@ -76,8 +80,14 @@ METHODS = {
         _merged("qlora+gptq", "QLoRA merged, then GPTQ", with_lora.qlora_gptq, PEFT, BITSANDBYTES, CALIBRATION),
         _by_llama_cpp("qlora+k-quants", "QLoRA merged, then K-quants", with_lora.qlora_k_quants, PEFT, BITSANDBYTES),
         _beside("lq-lora", "LQ-LoRA, unmerged", with_lora.lq_lora, PEFT),
-        _beside("lq-lora-fisher", "LQ-LoRA by Fisher information", with_lora.lq_lora_fisher, PEFT, widths=LOW),
-        _beside("lq-lora-mixed", "LQ-LoRA, bits by matrix", with_lora.lq_lora_mixed, PEFT, SCIPY, widths=LOW),
+        _variant(
+            "lq-lora",
+            _beside("lq-lora-fisher", "LQ-LoRA by Fisher information", with_lora.lq_lora_fisher, PEFT, widths=LOW),
+        ),
+        _variant(
+            "lq-lora",
+            _beside("lq-lora-mixed", "LQ-LoRA, bits by matrix", with_lora.lq_lora_mixed, PEFT, SCIPY, widths=LOW),
+        ),
         _merged("qa-lora", "QA-LoRA", with_qalora.qa_lora, CALIBRATION),
         replace(
             _merged(
@@ -85,11 +95,21 @@ METHODS = {
                 widths=(4, 3),  # at 2 bits there is nothing to choose
             ),
             artifact=_mixed_gguf,
+            varies="qa-lora",
         ),
-        _merged("qa-lora-coarse", f"QA-LoRA, groups of {with_qalora.COARSE}", with_qalora.qa_lora_coarse, CALIBRATION),
-        _merged("qa-lora-plain", "QA-LoRA from plain GPTQ", with_qalora.qa_lora_plain, CALIBRATION, widths=LOW),
         _merged(
-            "qa-lora-refit", "the same, offsets refitted first", with_qalora.qa_lora_refit, CALIBRATION, widths=LOW
+            *("qa-lora-coarse", f"QA-LoRA, groups of {with_qalora.COARSE}", with_qalora.qa_lora_coarse, CALIBRATION),
+            widths=(4, 2),
+        ),
+        _variant(
+            "qa-lora",
+            _merged("qa-lora-plain", "QA-LoRA from plain GPTQ", with_qalora.qa_lora_plain, CALIBRATION, widths=LOW),
+        ),
+        _variant(
+            "qa-lora",
+            _merged(
+                "qa-lora-refit", "the same, offsets refitted first", with_qalora.qa_lora_refit, CALIBRATION, widths=LOW
+            ),
         ),
         _merged("qa-lora+", "QA-LoRA+ (scales too)", with_qalora.qa_lora_plus, CALIBRATION),
     )

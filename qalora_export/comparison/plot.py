@@ -21,8 +21,8 @@ def plot_rows(path: Path, rows: Sequence[Row]) -> None:
     for index, method in enumerate(dict.fromkeys(row.method for row in shown)):
         mine = sorted((row for row in shown if row.method == method), key=lambda row: row.bits_per_weight)
         mean = [row.mean_loss or 0.0 for row in mine]
-        low = [m - min(row.loss) for m, row in zip(mean, mine, strict=True)]
-        high = [max(row.loss) - m for m, row in zip(mean, mine, strict=True)]
+        low = [m - min(row.judged) for m, row in zip(mean, mine, strict=True)]
+        high = [max(row.judged) - m for m, row in zip(mean, mine, strict=True)]
         axes.errorbar(
             [row.bits_per_weight for row in mine],
             mean,
@@ -35,7 +35,8 @@ def plot_rows(path: Path, rows: Sequence[Row]) -> None:
     axes.set_xscale("log", base=2)
     ticks = [2, 3, 4, 6, 8, 16]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.set(xlabel="bits per weight as deployed", ylabel="held-out loss, nats per answer token")
+    what = "text" if any(row.text for row in shown) else "answers"
+    axes.set(xlabel="bits per weight as deployed", ylabel=f"loss of held-out {what}, nats per token")
     axes.grid(alpha=0.25)
     axes.legend(fontsize="small")
     with atomic_file(path, force=True) as temporary:

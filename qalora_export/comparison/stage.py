@@ -20,7 +20,7 @@ from qalora_export.checkpoint.output import claim_output
 from qalora_export.comparison.bench import Bench, Score
 from qalora_export.comparison.cells import Cell, Measured, read, write
 from qalora_export.comparison.claims import Claim, judged
-from qalora_export.comparison.method import EXACT, GGUF, Made, Method
+from qalora_export.comparison.method import EXACT, GGUF, Made, Method, rate_of
 from qalora_export.comparison.methods import METHODS
 from qalora_export.comparison.needs import require
 from qalora_export.comparison.plot import plot_rows
@@ -63,7 +63,7 @@ def compare(recipe: Recipe, *, force: bool = False) -> ComparisonReport:
     out, methods = local_path(recipe.out), _methods(recipe)
     require(recipe, methods)
     source = locate(recipe.model, recipe.revision).path
-    inputs = (source, recipe.train.data, recipe.train.validation, recipe.quantize.calibration)
+    inputs = (source, recipe.train.data, recipe.train.validation, recipe.quantize.calibration, recipe.compare.text)
     with contextlib.ExitStack() as stack:
         out.mkdir(parents=True, exist_ok=True)
         stack.enter_context(claim_output(out / RECORD, force=True, inputs=inputs))
@@ -114,6 +114,7 @@ def _made_of(recipe: Recipe, source: Path) -> str:
         files = [getattr(table, place, None) for place in sorted(places)]
         parts += ["" if file is None else sha256_file(Path(file)) for file in files]
         parts.append(f"{name} {'' if table is None else table.model_dump_json(exclude=places)}")
+    parts.append("" if recipe.compare.text is None else sha256_file(Path(recipe.compare.text)))
     return sha256_bytes("\n".join(parts).encode())
 
 
@@ -125,6 +126,7 @@ class _Run:
     force: bool
     made: int = 0
     kept: int = 0
+    rates: dict[tuple[str, int | None], float] = field(default_factory=dict)  # the best of every trained row
 
     @cached_property
     def speeds(self) -> Speeds:
@@ -172,7 +174,10 @@ class _OneRow:
         asked = self.run.bench.recipe.compare
         first, *others = asked.seeds
         if self.method.trained:
-            best = best_rate(asked.learning_rates, lambda rate: self._measured(first, rate))
+            known = self.run.rates.get((self.method.varies or "", self.bits))
+            rates = asked.learning_rates if known is None else (known,)
+            best = best_rate(rates, lambda rate: self._measured(first, rate))
+            self.run.rates[self.method.id, self.bits] = rate_of(best.cell)
         else:
             best = self._measured(first, None)
         unproven = best.gates is None if best.ships == EXACT else best.ships == GGUF and best.answered is None
@@ -221,6 +226,7 @@ def _record(cell: Cell, made: Made, score: Score) -> Measured:
         trained.trainable,
         trained.seconds,
         made.ships,
+        text_loss=score.text_loss,
     )
 
 

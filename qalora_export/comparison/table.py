@@ -11,7 +11,8 @@ from qalora_export.comparison.cells import Measured, Speed
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """bits: None for 16-bit weights and for NF4. loss, score: one value per seed; empty where training diverged.
+    """bits: None for 16-bit weights and for NF4. loss (of the answers), text (of the held-out text, empty without one),
+    score: one value per seed; empty where training diverged.
 
     rate: the learning rate with the lowest validation loss on the first seed, None where nothing is trained. gates: of
     the first seed. speed: of the layout. runtime_score: share of exact answers
@@ -31,10 +32,16 @@ class Row:
     gates: str | None
     speed: Speed | None = None
     runtime_score: float | None = None
+    text: tuple[float, ...] = ()
+
+    @property
+    def judged(self) -> tuple[float, ...]:
+        """The losses that claims and plot go by: of the held-out text, without one of the answers."""
+        return self.text or self.loss
 
     @property
     def mean_loss(self) -> float | None:
-        return statistics.mean(self.loss) if self.loss else None
+        return statistics.mean(self.judged) if self.judged else None
 
 
 def best_rate(rates: Iterable[float], measured: Callable[[float], Measured]) -> Measured:
@@ -83,6 +90,7 @@ def row_of(title: str, cells: Sequence[Measured]) -> Row:
         first.gates,
         first.speed,
         None if first.answered is None or not first.total else first.answered / first.total,
+        tuple(m.text_loss for m in cells if m.text_loss is not None),
     )
 
 
@@ -97,7 +105,8 @@ def spread(values: Sequence[float], form: str) -> str:
 HEADINGS = (
     "method",
     "bits/weight",
-    "held-out loss",
+    "held-out text",
+    "answers",
     "score",
     "in llama.cpp",
     "decode",
@@ -115,6 +124,7 @@ def cells_of(row: Row) -> tuple[str, ...]:
     return (
         row.title,
         f"{row.bits_per_weight:.2f}",
+        spread(row.text, ".4f") if row.text or not row.loss else "–",
         spread(row.loss, ".4f"),
         spread(row.score, ".1%"),
         "–" if row.runtime_score is None else f"{row.runtime_score:.1%}",

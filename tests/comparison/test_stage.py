@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from qalora_export import stage_keys
 from qalora_export.comparison import methods, speed, stage
+from qalora_export.comparison.bench import Bench, plain
 from qalora_export.comparison.stage import compare
 from qalora_export.errors import DivergedError, ExitCode, InputError, QaloraError
 from qalora_export.recipe import CompareSettings, EvaluateSettings, QuantizeSettings, Recipe, TrainSettings
@@ -32,9 +34,10 @@ def recipe(tiny_model: Path, tmp_path: Path) -> Recipe:
 
 
 def test_every_method_has_its_row_and_a_second_run_keeps_them(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [name for name, method in methods.METHODS.items() if method.bits != "each" or 3 in method.widths]
     report = compare(recipe)
-    assert [row.method for row in report.rows] == list(methods.METHODS)
-    assert (report.made, report.kept) == (len(methods.METHODS), 0)
+    assert [row.method for row in report.rows] == expected and len(expected) == len(methods.METHODS) - 1
+    assert (report.made, report.kept) == (len(expected), 0)
     bits = {row.method: row.bits_per_weight for row in report.rows}
     assert bits["base"] == bits["lora"] == 16
     assert bits["rtn"] == bits["gptq"] == bits["qa-lora"] == bits["qa-lora+"] == bits["qlora+gptq"]
@@ -49,7 +52,7 @@ def test_every_method_has_its_row_and_a_second_run_keeps_them(recipe: Recipe, mo
     assert not (Path(recipe.out) / "work").exists()
 
     again = compare(recipe)
-    assert (again.made, again.kept) == (0, len(methods.METHODS))
+    assert (again.made, again.kept) == (0, len(expected))
     assert again.rows == report.rows
     other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"max_steps": 1})})
     only = other.model_copy(update={"compare": other.compare.model_copy(update={"methods": ("rtn",)})})
@@ -99,6 +102,36 @@ def test_a_rate_that_diverges_is_not_chosen(recipe: Recipe, monkeypatch: pytest.
     monkeypatch.setitem(methods.METHODS, "qa-lora", changed)
     (row,) = compare(recipe.model_copy(update={"compare": asked})).rows
     assert row.rate == 1e-3 and row.mean_loss is not None
+
+
+def test_a_variant_takes_the_rate_of_the_row_it_varies(recipe: Recipe) -> None:
+    asked = recipe.compare.model_copy(
+        update={"methods": ("qa-lora", "qa-lora-mixed", "qa-lora-plain"), "learning_rates": (1e-4, 1e-3, 1e-2)}
+    )
+    report = compare(recipe.model_copy(update={"compare": asked}))
+    assert len({row.rate for row in report.rows}) == 1
+    assert 2 <= report.made - 2 <= 3  # one cell each of the variants, the climb of the row they vary
+    alone = recipe.model_copy(update={"compare": asked.model_copy(update={"methods": ("qa-lora-plain",)})})
+    assert compare(alone).made >= 1  # looks for itself
+
+
+def test_held_out_text_is_what_rows_are_judged_by(recipe: Recipe, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "one two three four five"}\n{"text": "six one two"}\n')
+    asked = recipe.compare.model_copy(update={"methods": ("base", "rtn", "qa-lora"), "text": str(text)})
+    report = compare(recipe.model_copy(update={"compare": asked}))
+    bench = Bench(recipe.model_copy(update={"compare": asked}), Path(recipe.model), tmp_path / "bench")
+    model = plain(bench.source)
+    total = count = 0.0
+    for (sample,) in bench.rows(str(text)):  # the slow way: one row at a time, its learned tokens one by one
+        logits = model(torch.tensor([list(sample.ids)])).logits[0].log_softmax(-1)
+        for place, label in enumerate(sample.labels):
+            if place and label >= 0:
+                total, count = total - float(logits[place - 1, label]), count + 1
+    base = report.rows[0]
+    assert base.text == (pytest.approx(total / count, rel=1e-5),) and base.judged == base.text != base.loss
+    text.write_text('{"text": "another text"}\n')
+    assert compare(recipe.model_copy(update={"compare": asked})).made == 3
 
 
 def test_what_is_missing_is_said_before_anything_is_made(recipe: Recipe) -> None:

@@ -35,7 +35,10 @@ def rows(**losses: float) -> list[Row]:
 def test_mean_and_spread_over_seeds() -> None:
     row = row_of("QA-LoRA", [measured("qa-lora", 4, 1.0), measured("qa-lora", 4, 2.0, seed=1)])
     assert row.mean_loss == 1.5 and spread(row.loss, ".2f") == "1.50 ± 0.71"
-    assert "| QA-LoRA | 4.00 | 1.5000 ± 0.7071 | 75.0% ± 0.0% | – | – |" in markdown([row])
+    assert "| QA-LoRA | 4.00 | – | 1.5000 ± 0.7071 | 75.0% ± 0.0% | – | – |" in markdown([row])
+    texts = [replace(measured("qa-lora", 4, 1.0), text_loss=loss) for loss in (3.0, 4.0)]
+    row = row_of("QA-LoRA", texts)
+    assert row.mean_loss == 3.5 and "| QA-LoRA | 4.00 | 3.5000 ± 0.7071 | 1.0000 ± 0.0000 |" in markdown([row])
     timed = replace(measured("qa-lora", 4, 1.0), speed=Speed(100.0, 1.25, 5.0), answered=2)
     assert "| 75.0% | 50.0% | 1.25× | 5.00 |" in markdown([row_of("QA-LoRA", [timed])])
     assert spread((), ".2f") == "diverged" and spread((1.0,), ".2f") == "1.00"
