@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 END, ASKED, LIMIT = "end", "asked", "limit"  # why an answer ended: an end token; all tokens asked for; anything else
+QUESTIONS = "questions of the task"  # what a runner counts while it answers `scored` (heartbeat)
 ANSWER_KEYS = {
     "answers": "one object per question: tokens, the ids generated, an end token included; stop, one of the above; "
     "text, as the runtime shows it, null where it has no tokenizer; cached, tokens that were in the cache before; "

@@ -12,6 +12,7 @@ from pathlib import Path
 EVERY = 0.5  # seconds between two lines; what happens in between is only counted
 MAX_BYTES = 1000
 ANSWERED = "answered"  # the last line: nothing but the end of the process is left
+TOKENS = ", tokens"  # ends the name of what is counted in tokens
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class _Heart:
             self.path.write_text(f"{beat.steps} {beat.done} {beat.total} {beat.what}\n", encoding="utf-8")
 
     def advance(self, count: int) -> None:
-        self.set(self._beat.what, self._beat.done + count, self._beat.total)
+        more = count if self._beat.what.endswith(TOKENS) else 0  # of questions, a token is only a sign of life
+        self.set(self._beat.what, self._beat.done + more, self._beat.total)
 
 
 _heart = _Heart()
@@ -59,7 +61,7 @@ def at(what: str, done: int = 0, total: int = 0) -> None:
 
 
 def advance(count: int = 1) -> None:
-    """One or more further units of the same."""
+    """One or more further tokens."""
     _heart.advance(count)
 
 

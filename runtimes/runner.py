@@ -140,7 +140,7 @@ def run_pass(runtime: Runtime, job: Job, each: str, seconds: dict[str, float]) -
         steps = _sequence_by_sequence({"prefill": runtime.prefill, "decode": runtime.decode}[each], job)
     out: Logprobs | None = None
     seconds[each], done, started = 0.0, 0, time.perf_counter()
-    heartbeat.at(f"{each}, tokens", 0, job.total)
+    heartbeat.at(each + heartbeat.TOKENS, 0, job.total)
     for positions, rows in steps:
         seconds[each] += time.perf_counter() - started
         if rows.ndim != 2 or len(rows) != len(positions) or (out is not None and rows.shape[1] != out.shape[1]):
@@ -149,7 +149,7 @@ def run_pass(runtime: Runtime, job: Job, each: str, seconds: dict[str, float]) -
             out = np.empty((job.total, rows.shape[1]), dtype=np.float32)
         out[positions] = log_softmax(rows)
         done += len(positions)
-        heartbeat.at(f"{each}, tokens", done, job.total)
+        heartbeat.at(each + heartbeat.TOKENS, done, job.total)
         started = time.perf_counter()
     if out is None or done != job.total:
         raise RunnerError(f"the runtime answered {done} of {job.total} positions")

@@ -164,7 +164,7 @@ def _values(runtime: Tapped, job: Job, passes: list[list[str]]) -> Iterator[tupl
     for names in passes:
         found = []
         for at, ids in enumerate(job.sequences):
-            heartbeat.at(f"{job.mode}, tokens", sum(map(len, job.sequences[:at])), job.total)
+            heartbeat.at(job.mode + heartbeat.TOKENS, sum(map(len, job.sequences[:at])), job.total)
             found.append(runtime.taps(ids, names, decode=job.mode == "decode"))
         for index, name in enumerate(names, number):
             if all(name in part for part in found):

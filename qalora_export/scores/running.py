@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from qalora_runtimes.behaviour import Question, Request
+from qalora_runtimes.behaviour import QUESTIONS, Question, Request
+from qalora_runtimes.heartbeat import TOKENS
 from qalora_runtimes.launch import run_runner
 from qalora_runtimes.protocol import Job, TextRequest
 
@@ -152,7 +153,8 @@ class Running:
         return found
 
     def _run(self, job: Job, what: str) -> Any:
-        with task(f"{self.name}: {what}", job.total) as shown:
+        questions = len(job.behaviour.scored) if job.behaviour else 0
+        with task(f"{self.name}: {what}", questions or job.total) as shown:
             found = run_runner(
                 self.name,
                 model=self._artifact.path,
@@ -161,7 +163,7 @@ class Running:
                 threads=self.threads,
                 lora=self._artifact.lora,
                 vocabulary=self._sizes[0],
-                watch=watch_of(self.name, self._artifact.path, job, shown),
+                watch=watch_of(self.name, self._artifact.path, job, shown, QUESTIONS if questions else TOKENS),
             )
         if found.status != "ok":
             raise run_error(self.name, self.path, found)

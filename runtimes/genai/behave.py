@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from qalora_runtimes import heartbeat
-from qalora_runtimes.behaviour import ASKED, END, LIMIT, Request, prompt_of
+from qalora_runtimes.behaviour import ASKED, END, LIMIT, QUESTIONS, Request, prompt_of
 from qalora_runtimes.scoring import RunnerError
 
 # Asked for only where the defaults that ship draw at random: then no two answers are alike.
@@ -74,7 +74,7 @@ class Behaviour:
     def _scored(self) -> list[dict[str, Any]]:
         answers, ends = list[dict[str, Any]](), set(self._tokenizer.eos_token_ids)
         for index, question in enumerate(self._request.scored):
-            heartbeat.at("questions of the task", index, len(self._request.scored))
+            heartbeat.at(QUESTIONS, index, len(self._request.scored))
             made = self._answer(self._generator(), [*question.prompt], question.tokens, cut=False)["tokens"]
             answers.append({"tokens": made, "text": self._stream(made[:-1] if made and made[-1] in ends else made)})
         return answers

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from qalora_runtimes import heartbeat
-from qalora_runtimes.behaviour import ASKED, END, LIMIT, Question, Request, prompt_of
+from qalora_runtimes.behaviour import ASKED, END, LIMIT, QUESTIONS, Question, Request, prompt_of
 from qalora_runtimes.llama_cpp.c_api import Context
 from qalora_runtimes.llama_cpp.client import Client
 from qalora_runtimes.scoring import RunnerError
@@ -49,35 +49,62 @@ def behave(client: Client, request: Request, context: Context | None) -> dict[st
     }
 
 
-def only_scored(context: Context, request: Request) -> dict[str, Any]:
-    """behaviour.ANSWER_KEYS of a request for a task alone, generated through the C API with the context's settings."""
-    ends, answers = set(context.ends()), list[dict[str, Any]]()
-    for index, question in enumerate(request.scored):
-        heartbeat.at("questions of the task", index, len(request.scored))
-        made = _greedy(context, [*question.prompt], question.tokens, ends)
-        shown = tuple(made[:-1] if made[-1] in ends else made)
-        answers.append({"tokens": made, "text": _text(context, shown)})
+def only_scored(context: Context, request: Request, sequences: int = 1) -> dict[str, Any]:
+    """behaviour.ANSWER_KEYS of a request for a task alone, generated through the C API with the context's settings.
+
+    sequences: how many answers grow side by side, in `context` with as many sequences: a step reads every weight
+    whatever it computes, so several tokens cost little more than one.
+    """
+    ends, made = set(context.ends()), list[list[int]]()
+    for group in _fitting(request.scored, sequences, context.cells):
+        heartbeat.at(QUESTIONS, len(made), len(request.scored))
+        made += _greedy(context, group, ends)
+    answers = []
+    for tokens in made:
+        shown = tuple(tokens[:-1] if tokens[-1] in ends else tokens)
+        answers.append({"tokens": tokens, "text": _text(context, shown)})
     empty: dict[str, Any] = {name: [] for name in ("answers", "unprompted", "errors")}
     nothing = dict.fromkeys(("batch", "pieces", "decoded"))
     return {**empty, **nothing, "ends": {"all": sorted(ends), "forced": {}}, "defaults": {}, "scored": answers}
 
 
-def _greedy(context: Context, ids: list[int], tokens: int, ends: set[int]) -> list[int]:
-    """The likeliest token again and again, up to and with one of `ends`."""
+def _fitting(questions: Sequence[Question], sequences: int, cells: int) -> list[list[Question]]:
+    """Neighbours in groups of at most `sequences`, with room for prompts and answers together in the KV cache."""
+    groups, taken = list[list[Question]](), 0
+    for question in questions:
+        room = len(question.prompt) + question.tokens
+        if not groups or len(groups[-1]) == sequences or taken + room > cells:
+            groups.append([])
+            taken = 0
+        groups[-1].append(question)
+        taken += room
+    return groups
+
+
+def _greedy(context: Context, questions: Sequence[Question], ends: set[int]) -> list[list[int]]:
+    """To each question the likeliest token again and again, up to and with one of `ends`."""
     context.clear()
-    made, held, fresh = list[int](), 0, ids
-    while not made or (len(made) < tokens and made[-1] not in ends):
-        for at in range(0, len(fresh), context.batch_limit):
-            part = np.array(fresh[at : at + context.batch_limit], np.int32)
-            rows = context.run(part, held, [len(part) - 1])
-            held += len(part)
-        made.append(int(np.argmax(rows[-1])))
-        fresh = made[-1:]
+    made: list[list[int]] = []
+    for number, question in enumerate(questions):
+        ids = np.asarray(question.prompt, np.int32)
+        for at in range(0, len(ids), context.batch_limit):
+            part = ids[at : at + context.batch_limit]
+            rows = context.run(part, at, [len(part) - 1], sequence=number)
+        made.append([int(np.argmax(rows[-1]))])
+
+    def going(number: int) -> bool:
+        return len(made[number]) < questions[number].tokens and made[number][-1] not in ends
+
+    while still := [number for number in range(len(questions)) if going(number)]:
+        positions = [len(questions[number].prompt) + len(made[number]) - 1 for number in still]
+        rows = context.step([made[number][-1] for number in still], positions, still)
+        for number, row in zip(still, rows, strict=True):
+            made[number].append(int(np.argmax(row)))
     return made
 
 
 def _scored(client: Client, request: Request, index: int, options: Mapping[str, Any]) -> dict[str, Any]:
-    heartbeat.at("questions of the task", index, len(request.scored))
+    heartbeat.at(QUESTIONS, index, len(request.scored))
     question = request.scored[index]
     found = _answer(client, [*question.prompt], question.tokens, options)
     return {"tokens": found["tokens"], "text": found["text"]}

@@ -117,6 +117,7 @@ class Context:
         self._vocab = c.llama_model_get_vocab(self._model)
         self.vocabulary = int(c.llama_vocab_n_tokens(self._vocab))
         self.batch_limit = int(c.llama_n_batch(self._context))
+        self.cells = int(c.llama_n_ctx(self._context))  # of the KV cache
         self._batch = c.llama_batch_init(self.batch_limit, 0, 1)
 
     def _check_echo(self, asked: dict[str, int]) -> None:
@@ -155,20 +156,20 @@ class Context:
         """Forget the KV cache."""
         self._library.c.llama_memory_clear(self._memory, True)
 
-    def run(self, ids: Ids, start: int, at: list[int] | None = None) -> Rows:
+    def run(self, ids: Ids, start: int, at: list[int] | None = None, *, sequence: int = 0) -> Rows:
         """Evaluate `ids` as one batch at positions start…: float32 logits (len(ids), vocab). KV cache grows by it.
 
-        at: indices into `ids` whose logits are wanted, instead of all.
+        at: indices into `ids` whose logits are wanted, instead of all. sequence: which one they continue.
         """
-        places = [(start + i, 0) for i in range(len(ids))]
+        places = [(start + i, sequence) for i in range(len(ids))]
         return self._evaluate(ids.tolist(), places, list(range(len(ids))) if at is None else at)
 
-    def step(self, tokens: list[int], position: int, sequences: list[int]) -> Rows:
+    def step(self, tokens: list[int], positions: list[int], sequences: list[int]) -> Rows:
         """One more token of each of several sequences, each with a KV cache of its own: logits (len(tokens), vocab).
 
         sequences: numbers below the context's n_seq_max.
         """
-        return self._evaluate(tokens, [(position, sequence) for sequence in sequences], list(range(len(tokens))))
+        return self._evaluate(tokens, list(zip(positions, sequences, strict=True)), list(range(len(tokens))))
 
     def _evaluate(self, tokens: list[int], places: list[tuple[int, int]], wanted: list[int]) -> Rows:
         """places: (position, sequence) of every token. wanted: indices into tokens whose logits are answered."""

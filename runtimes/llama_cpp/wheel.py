@@ -155,7 +155,8 @@ class CApiRuntime:
             self._context.clear()
             for at in range(len(job.sequences[group[0]])):
                 going = [i for i in group if at < len(job.sequences[i])]  # the longest come first
-                rows = self._context.step([int(job.sequences[i][at]) for i in going], at, list(range(len(going))))
+                tokens = [int(job.sequences[i][at]) for i in going]
+                rows = self._context.step(tokens, [at] * len(going), list(range(len(going))))
                 yield [starts[i] + at for i in going], rows
 
     def text_answers(self, request: TextRequest) -> dict[str, Any]:
@@ -164,7 +165,7 @@ class CApiRuntime:
     def behave(self, request: Request) -> dict[str, Any]:
         """A task alone goes through the C API: only there are the settings of the exact path in force."""
         if request.scored and not request.questions:
-            return only_scored(self._context, request)
+            return only_scored(self._context, request, self._settings.sequences)
         return behave(self._server.client(), request, self._context)
 
     def long(self, sequence: LongSequence) -> Rows:

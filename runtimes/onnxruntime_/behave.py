@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from qalora_runtimes import heartbeat
-from qalora_runtimes.behaviour import ASKED, END, LIMIT, Request, prompt_of
+from qalora_runtimes.behaviour import ASKED, END, LIMIT, QUESTIONS, Request, prompt_of
 from qalora_runtimes.scoring import Rows, RunnerError
 
 Cache = dict[str, Any]
@@ -57,7 +57,7 @@ class Behaviour:
     def _scored(self) -> list[dict[str, Any]]:
         answers = list[dict[str, Any]]()
         for index, question in enumerate(self._request.scored):
-            heartbeat.at("questions of the task", index, len(self._request.scored))
+            heartbeat.at(QUESTIONS, index, len(self._request.scored))
             made, _ = self._greedy([*question.prompt], 0, self._empty(1), question.tokens)
             answers.append({"tokens": made, "text": None})
         return answers

@@ -80,10 +80,39 @@ def test_claims_follow_the_numbers() -> None:
     verdicts = [claim.verdict for claim in judged(worse)]
     assert verdicts[:2] == ["not held"] * 2 and verdicts.count("not held") == 4  # and: larger groups, what people ship
     same = [row for row in good if row.method != "qa-lora-refit"] + rows(qa_lora_refit_3=1.25, qa_lora_refit_2=1.6)
-    assert [claim.text for claim in judged(same) if not claim.held] == [
+    assert [claim.text for claim in judged(same) if claim.verdict != "held"] == [
         "ours: offsets refitted in closed form are a better start than zero at 3 and 2 bits"
     ]
     assert {claim.verdict for claim in judged([])} == {"not measured"}
+
+
+def seeded(method: str, bits: int | None, *losses: float) -> Row:
+    return row_of(method, [measured(method, bits, loss, seed=seed) for seed, loss in enumerate(losses)])
+
+
+def verdict(start: str, *found: Row) -> str:
+    """Of the claim whose text begins so."""
+    (claim,) = [claim for claim in judged(found) if claim.text.startswith(start)]
+    return claim.verdict
+
+
+def test_a_difference_within_the_error_of_the_means_settles_nothing() -> None:
+    """Standard errors of 0.1 / √2 each: of their difference 0.1."""
+    text, theirs = "QA-LoRA at 4 bits is no worse", seeded("qlora", None, 1.0, 1.2)
+    assert verdict(text, theirs, seeded("qa-lora", 4, 1.05, 1.25)) == "not settled"
+    assert verdict(text, theirs, seeded("qa-lora", 4, 0.95, 1.15)) == "not settled"
+    assert verdict(text, theirs, seeded("qa-lora", 4, 0.8, 1.0)) == "held"
+    assert verdict(text, theirs, seeded("qa-lora", 4, 1.2, 1.4)) == "not held"
+    assert verdict(text, theirs, seeded("qa-lora", 4, 1.0, 1.2)) == "not settled"  # equal means are no proof either
+    plus = "ours: QA-LoRA+ at 4 bits is within"
+    assert verdict(plus, seeded("lora", None, 1.0, 1.0), seeded("qa-lora+", 4, 1.0, 1.03)) == "not settled"
+    assert verdict(plus, seeded("lora", None, 1.0, 1.0), seeded("qa-lora+", 4, 1.0, 1.002)) == "held"
+    half = "ours: QA-LoRA+ closes half"
+    others = [seeded("lora", None, 1.0), *(seeded("qa-lora", bits, 2.0) for bits in (3, 2))]
+    assert verdict(half, *others, seeded("qa-lora+", 3, 1.5), seeded("qa-lora+", 2, 1.5)) == "held"
+    assert verdict(half, *others, seeded("qa-lora+", 3, 1.5), seeded("qa-lora+", 2, 1.3, 1.4)) == "held"
+    assert verdict(half, *others, seeded("qa-lora+", 3, 1.5), seeded("qa-lora+", 2, 1.4, 1.61)) == "not settled"
+    assert verdict(half, *others, seeded("qa-lora+", 3, 1.6), seeded("qa-lora+", 2, 1.4, 1.61)) == "not held"
 
 
 def test_a_cell_is_kept_only_for_what_it_was_made_of(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from qalora_runtimes.arrays import ProtocolError, write_arrays
 from qalora_runtimes.behaviour import ANSWER_KEYS, ASKED, END, Question, Request, behind
+from qalora_runtimes.heartbeat import Beat
 from qalora_runtimes.launch import run_runner
+from qalora_runtimes.process import Watch
 from qalora_runtimes.protocol import make_job, read_job, write_job
 
 TOKENS = 6
@@ -113,6 +115,30 @@ def test_a_task_alone_is_answered_too(
     else:  # GenAI drops bytes that are no character
         shown = tokenizer.decode(made, skip_special_tokens=True)
         assert answer["text"].replace("\ufffd", "") == shown.replace("\ufffd", "")
+
+
+def test_a_task_is_answered_side_by_side_as_one_by_one(
+    request: pytest.FixtureRequest, asked: Request, greedy: Any, tmp_path: Path
+) -> None:
+    """Prompts and answers of different lengths, more of them than go side by side, some ended by an end token."""
+    model, prompt = request.getfixturevalue(RUNTIMES["llama.cpp"]), [*asked.scored[0].prompt]
+    prompts = [prompt[cut:] for cut in range(len(prompt) - 2)] * 3
+    questions = tuple(Question(tuple(ids), 1 + index % TOKENS) for index, ids in enumerate(prompts))
+    job = replace(make_job([[1, 2, 3]] * 5, "both"), behaviour=Request(scored=questions))
+    told: list[Beat] = []
+    watch = Watch(on_beat=told.append)
+    result = run_runner("llama.cpp", model=model, job=job, workdir=tmp_path, exact=True, threads=1, watch=watch)
+    assert result.status == "ok", (result.message, result.log)
+    assert 1 < result.fingerprint["settings"]["sequences"] < len(questions)
+    alone = {tuple(question.prompt): greedy([*question.prompt]) for question in questions}
+    found = [answer["tokens"] for answer in result.behaviour["scored"]]
+    assert found == [_until_the_end(alone[tuple(q.prompt)][: q.tokens], result.behaviour) for q in questions]
+    assert all(beat.done <= beat.total for beat in told if beat.total)
+
+
+def _until_the_end(tokens: list[int], behaviour: Any) -> list[int]:
+    ends = [at for at, token in enumerate(tokens) if token in behaviour["ends"]["all"]]
+    return tokens[: ends[0] + 1] if ends else tokens
 
 
 def test_a_request_survives_its_way_through_a_file(asked: Request, tmp_path: Path) -> None:

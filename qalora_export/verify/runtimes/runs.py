@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from qalora_runtimes.behaviour import ANSWER_KEYS, Question, Request
-from qalora_runtimes.heartbeat import Beat
+from qalora_runtimes.heartbeat import TOKENS, Beat
 from qalora_runtimes.process import Watch, patience_for
 from qalora_runtimes.protocol import Job, LongSequence, TextRequest, write_job
 
@@ -222,12 +222,21 @@ def run_error(runtime: str, path: Path, result: Any) -> RuntimeUnavailableError:
     return kind(f"{runtime} {result.status}: {result.message}", where=path, why=why)
 
 
-def watch_of(runtime: str, model: Path, job: Job, shown: Task) -> Watch:
-    """How long a run may be silent; what it tells goes to `shown`, and its silence to the log."""
+def watch_of(runtime: str, model: Path, job: Job, shown: Task, counted: str = TOKENS) -> Watch:
+    """How long a run may be silent; what it tells goes to `shown`, and its silence to the log.
+
+    counted: how the name of what `shown` counts ends; everything else stands beside it, with counts of its own.
+    """
+    done = 0
 
     def on_beat(beat: Beat) -> None:
+        nonlocal done
+        if not beat.what.endswith(counted):
+            shown.update(done, str(beat))
+            return
         before = job.total if beat.what.startswith(job.passes[-1]) and len(job.passes) > 1 else 0
-        shown.update(before + beat.done if beat.total else 0, "" if beat.total else beat.what)
+        done = before + beat.done
+        shown.update(done)
 
     return Watch(
         patience_for(model, job.longest),
