@@ -132,5 +132,16 @@ def test_a_cell_is_kept_only_for_what_it_was_made_of(tmp_path: Path) -> None:
 
 
 def test_the_plot_takes_every_row(tmp_path: Path) -> None:
-    plot_rows(tmp_path / "plot.png", rows(qa_lora_4=1.0, qa_lora_2=1.4, lora_16=0.9))
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    untrained = row_of("base", [measured("base", None, 9.0, trainable=0)])
+    diverged = row_of("LoRA", [measured("lora", None, None)])
+    plot_rows(tmp_path / "plot.png", [*rows(qa_lora_4=1.0, qa_lora_2=1.4, lora_16=0.9), untrained, diverged])
+    narrow = _width(tmp_path / "plot.png")
+    timed = row_of("QA-LoRA", [replace(measured("qa-lora", 4, 1.0), speed=Speed(100.0, 1.25, 5.0))])
+    plot_rows(tmp_path / "plot.png", [*rows(qa_lora_2=1.4), timed])
+    assert _width(tmp_path / "plot.png") == 2 * narrow  # the same over tokens per second
+
+
+def _width(png: Path) -> int:
+    data = png.read_bytes()
+    assert data.startswith(b"\x89PNG")
+    return int.from_bytes(data[16:20], "big")
