@@ -137,9 +137,9 @@ class CompareSettings(Settings):
     """Which methods `compare` trains and scores, at which bits, seeds and learning rates; None: every method.
 
     The first seed looks for the learning rate of a trained method with the lowest validation loss, from the middle one
-    up or down as long as it falls; the others take it. Everything else comes from [train] and [quantize]. text:
-    held-out text, whose loss then stands in the table and in the claims: thousands of tokens tell methods apart that
-    the answers of [evaluate] do not.
+    up or down as long as it falls; the others confirm it (comparison/table.py). Everything else comes from [train] and
+    [quantize]. text: held-out text, whose loss then stands in the table and in the claims: thousands of tokens tell
+    methods apart that the answers of [evaluate] do not.
     """
 
     methods: tuple[str, ...] | None = None

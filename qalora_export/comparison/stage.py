@@ -26,7 +26,7 @@ from qalora_export.comparison.needs import require
 from qalora_export.comparison.plot import plot_rows
 from qalora_export.comparison.proof import Proof, proof_of
 from qalora_export.comparison.speed import Speeds
-from qalora_export.comparison.table import Row, best_rate, markdown, row_of
+from qalora_export.comparison.table import Row, best_rate, confirmed, markdown, row_of
 from qalora_export.errors import DivergedError, InputError, did_you_mean
 from qalora_export.models.sources import locate
 from qalora_export.progress import task
@@ -170,22 +170,32 @@ class _OneRow:
     written: dict[Cell, Made] = field(default_factory=dict)  # without their models
 
     def seeds(self) -> list[Measured]:
-        """One cell per seed: the first seed's at its best learning rate, proven, and that rate for the others."""
+        """One cell per seed at the best learning rate, the first seed's proven and timed."""
         asked = self.run.bench.recipe.compare
-        first, *others = asked.seeds
-        if self.method.trained:
-            known = self.run.rates.get((self.method.varies or "", self.bits))
-            rates = asked.learning_rates if known is None else (known,)
-            best = best_rate(rates, lambda rate: self._measured(first, rate))
-            self.run.rates[self.method.id, self.bits] = rate_of(best.cell)
-        else:
-            best = self._measured(first, None)
+        cells = self._trained() if self.method.trained else [self._measured(asked.seeds[0], None)]
+        best = cells[0]
         unproven = best.gates is None if best.ships == EXACT else best.ships == GGUF and best.answered is None
         if asked.prove and unproven and (proof := self._proof(best.cell)) is not None:
             best = self.run.write(replace(best, gates=proof.gates, answered=proof.answered))
         if asked.speed and best.speed is None and self.method.artifact is not None:
             best = self.run.write(replace(best, speed=self.run.speeds.of(self.method.artifact, self.bits)))
-        return [best] + [self._measured(seed, best.cell.rate) for seed in others if self.method.trained]
+        return [best, *cells[1:]]
+
+    def _trained(self) -> list[Measured]:
+        """The first seed looks for the rate, or it is that of the row that this one varies; the others confirm it."""
+        asked = self.run.bench.recipe.compare
+        known = self.run.rates.get((self.method.varies or "", self.bits))
+        rates = asked.learning_rates if known is None else (known,)
+        tried: dict[float, Measured] = {}
+
+        def first(rate: float) -> Measured:
+            tried[rate] = self._measured(asked.seeds[0], rate)
+            return tried[rate]
+
+        best = rate_of(best_rate(rates, first).cell)
+        cells = confirmed(best, tried, lambda rate: [self._measured(seed, rate) for seed in asked.seeds[1:]])
+        self.run.rates[self.method.id, self.bits] = rate_of(cells[0].cell)
+        return cells
 
     def _measured(self, seed: int, rate: float | None) -> Measured:
         cell = Cell(self.method.id, self.bits, seed, rate)

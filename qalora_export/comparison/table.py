@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qalora_export.comparison.cells import Measured, Speed
@@ -67,6 +67,28 @@ def best_rate(rates: Iterable[float], measured: Callable[[float], Measured]) -> 
             break
         best = tried
     return best
+
+
+def confirmed(
+    best: float, tried: Mapping[float, Measured], others: Callable[[float], list[Measured]]
+) -> list[Measured]:
+    """The cells of all seeds at the best rate, the first seed's first.
+
+    tried: the first seed's by rate; others: those of the other seeds at a rate. One seed may be lucky: where the mean
+    validation loss over seeds is above what the first seed had at another rate, that one is tried with all seeds, too.
+    """
+    cells = [tried[best], *others(best)]
+    for rate in sorted(set(tried) - {best}, key=lambda rate: _validated(tried[rate])):
+        if _mean_validated(cells) <= _validated(tried[rate]):
+            break
+        instead = [tried[rate], *others(rate)]
+        if _mean_validated(instead) < _mean_validated(cells):
+            cells = instead
+    return cells
+
+
+def _mean_validated(cells: Sequence[Measured]) -> float:
+    return statistics.mean(map(_validated, cells))
 
 
 def _validated(cell: Measured) -> float:

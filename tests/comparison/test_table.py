@@ -9,7 +9,7 @@ import pytest
 from qalora_export.comparison.cells import Cell, Measured, Speed, read, write
 from qalora_export.comparison.claims import CLAIMS, judged
 from qalora_export.comparison.plot import plot_rows
-from qalora_export.comparison.table import Row, best_rate, markdown, row_of, spread
+from qalora_export.comparison.table import Row, best_rate, confirmed, markdown, row_of, spread
 from qalora_export.errors import UnsafeInputError
 
 
@@ -65,6 +65,33 @@ def test_rates_are_climbed_and_what_lies_behind_a_worse_one_is_not_trained() -> 
     assert tried({1e-3: 4.0, 3e-3: 1.0, 1e-2: 2.0, 3e-2: None}) == (3e-3, [1e-2, 3e-2, 3e-3, 1e-3])
     assert tried({3e-2: 4.0, 1e-3: 3.0, 1e-2: 2.0, 3e-3: 2.5}) == (1e-2, [1e-2, 3e-2, 3e-3])
     assert tried({1e-3: 4.0}) == (1e-3, [1e-3])
+
+
+def chosen(
+    first: dict[float, float | None], others: dict[float, list[float | None]]
+) -> tuple[float | None, list[float]]:
+    """The rate of all seeds, given the first seed's best, and the rates that the other seeds were trained at."""
+    trained: list[float] = []
+
+    def train(rate: float) -> list[Measured]:
+        trained.append(rate)
+        return [measured("lora", None, loss, seed=seed, rate=rate) for seed, loss in enumerate(others[rate], 1)]
+
+    tried = {rate: measured("lora", None, loss, rate=rate) for rate, loss in first.items()}
+    best = min(first, key=lambda rate: first[rate] or 99)
+    cells = confirmed(best, tried, train)
+    assert [cell.cell.seed for cell in cells] == list(range(len(cells)))
+    assert {cell.cell.rate for cell in cells} == {cells[0].cell.rate}
+    return cells[0].cell.rate, trained
+
+
+def test_a_rate_that_one_seed_was_lucky_with_is_held_against_the_next() -> None:
+    assert chosen({1e-3: 2.0, 3e-3: 1.0}, {3e-3: [1.1]}) == (3e-3, [3e-3])
+    assert chosen({1e-3: 1.1, 3e-3: 1.0}, {3e-3: [1.8], 1e-3: [1.2]}) == (1e-3, [3e-3, 1e-3])
+    assert chosen({1e-3: 1.1, 3e-3: 1.0}, {3e-3: [1.8], 1e-3: [1.9]}) == (3e-3, [3e-3, 1e-3])
+    assert chosen({1e-3: 1.1, 3e-3: 1.0}, {3e-3: [None], 1e-3: [None]}) == (3e-3, [3e-3, 1e-3])
+    assert chosen({1e-3: 1.1, 3e-3: 1.0, 1e-2: None}, {3e-3: [None], 1e-3: [1.2]}) == (1e-3, [3e-3, 1e-3])
+    assert chosen({1e-3: 1.1, 3e-3: 1.0}, {3e-3: []}) == (3e-3, [3e-3])  # one seed
 
 
 def test_claims_follow_the_numbers() -> None:
