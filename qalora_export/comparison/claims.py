@@ -162,13 +162,12 @@ def _against(
 
 def _plus_closes_half(rows: _Rows) -> tuple[str, str]:
     """plus ≤ (QA-LoRA + LoRA) / 2: so the errors of all three count."""
-    verdicts, shares = [], []
+    verdicts, figures = [], []
     for bits in (3, 2):
         plain, plus, lora = rows.loss("qa-lora", bits), rows.loss("qa-lora+", bits), rows.loss("lora")
         verdicts.append((plus - plain.half() - lora.half()).below_zero())
-        left = plain.value - lora.value
-        shares.append(f"{(plain.value - plus.value) / left:.0%}" if left > 0 else "none left")
-    return _all(verdicts), f"{', '.join(shares)} at 3, 2 bits"
+        figures.append(f"{rows.said('qa-lora+', bits)} after {rows.said('qa-lora', bits)}")
+    return _all(verdicts), f"{', '.join(figures)} nats at 3, 2 bits, LoRA {rows.said('lora')}"
 
 
 CLAIMS: tuple[tuple[str, Judge], ...] = (

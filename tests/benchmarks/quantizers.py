@@ -59,10 +59,11 @@ def main() -> None:
     options = _arguments()
     torch.set_num_threads(1)
     windows, samples = (2, 4) if options.smoke else (options.windows, options.samples)
-    shutil.rmtree(options.work, ignore_errors=True)
-    options.work.mkdir(parents=True)
+    work = options.work / "quantizers"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
     try:
-        bench = _Bench(options.work, samples, windows, options.peer_python)
+        bench = _Bench(work, samples, windows, options.peer_python)
         content = json.loads(options.json.read_text()) if options.json.exists() and options.only else {"rows": {}}
         content |= {"benchmark": "quantizers", "machine": machine(), "base": "samples/base", "windows": windows}
         content |= {"calibration": f"{samples} windows of {SEQUENCE} tokens"}
@@ -70,7 +71,7 @@ def main() -> None:
             content["rows"][name] = bench.measured(make())
             print(name, content["rows"][name], flush=True)
     finally:
-        shutil.rmtree(options.work, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
     content["rows"] = dict(sorted(content["rows"].items(), key=lambda row: row[1]["bits_per_weight"]))
     _report(content, options.json)
 
@@ -229,7 +230,7 @@ def _report(content: dict[str, Any], path: Path) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("build/bench/quantizers"))
+    parser.add_argument("--work", type=Path, default=Path("build/bench/work"))
     parser.add_argument("--windows", type=int, default=42, help="of held-out text, 512 tokens each")
     parser.add_argument("--samples", type=int, default=128, help=f"calibration windows of {SEQUENCE} tokens")
     parser.add_argument("--peer-python", type=Path, help="interpreter that has gptqmodel, auto-round and hqq")

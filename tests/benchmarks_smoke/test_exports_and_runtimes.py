@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.benchmarks.onnx_decode import with_float_zero_points, without_offset
+from tests.benchmarks.quantizers import beaten
 
 ROWS = {
     "hash_inputs": {f"{what} from {place}" for what in ("read", "sha256") for place in ("memory", "disk")},
@@ -17,11 +18,15 @@ ROWS = {
     "llama_layouts": {"q4_1", "q4_k", "q4_k_m", "split", "split, rank 16", "split, F16 lm_head", "Q4_0", "Q4_K_M"},
     "q4_k_m": {"ours, q4_k_m", "ours, Q6_K", "Q4_K_M", "Q4_K_M, imatrix"},
     "patch_size": {"g32, model.gguf", "g32, onnx", "g32, split.gguf"},
+    "quantizers": {"llama.cpp Q5_K, imatrix"},
     "onnx_decode": {f"g{g}, {name}" for g in (32, 64, 128) for name in ("split", "limit", "float zero_points")},
 }
 
 
-MORE = {"export_streaming": ["--formats", *sorted(ROWS["export_streaming"])]}  # each format is a process
+MORE = {
+    "export_streaming": ["--formats", *sorted(ROWS["export_streaming"])],  # each format is a process
+    "quantizers": ["--only", "llama.cpp"],  # GPTQ takes longer than all of the others together
+}
 
 
 def run(name: str, tmp_path: Path) -> dict[str, Any]:
@@ -85,3 +90,15 @@ def test_variants_of_the_graph_are_what_their_names_say(tiny_canonical: Path, tm
     exact, limit, floats = logits
     assert ((floats - exact) ** 2).sum() < 1e-6 * (exact**2).sum()
     assert ((limit - exact) ** 2).sum() > 1e-2 * (exact**2).sum()
+
+
+def test_a_quantizer_is_held_against_the_best_of_ours_that_is_no_larger() -> None:
+    sizes = {
+        "ours, a": (2.5, 0.2),
+        "ours, b": (3.0, 0.1),
+        "ours RTN": (2.9, 0.4),
+        "hqq": (2.9, 0.4),
+        "tiny": (2.0, 1.0),
+    }
+    rows = {name: {"bits_per_weight": bits, "kl": kl} for name, (bits, kl) in sizes.items()}
+    assert beaten(rows) == {"hqq": ("ours, a", 0.5)}
