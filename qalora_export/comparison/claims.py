@@ -1,7 +1,8 @@
 """What the papers claim, held or not held by the rows of a comparison.
 
-A claim about losses is not settled when the means are closer than the error of their difference, which the seeds give;
-one seed gives none. A claim whose rows are missing is not measured.
+A claim about losses is not settled when the means are closer than the error of their difference, which the seeds give.
+A row of one seed deviates as those of several do on average; where no row has several, nothing is known and the numbers
+are taken as they are. A claim whose rows are missing is not measured.
 
 QA-LoRA: arXiv 2309.14717 (Tables 1 and 2, §3.3). LQ-LoRA: arXiv 2311.12023 (Table 2).
 """
@@ -30,7 +31,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class _Mean:
-    """A mean over seeds or a difference of such, nats. error: its standard error, 0 where there is one seed."""
+    """A mean over seeds or a difference of such, nats. error: its standard error."""
 
     value: float
     error: float
@@ -54,11 +55,13 @@ class _MissingError(Exception):
 class _Rows:
     def __init__(self, rows: Sequence[Row]) -> None:
         self._rows = {(row.method, row.bits): row for row in rows}
+        variances = [statistics.variance(row.judged) for row in rows if len(row.judged) > 1]
+        self._usual = math.sqrt(statistics.mean(variances)) if variances else 0.0
 
     def loss(self, method: str, bits: int | None = None) -> _Mean:
         values = self._losses(method, bits)
-        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-        return _Mean(statistics.mean(values), error)
+        deviation = statistics.stdev(values) if len(values) > 1 else self._usual
+        return _Mean(statistics.mean(values), deviation / math.sqrt(len(values)))
 
     def said(self, method: str, bits: int | None = None) -> str:
         """The loss as text, with its deviation over seeds."""

@@ -135,11 +135,19 @@ def test_a_difference_within_the_error_of_the_means_settles_nothing() -> None:
     assert verdict(plus, seeded("lora", None, 1.0, 1.0), seeded("qa-lora+", 4, 1.0, 1.03)) == "not settled"
     assert verdict(plus, seeded("lora", None, 1.0, 1.0), seeded("qa-lora+", 4, 1.0, 1.002)) == "held"
     half = "ours: QA-LoRA+ closes half"
-    others = [seeded("lora", None, 1.0), *(seeded("qa-lora", bits, 2.0) for bits in (3, 2))]
-    assert verdict(half, *others, seeded("qa-lora+", 3, 1.5), seeded("qa-lora+", 2, 1.5)) == "held"
-    assert verdict(half, *others, seeded("qa-lora+", 3, 1.5), seeded("qa-lora+", 2, 1.3, 1.4)) == "held"
-    assert verdict(half, *others, seeded("qa-lora+", 3, 1.5), seeded("qa-lora+", 2, 1.4, 1.61)) == "not settled"
-    assert verdict(half, *others, seeded("qa-lora+", 3, 1.6), seeded("qa-lora+", 2, 1.4, 1.61)) == "not held"
+    others = [seeded("lora", None, 1.0, 1.0), *(seeded("qa-lora", bits, 2.0, 2.0) for bits in (3, 2))]
+    three = seeded("qa-lora+", 3, 1.3, 1.4)
+    assert verdict(half, *others, three, seeded("qa-lora+", 2, 1.5, 1.5)) == "held"
+    assert verdict(half, *others, three, seeded("qa-lora+", 2, 1.4, 1.61)) == "not settled"
+    assert verdict(half, *others, seeded("qa-lora+", 3, 1.6, 1.6), seeded("qa-lora+", 2, 1.4, 1.61)) == "not held"
+
+
+def test_a_row_of_one_seed_deviates_as_the_others_do() -> None:
+    text, mixed = "ours: nor are they", [seeded("qa-lora-mixed", 4, 1.0), seeded("qa-lora-mixed", 3, 0.5)]
+    plain = [seeded("qa-lora", 4, 1.05), seeded("qa-lora", 3, 1.0)]
+    assert verdict(text, *mixed, *plain) == "held"  # nothing known
+    assert verdict(text, *mixed, *plain, seeded("lora", None, 1.0, 1.2)) == "not settled"  # 0.05 against 0.14 · √2
+    assert verdict(text, *mixed, *plain, seeded("lora", None, 1.0, 1.02)) == "held"
 
 
 def test_a_cell_is_kept_only_for_what_it_was_made_of(tmp_path: Path) -> None:
