@@ -31,7 +31,7 @@ from qalora_export.errors import DivergedError, InputError, did_you_mean
 from qalora_export.models.sources import locate
 from qalora_export.progress import task
 from qalora_export.recipe import Recipe
-from qalora_export.safety import atomic_file, local_path, refuse_existing, sha256_bytes, sha256_file
+from qalora_export.safety import atomic_file, local_path, refuse_existing, regular_file, sha256_bytes, sha256_file
 from qalora_export.stage_keys import stage_key
 from qalora_export.version import __version__
 
@@ -61,6 +61,7 @@ def compare(recipe: Recipe, *, force: bool = False) -> ComparisonReport:
     unknown method, and what needs.require does, before anything is made.
     """
     out, methods = local_path(recipe.out), _methods(recipe)
+    _require_files(recipe)
     require(recipe, methods)
     source = locate(recipe.model, recipe.revision).path
     inputs = (source, recipe.train.data, recipe.train.validation, recipe.quantize.calibration, recipe.compare.text)
@@ -78,6 +79,20 @@ def compare(recipe: Recipe, *, force: bool = False) -> ComparisonReport:
         _write(out, report)
         _clean(out / WORK)
     return report
+
+
+def _require_files(recipe: Recipe) -> None:
+    files = {
+        "[train] data": recipe.train.data,
+        "[train] validation": recipe.train.validation,
+        "[evaluate] data": recipe.evaluate and recipe.evaluate.data,
+        "[compare] text": recipe.compare.text,
+    }
+    for setting, file in files.items():
+        if file is not None:
+            regular_file(
+                Path(file), f"{setting} file", fix="correct the path in the recipe; it starts at the recipe's folder"
+            )
 
 
 def _clean(work: Path) -> None:

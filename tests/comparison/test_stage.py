@@ -145,6 +145,9 @@ def test_what_is_missing_is_said_before_anything_is_made(recipe: Recipe) -> None
     assert "4 and 3 bits" in str(caught.value)
     with pytest.raises(InputError, match="nothing to compare the methods on"):
         compare(recipe.model_copy(update={"evaluate": None}))
+    gone = recipe.compare.model_copy(update={"text": "gone.jsonl"})
+    with pytest.raises(InputError, match=r"\[compare\] text"):
+        compare(recipe.model_copy(update={"compare": gone}))
     train = recipe.train.model_copy(update={"validation": None})
     with pytest.raises(InputError, match="learning rates"):
         compare(recipe.model_copy(update={"train": train}))
