@@ -85,7 +85,7 @@ def _require_files(recipe: Recipe) -> None:
     files = {
         "[train] data": recipe.train.data,
         "[train] validation": recipe.train.validation,
-        "[evaluate] data": recipe.evaluate and recipe.evaluate.data,
+        "[evaluate] data": None if recipe.evaluate is None else recipe.evaluate.data,
         "[compare] text": recipe.compare.text,
     }
     for setting, file in files.items():
