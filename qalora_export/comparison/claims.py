@@ -151,14 +151,12 @@ def _below(ours: str, theirs: str, *, bits: tuple[int, ...] = (3, 2), strictly: 
     return judge
 
 
-def _against(
-    ours: tuple[str, int], theirs: tuple[str, int | None], *, margin: float = 0.0, strictly: bool = False
-) -> Judge:
+def _against(ours: tuple[str, int], theirs: tuple[str, int | None], *, margin: float = 0.0) -> Judge:
     """Whether the loss of one row, a method at some bits, is below another's plus `margin` nats."""
 
     def judge(rows: _Rows) -> tuple[str, str]:
         difference = rows.loss(*ours) - rows.loss(*theirs) - _Mean(margin, 0.0)
-        return difference.below_zero(strictly=strictly), f"{rows.said(*ours)} against {rows.said(*theirs)} nats"
+        return difference.below_zero(), f"{rows.said(*ours)} against {rows.said(*theirs)} nats"
 
     return judge
 

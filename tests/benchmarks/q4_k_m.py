@@ -17,11 +17,13 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from qalora_export.checkpoint.model_folder import ModelFolder
 from qalora_export.comparison.k_quants import Imatrix, quantize_plans, source_plans
@@ -113,11 +115,24 @@ def _files(work: Path, samples: int, *, method: Literal["gptq", "rtn"]) -> dict[
     return files
 
 
-@torch.no_grad()
 def imatrix(model: Path, settings: QuantizeSettings) -> Imatrix:
-    """Mean square of every in-feature of every linear layer over the calibration windows, by GGUF name."""
+    """What mean_squares finds on the calibration windows, by GGUF name."""
     folder = ModelFolder(model)
     names = NameMap(family_of(folder.config).gguf_arch, folder.config["num_hidden_layers"])
+    windows = calibration_windows(
+        Path(str(settings.calibration)),
+        load_tokenizer(model),
+        seed=settings.seed,
+        samples=settings.calibration_samples,
+        length=settings.sequence_length,
+    )
+    found = mean_squares(model, windows)
+    return {names.to_gguf(f"{name}.weight"): values for name, values in found.items()}
+
+
+@torch.no_grad()
+def mean_squares(model: Path, windows: Collection[NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+    """Mean square of every in-feature of every linear layer but lm_head, as llama-imatrix collects it, by module."""
     network, sums = load_model(model), dict[str, torch.Tensor]()
 
     def watch(name: str) -> Any:
@@ -129,16 +144,9 @@ def imatrix(model: Path, settings: QuantizeSettings) -> Imatrix:
     for name, module in network.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             module.register_forward_pre_hook(watch(name))
-    windows = calibration_windows(
-        Path(str(settings.calibration)),
-        load_tokenizer(model),
-        seed=settings.seed,
-        samples=settings.calibration_samples,
-        length=settings.sequence_length,
-    )
     for row in windows:
         network(torch.from_numpy(row)[None])
-    return {names.to_gguf(f"{name}.weight"): (total / len(windows)).float().numpy() for name, total in sums.items()}
+    return {name: (total / len(windows)).float().numpy() for name, total in sums.items()}
 
 
 @torch.no_grad()

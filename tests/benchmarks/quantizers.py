@@ -16,13 +16,13 @@ with the importance of its own in-feature. No file is like that, so it flatters 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +44,7 @@ from qalora_export.recipe import QuantizeRule, QuantizeSettings
 from samples.base.quality import MODEL, divergence, logprobs, windows_of
 from tests.benchmarks import peers
 from tests.benchmarks.machine import RESULTS, machine
+from tests.benchmarks.q4_k_m import mean_squares
 
 Weights = dict[str, torch.Tensor]
 Row = tuple[Weights, float, float]  # weights, bits per weight, CPU seconds
@@ -140,7 +141,7 @@ class _Bench:
 
     def _llama(self, kind: T, more: T) -> Row:
         """kind: of all matrices but those of MORE."""
-        importance, began, size, weights = self._importance(), time.process_time(), 0, {}
+        importance, began, size, weights = self.importance, time.process_time(), 0, {}
         for name, weight in self.modules.items():
             mine = more if name.rpartition(".")[2] in MORE else kind
             blocks = _blocks(mine, weight.numpy(), importance[name])
@@ -149,19 +150,9 @@ class _Bench:
         seconds = time.process_time() - began
         return weights, 8 * size / sum(weight.numel() for weight in weights.values()), seconds
 
-    def _importance(self) -> dict[str, NDArray[np.float32]]:
-        """Mean square of every in-feature over the calibration windows: what llama-imatrix collects."""
-        network, sums, hooks = load_model(MODEL), dict[str, torch.Tensor](), []
-        for name, module in peers.linears(network).items():
-
-            def watch(_: Any, inputs: tuple[torch.Tensor, ...], name: str = name) -> None:
-                sums[name] = sums.get(name, torch.zeros(())) + inputs[0].double().square().flatten(0, -2).mean(0)
-
-            hooks.append(module.register_forward_pre_hook(watch))
-        with torch.no_grad():
-            for row in self.calibration:
-                network(torch.from_numpy(row)[None])
-        return {name: (total / len(self.calibration)).float().numpy() for name, total in sums.items()}
+    @cached_property
+    def importance(self) -> dict[str, NDArray[np.float32]]:
+        return mean_squares(MODEL, self.calibration)
 
     def _peer(self, peer: str, bits: int, group: int) -> Row:
         out = self.work / "peer"
@@ -184,17 +175,10 @@ class _Bench:
 
 
 def _blocks(kind: T, weight: NDArray[np.float32], importance: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """(blocks, bytes): row by row where the type's block divides a row, else over the ends of rows."""
-    c, (block, size) = k_quants._library(), gguf.GGML_QUANT_SIZES[kind]
-    rows, columns = weight.shape
-    if columns % block:
-        rows, columns, importance = 1, weight.size, np.tile(importance, rows)
-    out = np.empty((weight.size // block, size), np.uint8)
-    values, importance = np.ascontiguousarray(weight, np.float32), np.ascontiguousarray(importance, np.float32)
-    pointer = importance.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-    written = c.ggml_quantize_chunk(int(kind), values.ctypes.data, out.ctypes.data, 0, rows, columns, pointer)
-    assert written == out.nbytes, f"llama.cpp wrote {written} bytes of {kind.name}, expected {out.nbytes}"
-    return out
+    """(rows, bytes), row by row where the type's block divides a row, else over the ends of rows as a single one."""
+    if weight.shape[1] % gguf.GGML_QUANT_SIZES[kind][0]:
+        weight, importance = weight.reshape(1, -1), np.tile(importance, weight.shape[0])
+    return k_quants._quantized(k_quants._library(), kind, weight, importance)
 
 
 def beaten(rows: dict[str, Any]) -> dict[str, tuple[str, float]]:
