@@ -11,6 +11,9 @@ from qalora_export.comparison.table import Row
 from qalora_export.safety import atomic_file
 
 MARKERS = "osD^vPX*<>"
+# As many again in other tones, so that of twenty methods no two have both marker and colour in common.
+COLOURS = [*(f"C{index}" for index in range(10)), "navy", "gold", "black", "lime", "deeppink", "teal", "cyan", "indigo"]
+COLOURS += ["maroon", "tan"]
 TICKS = (2, 3, 4, 6, 8, 16)
 
 
@@ -88,7 +91,7 @@ def _points(
                 [max(each) - mean for mean, each in zip(means, values, strict=True)],
             ),
             marker=MARKERS[index % len(MARKERS)],
-            color=f"C{index % 10}",
+            color=COLOURS[index % len(COLOURS)],
             linewidth=1,
             capsize=3,
             label=mine[0].title,
