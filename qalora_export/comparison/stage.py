@@ -37,6 +37,7 @@ from qalora_export.version import __version__
 
 logger = logging.getLogger(__name__)
 CELLS, WORK, RECORD, TABLE, PLOT = "cells", "work", "comparison.json", "comparison.md", "comparison.png"
+LOOKED = 3  # learning rates that the search for the best one mostly trains: it and its neighbours
 BENCH = re.compile(r"[0-9a-f]{16}")  # folder of one comparison in WORK
 
 
@@ -150,14 +151,24 @@ class _Run:
     def rows(self, methods: list[Method]) -> list[Row]:
         asked = self.bench.recipe.compare
         wanted = [(method, bits) for method in methods for bits in _widths(method, asked.bits)]
-        with task("compare, rows", len(wanted)) as shown:
+        planned = [self._planned(method, bits) for method, bits in wanted]
+        with task("compare, models", sum(planned)) as shown:
             rows = []
             for index, (method, bits) in enumerate(wanted):
-                shown.update(index, f"{method.title}, {bits or 16} bits")
+                shown.update(sum(planned[:index]), f"{method.title}, {bits or 16} bits")
                 with self.bench.scratch("row") as folder:
                     rows.append(row_of(method.title, _OneRow(self, method, bits, folder).seeds()))
-            shown.update(len(wanted))
+            shown.update(sum(planned))
         return rows
+
+    def _planned(self, method: Method, bits: int | None) -> int:
+        """How many models a row takes, so that the time left can be told: none where an earlier run has measured it."""
+        asked = self.bench.recipe.compare
+        last = Cell(method.id, bits, (asked.seeds if method.trained else asked.seeds[:1])[-1], None)
+        if not self.force and any(read(path, self.made_of) for path in self.cells.glob(f"{last.name}*.json")):
+            return 0
+        searched = 1 if method.varies else min(len(asked.learning_rates), LOOKED)
+        return searched + len(asked.seeds) - 1 if method.trained else 1
 
     def read(self, cell: Cell) -> Measured | None:
         found = None if self.force else read(self._file(cell), self.made_of)
