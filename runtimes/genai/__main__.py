@@ -20,7 +20,7 @@ def arguments() -> argparse.Namespace:
 
 
 def open_runtime(options: argparse.Namespace, job: Job) -> Runtime:
-    return GenaiRuntime(options.model, options.threads, job)
+    return GenaiRuntime(options.model, options.threads, job, exact=options.exact)
 
 
 if __name__ == "__main__":

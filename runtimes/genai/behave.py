@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from qalora_runtimes import heartbeat
 from qalora_runtimes.behaviour import ASKED, END, LIMIT, QUESTIONS, Request, prompt_of
 from qalora_runtimes.scoring import RunnerError
+from qalora_runtimes.side_by_side import POSITIONS, questions_together
 
 # Asked for only where the defaults that ship draw at random: then no two answers are alike.
 GREEDY = {"do_sample": False, "top_k": 1, "temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0}
@@ -18,10 +19,13 @@ SURE = 1e4  # a logit beside which no other counts
 
 
 class Behaviour:
-    """behaviour.ANSWER_KEYS by a module onnxruntime_genai and a model of it."""
+    """behaviour.ANSWER_KEYS by a module onnxruntime_genai and a model of it.
 
-    def __init__(self, genai: Any, model: Any, request: Request) -> None:
-        self._genai, self._model, self._request = genai, model, request
+    together: a task's questions are answered side by side.
+    """
+
+    def __init__(self, genai: Any, model: Any, request: Request, *, together: bool = False) -> None:
+        self._genai, self._model, self._request, self._side_by_side = genai, model, request, together
         try:
             self._tokenizer = genai.Tokenizer(model)
         except RuntimeError as error:
@@ -45,10 +49,10 @@ class Behaviour:
         except RuntimeError as error:
             raise RunnerError(f"ONNX Runtime GenAI cannot generate: {error}") from error
 
-    def _generator(self, batch: int = 1) -> Any:
+    def _generator(self, batch: int = 1, longest: int | None = None) -> Any:
         """On the defaults that ship, but for a cache that is no longer than what is asked needs."""
         options: dict[str, Any] = dict(GREEDY) if self._request.sampled else {}
-        needed = self._request.longest + 1
+        needed = (longest or self._request.longest) + 1
         if needed < self._defaults["max_length"]:
             options["max_length"] = needed
         parameters = self._genai.GeneratorParams(self._model)
@@ -73,10 +77,16 @@ class Behaviour:
 
     def _scored(self) -> list[dict[str, Any]]:
         answers, ends = list[dict[str, Any]](), set(self._tokenizer.eos_token_ids)
-        for index, question in enumerate(self._request.scored):
-            heartbeat.at(QUESTIONS, index, len(self._request.scored))
-            made = self._answer(self._generator(), [*question.prompt], question.tokens, cut=False)["tokens"]
-            answers.append({"tokens": made, "text": self._stream(made[:-1] if made and made[-1] in ends else made)})
+        asked = self._request.scored
+        for group in questions_together(asked, POSITIONS, padded=True) if self._side_by_side else [[q] for q in asked]:
+            heartbeat.at(QUESTIONS, len(answers), len(asked))
+            if len(group) > 1:
+                found = self._together([q.prompt for q in group], [q.tokens for q in group])
+            else:
+                found = [self._answer(self._generator(), [*q.prompt], q.tokens, cut=False)["tokens"] for q in group]
+            for made in found:
+                shown = made[:-1] if made and made[-1] in ends else made
+                answers.append({"tokens": made, "text": self._stream(shown)})
         return answers
 
     def _answer(self, generator: Any, ids: list[int], tokens: int, *, cut: bool) -> dict[str, Any]:
@@ -100,26 +110,31 @@ class Behaviour:
         return {"tokens": made, "stop": stop, "text": self._stream(made), "cached": cached, "chat": None}
 
     def _batch(self) -> list[list[int]] | None:
-        """All prompts at once, the shorter ones padded as GenAI's own encode_batch pads them."""
-        if len(self._request.batch) < 2:
+        prompts = self._request.batch
+        if len(prompts) < 2:
             return None
-        longest = max(map(len, self._request.batch))
-        padding = int(self._tokenizer.pad_token_id)
-        rows = np.array([[*row, *[padding] * (longest - len(row))] for row in self._request.batch], np.int32)
-        generator = self._generator(len(rows))
-        made: list[list[int]] = [[] for _ in rows]
         try:
-            generator.append_tokens(rows)
+            return self._together(prompts, [self._request.questions[0].tokens] * len(prompts))
         except RuntimeError as error:
             self._errors.append(f"batch: {error}")
-            return made
-        ends = set(self._tokenizer.eos_token_ids)
-        for _ in range(self._request.questions[0].tokens):
+            return [[] for _ in prompts]
+
+    def _together(self, prompts: Sequence[Sequence[int]], most: Sequence[int]) -> list[list[int]]:
+        """Greedy answers to all prompts at once, the shorter ones padded as GenAI's own encode_batch pads them; up to
+        and with an end token, and no more than `most` tokens each.
+        """
+        longest, padding = max(map(len, prompts)), int(self._tokenizer.pad_token_id)
+        rows = np.array([[*row, *[padding] * (longest - len(row))] for row in prompts], np.int32)
+        generator, ends = self._generator(len(rows), longest + max(most)), set(self._tokenizer.eos_token_ids)
+        generator.append_tokens(rows)
+        made: list[list[int]] = [[] for _ in rows]
+        for _ in range(max(most)):
             if generator.is_done():
                 break
             generator.generate_next_token()
-            for row, token in zip(made, generator.get_next_tokens(), strict=True):
-                if not row or row[-1] not in ends:
+            heartbeat.advance()
+            for row, limit, token in zip(made, most, generator.get_next_tokens(), strict=True):
+                if len(row) < limit and not (row and row[-1] in ends):
                     row.append(int(token))
         return made
 

@@ -20,13 +20,15 @@ PACKAGE = "onnxruntime-genai"
 class GenaiRuntime:
     """runner.Runtime on a folder with genai_config.json, the graph and the tokenizer."""
 
-    def __init__(self, folder: Path, threads: int, job: Job) -> None:
-        """Raises MissingRuntimeError, or RunnerError for a folder that does not load or a job it cannot hold."""
+    def __init__(self, folder: Path, threads: int, job: Job, *, exact: bool = False) -> None:
+        """exact: a task's questions may share a step.
+
+        Raises MissingRuntimeError, or RunnerError for a folder that does not load or a job it cannot hold."""
         try:
             import onnxruntime_genai
         except ImportError as error:
             raise MissingRuntimeError(PACKAGE, error) from error
-        self._genai, self._threads = onnxruntime_genai, threads
+        self._genai, self._threads, self._exact = onnxruntime_genai, threads, exact
         self._config = _read_config(folder)
         check_vocabulary(job, int(self._config["model"]["vocab_size"]))
         self._length = job.longest
@@ -91,7 +93,7 @@ class GenaiRuntime:
         }
 
     def behave(self, request: Request) -> dict[str, Any]:
-        return Behaviour(self._genai, self._model, request).answers()
+        return Behaviour(self._genai, self._model, request, together=self._exact).answers()
 
     def long(self, sequence: LongSequence) -> Rows:
         generator, found = self._generator(), []

@@ -11,6 +11,7 @@ from qalora_runtimes.behaviour import ASKED, END, LIMIT, QUESTIONS, Question, Re
 from qalora_runtimes.llama_cpp.c_api import Context
 from qalora_runtimes.llama_cpp.client import Client
 from qalora_runtimes.scoring import RunnerError
+from qalora_runtimes.side_by_side import questions_together
 
 STOPS = {"eos": END, "limit": LIMIT, "stop": END, "length": LIMIT}  # of /completion and of chat completion
 # Asked for only where the defaults that ship draw at random: then no two answers are alike.
@@ -56,7 +57,7 @@ def only_scored(context: Context, request: Request, sequences: int = 1) -> dict[
     whatever it computes, so several tokens cost little more than one.
     """
     ends, made = set(context.ends()), list[list[int]]()
-    for group in _fitting(request.scored, sequences, context.cells):
+    for group in questions_together(request.scored, context.cells, most=sequences):
         heartbeat.at(QUESTIONS, len(made), len(request.scored))
         made += _greedy(context, group, ends)
     answers = []
@@ -66,19 +67,6 @@ def only_scored(context: Context, request: Request, sequences: int = 1) -> dict[
     empty: dict[str, Any] = {name: [] for name in ("answers", "unprompted", "errors")}
     nothing = dict.fromkeys(("batch", "pieces", "decoded"))
     return {**empty, **nothing, "ends": {"all": sorted(ends), "forced": {}}, "defaults": {}, "scored": answers}
-
-
-def _fitting(questions: Sequence[Question], sequences: int, cells: int) -> list[list[Question]]:
-    """Neighbours in groups of at most `sequences`, with room for prompts and answers together in the KV cache."""
-    groups, taken = list[list[Question]](), 0
-    for question in questions:
-        room = len(question.prompt) + question.tokens
-        if not groups or len(groups[-1]) == sequences or taken + room > cells:
-            groups.append([])
-            taken = 0
-        groups[-1].append(question)
-        taken += room
-    return groups
 
 
 def _greedy(context: Context, questions: Sequence[Question], ends: set[int]) -> list[list[int]]:

@@ -20,10 +20,11 @@ from qalora_runtimes.llama_cpp.layouts import FLASH_ATTENTION_OFF, KV_F32
 from qalora_runtimes.llama_cpp.local_server import LocalServer
 from qalora_runtimes.llama_cpp.nodes import Nodes, address, callback
 from qalora_runtimes.llama_cpp.server import ServerRuntime
-from qalora_runtimes.llama_cpp.settings import LlamaSettings, side_by_side
+from qalora_runtimes.llama_cpp.settings import LlamaSettings
 from qalora_runtimes.protocol import Ids, Job, LongSequence, TextRequest
 from qalora_runtimes.runner import Runtime, check_vocabulary
 from qalora_runtimes.scoring import MissingRuntimeError, Rows, RunnerError
+from qalora_runtimes.side_by_side import groups_of, steps_of
 
 PACKAGE = "xllamacpp"
 WAIT_POLICY, SPINS = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
@@ -149,15 +150,11 @@ class CApiRuntime:
         return self._side_by_side(job) if self._settings.sequences > 1 else None
 
     def _side_by_side(self, job: Job) -> Iterator[tuple[list[int], Rows]]:
-        """One token of every sequence of a group in each step, as many steps as the longest has tokens."""
-        starts = np.cumsum([0, *map(len, job.sequences)]).tolist()
-        for group in side_by_side(job):
+        """In no more cells than the job needs anyway."""
+        for group in groups_of(job, job.longest):
             self._context.clear()
-            for at in range(len(job.sequences[group[0]])):
-                going = [i for i in group if at < len(job.sequences[i])]  # the longest come first
-                tokens = [int(job.sequences[i][at]) for i in going]
-                rows = self._context.step(tokens, [at] * len(going), list(range(len(going))))
-                yield [starts[i] + at for i in going], rows
+            for at, tokens, positions in steps_of(job, group):
+                yield positions, self._context.step(tokens, [at] * len(tokens), list(range(len(tokens))))
 
     def text_answers(self, request: TextRequest) -> dict[str, Any]:
         return self._server.client().text_answers(request)

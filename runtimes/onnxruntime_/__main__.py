@@ -20,7 +20,7 @@ def arguments() -> argparse.Namespace:
 
 
 def open_runtime(options: argparse.Namespace, job: Job) -> Runtime:
-    decoder = Decoder(options.model, options.threads)
+    decoder = Decoder(options.model, options.threads, exact=options.exact)
     decoder.check_job(job)
     return decoder
 

@@ -5,7 +5,7 @@ tokens and sampling settings from the folder's generation_config.json, as transf
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,22 @@ import numpy as np
 from qalora_runtimes import heartbeat
 from qalora_runtimes.behaviour import ASKED, END, LIMIT, QUESTIONS, Request, prompt_of
 from qalora_runtimes.scoring import Rows, RunnerError
+from qalora_runtimes.side_by_side import POSITIONS, questions_together
 
 Cache = dict[str, Any]
 Run = Callable[[Any, Any, Cache], tuple[Rows, Cache]]
 
 
 class Behaviour:
-    """behaviour.ANSWER_KEYS. run: (ids (rows, n), mask (rows, past + n), cache) -> logits (rows, n, vocab), cache."""
+    """behaviour.ANSWER_KEYS. run: (ids (rows, n), mask (rows, past + n), cache) -> logits (rows, n, vocab), cache.
 
-    def __init__(self, folder: Path, run: Run, empty: Callable[[int], Cache], request: Request) -> None:
-        self._run, self._empty, self._request = run, empty, request
+    together: a task's questions are answered side by side.
+    """
+
+    def __init__(
+        self, folder: Path, run: Run, empty: Callable[[int], Cache], request: Request, *, together: bool = False
+    ) -> None:
+        self._run, self._empty, self._request, self._side_by_side = run, empty, request, together
         self._settings = _settings(folder)
         ends = self._settings.get("eos_token_id")
         self._ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
@@ -55,12 +61,14 @@ class Behaviour:
         return answers
 
     def _scored(self) -> list[dict[str, Any]]:
-        answers = list[dict[str, Any]]()
-        for index, question in enumerate(self._request.scored):
-            heartbeat.at(QUESTIONS, index, len(self._request.scored))
-            made, _ = self._greedy([*question.prompt], 0, self._empty(1), question.tokens)
-            answers.append({"tokens": made, "text": None})
-        return answers
+        asked, made = self._request.scored, list[list[int]]()
+        for group in questions_together(asked, POSITIONS, padded=True) if self._side_by_side else [[q] for q in asked]:
+            heartbeat.at(QUESTIONS, len(made), len(asked))
+            if len(group) > 1:
+                made += self._together([q.prompt for q in group], [q.tokens for q in group])
+            else:
+                made.append(self._greedy([*group[0].prompt], 0, self._empty(1), group[0].tokens)[0])
+        return [{"tokens": tokens, "text": None} for tokens in made]
 
     def _greedy(self, fresh: list[int], held: int, cache: Cache, tokens: int) -> tuple[list[int], Cache]:
         """The likeliest token again and again behind `held` tokens in `cache` and `fresh` ones, up to and with an end
@@ -72,7 +80,7 @@ class Behaviour:
             rows, cache = self._run(np.array([fresh]), np.ones((1, held)), cache)
             made.append(int(np.argmax(rows[0, -1])))
             heartbeat.advance()
-            if made[-1] in self._ends or len(made) == tokens:
+            if self._ended(made, tokens):
                 return made, cache
             fresh = made[-1:]
 
@@ -80,25 +88,35 @@ class Behaviour:
         return END if made[-1] in self._ends else ASKED if len(made) == tokens else LIMIT
 
     def _batch(self) -> list[list[int]] | None:
-        """All prompts at once, the shorter ones padded on the right and masked there."""
         prompts = self._request.batch
         if len(prompts) < 2:
             return None
+        return self._together(prompts, [self._request.questions[0].tokens] * len(prompts))
+
+    def _together(self, prompts: Sequence[Sequence[int]], most: Sequence[int]) -> list[list[int]]:
+        """Greedy answers to all prompts at once, the shorter ones padded on the right and masked there; up to and with
+        an end token, and no more than `most` tokens each.
+        """
         lengths = np.array([len(row) for row in prompts])
         padded = np.array([[*row, *[0] * (lengths.max() - len(row))] for row in prompts])
         mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
         rows, cache = self._run(padded, mask, self._empty(len(prompts)))
         last = rows[np.arange(len(prompts)), lengths - 1]
         made: list[list[int]] = [[] for _ in prompts]
-        for _ in range(self._request.questions[0].tokens):
+        while True:
             chosen = np.argmax(last, axis=-1)
-            for row, token in zip(made, chosen, strict=True):
-                if not row or row[-1] not in self._ends:
+            for row, token, limit in zip(made, chosen, most, strict=True):
+                if not self._ended(row, limit):
                     row.append(int(token))
+            if all(self._ended(row, limit) for row, limit in zip(made, most, strict=True)):
+                return made
+            heartbeat.advance()
             mask = np.concatenate([mask, np.ones((len(prompts), 1), np.int64)], axis=1)
             rows, cache = self._run(chosen[:, None], mask, cache)
             last = rows[:, -1]
-        return made
+
+    def _ended(self, made: Sequence[int], most: int) -> bool:
+        return len(made) == most or (len(made) > 0 and made[-1] in self._ends)
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from qalora_runtimes.onnxruntime_.behave import Behaviour
 from qalora_runtimes.protocol import Ids, Job, LongSequence, TextRequest
 from qalora_runtimes.runner import check_vocabulary
 from qalora_runtimes.scoring import MissingRuntimeError, Rows, RunnerError, every_position
+from qalora_runtimes.side_by_side import SIDE_BY_SIDE, groups_of, steps_of
 
 PACKAGE = "onnxruntime"
 PROVIDER = "CPUExecutionProvider"
@@ -63,8 +65,8 @@ class CacheSlot:
 class Decoder:
     """runner.Runtime on the graph of an ONNX folder, or on a graph file."""
 
-    def __init__(self, folder: Path, threads: int, *, data: Path | None = None) -> None:
-        """data: folder of the external data where it is not the graph's own.
+    def __init__(self, folder: Path, threads: int, *, data: Path | None = None, exact: bool = False) -> None:
+        """data: folder of the external data where it is not the graph's own. exact: sequences may share a step.
 
         Raises MissingRuntimeError, or RunnerError for a file that does not load or is no such decoder.
         """
@@ -84,6 +86,8 @@ class Decoder:
         self._value = onnxruntime.OrtValue.ortvalue_from_numpy
         self._inputs = {node.name: DTYPES.get(node.type) for node in self._session.get_inputs()}
         self._outputs = [node.name for node in self._session.get_outputs()]
+        shapes = {node.name: node.shape for node in self._session.get_inputs()}
+        self._together = exact and not isinstance(shapes.get("input_ids", [1])[0], int)  # any number of rows
         self._slots = self._cache_slots()
         self._check_inputs(file)
 
@@ -137,6 +141,25 @@ class Decoder:
             heartbeat.advance()
         return np.concatenate(rows)
 
+    def decode_steps(self, job: Job) -> Iterator[tuple[list[int], Rows]] | None:
+        """runner.SideBySide on the exact path. What ships is proven by the kernels of one token."""
+        return self._side_by_side(job) if self._together else None
+
+    def _side_by_side(self, job: Job) -> Iterator[tuple[list[int], Rows]]:
+        """The longest sequence by itself, so that the kernels of one token are on the exact path as well."""
+        (longest, *others), *more = groups_of(job, SIDE_BY_SIDE * job.longest)
+        for group in [[longest], *([others] if others else []), *more]:
+            cache = self._empty(len(group))
+            for at, tokens, positions in steps_of(job, group):
+                cache = {name: self._first(value, len(tokens)) for name, value in cache.items()}
+                mask: Ids = np.ones((len(tokens), at + 1), np.int32)
+                rows, cache = self._run_batch(np.array(tokens)[:, None], mask, cache)
+                yield positions, rows[:, -1]
+
+    def _first(self, cache: Any, rows: int) -> Any:
+        """The cache of its first `rows` sequences; those behind them have ended."""
+        return cache if cache.shape()[0] == rows else self._value(np.ascontiguousarray(cache.numpy()[:rows]))
+
     def _empty(self, batch: int = 1) -> dict[str, Any]:
         return {slot.past: self._value(np.zeros((batch, *slot.empty[1:]), slot.dtype)) for slot in self._slots}
 
@@ -176,7 +199,8 @@ class Decoder:
         """ONNX Runtime has no tokenizer; GenAI, which runs the same folder, answers."""
 
     def behave(self, request: Request) -> dict[str, Any]:
-        return Behaviour(self._folder, self._run_batch, self._empty, request).answers()
+        run, empty = self._run_batch, self._empty
+        return Behaviour(self._folder, run, empty, request, together=self._together).answers()
 
     def long(self, sequence: LongSequence) -> Rows:
         cache, found = self._empty(), []
@@ -196,6 +220,7 @@ class Decoder:
                 "provider": PROVIDER,
                 "intra_op_threads": self._threads,
                 "kv_dtype": str(np.dtype(self._slots[0].dtype)),
+                **({"sequences": SIDE_BY_SIDE} if self._together else {}),
             },
         }
 

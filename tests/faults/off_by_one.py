@@ -40,3 +40,4 @@ def prepare(runtime: str) -> None:
         from qalora_runtimes.onnxruntime_.decoder import Decoder
 
         Decoder.decode = onnx_off_by_one  # type: ignore[method-assign]
+        Decoder.decode_steps = lambda *_: None  # type: ignore[method-assign]

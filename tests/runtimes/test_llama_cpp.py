@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from qalora_runtimes.launch import run_runner
-from qalora_runtimes.llama_cpp.settings import SIDE_BY_SIDE, side_by_side
 from qalora_runtimes.protocol import Job, TextRequest, make_job
+from qalora_runtimes.side_by_side import SIDE_BY_SIDE
 
 from tests.runtimes.artifacts import write_gguf, write_lora
 from tests.runtimes.conftest import worst_nmse
@@ -54,15 +54,6 @@ def test_sequences_that_decode_side_by_side_see_their_own_tokens_alone(tiny_gguf
     assert worst_nmse(result.logprobs, alone.astype(np.float64)) < 1e-12
     shipped = run_runner("llama.cpp", model=tiny_gguf, job=job, workdir=tmp_path / "shipped")
     assert "sequences" not in shipped.fingerprint["settings"]  # the kernels of one token are what a user runs
-
-
-def test_groups_need_no_more_cells_than_the_job_and_hold_every_sequence_once():
-    job = make_job([[1] * length for length in (5, 9, 1, 2, 8, 1)], "both")
-    groups = side_by_side(job)
-    assert groups == [[1], [4], [0, 3, 2, 5]]
-    assert side_by_side(make_job(job.sequences, "prefill")) == []
-    many = side_by_side(make_job([[1] * 100, *[[1]] * 40], "decode"))
-    assert [len(group) for group in many] == [1, 16, 16, 8]
 
 
 def test_shipped_settings_are_llama_cpps_defaults(tiny_gguf, job, expected, tmp_path):

@@ -11,6 +11,7 @@ import onnx
 import pytest
 from qalora_runtimes.launch import run_runner
 from qalora_runtimes.protocol import TextRequest, make_job
+from qalora_runtimes.side_by_side import SIDE_BY_SIDE
 
 from tests.runtimes.conftest import worst_nmse
 
@@ -29,6 +30,40 @@ def test_a_float_graph_gives_pytorchs_numbers(tiny_onnx, job, expected, tmp_path
     assert result.fingerprint["runtime"] == name
     assert result.fingerprint[f"{mode}_tokens_per_second"] > 0
     assert result.fingerprint["settings"]["intra_op_threads"] == 1
+
+
+def test_sequences_that_decode_side_by_side_see_their_own_tokens_alone(tiny_onnx, tmp_path):
+    """More of them than share a step, of all lengths, in no order: every row is that of the sequence by itself."""
+    random = np.random.default_rng(0)
+    sequences = [random.integers(0, 100, length).tolist() for length in (3, 40, 1, 17, 17, *range(2, 20))]
+    together, alone, prompts = (
+        run_runner(
+            "onnxruntime", model=tiny_onnx, job=make_job(sequences, mode), workdir=tmp_path / str(n), exact=exact
+        )
+        for n, (mode, exact) in enumerate((("decode", True), ("decode", False), ("prefill", True)))
+    )
+    assert [result.status for result in (together, alone, prompts)] == ["ok"] * 3
+    assert together.fingerprint["settings"]["sequences"] == SIDE_BY_SIDE
+    assert "sequences" not in alone.fingerprint["settings"]  # the kernels of one token are what a user runs
+    assert worst_nmse(together.logprobs, alone.logprobs.astype(np.float64)) < 1e-12
+    assert worst_nmse(together.logprobs, prompts.logprobs.astype(np.float64)) < 1e-12
+
+
+def test_a_graph_of_one_row_decodes_one_sequence_at_a_time(tiny_onnx, tmp_path):
+    """As some tools write it: the batch axis is 1."""
+    folder = shutil.copytree(tiny_onnx, tmp_path / "one")
+    (file,) = folder.rglob("*.onnx")
+    model = onnx.load(file, load_external_data=False)
+    for value in model.graph.input:
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+    onnx.save(model, file)
+    job = make_job([[1, 2, 3], [4, 5]], "decode")
+    one, any_number = (
+        run_runner("onnxruntime", model=model, job=job, workdir=tmp_path / model.name, exact=True)
+        for model in (folder, tiny_onnx)
+    )
+    assert one.status == "ok", one.message
+    assert worst_nmse(one.logprobs, any_number.logprobs.astype(np.float64)) < 1e-12
 
 
 def test_genai_answers_for_tokenizer_and_template(tiny_model, tiny_onnx, tmp_path):
