@@ -58,7 +58,7 @@ STAGES = {
 def main() -> None:
     options = _arguments()
     if options.child:
-        _child(json.loads(options.child), options.work)
+        _child(json.loads(options.child), options.work, smoke=options.smoke)
         return
     found = machine()
     sizes = {"tiny": TINY} if options.smoke else {name: SIZES[name] for name in options.sizes}
@@ -68,13 +68,13 @@ def main() -> None:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         try:
-            rows[name] = _one(llama_config(**shape, context=512), work)
+            rows[name] = _one(llama_config(**shape, context=512), work, smoke=options.smoke)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     _report({"benchmark": "verify_scaling", "machine": found, "rows": rows}, options.json)
 
 
-def _one(config: dict[str, Any], work: Path) -> dict[str, Any]:
+def _one(config: dict[str, Any], work: Path, *, smoke: bool) -> dict[str, Any]:
     command = [
         sys.executable,
         "-m",
@@ -83,6 +83,7 @@ def _one(config: dict[str, Any], work: Path) -> dict[str, Any]:
         json.dumps(config),
         "--work",
         str(work),
+        *(["--smoke"] if smoke else []),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -92,7 +93,7 @@ def _one(config: dict[str, Any], work: Path) -> dict[str, Any]:
     return {"parameters": linear + 2 * config["vocab_size"] * config["hidden_size"], "shape": config} | found
 
 
-def _child(config: dict[str, Any], work: Path) -> None:
+def _child(config: dict[str, Any], work: Path, *, smoke: bool) -> None:
     """Export, then verify with every stage timed; figures as JSON on the last line of stdout."""
     from qalora_export.formats.gguf.export import export_gguf
     from qalora_export.formats.onnx.export import export_onnx
@@ -102,6 +103,7 @@ def _child(config: dict[str, Any], work: Path) -> None:
     model = write_random_checkpoint(work / "model", config)
     export_gguf(model, work / "model.gguf", GgufSettings())
     export_onnx(model, work / "onnx", OnnxSettings())
+    settings = VerifySettings(sequences=16).model_copy(update={"positions": 1}) if smoke else VerifySettings()
     seconds: dict[str, float] = defaultdict(float)
     peaks: dict[str, int] = {}
     for stage, functions in STAGES.items():
@@ -111,7 +113,7 @@ def _child(config: dict[str, Any], work: Path) -> None:
     reset_peak()
     before, own, began = resident_bytes("VmRSS"), resident_bytes("RssAnon"), time.perf_counter()
     with anonymous_peak() as anonymous:
-        report = verify_parity(model, work / "report", VerifySettings(), gguf=work / "model.gguf", onnx=work / "onnx")
+        report = verify_parity(model, work / "report", settings, gguf=work / "model.gguf", onnx=work / "onnx")
     total = time.perf_counter() - began
     peak = resident_bytes("VmHWM")
     found = json.loads((work / "report" / "report.json").read_text())
