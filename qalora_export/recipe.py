@@ -97,6 +97,10 @@ class TrainSettings(Settings):
     pool: Positive | None = Field(
         default=None, description="pool length: each module's own group size (default), or a multiple of it"
     )
+    scales: bool = Field(
+        default=False,
+        description="QA-LoRA+: scales too, with an adapter of the same rank of their own; merges as exactly",
+    )
     targets: tuple[str, ...] = ("*",)
     epochs: Annotated[float, Field(gt=0, le=1e6)] = 3.0
     max_steps: Annotated[int, Field(le=2**31 - 1)] = -1

@@ -32,8 +32,9 @@ def command(
 ) -> None:
     """Merge a QA-LoRA adapter into its INT4 base without loss.
 
-    Only offsets move; codes and scales stay byte for byte, and the logits of the merged checkpoint equal those of
-    base + adapter bit for bit. Both are checked on the written files before they appear under OUT.
+    Only offsets move, and scales where they were trained (train --scales); codes stay byte for byte, and the logits of
+    the merged checkpoint equal those of base + adapter bit for bit. Both are checked on the written files before they
+    appear under OUT.
 
     [bold]Examples[/bold]
 
@@ -66,7 +67,7 @@ def _table(report: MergeReport) -> object:
     table.add_column("changed", justify="right")
     table.add_column("must be")
     table.add_row("codes", f"{report.changed_codes:,}", "0")
-    table.add_row("scales", f"{report.changed_scales:,}", "0")
+    table.add_row("scales", f"{report.changed_scales:,}", "" if report.scales_trained else "0")
     table.add_row("offsets", f"{report.changed_offsets:,} of {report.offsets:,}", "")
     table.add_row("other tensors", f"{report.changed_other_tensors:,}", "0")
     if report.logits_compared is not None:

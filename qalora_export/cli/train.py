@@ -44,6 +44,12 @@ def command(
     pool: int | None = typer.Option(
         D.pool, help="pool length: each module's own group size (default), or a multiple of it", rich_help_panel=ADAPTER
     ),
+    scales: bool = typer.Option(
+        D.scales,
+        "--scales/--no-scales",
+        help="QA-LoRA+: train scales too, with an adapter of this rank of their own; merges as exactly",
+        rich_help_panel=ADAPTER,
+    ),
     targets: list[str] = typer.Option(
         list(D.targets), help="shell pattern on module names; may be repeated", rich_help_panel=ADAPTER
     ),

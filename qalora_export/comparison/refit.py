@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
-from qalora_export.comparison.scales import write_changed
+from qalora_export.checkpoint.canonical_writer import CanonicalWriter
+from qalora_export.checkpoint.manifest import parent_of
 from qalora_export.grid import GroupAffine
 from qalora_export.quantization.refine import output_error
 
@@ -43,11 +44,11 @@ def refitted(matrix: GroupAffine, weight: Tensor, hessian: Tensor) -> GroupAffin
 def write_refitted(base: Path, weights: dict[str, Tensor], hessians: dict[str, Tensor], out: Path) -> None:
     """The canonical checkpoint `out`: `base` with refitted offsets. weights, hessians: of every module to refit."""
     checkpoint = CanonicalCheckpoint(base)
-    write_changed(
-        base,
-        out,
-        "offsets refitted on the Hessian",
-        lambda name: (
-            refitted(checkpoint.group_affine(name), weights[name], hessians[name]) if name in weights else None
-        ),
-    )
+    parents, settings = [parent_of(base, "base")], {"method": "offsets refitted on the Hessian"}
+    with CanonicalWriter(
+        out, checkpoint.config, checkpoint.companions(), kind="base", parents=parents, settings=settings
+    ) as writer:
+        for name in checkpoint.modules:
+            matrix = checkpoint.group_affine(name)
+            writer.add_quantized(name, refitted(matrix, weights[name], hessians[name]) if name in weights else matrix)
+        writer.add_rest_of(checkpoint)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qalora_export.checkpoint.canonical import CanonicalCheckpoint
-from qalora_export.comparison import mixed, refit, scales
+from qalora_export.comparison import mixed, refit
 from qalora_export.comparison.bench import Bench, Trained, plain
 from qalora_export.comparison.cells import Cell
 from qalora_export.comparison.method import Made, bits_of, canonical, rate_of
-from qalora_export.models.loading import load_model
 from qalora_export.qalora.merge import merge
 from qalora_export.qalora.training.stage import train
 from qalora_export.quantization.rtn import round_to_nearest
@@ -81,18 +82,15 @@ def _plain_base(bench: Bench, bits: int) -> Path:
 
 def qa_lora_plus(bench: Bench, cell: Cell, folder: Path) -> Made:
     """Scales and offsets, each with half of the rank, so that the parameters are those of QA-LoRA."""
-    base, merged = bench.base(bits_of(cell)), folder / "merged.qalora"
-    model, settings = load_model(base), bench.recipe.train
-    rank = max(1, settings.rank // 2)
-    scales.attach_scales(model, base, bench.modules, rank=rank, alpha=settings.alpha / 2, seed=cell.seed)
-    trained = bench.fit(model, cell.seed, rate_of(cell))
-    scales.write_merged(model, base, merged)
-    return canonical(bench, merged, trained)
+    settings = bench.recipe.train
+    half = {"scales": True, "rank": max(1, settings.rank // 2), "alpha": settings.alpha / 2}
+    return _trained(bench, cell, folder, bench.base(bits_of(cell)), half)
 
 
-def _trained(bench: Bench, cell: Cell, folder: Path, base: Path) -> Made:
+def _trained(bench: Bench, cell: Cell, folder: Path, base: Path, changes: Mapping[str, Any] | None = None) -> Made:
+    """changes: to [train]."""
     adapter, merged = folder / "adapter", folder / "merged.qalora"
-    report = train(base, adapter, bench.settings(cell.seed, rate_of(cell)))
+    report = train(base, adapter, bench.settings(cell.seed, rate_of(cell)).model_copy(update=changes))
     merge(base, adapter, merged)
     trained = Trained(report.best_loss, report.trainable_parameters, report.seconds)
     return canonical(bench, merged, trained, base=base)

@@ -3,6 +3,8 @@
     adapter_config.json, adapter_model.safetensors   PEFT's layout; PEFT with use_qalora computes the same function
     manifest.json                                    ours: parent base and, per module, pool and scaling as trained
 
+Where scales were trained too, adapter_config.json names a type that PEFT does not know: it would leave them out.
+
 A folder with our manifest reloads bit for bit. Any other is imported by its convention (see qalora.conventions).
 """
 
@@ -30,6 +32,7 @@ from qalora_export.qalora.conventions import ConventionName, peft_alpha, resolve
 from qalora_export.qalora.layer import QALoraLinear
 from qalora_export.qalora.peft_layout import (
     CONFIG,
+    PARTS,
     TENSORS,
     make_config,
     parse_config,
@@ -54,11 +57,15 @@ class ModuleShape:
 
 @dataclass(frozen=True, slots=True)
 class ModuleAdapter:
-    """a float32 (r, in/pool), b float32 (out, r), and the scaling of B A for a *sum* over each pool."""
+    """a float32 (r, in/pool), b float32 (out, r), and the scaling of B A for a *sum* over each pool.
+
+    scales: such a pair for the scales, trained with the same scaling; None where they stay.
+    """
 
     a: Tensor
     b: Tensor
     scaling: float
+    scales: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +74,10 @@ class Adapter:
 
     modules: dict[str, ModuleAdapter]
     convention: ConventionName
+
+    @property
+    def trains_scales(self) -> bool:
+        return any(module.scales is not None for module in self.modules.values())
 
 
 def save_adapter(model: nn.Module, folder: Path, *, base: Path, settings: TrainSettings, force: bool = False) -> None:
@@ -116,7 +127,7 @@ def load_adapter(model: nn.Module, folder: Path, *, convention: str = "auto", ba
     for name, module in linears.items():
         module.detach_adapter()
         if found := adapter.modules.get(name):
-            module.set_adapter(found.a, found.b, found.scaling)
+            module.set_adapter(found.a, found.b, found.scaling, scales=found.scales)
     return list(adapter.modules)
 
 
@@ -132,32 +143,35 @@ def read_adapter(
         raise InputError("adapter folder not found", where=folder, fix="give the folder with adapter_config.json")
     own = modules_of(folder, base) if has_manifest(folder) else None
     raw = read_json(inside(folder, CONFIG))
-    config = parse_config(raw, where=folder / CONFIG)
+    config = parse_config(raw, where=folder / CONFIG, own=own is not None)
     name = resolve(convention, own=own is not None, use_qalora=config.pool is not None, where=folder)
-    pairs = _read_pairs(folder)
-    if unknown := sorted(set(pairs) - set(shapes)):
+    parts = _read_parts(folder, own=own is not None)
+    if unknown := sorted(set(parts) - set(shapes)):
         raise InputError(
             f"the adapter targets {len(unknown)} modules that the base has not quantized",
             where=folder,
             why=f"adapter: {', '.join(unknown[:4])}; base: {', '.join(list(shapes)[:4])}",
             fix="merge with the base it was trained on",
         )
-    modules, adapted = {}, [module for module in shapes if module in pairs]
-    scales = config.alpha_over_r(adapted) if own is None else {}
+    modules, adapted = {}, [module for module in shapes if module in parts]
+    declared = config.alpha_over_r(adapted) if own is None else {}
     for module in adapted:
-        a, b = pairs[module]
+        a, b = parts[module]["A"], parts[module]["B"]
+        scales = (parts[module]["scale_A"], parts[module]["scale_B"]) if "scale_A" in parts[module] else None
         where = f"{folder}: {module}"
         pool = _pool(a, shapes[module], config.pool if own is None else None, where)
         if own is not None:
             repeat, scaling = as_trained(own, module, pool, where)
             a, pool = a[:, ::repeat].contiguous(), pool * repeat
+            scales = scales and (scales[0][:, ::repeat].contiguous(), scales[1])
         else:
-            rank, alpha_over_r = scales[module]
+            rank, alpha_over_r = declared[module]
             if a.shape[0] != rank:
                 raise InputError(f"adapter_config.json says rank {rank}, lora_A has {a.shape[0]}", where=where)
             scaling = sum_scaling(name, alpha_over_r, shapes[module].in_features, pool)
-        _check_shapes(a, b, pool, shapes[module], where)
-        modules[module] = ModuleAdapter(a, b, scaling)
+        for pair in ((a, b), *([scales] if scales else [])):
+            _check_shapes(*pair, pool, shapes[module], where)
+        modules[module] = ModuleAdapter(a, b, scaling, scales)
     return Adapter(modules, name)
 
 
@@ -165,9 +179,11 @@ def _tensors(linears: dict[str, QALoraLinear], pool: int) -> dict[str, Tensor]:
     result = {}
     for name, module in linears.items():
         assert module.lora_A is not None and module.lora_B is not None
-        a = module.lora_A.detach().float().cpu().repeat_interleave(module.pool // pool, dim=1)  # (r, in/pool)
-        result[tensor_name(name, "A")] = a.contiguous()
-        result[tensor_name(name, "B")] = module.lora_B.detach().float().cpu().contiguous()  # (out, r)
+        pairs = {"": (module.lora_A, module.lora_B)} | ({} if module.scales is None else {"scale_": module.scales.pair})
+        for kind, (a, b) in pairs.items():
+            wide = a.detach().float().cpu().repeat_interleave(module.pool // pool, dim=1)  # (r, in/pool)
+            result[tensor_name(name, f"{kind}A")] = wide.contiguous()
+            result[tensor_name(name, f"{kind}B")] = b.detach().float().cpu().contiguous()  # (out, r)
     return result
 
 
@@ -181,14 +197,15 @@ def _config(
         alpha=settings.alpha,
         pool=pool,
         base_name=base.name,
+        scales=any(module.scales is not None for module in linears.values()),
         ranks={name: r for name, r in ranks.items() if r != rank},
         alphas={n: peft_alpha(m.scaling, ranks[n], m.in_features, pool) for n, m in linears.items()},
         targets=shortest_targets(list(linears), [name for name, _ in model.named_modules()]),
     )
 
 
-def _read_pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """module -> (lora_A, lora_B) in float32 from adapter_model.safetensors."""
+def _read_parts(folder: Path, *, own: bool) -> dict[str, dict[str, Tensor]]:
+    """module -> PARTS in float32 from adapter_model.safetensors; those of scales in our own adapters alone."""
     if not (folder / TENSORS).exists() and list(folder.glob("*.bin")):
         raise InputError(
             "the adapter is a pickle file",
@@ -211,11 +228,18 @@ def _read_pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
                 fix="repair or retrain the adapter",
             )
         parts[module][part] = torch.from_numpy(np.array(values))
-    if incomplete := [module for module, found in parts.items() if len(found) != 2]:
+    if incomplete := [module for module, found in parts.items() if set(found) not in PARTS]:
         raise InputError("lora_A or lora_B is missing", where=f"{path}: {incomplete[0]}")
     if not parts:
         raise InputError("the adapter holds no tensors", where=path)
-    return {module: (found["A"], found["B"]) for module, found in parts.items()}
+    if not own and any(len(found) > 2 for found in parts.values()):
+        raise InputError(
+            "the adapter moves scales and has no manifest",
+            where=path,
+            why="only ours do, and their manifest tells with which scaling",
+            fix="give the whole folder that `qalora-export train --scales` wrote",
+        )
+    return parts
 
 
 def _pool(a: Tensor, shape: ModuleShape, declared: int | None, where: str) -> int:

@@ -22,7 +22,7 @@ def attach(model: nn.Module, settings: TrainSettings, untrained: Collection[str]
     its A from (settings.seed, its own name), so adding a target changes no other module's start and every process
     of a distributed run starts alike. untrained: modules that no pattern reaches (qalora/targets.py). Returns the
     adapted names in model order. Raises InputError when a pattern matches nothing (with what there is), nothing is left
-    to train, or the pool length does not fit a module.
+    to train, the pool length does not fit a module, or settings.scales meets a grid without float16 scales.
     """
     linears = quantized_linears(model)
     untrained = {*untrained, *(name for name, module in linears.items() if module.symmetric)}
@@ -50,9 +50,12 @@ def attach(model: nn.Module, settings: TrainSettings, untrained: Collection[str]
     for name in names:
         generator = torch.Generator().manual_seed(_seed(settings.seed, name))
         try:
-            linears[name].attach_adapter(settings.rank, settings.alpha, pool=settings.pool, generator=generator)
+            linears[name].attach_adapter(
+                settings.rank, settings.alpha, pool=settings.pool, scales=settings.scales, generator=generator
+            )
         except InputError as error:
-            raise InputError(error.what, where=f"{name} (train.pool)", why=error.why, fix=error.fix) from error
+            where = f"{name} (train.{'scales' if error.what.startswith('scales') else 'pool'})"
+            raise InputError(error.what, where=where, why=error.why, fix=error.fix) from error
     return names
 
 

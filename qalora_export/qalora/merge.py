@@ -1,4 +1,5 @@
-"""Merge: write offset_eff (DESIGN.md, "QA-LoRA"). Codes and scales stay, so the merged model is the trained one.
+"""Merge: write offset_eff (DESIGN.md, "QA-LoRA"), and scale_eff where scales were trained. Codes stay, and the merged
+model is the trained one.
 
 The result is checked before it appears under its name: the written files are read back and compared value by value
 with the base, and the logits of base + adapter are compared with those of the written checkpoint.
@@ -19,11 +20,12 @@ from qalora_export.checkpoint.manifest import parent_of, require_intact
 from qalora_export.checkpoint.output import claim_output
 from qalora_export.errors import InputError, ParityError
 from qalora_export.formats.contents import FolderContents, compare
-from qalora_export.grid import GroupAffine, SymmetricLevels, differing
+from qalora_export.grid import GroupAffine, SymmetricLevels, differing, pack_codes
 from qalora_export.models.loading import load_model
 from qalora_export.progress import status, track
 from qalora_export.qalora.adapter_files import Adapter, ModuleAdapter, ModuleShape, load_adapter, read_adapter
-from qalora_export.qalora.layer import effective_offset
+from qalora_export.qalora.function import effective_offset
+from qalora_export.qalora.scales import centre_and_spread, effective
 from qalora_export.qalora.super_blocks import effective_levels
 from qalora_export.safety import StrPath, atomic_directory, local_path
 
@@ -35,6 +37,7 @@ class MergeReport:
     """What merging changed, counted in the written files. logits_*: None when the comparison was switched off.
 
     adapted: modules with an adapter, of `modules`. offsets: how many there are; changed_offsets: how many moved.
+    scales_trained: the adapter moves scales, of which changed_scales moved; otherwise none may.
     logits_compared: values compared; logits_differing: values whose bits differ.
     """
 
@@ -48,6 +51,7 @@ class MergeReport:
     changed_other_tensors: int
     logits_compared: int | None
     logits_differing: int | None
+    scales_trained: bool = False
 
 
 def merge(
@@ -93,6 +97,7 @@ def _merge(base: Path, adapter: Path, out: Path, *, convention: str, force: bool
             len(found.tensors) + len(found.only_left) + len(found.only_right),
             compared,
             unequal,
+            read.trains_scales,
         )
         _require_lossless(report, out)
         for path in staged.iterdir():
@@ -102,7 +107,10 @@ def _merge(base: Path, adapter: Path, out: Path, *, convention: str, force: bool
 
 
 def merged(matrix: GroupAffine, adapter: ModuleAdapter, *, where: str) -> GroupAffine:
-    """The matrix with offset_eff, by the functions training uses. Raises InputError when float16 cannot hold it."""
+    """The matrix with offset_eff, and with scale_eff where scales were trained, by the functions training uses.
+
+    Raises InputError when float16 cannot hold them.
+    """
     levels = matrix.levels
     if isinstance(levels, SymmetricLevels):
         raise InputError(
@@ -111,6 +119,10 @@ def merged(matrix: GroupAffine, adapter: ModuleAdapter, *, where: str) -> GroupA
             why="they are −2^(bits−1)·scale",
             fix="merge with the base that the adapter was trained on",
         )
+    if levels is None and adapter.scales is not None:
+        return _with_scales(matrix, adapter, adapter.scales, where=where)
+    if adapter.scales is not None:
+        raise InputError("scales of grid affine16 alone can be moved", where=where, why="its grid has levels")
     if levels is None:
         return GroupAffine(matrix.codes, matrix.scale, merged_offset(matrix, adapter, where=where), matrix.bits)
     level, step = (torch.from_numpy(np.array(part)) for part in (levels.offset, levels.offset_step))
@@ -119,6 +131,20 @@ def merged(matrix: GroupAffine, adapter: ModuleAdapter, *, where: str) -> GroupA
         row, block = bad[0]
         raise _beyond_fp16(len(bad), step.numel(), f"{where}.offset_step: row {row}, super-block {block}", "")
     return GroupAffine.on_levels(matrix.codes, replace(levels, offset=level.numpy(), offset_step=step.numpy()))
+
+
+def _with_scales(
+    matrix: GroupAffine, adapter: ModuleAdapter, scales: tuple[torch.Tensor, torch.Tensor], *, where: str
+) -> GroupAffine:
+    numbers = [torch.from_numpy(np.array(part)) for part in (matrix.scale, matrix.offset)]
+    codes = torch.from_numpy(pack_codes(matrix.codes, matrix.bits))
+    middle = centre_and_spread(codes, matrix.bits, matrix.scale.shape[1])
+    scale, offset = effective(numbers[0], numbers[1], (adapter.a, adapter.b), scales, adapter.scaling, *middle)
+    for name, part in (("scale", scale), ("offset", offset)):
+        if bad := np.argwhere(~np.isfinite(part.numpy())).tolist():
+            row, group = bad[0]
+            raise _beyond_fp16(len(bad), part.numel(), f"{where}.{name}: row {row}, group {group}", "", name)
+    return GroupAffine(matrix.codes, scale.numpy(), offset.numpy(), matrix.bits)
 
 
 def merged_offset(matrix: GroupAffine, adapter: ModuleAdapter, *, where: str) -> NDArray[np.float16]:
@@ -131,9 +157,9 @@ def merged_offset(matrix: GroupAffine, adapter: ModuleAdapter, *, where: str) ->
     return offset
 
 
-def _beyond_fp16(count: int, total: int, where: str, base: str) -> InputError:
+def _beyond_fp16(count: int, total: int, where: str, base: str, name: str = "offset") -> InputError:
     return InputError(
-        f"the merged offset does not fit in float16 ({count} of {total})",
+        f"the merged {name} does not fit in float16 ({count} of {total})",
         where=where,
         why=f"{base}float16 ends at 65504",
         fix="the adapter has diverged, or its convention is wrong: lower the learning rate, or pass --convention",
@@ -164,7 +190,7 @@ def _write(checkpoint: CanonicalCheckpoint, adapter: Adapter, target: Path, *, p
         checkpoint.companions(),
         kind="merged",
         parents=lineage,
-        settings={"convention": adapter.convention},
+        settings={"convention": adapter.convention, **({"scales": True} if adapter.trains_scales else {})},
     ) as writer:
         writer.add_rest_of(checkpoint)
         for name in track(checkpoint.modules, "merge", len(checkpoint.modules)):
@@ -176,6 +202,8 @@ def _write(checkpoint: CanonicalCheckpoint, adapter: Adapter, target: Path, *, p
 
 def _require_lossless(report: MergeReport, out: Path) -> None:
     for what in ("changed_codes", "changed_scales", "changed_other_tensors", "logits_differing"):
+        if what == "changed_scales" and report.scales_trained:
+            continue
         if count := getattr(report, what):
             raise ParityError(
                 f"merging was not lossless: {what.replace('_', ' ')} = {count}",

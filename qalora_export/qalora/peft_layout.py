@@ -19,9 +19,11 @@ from qalora_export.safety.confined import Confined, FailedError, OutOfBoundsErro
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+WITH_SCALES = "QALORA_PLUS"  # peft_type of an adapter that moves scales too, which PEFT refuses to load
+PARTS = ({"A", "B"}, {"A", "B", "scale_A", "scale_B"})  # of a module: of its offsets, and of its scales
 NAME = re.compile(r"[\w.-]+")  # as an expression: no repetition
 MOST_MATCHES = 10**6  # keys × modules
-_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight")
+_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>(?:scale_)?[AB])(?:\.default)?\.weight")
 
 # LoraConfig field -> (values that leave our formula intact, why any other cannot be imported)
 ACCEPTED: dict[str, tuple[tuple[object, ...], str]] = {
@@ -92,10 +94,15 @@ class PeftConfig:
         }
 
 
-def parse_config(raw: Any, *, where: object) -> PeftConfig:
-    """Read a LoraConfig. Raises InputError naming the first field that has no lossless form, or that is malformed."""
+def parse_config(raw: Any, *, where: object, own: bool = False) -> PeftConfig:
+    """Read a LoraConfig. Raises InputError naming the first field that has no lossless form, or that is malformed.
+
+    own: by our manifest we wrote it, so that it may be WITH_SCALES.
+    """
     if not isinstance(raw, dict):
         raise UnsafeInputError(f"{CONFIG} is not a JSON object", where=where)
+    if own and raw.get("peft_type") == WITH_SCALES:
+        raw = raw | {"peft_type": "LORA"}
     for field, (accepted, reason) in ACCEPTED.items():
         if field in raw and not any(raw[field] == value for value in accepted):
             raise InputError(f"cannot import an adapter with {field} = {raw[field]!r}", where=where, why=reason)
@@ -163,10 +170,14 @@ def make_config(
     alphas: dict[str, float],
     targets: list[str],
     base_name: str,
+    scales: bool = False,
 ) -> dict[str, Any]:
-    """adapter_config.json for PEFT. ranks: modules whose rank differs; alphas: PEFT's alpha of every module."""
+    """adapter_config.json for PEFT. ranks: modules whose rank differs; alphas: PEFT's alpha of every module.
+
+    scales: they are trained too, so it is not for PEFT.
+    """
     return {
-        "peft_type": "LORA",
+        "peft_type": WITH_SCALES if scales else "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "inference_mode": True,
@@ -188,12 +199,12 @@ def make_config(
 
 
 def tensor_name(module: str, part: str) -> str:
-    """part "A" or "B" -> PEFT's tensor name."""
+    """part "A" or "B" -> PEFT's tensor name; "scale_A" or "scale_B" -> one of ours beside it."""
     return f"{PREFIX}{module}.lora_{part}.weight"
 
 
 def split_name(name: str, *, where: object) -> tuple[str, str]:
-    """PEFT's tensor name -> (module, "A" or "B"). Raises InputError for tensors that are not LoRA matrices."""
+    """A name of tensor_name's -> (module, part). Raises InputError for tensors that are not LoRA matrices."""
     match = _KEY.fullmatch(name)
     if match is None:
         raise InputError(

@@ -45,8 +45,8 @@ def effective_levels(
 ) -> tuple[Tensor, Tensor]:
     """(levels uint8 (out, in/g), step float16 (out, in/256)) of base offsets −step · level moved by scaling · B A.
 
-    In float64, as qalora.layer.effective_offset: exact products, sums whose order moves nothing that the grid can see.
-    The step is infinite where float16 cannot hold it.
+    In float64, as function.effective_offset: exact products, sums whose order moves nothing that the grid can see. The
+    step is infinite where float16 cannot hold it.
     """
     delta = scaling * (b.double() @ a.double())  # (out, in/pool)
     if (repeat := levels.shape[1] // a.shape[1]) > 1:

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from qalora_export.errors import ParityError
 from qalora_export.qalora.dequant import dequantize, dequantize_torch
+from qalora_export.qalora.function import effective_offset
 from qalora_export.qalora.kernels import dispatch, ops
-from qalora_export.qalora.layer import QALoraLinear, effective_offset
+from qalora_export.qalora.layer import QALoraLinear
 from tests.benchmarks.common import interleaved
 from tests.benchmarks.variants import Setup, fill_packed, ours
 

@@ -73,8 +73,10 @@ def test_two_shards_train_what_one_process_trains(
     data: list[str],  # noqa: F811
     launch: Callable[..., str],
 ) -> None:
-    in_process(tiny_canonical, tmp_path / "one", data, rank=4, batch_size=8, max_steps=8)
+    scales = launch is by_fork
+    in_process(tiny_canonical, tmp_path / "one", data, rank=4, batch_size=8, max_steps=8, scales=scales)
     options = ("--rank", 4, "--batch-size", 2, "--gradient-accumulation", 2, "--gradient-checkpointing")
+    options = (*options, "--scales" if scales else "--no-scales")
     printed = launch(driver, tmp_path, tiny_canonical, *data, "--out", tmp_path / "two", *options, "--max-steps", 8)
     reports = [json.loads((tmp_path / f"{name}.training" / "report.json").read_text()) for name in ("one", "two")]
     for curve in ("train_curve", "validation_curve"):

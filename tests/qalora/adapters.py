@@ -23,7 +23,10 @@ def own_adapter(base: Path, folder: Path, **changes: object) -> torch.nn.Module:
     settings = TrainSettings(**{"rank": 4, "alpha": 8.0, "targets": ("*.q_proj", "*.down_proj")} | changes)
     generator = torch.Generator().manual_seed(0)
     for name in attach(model, settings):
-        model.get_submodule(name).lora_B.data.normal_(0, 0.02, generator=generator)
+        layer = model.get_submodule(name)
+        layer.lora_B.data.normal_(0, 0.02, generator=generator)
+        if layer.scales is not None:
+            layer.scales.B.data.normal_(0, 0.02, generator=generator)
     save_adapter(model, folder, base=base, settings=settings)
     return model
 
@@ -43,5 +46,6 @@ def foreign_adapter(folder: Path, tensors: dict[str, np.ndarray] | None = None, 
 
 
 def adapter_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """Every lora_A and lora_B."""
-    return [value for name, value in model.named_parameters() if name.endswith((".lora_A", ".lora_B"))]
+    """Every A and B, of offsets and of scales."""
+    ends = (".lora_A", ".lora_B", ".scales.A", ".scales.B")
+    return [value for name, value in model.named_parameters() if name.endswith(ends)]

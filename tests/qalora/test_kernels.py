@@ -8,8 +8,8 @@ from torch import Tensor
 
 from qalora_export.grid import BITS, GROUP_SIZES, GroupAffine
 from qalora_export.qalora.dequant import dequantize_torch
+from qalora_export.qalora.function import effective_offset, group_sum
 from qalora_export.qalora.kernels import ops
-from qalora_export.qalora.layer import effective_offset, group_sum
 from tests.qalora.layers import random_matrix
 from tests.qalora.test_dequant import as_torch, matrices
 

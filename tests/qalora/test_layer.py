@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from qalora_export.errors import InputError
-from qalora_export.qalora.layer import QALoraLinear, effective_offset, group_sum
+from qalora_export.qalora.function import effective_offset, group_sum
+from qalora_export.qalora.layer import QALoraLinear
 from tests.qalora.layers import layer_of, naive_weight, random_matrix, trained_layer
 
 SHAPES = [  # bits, group, pool

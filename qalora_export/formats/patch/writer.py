@@ -100,8 +100,8 @@ def not_one_base(name: str, why: str) -> InputError:
     return InputError(
         "the two artifacts are not fine-tunes of one base",
         where=name,
-        why=f"{why}; training moves offsets alone",
-        fix="export two merges of the same base with the same settings",
+        why=f"{why}; a patch holds offsets, and training moves nothing else unless it was told to (train --scales)",
+        fix="export two merges of the same base with the same settings; where scales were trained, ship the whole file",
     )
 
 

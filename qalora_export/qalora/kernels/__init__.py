@@ -1,4 +1,4 @@
-"""The layer's arithmetic on a GPU, in Triton; the torch code in qalora/dequant.py and qalora/layer.py is the oracle.
+"""The layer's arithmetic on a GPU, in Triton; the torch code in qalora/dequant.py and qalora/function.py is the oracle.
 
     dequantize        codes, scale, offset, A, B → matrix, at memory speed       the same bits as torch
     effective_offset  fp16(m + α/r · B A) in one pass over the offsets           the same float64 sums, in another order

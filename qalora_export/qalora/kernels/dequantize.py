@@ -75,7 +75,7 @@ def dequantize(
     b: Tensor | None = None,
     scaling: float = 0.0,
 ) -> Tensor:
-    """(out, in) in `dtype`; arguments as in qalora.dequant.dequantize and qalora.layer.effective_offset, same bits."""
+    """(out, in) in `dtype`; arguments as in dequant.dequantize and function.effective_offset, same bits."""
     out, per_row = scale.shape
     group_size = packed.shape[1] * 8 // bits // per_row
     matrix = torch.empty(out, per_row * group_size, dtype=dtype, device=packed.device)

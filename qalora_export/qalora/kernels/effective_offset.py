@@ -1,6 +1,6 @@
 """offset_eff = fp16(m + α/r · B A) in one pass: reads 2 bytes and writes 2 per group, where torch moves about 60.
 
-In float64, as qalora.layer.effective_offset explains: the products of float32 numbers are exact there, the sum over
+In float64, as qalora.function.effective_offset explains: the products of float32 numbers are exact there, the sum over
 the rank runs in order, and float16 cannot see in which order another library adds. Rounded through float32, like
 torch's own float64 → float16.
 """
@@ -46,7 +46,7 @@ def _effective_offset(
 
 
 def effective_offset(offset: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """float16 (out, in/g); arguments as in qalora.layer.effective_offset."""
+    """float16 (out, in/g); arguments as in qalora.function.effective_offset."""
     rows, pools = offset.shape[0], a.shape[1]
     result = torch.empty_like(offset, memory_format=torch.contiguous_format)
     grid = (triton.cdiv(rows, ROWS), triton.cdiv(pools, POOLS))

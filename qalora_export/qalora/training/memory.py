@@ -5,16 +5,20 @@ the widths of queries and of keys, g the pool length, r the rank and V the vocab
 
     packed weights     codes, scale and offset, as in the checkpoint
     other weights      embeddings, norms, lm_head, biases: b each
-    adapter            r · (in/g + out) per adapted matrix, float32
+    adapter            r · (in/g + out) per adapted matrix, float32; twice that where scales are trained (--scales), and
+                       8 bytes a group for mean and deviation of its codes
     gradients          as the adapter
     optimizer          bytes per adapter parameter by optimizer (table STATE_BYTES)
     activations        saved for backward, per layer and token:
                          8H of the norms' float32 inputs + b · (2Q + 2K) of attention + 4 per head of its log-sum
-                         + b · 3I of the MLP + b · Σ in/g of pooled inputs (a quantized layer saves no x)
+                         + b · 3I of the MLP + b · Σ in/g of pooled inputs (a quantized layer saves no x; where
+                         scales are trained it does instead: b · (2H + I), for q, k, v and gate, up share theirs, and o
+                         has what attention saves)
                        with gradient checkpointing: b · H per layer, and one layer in full
     logits             T · V · (b + 12): logits, their float32 copy, log-softmax, gradient
     workspace          rebuilding the largest matrix from its codes: b bytes per weight with the Triton kernels, else
-                       6 + b (b only if narrower than 4)
+                       6 + b (b only if narrower than 4); and 12 more where scales are trained, for the gradient of a
+                       whole matrix
     gathered           under FSDP, which divides the first five among devices: what is whole at one time, namely the
                        other weights, and packed weights and adapters of two layers (the one at work and the next)
     overhead           0.5 GiB of CUDA context and allocator on a GPU
@@ -102,7 +106,9 @@ def estimate_memory(
     packed, other = forecast.packed_bytes, forecast.plain_values * dtype.itemsize
     model, names = _skeleton(forecast, settings)
     adapter = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
-    pooled = sum(model.get_submodule(name).lora_A.shape[1] for name in names)
+    adapted = [model.get_submodule(name) for name in names]
+    packed += sum(8 * module.scale.numel() for module in adapted if module.scales is not None)
+    pooled = sum(module.lora_A.shape[1] for module in adapted)
     largest = max(math.prod((m.out_features, m.in_features)) for m in _linears(model))
     rebuilt = dtype.itemsize if cuda and dispatch.TRITON else 6 + (dtype.itemsize if dtype.itemsize < 4 else 0)
     tokens = settings.batch_size * settings.sequence_length
@@ -118,9 +124,9 @@ def estimate_memory(
     return MemoryEstimate(
         **{purpose: math.ceil(size / shards) for purpose, size in mine.items()},
         gathered=other + math.ceil(2 * (packed + adapter) / layers) if shards > 1 else 0,
-        activations=_activations(model.config, tokens, dtype.itemsize, pooled, settings.gradient_checkpointing),
+        activations=_activations(model.config, tokens, dtype.itemsize, pooled, settings),
         logits=tokens * model.config.vocab_size * (dtype.itemsize + 12),
-        workspace=largest * rebuilt,
+        workspace=largest * (rebuilt + (12 if settings.scales else 0)),
         overhead=CUDA_OVERHEAD if cuda else 0,
         trainable_parameters=adapter // 4,
         adapted_modules=len(names),
@@ -151,14 +157,15 @@ def _linears(model: Any) -> list[Any]:
     return list(quantized_linears(model).values())
 
 
-def _activations(config: Any, tokens: int, width: int, pooled: int, checkpointing: bool) -> int:
+def _activations(config: Any, tokens: int, width: int, pooled: int, settings: TrainSettings) -> int:
     """Bytes saved for backward; `pooled` is the sum of in/g over all adapted matrices of the model."""
     layers, hidden = config.num_hidden_layers, config.hidden_size
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     queries, keys = head * config.num_attention_heads, head * config.num_key_value_heads
     layer = 8 * (hidden + 1) + 4 * config.num_attention_heads
-    layer += width * (2 * queries + 2 * keys + 3 * config.intermediate_size + pooled // layers)
-    per_token = width * hidden * layers + layer if checkpointing else layer * layers
+    inputs = 2 * hidden + config.intermediate_size if settings.scales else pooled // layers
+    layer += width * (2 * queries + 2 * keys + 3 * config.intermediate_size + inputs)
+    per_token = width * hidden * layers + layer if settings.gradient_checkpointing else layer * layers
     total: int = tokens * per_token
     return total
 

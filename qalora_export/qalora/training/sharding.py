@@ -44,6 +44,9 @@ def gather_adapter(model: nn.Module) -> None:
         if module.lora_A is not None and module.lora_B is not None:
             a, b = whole(module.lora_A.detach()).cpu(), whole(module.lora_B.detach()).cpu()
             module.lora_A, module.lora_B = nn.Parameter(a), nn.Parameter(b)
+            if (scales := module.scales) is not None:
+                a, b = (whole(part.detach()).cpu() for part in scales.pair)
+                scales.A, scales.B = nn.Parameter(a), nn.Parameter(b)
 
 
 def prepare(accelerator: Any) -> None:

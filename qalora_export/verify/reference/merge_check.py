@@ -1,6 +1,7 @@
 """Is a merged checkpoint its base plus its adapter? Recomputed apart from training and merging, in numpy float64.
 
     offset_eff = fp16( m + scaling · B A )          codes, scale and everything else as in the base
+    scale_eff  = fp16( s + scaling · B_s A_s / σ )  where scales were trained, and offset_eff less c · (scale_eff − s)
 
 On a grid of super-blocks: step = fp16(step · largest now / largest of the base), levels next to it.
 
@@ -11,8 +12,10 @@ through the manifest, beside the checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,13 +24,14 @@ from qalora_export.checkpoint.canonical import CanonicalCheckpoint, parts_of
 from qalora_export.checkpoint.manifest import MANIFEST, read_manifest
 from qalora_export.checkpoint.provenance import parent_folder
 from qalora_export.errors import QaloraError
-from qalora_export.grid import AFFINE16, Levels, differing
+from qalora_export.grid import AFFINE16, Levels, differing, unpack_codes
 from qalora_export.qalora.adapter_files import Adapter, ModuleAdapter, ModuleShape, read_adapter
 
 # float64 sums of the product may be ordered otherwise, and torch rounds to float16 through float32: the exact value
 # may lie this far, relative to the terms that were added, on the other side of a rounding boundary.
 FLOAT32_STEP = 2.0**-23
 MOVED = ("offset", "offset_step")  # parts of a matrix that merging writes
+WITH_SCALES = (*MOVED, "scale")  # where scales were trained
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +70,11 @@ def merge_check(
     before = CanonicalCheckpoint(base)
     if adapter is None:
         missing = "the adapter of this merge is not here (--adapter gives it)"
-        note = f"offsets not recomputed, everything else compared with the base: {missing}"
-        return MergeCheck(_differences(before, checkpoint, None), note=note, missing=missing)
-    settings = manifest.get("settings")
-    convention = str(settings.get("convention", "auto")) if isinstance(settings, dict) else "auto"
+        moved = WITH_SCALES if _settings(manifest).get("scales") is True else MOVED
+        what = "offsets and scales" if moved is WITH_SCALES else "offsets"
+        note = f"{what} not recomputed, everything else compared with the base: {missing}"
+        return MergeCheck(_differences(before, checkpoint, None, moved), note=note, missing=missing)
+    convention = str(_settings(manifest).get("convention", "auto"))
     try:
         read = read_adapter(adapter, _shapes(before), convention=_asked(adapter, convention), base=base)
     except QaloraError as error:
@@ -77,8 +82,15 @@ def merge_check(
     return MergeCheck(_differences(before, checkpoint, read), len(read.modules))
 
 
-def _differences(before: CanonicalCheckpoint, merged: CanonicalCheckpoint, adapter: Adapter | None) -> dict[str, int]:
-    """adapter: None where it is not here, so that nothing can be said of offsets."""
+def _settings(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = manifest.get("settings")
+    return found if isinstance(found, dict) else {}
+
+
+def _differences(
+    before: CanonicalCheckpoint, merged: CanonicalCheckpoint, adapter: Adapter | None, unknown: tuple[str, ...] = ()
+) -> dict[str, int]:
+    """adapter: None where it is not here, so that nothing can be said of the parts that are `unknown`."""
     wrong: dict[str, int] = {}
     one, other = ({(m, *c.modules[m], c.grids[m].name) for m in c.modules} for c in (before, merged))
     for module, *_ in sorted(one ^ other):
@@ -88,7 +100,7 @@ def _differences(before: CanonicalCheckpoint, merged: CanonicalCheckpoint, adapt
     for module in before.modules:
         if (module, *before.modules[module], before.grids[module].name) in other:
             own = None if adapter is None else adapter.modules.get(module)
-            moved = () if adapter is not None and own is None else MOVED
+            moved = unknown if adapter is None else () if own is None else MOVED if own.scales is None else WITH_SCALES
             parts = tuple(part for part in parts_of(before.grids[module]) if part not in moved)
             wrong |= _module_differences(before, merged, module, own, parts)
     for name in {*before.plain_names(), *merged.plain_names()}:
@@ -115,6 +127,13 @@ def _module_differences(
         one, other = before.packed(module), merged.packed(module)
         if isinstance(one.levels, Levels) and isinstance(other.levels, Levels):
             count = wrong_levels(one.levels, other.levels, a, b, adapter.scaling)
+        elif before.grids[module] is AFFINE16 and adapter.scales is not None:
+            scale_a, scale_b = (part.numpy() for part in adapter.scales)
+            middle = middle_of(unpack_codes(one.codes, one.bits).reshape(*one.scale.shape, -1))
+            if count := wrong_scales(one.scale, other.scale, scale_a, scale_b, adapter.scaling, middle[1]):
+                wrong[f"{module}.scale (not base + adapter)"] = count
+            turned = middle[0] * (other.scale.astype(np.float64) - one.scale)
+            count = wrong_offsets(one.offset, other.offset, a, b, adapter.scaling, turned)
         elif before.grids[module] is AFFINE16:
             count = wrong_offsets(one.offset, other.offset, a, b, adapter.scaling)
         else:
@@ -157,17 +176,49 @@ def _moved(
     return np.repeat(product, repeat, axis=1), np.repeat(terms, repeat, axis=1)
 
 
+def middle_of(codes: NDArray[np.uint8]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(mean, standard deviation but 1 at least) of the codes of each group, (out, in/g), rounded to float32.
+
+    codes: (out, in/g, g).
+    """
+    spread = codes.std(axis=-1, dtype=np.float64).clip(min=1.0)
+    found = (codes.mean(axis=-1, dtype=np.float64), spread)
+    return found[0].astype(np.float32).astype(np.float64), found[1].astype(np.float32).astype(np.float64)
+
+
+def wrong_scales(
+    base: NDArray[np.float16],
+    merged: NDArray[np.float16],
+    a: NDArray[np.float32],
+    b: NDArray[np.float32],
+    scaling: float,
+    spread: NDArray[np.float64],
+) -> int:
+    """Scales, (out, in/g), that are not float16(base + scaling · b a / spread)."""
+    product, terms = (part / spread for part in _moved(a, b, scaling, base.shape[1]))
+    return _beyond(base.astype(np.float64) + product, np.abs(base).astype(np.float64) + terms, merged)
+
+
 def wrong_offsets(
     base: NDArray[np.float16],
     merged: NDArray[np.float16],
     a: NDArray[np.float32],
     b: NDArray[np.float32],
     scaling: float,
+    turned: NDArray[np.float64] | float = 0.0,
 ) -> int:
-    """Offsets, (out, in/g), that are not float16(base + scaling · b a); a (r, in/pool), b (out, r)."""
+    """Offsets, (out, in/g), that are not float16(base + scaling · b a − turned); a (r, in/pool), b (out, r).
+
+    turned: what a scale that turned about the middle of its group takes from the offset.
+    """
     product, terms = _moved(a, b, scaling, base.shape[1])
-    exact = base.astype(np.float64) + product
-    slack = FLOAT32_STEP * (np.abs(base).astype(np.float64) + terms)
+    sizes = np.abs(base).astype(np.float64) + terms + np.abs(turned)
+    return _beyond(base.astype(np.float64) + product - turned, sizes, merged)
+
+
+def _beyond(exact: NDArray[np.float64], terms: NDArray[np.float64], merged: NDArray[np.float16]) -> int:
+    """How many of `merged` no rounding of `exact` explains. terms: sizes of what was added."""
+    slack = FLOAT32_STEP * terms
     with np.errstate(over="ignore"):
         low, high = (exact - slack).astype(np.float16), (exact + slack).astype(np.float16)
     return int(np.count_nonzero(~((low <= merged) & (merged <= high))))

@@ -15,12 +15,18 @@ from tests.qalora.adapters import adapter_parameters
 SETTINGS = TrainSettings(batch_size=4, sequence_length=64, rank=8)
 
 
-def test_weights_and_adapter_are_exact(tiny_canonical: Path) -> None:
-    estimate = estimate_memory(tiny_canonical, SETTINGS, dtype=torch.float32, cuda=False)
+@pytest.mark.parametrize("scales", [False, True])
+def test_weights_and_adapter_are_exact(scales: bool, tiny_canonical: Path) -> None:
+    settings = SETTINGS.model_copy(update={"scales": scales})
+    estimate = estimate_memory(tiny_canonical, settings, dtype=torch.float32, cuda=False)
     model = load_model(tiny_canonical)
-    names = attach(model, SETTINGS)
+    names = attach(model, settings)
     linears = quantized_linears(model).values()
-    assert estimate.packed_weights == sum(tensor.nbytes for m in linears for tensor in m.packed)
+    middles = [tensor for m in linears if m.scales is not None for tensor in (m.scales.centre, m.scales.spread)]
+    assert bool(middles) == scales
+    assert estimate.packed_weights == sum(tensor.nbytes for m in linears for tensor in m.packed) + sum(
+        tensor.nbytes for tensor in middles
+    )
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     assert estimate.packed_weights + estimate.other_weights == frozen
     assert estimate.adapter == sum(p.nbytes for p in adapter_parameters(model))
@@ -30,11 +36,14 @@ def test_weights_and_adapter_are_exact(tiny_canonical: Path) -> None:
     assert estimate.total == sum(size for _, size in estimate.rows())
 
 
+@pytest.mark.parametrize("scales", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_activations_are_what_autograd_saves(tiny_canonical: Path, dtype: torch.dtype, checkpointing: bool) -> None:
-    model = load_model(tiny_canonical, dtype=dtype)
-    attach(model, SETTINGS)
+def test_activations_are_what_autograd_saves(
+    tiny_canonical: Path, dtype: torch.dtype, checkpointing: bool, scales: bool
+) -> None:
+    model, settings = load_model(tiny_canonical, dtype=dtype), SETTINGS.model_copy(update={"scales": scales})
+    attach(model, settings)
     constant = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     saved: dict[int, int] = {}
     alive: list[torch.Tensor] = []
@@ -55,7 +64,7 @@ def test_activations_are_what_autograd_saves(tiny_canonical: Path, dtype: torch.
     assert hidden.requires_grad
     estimates = {
         flag: estimate_memory(
-            tiny_canonical, SETTINGS.model_copy(update={"gradient_checkpointing": flag}), dtype=dtype, cuda=False
+            tiny_canonical, settings.model_copy(update={"gradient_checkpointing": flag}), dtype=dtype, cuda=False
         ).activations
         for flag in (False, True)
     }

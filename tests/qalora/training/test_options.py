@@ -38,7 +38,8 @@ def test_gradient_checkpointing_changes_nothing(run: Runner, plain_run: PlainRun
     "options",
     [
         {"validation": None},  # batches of different lengths
-        {"gradient_checkpointing": True, "packing": True, "sequence_length": 128},  # and evaluation, without gradients
+        # and evaluation, without gradients
+        {"gradient_checkpointing": True, "packing": True, "sequence_length": 128, "scales": True},
     ],
 )
 def test_compiled_layers_are_whole_graphs_that_train_the_same(

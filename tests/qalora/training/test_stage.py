@@ -37,10 +37,11 @@ def validation_loss(base: Path, files: dict[str, str], adapter: Path | None) -> 
     return total / count
 
 
+@pytest.mark.parametrize("scales", [False, True])
 def test_loss_falls_and_the_adapter_is_the_measured_one(
-    run: Runner, tmp_path: Path, tiny_canonical: Path, files: dict[str, str]
+    scales: bool, run: Runner, tmp_path: Path, tiny_canonical: Path, files: dict[str, str]
 ) -> None:
-    report = run(max_steps=20, learning_rate=3e-3)
+    report = run(max_steps=20, learning_rate=3e-3, scales=scales)
     assert report.best_loss is not None and report.initial_loss is not None
     assert report.best_loss < report.initial_loss - 1
     assert report.final_train_loss < report.train_curve[0][1] - 1

@@ -63,6 +63,53 @@ def test_a_changed_value_is_named(tensor: str, value: bytes, finding: str, line:
     assert list(check(tmp_path / "line")) == [finding]
 
 
+@pytest.fixture(scope="module")
+def with_scales(tiny_canonical: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("with scales")
+    shutil.copytree(tiny_canonical, folder / "base.qalora")
+    own_adapter(folder / "base.qalora", folder / "adapter", scales=True)
+    merge(folder / "base.qalora", folder / "adapter", folder / "merged", compare_logits=False)
+    return folder
+
+
+@pytest.mark.parametrize("part", ["scale", "offset"])
+def test_trained_scales_are_recomputed_too(part: str, with_scales: Path, tmp_path: Path) -> None:
+    assert check(with_scales) == {}
+    shutil.copytree(with_scales, tmp_path / "line")
+    merged = tmp_path / "line" / "merged"
+    tensor = CanonicalCheckpoint(merged).tensor(f"{QUERY}.{part}")
+    spoil(merged, f"{QUERY}.{part}", np.nextafter(tensor[0, 0], np.float16(9)).tobytes())
+    found = check(tmp_path / "line")
+    assert found[f"{QUERY}.{part} (not base + adapter)"] == 1
+    # an offset belongs to its scale: whoever changes one step of a scale has an offset that no longer fits, too
+    assert set(found) <= {f"{QUERY}.{name} (not base + adapter)" for name in (part, "offset")}
+    spoil(merged, "model.layers.0.self_attn.v_proj.scale", b"\x00\x00")
+    assert "model.layers.0.self_attn.v_proj.scale (other than in the base)" in check(tmp_path / "line")
+
+
+def test_scales_moved_under_an_adapter_of_offsets_are_found(line: Path, with_scales: Path, tmp_path: Path) -> None:
+    """Even where the manifest says that they were trained."""
+    shutil.copytree(line, tmp_path / "line")
+    merged = tmp_path / "line" / "merged"
+    manifest = json.loads((merged / "manifest.json").read_text())
+    manifest["settings"]["scales"] = True
+    (merged / "manifest.json").write_text(json.dumps(manifest))
+    spoil(merged, f"{QUERY}.scale", b"\x00\x00")
+    assert list(check(tmp_path / "line")) == [f"{QUERY}.scale (other than in the base)"]
+
+
+def test_without_the_adapter_trained_scales_are_said_to_be_unproven(
+    line: Path, with_scales: Path, tmp_path: Path
+) -> None:
+    for source, what, wrong in ((line, "offsets not recomputed", 1), (with_scales, "offsets and scales not", 0)):
+        folder = Path(shutil.copytree(source, tmp_path / source.name))
+        shutil.rmtree(folder / "adapter")
+        spoil(folder / "merged", f"{QUERY}.scale", b"\x00\x00")
+        found = merge_check(CanonicalCheckpoint(folder / "merged"))
+        assert what in found.note and "--adapter" in found.missing
+        assert len(found.wrong) == wrong
+
+
 def test_an_edited_adapter_is_a_broken_link_and_is_not_recomputed(line: Path, tmp_path: Path) -> None:
     shutil.copytree(line, tmp_path / "line")
     manifest = tmp_path / "line" / "adapter" / "manifest.json"

@@ -1,0 +1,151 @@
+"""QA-LoRA+: the scales of a layer trained beside its offsets (DESIGN.md, "QA-LoRA"), `train --scales`.
+
+    scale_eff  = fp16( s + α/r · B_s A_s / σ )                                      (out, in/g), straight-through
+    offset_eff = fp16( m + α/r · B A − c · (scale_eff − s) )
+    y          = x · dequant(codes, scale_eff, offset_eff)ᵀ
+
+c and σ are mean and standard deviation of the codes of a group: a scale turns about the middle of its group and leaves
+the mean of the weights where it was, and the same step of either update moves weights as far, so one learning rate
+serves both. As in QA-LoRA the merged layer is the trained one: merging writes scale_eff and offset_eff, codes stay.
+Backward, with G = gyᵀ · x, (out, in):
+
+    d_offset = groupsum(G)        d_scale = (groupsum(G · codes) − c · d_offset) / σ        both summed over each pool
+    dB_s = α/r · d_scale · A_sᵀ   dA_s = α/r · B_sᵀ · d_scale                               and so dB, dA of d_offset
+
+G is one more product of the size of the forward's, which the offsets alone do without.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qalora_export.qalora.dequant import dequantize, unpack_codes
+
+Pair = tuple[Tensor, Tensor]  # A (r, in/pool), B (out, r)
+
+
+def centre_and_spread(packed: Tensor, bits: int, groups: int) -> Pair:
+    """c and σ, float32 (out, groups), of packed codes uint8 (out, in·bits/8); σ is 1 at least.
+
+    Of sums of whole numbers, exact in float64, by one division each, a root and one rounding: the same bits everywhere.
+    """
+    codes = unpack_codes(packed, bits, torch.float32).unflatten(1, (groups, -1))
+    count, total, squares = codes.shape[-1], *(part.sum(-1, dtype=torch.float64) for part in (codes, codes * codes))
+    variance = (count * squares - total * total) / count**2
+    return (total / count).float(), variance.sqrt().clamp_min(1.0).float()
+
+
+def effective(
+    scale: Tensor, offset: Tensor, pair: Pair, scale_pair: Pair, scaling: float, centre: Tensor, spread: Tensor
+) -> Pair:
+    """scale_eff and offset_eff, float16 (out, in/g), of float16 scale and offset.
+
+    In float64 and rounded through float32, as qalora.function.effective_offset and for its reasons.
+    """
+    groups, before = scale.shape[1], scale.double()
+    turned = _half(before + _update(scale_pair, scaling, groups) / spread.double())
+    moved = offset.double() + _update(pair, scaling, groups)
+    return turned, _half(moved - centre.double() * (turned.double() - before))
+
+
+def _half(wide: Tensor) -> Tensor:
+    return wide.to(torch.float32).to(torch.float16)
+
+
+def _update(pair: Pair, scaling: float, groups: int) -> Tensor:
+    """scaling · B A, float64 (out, groups)."""
+    a, b = pair
+    update = scaling * (b.double() @ a.double())
+    repeat = groups // a.shape[1]
+    return update if repeat == 1 else update.repeat_interleave(repeat, dim=1)
+
+
+class ScaleAdapter(nn.Module):
+    """What trains the scales of one QALoraLinear: A (r, in/pool) and B (out, r), float32, and c and σ of its codes.
+
+    c and σ are parameters that never require gradients, as the layer's own numbers are, so that FSDP divides them.
+    """
+
+    def __init__(self, pair: Pair, packed: Tensor, bits: int, groups: int) -> None:
+        super().__init__()
+        self.A, self.B = (nn.Parameter(part.to(packed.device)) for part in pair)
+        self.centre, self.spread = (
+            nn.Parameter(part, requires_grad=False) for part in centre_and_spread(packed.detach(), bits, groups)
+        )
+
+    @property
+    def pair(self) -> tuple[nn.Parameter, nn.Parameter]:
+        return self.A, self.B
+
+    def effective(self, scale: Tensor, offset: Tensor, pair: Pair, scaling: float) -> Pair:
+        """As the function of this name."""
+        return effective(scale, offset, pair, self.pair, scaling, self.centre, self.spread)
+
+    def linear(self, x: Tensor, pair: Pair, scaling: float, bits: int, codes: Tensor, numbers: Pair) -> Tensor:
+        """(..., in) -> (..., out) in the dtype of x, to be differentiated. numbers: scale and offset."""
+        held = (codes, *numbers, self.centre, self.spread)
+        y: Tensor = _ScaledFunction.apply(x, *pair, *self.pair, scaling, bits, *held)  # type: ignore[no-untyped-call]
+        return y
+
+
+class _ScaledFunction(torch.autograd.Function):
+    """Saved for backward: x and what the module holds anyway; never the dequantized matrix."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scale_a: Tensor,
+        scale_b: Tensor,
+        scaling: float,
+        bits: int,
+        *held: Tensor,
+    ) -> Tensor:
+        ctx.scaling, ctx.bits = scaling, bits
+        trains = any(ctx.needs_input_grad[1:5])
+        ctx.save_for_backward(x if trains else None, a, b, scale_a, scale_b, *held)
+        return nn.functional.linear(x, _matrix(x.dtype, (a, b), (scale_a, scale_b), scaling, bits, *held))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, b, scale_a, scale_b, *held = ctx.saved_tensors
+        gy = grads[0]
+        adapters: tuple[Tensor | None, ...] = (None, None, None, None)
+        if x is not None:  # first: its temporaries are gone before the dequantized matrix takes their place
+            moved = _gradients(gy.flatten(0, -2).T @ x.flatten(0, -2), ctx.bits, *held)
+            pairs = zip(moved, ((a, b), (scale_a, scale_b)), strict=True)
+            adapters = tuple(part for change, pair in pairs for part in _of_pair(change, pair, ctx.scaling))
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = gy @ _matrix(gy.dtype, (a, b), (scale_a, scale_b), ctx.scaling, ctx.bits, *held)
+        return dx, *adapters, None, None, *(None for _ in held)
+
+
+def _matrix(dtype: torch.dtype, pair: Pair, scale_pair: Pair, scaling: float, bits: int, *held: Tensor) -> Tensor:
+    codes, scale, offset, centre, spread = held
+    return dequantize(codes, *effective(scale, offset, pair, scale_pair, scaling, centre, spread), bits, dtype)
+
+
+def _gradients(whole: Tensor, bits: int, *held: Tensor) -> Pair:
+    """Of offsets and of scales as their updates move them, float32 or wider (out, in/g).
+
+    whole: the gradient of the matrix, (out, in).
+    """
+    codes, scale, _, centre, spread = held
+    dtype = torch.promote_types(whole.dtype, torch.float32)
+    grouped = whole.to(dtype).unflatten(1, (scale.shape[1], -1))
+    d_offset = grouped.sum(-1)
+    turned = (grouped * unpack_codes(codes, bits, dtype).view_as(grouped)).sum(-1)
+    return d_offset, (turned - centre * d_offset) / spread
+
+
+def _of_pair(change: Tensor, pair: Pair, scaling: float) -> Pair:
+    """dA (r, in/pool) and dB (out, r) of an update whose gradient is `change`, (out, in/g)."""
+    a, b = pair
+    pooled = scaling * change.unflatten(1, (a.shape[1], -1)).sum(-1).double()
+    return (b.double().T @ pooled).to(a.dtype), (pooled @ a.double().T).to(b.dtype)
