@@ -27,9 +27,10 @@ def write_card(recipe: Recipe) -> Path | None:
 def card(recipe: Recipe) -> str:
     """The card as Markdown, from the recipe and from what the stages wrote."""
     out, t = Path(recipe.out), recipe.train
+    method, kept = ("QA-LoRA+", "code") if t.scales else ("QA-LoRA", "code or a scale")
     parts = [
         f"# {Path(recipe.model).name}, quantized for the edge",
-        f"{_quantized(recipe)}, fine-tuned with QA-LoRA of rank {t.rank}, merged without changing a code or a scale. "
+        f"{_quantized(recipe)}, fine-tuned with {method} of rank {t.rank}, merged without changing a {kept}. "
         "Made by qalora-export.",
         _usage(out),
         _score(out),

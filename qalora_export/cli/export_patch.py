@@ -14,9 +14,9 @@ def command(
     out: Path = typer.Option(..., "--out", help="patch to write"),
     force: bool = typer.Option(False, "--force", help="replace the file if it exists"),
 ) -> None:
-    """Write what one fine-tune differs in from another of the same base: offsets, and what names it.
+    """Write what one fine-tune differs in from another of the same base: offsets, trained scales, and names.
 
-    Both are read tensor by tensor; codes and scales must be equal. `qalora-export apply`, or on a device without torch
+    Both are read tensor by tensor; codes must be equal. `qalora-export apply`, or on a device without torch
     `python -m qalora_runtimes apply`, puts the patch into the old artifact in place, and takes it out again.
 
     [bold]Examples[/bold]
@@ -31,5 +31,5 @@ def command(
     report = export_patch(old, new, out, force=force)
     size, share = f"{report.nbytes:,} bytes", f"{100 * report.nbytes / report.of:.2f} %"
     console.print(styled("{}: {}, {} of the artifact; ", str(report.out), size, share), end="")
-    console.print(f"{report.moved:,} of {report.offsets:,} stored offsets differ")
+    console.print(f"{report.moved:,} of {report.offsets:,} stored numbers differ")
     next_command(shlex.join(["qalora-export", "apply", str(out), str(old)]))

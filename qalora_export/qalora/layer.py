@@ -113,12 +113,6 @@ class QALoraLinear(nn.Module):
                 why="an adapter merges without loss only if its pool is a multiple of the quantization group",
                 fix="set pool to the group size or a multiple",
             )
-        if scales and self.grid != AFFINE16.name:
-            raise InputError(
-                f"scales of grid {self.grid} cannot be trained",
-                why="they are levels of a step",
-                fix="train offsets alone, or quantize this module on grid affine16",
-            )
         columns = self.in_features // math.gcd(pool, self.in_features)
 
         def start() -> tuple[Tensor, Tensor]:
@@ -131,8 +125,14 @@ class QALoraLinear(nn.Module):
     def set_adapter(self, a: Tensor, b: Tensor, scaling: float, *, scales: tuple[Tensor, Tensor] | None = None) -> None:
         """Install given adapter tensors, a (r, in/pool) and b (out, r), as trainable parameters on our device.
 
-        scales: such a pair for the scales.
+        scales: such a pair for the scales. Raises InputError for it on a grid whose scales are levels.
         """
+        if scales and self.grid != AFFINE16.name:
+            raise InputError(
+                f"scales of grid {self.grid} cannot be trained",
+                why="they are levels of a step",
+                fix="train offsets alone, or quantize this module on grid affine16",
+            )
         self.lora_A = nn.Parameter(a.to(self.codes.device))
         self.lora_B = nn.Parameter(b.to(self.codes.device))
         self.scaling = scaling

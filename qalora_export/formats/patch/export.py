@@ -1,8 +1,8 @@
 """`export patch`: what one fine-tune's artifact differs in from another's of the same base (qalora_runtimes.patches).
 
-Training moves offsets and nothing else, so two merges of one base have the same codes and scales in the same places of
-the file. That is checked, tensor by tensor; what else may differ is what names an artifact: metadata, manifests, the
-graph where an offset changed its type.
+Training moves offsets, and scales where it was told to, so two merges of one base have the same codes in the same
+places of the file. That is checked, tensor by tensor; what else may differ is what names an artifact: metadata,
+manifests, the graph where an offset changed its type.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from qalora_export.safety import StrPath, atomic_file, local_path
 
 @dataclass(frozen=True)
 class PatchReport:
-    """out: the patch. nbytes: its size; of: that of the artifact. moved: offsets that differ, of how many stored."""
+    """out: the patch. nbytes: its size; of: that of the artifact. moved: offsets, and scales where they were
+    trained, that differ, of how many stored.
+    """
 
     out: Path
     nbytes: int
@@ -41,7 +43,7 @@ def export_patch(old: StrPath, new: StrPath, out: StrPath, *, force: bool = Fals
     Of layout split the adapters beside the files are patched with them.
 
     `qalora-export apply` and, on a device, `python -m qalora_runtimes apply` put it into a file or folder in place.
-    Raises InputError where anything but offsets and names differs, UnsafeInputError for files that cannot be read.
+    Raises InputError where anything but offsets, scales and names differs, UnsafeInputError for unreadable files.
     """
     old, new, out = local_path(old), local_path(new), local_path(out)
     for path in (old, new):

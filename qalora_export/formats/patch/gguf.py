@@ -1,4 +1,6 @@
-"""Two GGUF files of one base: a delta of the offsets of each tensor, once for all blocks of a group."""
+"""Two GGUF files of one base: a delta of the offsets of each tensor, once for all blocks of a group; and of the scales
+where they were trained.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +22,7 @@ from qalora_export.progress import track
 
 REPEATS = (4, 2)  # blocks of 32 in groups of 128 and 64
 MOVED = ("m", "dmin", "scales")  # parts of a block that hold offsets; `scales` holds levels of scales as well
+SCALE = "d"  # of blocks that are no super-blocks, whose scales can be trained
 
 
 def gguf_segments(old: Path, new: Path, writer: PatchWriter) -> Iterator[Segment]:
@@ -49,8 +52,9 @@ def gguf_tensor(name: str, kind: str, old: Bytes, new: Bytes, writer: PatchWrite
     if block is None:
         raise not_one_base(name, f"{kind} holds no offsets")
     _require_codes(name, block, old, new)
-    names = [part for part in block.layout.names or () if part in MOVED]
     blocks = [side.reshape(-1, block.layout.itemsize) for side in (old, new)]
+    trained = () if issubclass(block, SuperBlockType) or _equal(block, [SCALE], blocks) else (SCALE,)
+    names = [part for part in block.layout.names or () if part in (*MOVED, *trained)]
     fields = [one for part in names for one in _fields(block, part, blocks)]
     if not fields:
         raise not_one_base(name, f"{kind} holds no offsets of its own")
@@ -82,16 +86,20 @@ def _repeats(column: NDArray[Any], times: int) -> bool:
 
 
 def _require_codes(name: str, block: type[BlockType], old: Bytes, new: Bytes) -> None:
-    """Raise InputError unless codes and scales are equal."""
-    rows = [side.reshape(1, -1) for side in (old, new)]
+    """Raise InputError unless codes are equal, and of super-blocks scales."""
     if issubclass(block, SuperBlockType):
         bits, group = block.native()
+        rows = [side.reshape(1, -1) for side in (old, new)]
         one, other = (block.unpack(side, bits=bits, group_size=group).unpack() for side in rows)
-        equal = np.array_equal(one.codes, other.codes) and np.array_equal(one.scale, other.scale)
-    else:
-        a, b = (side.reshape(-1, block.layout.itemsize) for side in rows)
-        kept = [part for part in block.layout.names or () if part not in MOVED]
-        places = [_place(block, part) for part in kept]
-        equal = all(np.array_equal(a[:, at : at + d.itemsize], b[:, at : at + d.itemsize]) for d, at in places)
-    if not equal:
-        raise not_one_base(name, "codes or scales differ")
+        if not np.array_equal(one.codes, other.codes) or not np.array_equal(one.scale, other.scale):
+            raise not_one_base(name, "codes or scales differ")
+        return
+    kept = [part for part in block.layout.names or () if part not in (*MOVED, SCALE)]
+    if not _equal(block, kept, [side.reshape(-1, block.layout.itemsize) for side in (old, new)]):
+        raise not_one_base(name, "codes differ")
+
+
+def _equal(block: type[BlockType], parts: list[str], blocks: list[Bytes]) -> bool:
+    """Whether these parts of all blocks are equal."""
+    places, (a, b) = [_place(block, part) for part in parts], blocks
+    return all(np.array_equal(a[:, at : at + d.itemsize], b[:, at : at + d.itemsize]) for d, at in places)

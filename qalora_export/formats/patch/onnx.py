@@ -1,4 +1,4 @@
-"""Two ONNX folders of one base: a delta of each tensor that holds offsets."""
+"""Two ONNX folders of one base: a delta of each tensor that holds offsets, or scales where they were trained."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qalora_export.errors import InputError
 from qalora_export.formats.patch.writer import PatchWriter, bytes_of, not_one_base, same
 from qalora_export.progress import track
 
-OFFSETS = (".remainder", ".zero_points", ".offset")  # formats/onnx/read.py
+OFFSETS = (".remainder", ".zero_points", ".offset", ".scale")  # formats/onnx/read.py
 
 
 def onnx_segments(old: Path, new: Path, name: str, writer: PatchWriter) -> Iterator[Segment]:
@@ -28,7 +28,7 @@ def onnx_segments(old: Path, new: Path, name: str, writer: PatchWriter) -> Itera
         if np.array_equal(a, b):
             yield from same(len(a))
         elif not tensor.endswith(OFFSETS):
-            raise not_one_base(tensor, "it is no offset")
+            raise not_one_base(tensor, "it is no offset and no scale")
         elif here[0][1:] == here[1][1:]:
             width, kind = here[0][2]
             yield writer.delta(a, b, width, [(0, width, kind, 1)])

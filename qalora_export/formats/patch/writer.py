@@ -45,7 +45,7 @@ class PatchWriter:
         return self.count - 1
 
     def delta(self, old: Bytes, new: Bytes, block: int, fields: list[Field], *, counts: bool = True) -> Segment:
-        """old, new: of equal size, whole blocks. counts: whether these are offsets."""
+        """old, new: of equal size, whole blocks. counts: whether these are offsets or scales."""
         a, b = old.reshape(-1, block), new.reshape(-1, block)
         if counts:
             for at, width, _, repeat in fields:
@@ -100,8 +100,8 @@ def not_one_base(name: str, why: str) -> InputError:
     return InputError(
         "the two artifacts are not fine-tunes of one base",
         where=name,
-        why=f"{why}; a patch holds offsets, and training moves nothing else unless it was told to (train --scales)",
-        fix="export two merges of the same base with the same settings; where scales were trained, ship the whole file",
+        why=f"{why}; training moves offsets, and scales where it was told to",
+        fix="export two merges of the same base with the same settings",
     )
 
 

@@ -16,8 +16,8 @@ from qalora_export.formats.onnx.export import export_onnx
 from qalora_export.grid import GroupAffine
 
 
-def moved(base: Path, out: Path, seed: int, *, size: float = 0.02, codes: int = 0) -> Path:
-    """A copy of a checkpoint with other offsets; codes: how many codes of one matrix are changed as well."""
+def moved(base: Path, out: Path, seed: int, *, size: float = 0.02, codes: int = 0, scales: bool = False) -> Path:
+    """A copy of a checkpoint with other offsets, and scales; codes: how many of one matrix are changed as well."""
     checkpoint, folder, random = CanonicalCheckpoint(base), ModelFolder(base), np.random.default_rng(seed)
     with CanonicalWriter(
         out, folder.config, folder.companions(), kind="merged", parents=[parent_of(base, "base")]
@@ -27,7 +27,10 @@ def moved(base: Path, out: Path, seed: int, *, size: float = 0.02, codes: int = 
             offset = (matrix.offset + random.normal(0, size, matrix.offset.shape)).astype(np.float16)
             other = matrix.codes.copy()
             other[0, :codes] ^= 1
-            writer.add_quantized(module, GroupAffine(other, matrix.scale, offset, matrix.bits))
+            scale = matrix.scale
+            if scales:
+                scale = (scale * random.uniform(0.9, 1.1, scale.shape)).astype(np.float16)
+            writer.add_quantized(module, GroupAffine(other, scale, offset, matrix.bits))
             codes = 0
         writer.add_rest_of(checkpoint)
     return out

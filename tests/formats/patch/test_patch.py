@@ -30,8 +30,10 @@ from qalora_runtimes.protocol import ProtocolError
 
 from qalora_export.errors import InputError, UnsafeInputError
 from qalora_export.formats.gguf.export import export_gguf
+from qalora_export.formats.onnx.export import export_onnx
 from qalora_export.formats.patch.apply import apply
 from qalora_export.formats.patch.export import export_patch
+from qalora_export.recipe import GgufSettings
 from tests.formats.patch.artifacts import KINDS, content, copied, expected, export_all, moved
 from tests.models import make_tiny_canonical
 
@@ -51,6 +53,25 @@ def test_a_patch_makes_the_other_artifact_and_goes_back(artifact: str, pair: Pat
         apply(patch, target, tmp_path / "elsewhere" / artifact)
     apply(patch, target, tmp_path / "elsewhere" / artifact, force=True)
     assert content(tmp_path / "elsewhere" / artifact) == expected(pair / "two" / artifact)
+
+
+@pytest.mark.parametrize("layout", ["q4_1", "split", "onnx"])
+def test_trained_scales_are_patched_too(layout: str, tiny_canonical: Path, tmp_path: Path) -> None:
+    for seed, name in enumerate(("one", "two")):
+        checkpoint = moved(tiny_canonical, tmp_path / f"{name}.qalora", seed, scales=True)
+        (tmp_path / name).mkdir()
+        if layout == "onnx":
+            export_onnx(checkpoint, tmp_path / name / "onnx")
+        else:
+            export_gguf(checkpoint, tmp_path / name / "model.gguf", GgufSettings(layout=layout))
+    artifact = "onnx" if layout == "onnx" else "model.gguf"
+    report = export_patch(tmp_path / "one" / artifact, tmp_path / "two" / artifact, tmp_path / "patch")
+    assert report.offsets / 2 < report.moved <= report.offsets
+    before, after = content(tmp_path / "one" / artifact), content(tmp_path / "two" / artifact)
+    apply(tmp_path / "patch", tmp_path / "one" / artifact)
+    assert content(tmp_path / "one" / artifact) == after
+    apply(tmp_path / "patch", tmp_path / "one" / artifact, reverse=True)
+    assert content(tmp_path / "one" / artifact) == before
 
 
 @pytest.mark.parametrize("force", [False, True])
