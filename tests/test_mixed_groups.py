@@ -1,4 +1,4 @@
-"""A model whose widths no single group size divides goes the whole line: 32, 128 and 16 bits side by side."""
+"""A model whose widths no single group size divides goes the whole line, scales trained: 32, 128, 16 bits together."""
 
 import json
 from pathlib import Path
@@ -32,9 +32,13 @@ def make_line(folder: Path) -> None:
     assert json.loads((folder / "base/quantize_report.json").read_text())["notes"] == list(report.notes)
     rows = [{"prompt": f"turn on {n}", "completion": f"on {n}"} for n in range(8)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = q.TrainSettings(data=str(folder / "data.jsonl"), rank=2, max_steps=2, batch_size=4, learning_rate=1e-2)
+    settings = q.TrainSettings(
+        data=str(folder / "data.jsonl"), rank=2, scales=True, max_steps=2, batch_size=4, learning_rate=1e-2
+    )
     q.train(folder / "base", folder / "adapter", settings)
-    q.merge(folder / "base", folder / "adapter", folder / "merged")
+    merged = q.merge(folder / "base", folder / "adapter", folder / "merged")
+    assert merged.scales_trained and merged.changed_scales and merged.changed_offsets
+    assert (merged.changed_codes, merged.changed_other_tensors, merged.logits_differing) == (0, 0, 0)
 
 
 def test_every_module_has_its_own_group_size(line: Path) -> None:
