@@ -63,17 +63,21 @@ def prepared(
 ) -> Generator[Result, None, None]:
     """map(work, items) in order, computed by WORKERS threads at most `ahead` items before they are asked for."""
     waiting: collections.deque[Future[Result]] = collections.deque()
-    with ThreadPoolExecutor(WORKERS) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) >= ahead:
-                    yield waiting.popleft().result()
-            while waiting:
+    pool, wait = ThreadPoolExecutor(WORKERS), True
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) >= ahead:
                 yield waiting.popleft().result()
-        finally:  # the consumer stopped or a block failed: what has not begun is not needed
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+    except GeneratorExit:
+        # Perhaps by the garbage collector, which may come while a thread is being started and holds the lock that
+        # joining another one takes (threading._shutdown_locks_lock): waiting there would be for ever.
+        wait = False
+        raise
+    finally:  # the consumer stopped or a block failed: what has not begun is not needed
+        pool.shutdown(wait=wait, cancel_futures=True)
 
 
 def release(array: NDArray[Any]) -> None:

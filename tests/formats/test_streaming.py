@@ -38,6 +38,19 @@ def test_prepared_keeps_the_order_and_does_not_run_far_ahead() -> None:
     assert [0, *results] == [item * item for item in range(100)]
 
 
+def test_what_is_left_lying_waits_for_no_thread() -> None:
+    """The garbage collector may close it while a thread is being started: to join another one there never ends."""
+    go = threading.Event()
+    rescue = threading.Timer(60, go.set)  # so that a fault is a failure and no hang
+    rescue.start()
+    results = prepared(lambda item: item if not item else go.wait(), range(100))
+    assert next(results) == 0
+    results.close()
+    assert not go.is_set()
+    rescue.cancel()
+    go.set()
+
+
 def test_an_error_in_one_block_reaches_the_consumer() -> None:
     with pytest.raises(ZeroDivisionError):
         list(prepared(lambda item: 1 // (item - 5), range(50)))
