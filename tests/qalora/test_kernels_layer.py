@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qalora_export.qalora import layer as layer_module
+from qalora_export.qalora import function as function_module
 from qalora_export.qalora.kernels import dispatch, ops
 from qalora_export.qalora.layer import QALoraLinear
 from tests.qalora.layers import trained_layer
@@ -124,7 +124,7 @@ def test_bytes_saved_for_backward_are_the_pooled_inputs(on_kernels: None) -> Non
 def test_one_dequantized_matrix_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """When a matrix is made, every earlier one is gone, in forward and in backward."""
     made: list[weakref.ref[Tensor]] = []
-    original = layer_module.dequantize
+    original = function_module.dequantize
 
     def watched(*arguments: object) -> Tensor:
         assert all(reference() is None for reference in made)
@@ -132,7 +132,7 @@ def test_one_dequantized_matrix_at_a_time(monkeypatch: pytest.MonkeyPatch) -> No
         made.append(weakref.ref(weight))
         return weight
 
-    monkeypatch.setattr(layer_module, "dequantize", watched)
+    monkeypatch.setattr(function_module, "dequantize", watched)
     model = tower()
     model(torch.randn(6, 64, device=DEVICE, requires_grad=True)).square().sum().backward()
     assert len(made) == 6
