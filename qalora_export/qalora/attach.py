@@ -54,7 +54,7 @@ def attach(model: nn.Module, settings: TrainSettings, untrained: Collection[str]
                 settings.rank, settings.alpha, pool=settings.pool, scales=settings.scales, generator=generator
             )
         except InputError as error:
-            where = f"{name} (train.{'scales' if error.what.startswith('scales') else 'pool'})"
+            where = f"{name} ({error.where or 'train.pool'})"
             raise InputError(error.what, where=where, why=error.why, fix=error.fix) from error
     return names
 

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from qalora_export.grid import AFFINE16
 from qalora_export.qalora.dequant import dequantize
 from qalora_export.qalora.kernels import dispatch, ops
+from qalora_export.qalora.low_rank import update
 from qalora_export.qalora.super_blocks import effective_levels, scale_and_offset, super_block_grid
 
 
@@ -48,11 +49,7 @@ def effective_offset(offset: Tensor, a: Tensor, b: Tensor, scaling: float) -> Te
     """
     if dispatch.applies(offset):
         return ops.effective_offset(offset, a, b, scaling)
-    delta = scaling * (b.double() @ a.double())  # (out, in/pool)
-    repeat = offset.shape[1] // a.shape[1]
-    if repeat > 1:
-        delta = delta.repeat_interleave(repeat, dim=1)  # (out, in/g)
-    return (offset.double() + delta).to(torch.float32).to(torch.float16)
+    return (offset.double() + update(a, b, scaling, offset.shape[1])).to(torch.float32).to(torch.float16)
 
 
 class QALoraFunction(torch.autograd.Function):

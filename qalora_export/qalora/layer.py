@@ -130,6 +130,7 @@ class QALoraLinear(nn.Module):
         if scales and self.grid != AFFINE16.name:
             raise InputError(
                 f"scales of grid {self.grid} cannot be trained",
+                where="train.scales",
                 why="they are levels of a step",
                 fix="train offsets alone, or quantize this module on grid affine16",
             )

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from qalora_export.qalora.dequant import dequantize, unpack_codes
+from qalora_export.qalora.low_rank import update
 
 Pair = tuple[Tensor, Tensor]  # A (r, in/pool), B (out, r)
 
@@ -46,21 +47,13 @@ def effective(
     In float64 and rounded through float32, as qalora.function.effective_offset and for its reasons.
     """
     groups, before = scale.shape[1], scale.double()
-    turned = _half(before + _update(scale_pair, scaling, groups) / spread.double())
-    moved = offset.double() + _update(pair, scaling, groups)
+    turned = _half(before + update(*scale_pair, scaling, groups) / spread.double())
+    moved = offset.double() + update(*pair, scaling, groups)
     return turned, _half(moved - centre.double() * (turned.double() - before))
 
 
 def _half(wide: Tensor) -> Tensor:
     return wide.to(torch.float32).to(torch.float16)
-
-
-def _update(pair: Pair, scaling: float, groups: int) -> Tensor:
-    """scaling · B A, float64 (out, groups)."""
-    a, b = pair
-    update = scaling * (b.double() @ a.double())
-    repeat = groups // a.shape[1]
-    return update if repeat == 1 else update.repeat_interleave(repeat, dim=1)
 
 
 class ScaleAdapter(nn.Module):

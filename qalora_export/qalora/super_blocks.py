@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qalora_export.grid import GRIDS, SuperBlockGrid
 from qalora_export.grid.projection import half
+from qalora_export.qalora.low_rank import update
 
 
 def super_block_grid(name: str) -> SuperBlockGrid:
@@ -48,9 +49,7 @@ def effective_levels(
     In float64, as function.effective_offset: exact products, sums whose order moves nothing that the grid can see. The
     step is infinite where float16 cannot hold it.
     """
-    delta = scaling * (b.double() @ a.double())  # (out, in/pool)
-    if (repeat := levels.shape[1] // a.shape[1]) > 1:
-        delta = delta.repeat_interleave(repeat, dim=1)
+    delta = update(a, b, scaling, levels.shape[1])
     before = levels.unflatten(1, (-1, grid.groups)).double() * step.double().unsqueeze(-1)  # (out, in/256, groups)
     wanted = before - delta.unflatten(1, (-1, grid.groups))
     largest, largest_before = wanted.amax(-1).clamp_min(0), before.amax(-1)

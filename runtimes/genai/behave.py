@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from qalora_runtimes import heartbeat
 from qalora_runtimes.behaviour import ASKED, END, LIMIT, QUESTIONS, Request, prompt_of
 from qalora_runtimes.scoring import RunnerError
-from qalora_runtimes.side_by_side import POSITIONS, questions_together
+from qalora_runtimes.side_by_side import POSITIONS, SIDE_BY_SIDE, questions_together
 
 # Asked for only where the defaults that ship draw at random: then no two answers are alike.
 GREEDY = {"do_sample": False, "top_k": 1, "temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0}
@@ -25,7 +25,8 @@ class Behaviour:
     """
 
     def __init__(self, genai: Any, model: Any, request: Request, *, together: bool = False) -> None:
-        self._genai, self._model, self._request, self._side_by_side = genai, model, request, together
+        self._genai, self._model, self._request = genai, model, request
+        self._most = SIDE_BY_SIDE if together else 1
         try:
             self._tokenizer = genai.Tokenizer(model)
         except RuntimeError as error:
@@ -78,7 +79,7 @@ class Behaviour:
     def _scored(self) -> list[dict[str, Any]]:
         answers, ends = list[dict[str, Any]](), set(self._tokenizer.eos_token_ids)
         asked = self._request.scored
-        for group in questions_together(asked, POSITIONS, padded=True) if self._side_by_side else [[q] for q in asked]:
+        for group in questions_together(asked, POSITIONS, most=self._most, padded=True):
             heartbeat.at(QUESTIONS, len(answers), len(asked))
             if len(group) > 1:
                 found = self._together([q.prompt for q in group], [q.tokens for q in group])

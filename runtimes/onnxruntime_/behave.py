@@ -13,7 +13,7 @@ import numpy as np
 from qalora_runtimes import heartbeat
 from qalora_runtimes.behaviour import ASKED, END, LIMIT, QUESTIONS, Request, prompt_of
 from qalora_runtimes.scoring import Rows, RunnerError
-from qalora_runtimes.side_by_side import POSITIONS, questions_together
+from qalora_runtimes.side_by_side import POSITIONS, SIDE_BY_SIDE, questions_together
 
 Cache = dict[str, Any]
 Run = Callable[[Any, Any, Cache], tuple[Rows, Cache]]
@@ -28,7 +28,8 @@ class Behaviour:
     def __init__(
         self, folder: Path, run: Run, empty: Callable[[int], Cache], request: Request, *, together: bool = False
     ) -> None:
-        self._run, self._empty, self._request, self._side_by_side = run, empty, request, together
+        self._run, self._empty, self._request = run, empty, request
+        self._most = SIDE_BY_SIDE if together else 1
         self._settings = _settings(folder)
         ends = self._settings.get("eos_token_id")
         self._ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
@@ -62,7 +63,7 @@ class Behaviour:
 
     def _scored(self) -> list[dict[str, Any]]:
         asked, made = self._request.scored, list[list[int]]()
-        for group in questions_together(asked, POSITIONS, padded=True) if self._side_by_side else [[q] for q in asked]:
+        for group in questions_together(asked, POSITIONS, most=self._most, padded=True):
             heartbeat.at(QUESTIONS, len(made), len(asked))
             if len(group) > 1:
                 made += self._together([q.prompt for q in group], [q.tokens for q in group])

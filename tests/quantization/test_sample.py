@@ -19,7 +19,7 @@ def reference(windows: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("bits", "sweeps"), [(2, 2), (4, 0), (8, 0)])
+@pytest.mark.parametrize(("bits", "sweeps"), [(2, 2), (3, 0), (4, 1), (8, 0)])
 def test_gptq_is_closer_to_the_base_than_rtn(
     windows: torch.Tensor, reference: list[torch.Tensor], bits: int, sweeps: int
 ) -> None:
