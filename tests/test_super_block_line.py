@@ -15,7 +15,9 @@ from qalora_export.formats.gguf.file import GgufFile
 from qalora_export.formats.gguf.read import read_back
 from qalora_export.formats.gguf.types import Q4_K
 from qalora_export.formats.onnx.read import read_back as read_onnx
-from qalora_export.grid import AFFINE16, Differences
+from qalora_export.formats.patch.apply import apply
+from qalora_export.formats.patch.export import export_patch
+from qalora_export.grid import AFFINE16, Differences, differing
 from qalora_export.inspection.view import byte_table, open_view
 from qalora_export.recipe import GgufSettings, QuantizeRule
 from qalora_export.verify.reference.merge_check import merge_check
@@ -89,6 +91,29 @@ def test_the_merge_is_recomputed_apart(line: Path, tmp_path: Path) -> None:
     found = merge_check(CanonicalCheckpoint(line / "merged"), base=line / "base")
     assert (found.wrong, found.adapted) == ({}, 14)
     assert merge_check(CanonicalCheckpoint(line / "merged"), base=line / "merged").wrong
+
+
+def test_scales_are_trained_merged_exported_and_patched_too(line: Path, tmp_path: Path) -> None:
+    training = q.TrainSettings(
+        data=str(line / "data.jsonl"), rank=2, max_steps=2, batch_size=4, learning_rate=1e-2, scales=True
+    )
+    q.train(line / "base", tmp_path / "adapter", training)
+    merged = q.merge(line / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert (merged.changed_codes, merged.changed_other_tensors, merged.logits_differing) == (0, 0, 0)
+    assert merged.scales_trained and merged.changed_scales and merged.changed_offsets
+    checkpoint = CanonicalCheckpoint(tmp_path / "merged")
+    assert differing(checkpoint.tensor(f"{QUERY}.scale"), CanonicalCheckpoint(line / "base").tensor(f"{QUERY}.scale"))
+    found = merge_check(checkpoint, base=line / "base", adapter=tmp_path / "adapter")
+    assert (found.wrong, found.adapted) == ({}, 14)
+    assert merge_check(checkpoint, base=line / "base", adapter=line / "adapter").wrong
+    q.export_gguf(tmp_path / "merged", tmp_path / "model.gguf")
+    q.export_onnx(tmp_path / "merged", tmp_path / "onnx")
+    for contents in (read_back(tmp_path / "model.gguf"), read_onnx(tmp_path / "onnx")):
+        assert compare(FolderContents(checkpoint), contents).total == 0
+    for name in ("model.gguf", "onnx"):
+        export_patch(line / name, tmp_path / name, tmp_path / "patch", force=True)
+        apply(tmp_path / "patch", line / name, tmp_path / "patched" / name)
+    assert (tmp_path / "patched/model.gguf").read_bytes() == (tmp_path / "model.gguf").read_bytes()
 
 
 def test_gguf_holds_levels_and_steps_byte_for_byte(line: Path, tmp_path: Path) -> None:

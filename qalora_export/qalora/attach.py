@@ -22,7 +22,7 @@ def attach(model: nn.Module, settings: TrainSettings, untrained: Collection[str]
     its A from (settings.seed, its own name), so adding a target changes no other module's start and every process
     of a distributed run starts alike. untrained: modules that no pattern reaches (qalora/targets.py). Returns the
     adapted names in model order. Raises InputError when a pattern matches nothing (with what there is), nothing is left
-    to train, the pool length does not fit a module, or settings.scales meets a grid without float16 scales.
+    to train, or the pool length does not fit a module.
     """
     linears = quantized_linears(model)
     untrained = {*untrained, *(name for name, module in linears.items() if module.symmetric)}
@@ -54,8 +54,7 @@ def attach(model: nn.Module, settings: TrainSettings, untrained: Collection[str]
                 settings.rank, settings.alpha, pool=settings.pool, scales=settings.scales, generator=generator
             )
         except InputError as error:
-            where = f"{name} ({error.where or 'train.pool'})"
-            raise InputError(error.what, where=where, why=error.why, fix=error.fix) from error
+            raise InputError(error.what, where=f"{name} (train.pool)", why=error.why, fix=error.fix) from error
     return names
 
 

@@ -12,7 +12,6 @@ from qalora_export.errors import InputError
 from qalora_export.grid import AFFINE16, SuperBlockGrid, SymmetricGrid, grid_named
 from qalora_export.grid.named import SUPER_BLOCK
 from qalora_export.grid.packing import packed_width
-from qalora_export.qalora.dequant import dequantize
 from qalora_export.qalora.function import QALoraFunction, product, scale_and_offset_of, weight_of
 from qalora_export.qalora.scales import ScaleAdapter
 
@@ -98,7 +97,7 @@ class QALoraLinear(nn.Module):
 
         pool: the module's own group size, or a multiple of it; where a multiple does not divide the in-features, its
         greatest divisor that does, so that one setting serves matrices of different widths. Raises InputError when
-        pool is no multiple of the group size, and where there is no offset or no float16 scale that it could move.
+        pool is no multiple of the group size, and where there is no offset that it could move.
         """
         if self.symmetric:
             raise InputError(
@@ -125,15 +124,8 @@ class QALoraLinear(nn.Module):
     def set_adapter(self, a: Tensor, b: Tensor, scaling: float, *, scales: tuple[Tensor, Tensor] | None = None) -> None:
         """Install given adapter tensors, a (r, in/pool) and b (out, r), as trainable parameters on our device.
 
-        scales: such a pair for the scales. Raises InputError for it on a grid whose scales are levels.
+        scales: such a pair for the scales.
         """
-        if scales and self.grid != AFFINE16.name:
-            raise InputError(
-                f"scales of grid {self.grid} cannot be trained",
-                where="train.scales",
-                why="they are levels of a step",
-                fix="train offsets alone, or quantize this module on grid affine16",
-            )
         self.lora_A = nn.Parameter(a.to(self.codes.device))
         self.lora_B = nn.Parameter(b.to(self.codes.device))
         self.scaling = scaling
@@ -146,37 +138,35 @@ class QALoraLinear(nn.Module):
     @torch.no_grad()
     def effective_offset(self) -> Tensor:
         """offset_eff, float32 (out, in/g), holding float16 values or products of a level. Merge writes exactly this."""
-        return self._effective()[1].float()
+        a, b, numbers = self._moved()
+        return scale_and_offset_of(a, b, self.scaling, self.grid, *numbers)[1].float()
 
-    def _effective(self) -> tuple[Tensor, Tensor]:
-        """What codes are multiplied with and what is added, adapter and all, as scale_and_offset_of has them."""
-        if self.scales is not None and self.lora_A is not None and self.lora_B is not None:
-            return self.scales.effective(self.scale, self.offset, (self.lora_A, self.lora_B), self.scaling)
-        return scale_and_offset_of(self.lora_A, self.lora_B, self.scaling, self.grid, *self.packed[1:])
+    def _moved(self) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, ...]]:
+        """A and B that are still to move offsets, and the numbers beside the codes; with scales, moved already."""
+        if self.scales is None or self.lora_A is None or self.lora_B is None:
+            return self.lora_A, self.lora_B, self.packed[1:]
+        pair = self.lora_A, self.lora_B
+        return None, None, self.scales.effective(self.packed[1:], pair, self.scaling, self.grid)
 
     @torch.no_grad()
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The matrix the layer multiplies by, adapter and all, (out, in) in `dtype`."""
-        if self.scales is not None:
-            return dequantize(self.codes, *self._effective(), self.bits, dtype)
-        return weight_of(dtype, self.lora_A, self.lora_B, self.scaling, self.bits, self.grid, *self.packed)
+        a, b, numbers = self._moved()
+        return weight_of(dtype, a, b, self.scaling, self.bits, self.grid, self.codes, *numbers)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the dtype of x, or in autocast's dtype when autocast is on (float64 stays)."""
         device = x.device.type
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
-        if self.scales is not None and self.lora_A is not None and self.lora_B is not None:
-            y = self._with_scales(x, self.scales, (self.lora_A, self.lora_B))
+        if self.scales is not None and self.lora_A is not None and self.lora_B is not None and torch.is_grad_enabled():
+            pair = self.lora_A, self.lora_B
+            y = self.scales.linear(x, pair, self.scaling, self.bits, self.grid, *self.packed)
         else:
             run = QALoraFunction.apply if torch.is_grad_enabled() else product
-            y = run(x, self.lora_A, self.lora_B, self.scaling, self.bits, self.grid, *self.packed)
+            a, b, numbers = self._moved()
+            y = run(x, a, b, self.scaling, self.bits, self.grid, self.codes, *numbers)
         return y if self.bias is None else y + self.bias.to(y.dtype)
-
-    def _with_scales(self, x: Tensor, scales: ScaleAdapter, pair: tuple[Tensor, Tensor]) -> Tensor:
-        if torch.is_grad_enabled():
-            return scales.linear(x, pair, self.scaling, self.bits, self.codes, (self.scale, self.offset))
-        return product(x, None, None, 0.0, self.bits, self.grid, self.codes, *self._effective())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QALoraLinear:
         """Devices move, numbers do not: `.half()` or `.bfloat16()` must not round scale, offset or the adapter."""

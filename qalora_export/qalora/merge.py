@@ -7,26 +7,27 @@ with the base, and the logits of base + adapter are compared with those of the w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qalora_export.checkpoint.canonical import CanonicalCheckpoint, parts_of
+from qalora_export.checkpoint.canonical import STEPS, CanonicalCheckpoint, parts_of
 from qalora_export.checkpoint.canonical_writer import CanonicalWriter
 from qalora_export.checkpoint.manifest import parent_of, require_intact
 from qalora_export.checkpoint.output import claim_output
 from qalora_export.errors import InputError, ParityError
 from qalora_export.formats.contents import FolderContents, compare
-from qalora_export.grid import GroupAffine, SymmetricLevels, differing, pack_codes
+from qalora_export.grid import GroupAffine, Levels, SymmetricLevels, differing, pack_codes
 from qalora_export.models.loading import load_model
 from qalora_export.progress import status, track
 from qalora_export.qalora.adapter_files import Adapter, ModuleAdapter, ModuleShape, load_adapter, read_adapter
 from qalora_export.qalora.function import effective_offset
 from qalora_export.qalora.scales import centre_and_spread, effective
-from qalora_export.qalora.super_blocks import effective_levels
+from qalora_export.qalora.super_blocks import effective_levels, super_block_grid
 from qalora_export.safety import StrPath, atomic_directory, local_path
 
 PROBE_SEQUENCES, PROBE_LENGTH = 4, 32
@@ -119,32 +120,36 @@ def merged(matrix: GroupAffine, adapter: ModuleAdapter, *, where: str) -> GroupA
             why="they are −2^(bits−1)·scale",
             fix="merge with the base that the adapter was trained on",
         )
-    if levels is None and adapter.scales is not None:
-        return _with_scales(matrix, adapter, adapter.scales, where=where)
-    if adapter.scales is not None:
-        raise InputError("scales of grid affine16 alone can be moved", where=where, why="its grid has levels")
-    if levels is None:
+    if adapter.scales is None and levels is None:
         return GroupAffine(matrix.codes, matrix.scale, merged_offset(matrix, adapter, where=where), matrix.bits)
-    level, step = (torch.from_numpy(np.array(part)) for part in (levels.offset, levels.offset_step))
-    level, step = effective_levels(level, step, adapter.a, adapter.b, adapter.scaling, levels.grid)
-    if bad := np.argwhere(~np.isfinite(step.numpy())).tolist():
-        row, block = bad[0]
-        raise _beyond_fp16(len(bad), step.numel(), f"{where}.offset_step: row {row}, super-block {block}", "")
-    return GroupAffine.on_levels(matrix.codes, replace(levels, offset=level.numpy(), offset_step=step.numpy()))
+    parts = parts_of(matrix.grid)[1:]
+    held = [torch.from_numpy(np.array(getattr(matrix if levels is None else levels, part))) for part in parts]
+    moved = dict(zip(parts, _moved(matrix, held, adapter), strict=True))
+    for part, values in moved.items():
+        if bad := np.argwhere(~np.isfinite(values)).tolist():
+            row, column = bad[0]
+            at = f"{where}.{part}: row {row}, {'super-block' if part in STEPS else 'group'} {column}"
+            raise _beyond_fp16(len(bad), values.size, at, "", part.removesuffix("_step"))
+    if levels is None:
+        return GroupAffine(matrix.codes, moved["scale"], moved["offset"], matrix.bits)
+    return GroupAffine.on_levels(matrix.codes, Levels(levels.grid, **moved))
 
 
-def _with_scales(
-    matrix: GroupAffine, adapter: ModuleAdapter, scales: tuple[torch.Tensor, torch.Tensor], *, where: str
-) -> GroupAffine:
-    numbers = [torch.from_numpy(np.array(part)) for part in (matrix.scale, matrix.offset)]
-    codes = torch.from_numpy(pack_codes(matrix.codes, matrix.bits))
-    middle = centre_and_spread(codes, matrix.bits, matrix.scale.shape[1])
-    scale, offset = effective(numbers[0], numbers[1], (adapter.a, adapter.b), scales, adapter.scaling, *middle)
-    for name, part in (("scale", scale), ("offset", offset)):
-        if bad := np.argwhere(~np.isfinite(part.numpy())).tolist():
-            row, group = bad[0]
-            raise _beyond_fp16(len(bad), part.numel(), f"{where}.{name}: row {row}, group {group}", "", name)
-    return GroupAffine(matrix.codes, scale.numpy(), offset.numpy(), matrix.bits)
+def _moved(matrix: GroupAffine, held: list[torch.Tensor], adapter: ModuleAdapter) -> list[NDArray[Any]]:
+    """held, the numbers of a matrix beside its codes, as the adapter moves them."""
+    if adapter.scales is not None:
+        middle = centre_and_spread(
+            torch.from_numpy(pack_codes(matrix.codes, matrix.bits)), matrix.bits, matrix.scale.shape[1]
+        )
+        pair = adapter.a, adapter.b
+        moved = effective(held, pair, adapter.scales, adapter.scaling, middle, matrix.grid.name)
+    else:
+        scale, offset, scale_step, offset_step = held
+        offset, offset_step = effective_levels(
+            offset, offset_step, adapter.a, adapter.b, adapter.scaling, super_block_grid(matrix.grid.name)
+        )
+        moved = scale, offset, scale_step, offset_step
+    return [part.numpy() for part in moved]
 
 
 def merged_offset(matrix: GroupAffine, adapter: ModuleAdapter, *, where: str) -> NDArray[np.float16]:

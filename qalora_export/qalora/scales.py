@@ -7,6 +7,7 @@
 c and σ are mean and standard deviation of the codes of a group: a scale turns about the middle of its group and leaves
 the mean of the weights where it was, and the same step of either update moves weights as far, so one learning rate
 serves both. As in QA-LoRA the merged layer is the trained one: merging writes scale_eff and offset_eff, codes stay.
+On a grid of super-blocks both go to its levels instead of to float16 (qalora/super_blocks.py), the scale first.
 Backward, with G = gyᵀ · x, (out, in):
 
     d_offset = groupsum(G)        d_scale = (groupsum(G · codes) − c · d_offset) / σ        both summed over each pool
@@ -17,15 +18,20 @@ G is one more product of the size of the forward's, which the offsets alone do w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qalora_export.grid import AFFINE16
 from qalora_export.qalora.dequant import dequantize, unpack_codes
+from qalora_export.qalora.function import scale_and_offset_of
 from qalora_export.qalora.low_rank import update
+from qalora_export.qalora.super_blocks import moved_levels, products, super_block_grid
 
 Pair = tuple[Tensor, Tensor]  # A (r, in/pool), B (out, r)
+Numbers = Sequence[Tensor]  # scale and offset of a layer, and on a grid of super-blocks their steps
 
 
 def centre_and_spread(packed: Tensor, bits: int, groups: int) -> Pair:
@@ -40,16 +46,24 @@ def centre_and_spread(packed: Tensor, bits: int, groups: int) -> Pair:
 
 
 def effective(
-    scale: Tensor, offset: Tensor, pair: Pair, scale_pair: Pair, scaling: float, centre: Tensor, spread: Tensor
-) -> Pair:
-    """scale_eff and offset_eff, float16 (out, in/g), of float16 scale and offset.
+    numbers: Numbers, pair: Pair, scale_pair: Pair, scaling: float, middle: Pair, grid: str
+) -> tuple[Tensor, ...]:
+    """The numbers of a layer with its adapters, in the shapes and dtypes they had: scale and offset float16 (out, in/g)
+    or, on a grid of super-blocks, levels of both and their steps. middle: c and σ.
 
     In float64 and rounded through float32, as qalora.function.effective_offset and for its reasons.
     """
-    groups, before = scale.shape[1], scale.double()
-    turned = _half(before + update(*scale_pair, scaling, groups) / spread.double())
-    moved = offset.double() + update(*pair, scaling, groups)
-    return turned, _half(moved - centre.double() * (turned.double() - before))
+    scale, offset, *steps = numbers
+    (centre, spread), groups = (part.double() for part in middle), scale.shape[1]
+    change, turn = update(*pair, scaling, groups), update(*scale_pair, scaling, groups) / spread
+    if grid == AFFINE16.name:
+        turned = _half(scale.double() + turn)
+        return turned, _half(offset.double() + change - centre * (turned.double() - scale.double()))
+    named, before = super_block_grid(grid), products(scale, steps[0]).double()
+    scale, scale_step = moved_levels(scale, steps[0], turn, named)
+    turned = products(scale, scale_step).double()
+    offset, offset_step = moved_levels(offset, steps[1], centre * (turned - before) - change, named)
+    return scale, offset, scale_step, offset_step
 
 
 def _half(wide: Tensor) -> Tensor:
@@ -73,14 +87,14 @@ class ScaleAdapter(nn.Module):
     def pair(self) -> tuple[nn.Parameter, nn.Parameter]:
         return self.A, self.B
 
-    def effective(self, scale: Tensor, offset: Tensor, pair: Pair, scaling: float) -> Pair:
+    def effective(self, numbers: Numbers, pair: Pair, scaling: float, grid: str) -> tuple[Tensor, ...]:
         """As the function of this name."""
-        return effective(scale, offset, pair, self.pair, scaling, self.centre, self.spread)
+        return effective(numbers, pair, self.pair, scaling, (self.centre, self.spread), grid)
 
-    def linear(self, x: Tensor, pair: Pair, scaling: float, bits: int, codes: Tensor, numbers: Pair) -> Tensor:
-        """(..., in) -> (..., out) in the dtype of x, to be differentiated. numbers: scale and offset."""
-        held = (codes, *numbers, self.centre, self.spread)
-        y: Tensor = _ScaledFunction.apply(x, *pair, *self.pair, scaling, bits, *held)  # type: ignore[no-untyped-call]
+    def linear(self, x: Tensor, pair: Pair, scaling: float, bits: int, grid: str, *packed: Tensor) -> Tensor:
+        """(..., in) -> (..., out) in the dtype of x, to be differentiated. packed: codes, and the numbers beside."""
+        held = (self.centre, self.spread, *packed)
+        y: Tensor = _ScaledFunction.apply(x, *pair, *self.pair, scaling, bits, grid, *held)  # type: ignore[no-untyped-call]
         return y
 
 
@@ -97,12 +111,13 @@ class _ScaledFunction(torch.autograd.Function):
         scale_b: Tensor,
         scaling: float,
         bits: int,
+        grid: str,
         *held: Tensor,
     ) -> Tensor:
-        ctx.scaling, ctx.bits = scaling, bits
+        ctx.scaling, ctx.bits, ctx.grid = scaling, bits, grid
         trains = any(ctx.needs_input_grad[1:5])
         ctx.save_for_backward(x if trains else None, a, b, scale_a, scale_b, *held)
-        return nn.functional.linear(x, _matrix(x.dtype, (a, b), (scale_a, scale_b), scaling, bits, *held))
+        return nn.functional.linear(x, _matrix(x.dtype, (a, b), (scale_a, scale_b), scaling, bits, grid, *held))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -115,13 +130,16 @@ class _ScaledFunction(torch.autograd.Function):
             adapters = tuple(part for change, pair in pairs for part in _of_pair(change, pair, ctx.scaling))
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = gy @ _matrix(gy.dtype, (a, b), (scale_a, scale_b), ctx.scaling, ctx.bits, *held)
-        return dx, *adapters, None, None, *(None for _ in held)
+            dx = gy @ _matrix(gy.dtype, (a, b), (scale_a, scale_b), ctx.scaling, ctx.bits, ctx.grid, *held)
+        return dx, *adapters, None, None, None, *(None for _ in held)
 
 
-def _matrix(dtype: torch.dtype, pair: Pair, scale_pair: Pair, scaling: float, bits: int, *held: Tensor) -> Tensor:
-    codes, scale, offset, centre, spread = held
-    return dequantize(codes, *effective(scale, offset, pair, scale_pair, scaling, centre, spread), bits, dtype)
+def _matrix(
+    dtype: torch.dtype, pair: Pair, scale_pair: Pair, scaling: float, bits: int, grid: str, *held: Tensor
+) -> Tensor:
+    centre, spread, codes, *numbers = held
+    moved = effective(numbers, pair, scale_pair, scaling, (centre, spread), grid)
+    return dequantize(codes, *scale_and_offset_of(None, None, 0.0, grid, *moved), bits, dtype)
 
 
 def _gradients(whole: Tensor, bits: int, *held: Tensor) -> Pair:
@@ -129,7 +147,7 @@ def _gradients(whole: Tensor, bits: int, *held: Tensor) -> Pair:
 
     whole: the gradient of the matrix, (out, in).
     """
-    codes, scale, _, centre, spread = held
+    centre, spread, codes, scale, *_ = held
     dtype = torch.promote_types(whole.dtype, torch.float32)
     grouped = whole.to(dtype).unflatten(1, (scale.shape[1], -1))
     d_offset = grouped.sum(-1)

@@ -4,6 +4,7 @@
 
 The step of a super-block moves with its largest offset, so no level is ever cut off and every level keeps its share:
 step = float16(step of the base · largest now / largest of the base). Without an update that is the base, bit for bit.
+Scales move in the same way where they are trained (qalora/scales.py).
 """
 
 from __future__ import annotations
@@ -44,16 +45,20 @@ def scale_and_offset(numbers: tuple[Tensor, ...], grid: SuperBlockGrid) -> tuple
 def effective_levels(
     levels: Tensor, step: Tensor, a: Tensor, b: Tensor, scaling: float, grid: SuperBlockGrid
 ) -> tuple[Tensor, Tensor]:
-    """(levels uint8 (out, in/g), step float16 (out, in/256)) of base offsets −step · level moved by scaling · B A.
+    """(levels uint8 (out, in/g), step float16 (out, in/256)) of base offsets −step · level moved by scaling · B A."""
+    return moved_levels(levels, step, -update(a, b, scaling, levels.shape[1]), grid)
+
+
+def moved_levels(levels: Tensor, step: Tensor, change: Tensor, grid: SuperBlockGrid) -> tuple[Tensor, Tensor]:
+    """(levels uint8 (out, in/g), step float16 (out, in/256)) next to step · level + change, float64 (out, in/g).
 
     In float64, as function.effective_offset: exact products, sums whose order moves nothing that the grid can see. The
     step is infinite where float16 cannot hold it.
     """
-    delta = update(a, b, scaling, levels.shape[1])
     before = levels.unflatten(1, (-1, grid.groups)).double() * step.double().unsqueeze(-1)  # (out, in/256, groups)
-    wanted = before - delta.unflatten(1, (-1, grid.groups))
+    wanted = before + change.unflatten(1, (-1, grid.groups))
     largest, largest_before = wanted.amax(-1).clamp_min(0), before.amax(-1)
-    free = largest_before <= 0  # a super-block without offsets has no step to go by
+    free = largest_before <= 0  # a super-block of zeros has no step to go by
     share = largest / torch.where(free, 1, largest_before)
     moved = half(torch.where(free, largest / grid.top, step.double() * share))
     wide = moved.unsqueeze(-1)

@@ -76,7 +76,8 @@ def test_matrix_and_gradients_are_those_of_the_formula(bits: int, pool: int | No
     wide = [part.detach().double().requires_grad_() for part in parts(layer)]
     matrix, scale, offset = naive(layer, *wide)
     assert torch.equal(layer.dequantized(torch.float64), matrix.detach())
-    found = layer.scales.effective(layer.scale, layer.offset, parts(layer)[:2], layer.scaling)  # type: ignore[union-attr]
+    assert layer.scales is not None
+    found = layer.scales.effective((layer.scale, layer.offset), parts(layer)[:2], layer.scaling, layer.grid)
     assert torch.equal(found[0].double(), scale.detach()) and torch.equal(found[1].double(), offset.detach())
     assert (found[0] != layer.scale).float().mean() > 0.9
 
@@ -195,12 +196,6 @@ def test_llama_cpp_has_no_adapter_that_does_this(tiny_canonical: Path, tmp_path:
     own_adapter(tiny_canonical, tmp_path / "a", scales=True)
     with pytest.raises(InputError, match="moves scales"):
         export_gguf_adapter(tiny_canonical, tmp_path / "a", tmp_path / "a.gguf")
-
-
-def test_a_grid_of_levels_is_refused_by_name() -> None:
-    layer = QALoraLinear(256, 8, bits=4, group_size=32, grid="q4_k")
-    with pytest.raises(InputError, match="scales of grid q4_k"):
-        layer.attach_adapter(2, 4.0, scales=True)
 
 
 def test_a_scale_beyond_float16_is_named(tiny_canonical: Path, tmp_path: Path) -> None:

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qalora_export.errors import InputError
-from qalora_export.grid import GRIDS, GroupAffine, Levels, SuperBlockGrid, difference, pack_codes
+from qalora_export.grid import GRIDS, GroupAffine, Levels, SuperBlockGrid, difference, pack_codes, unpack_codes
 from qalora_export.grid.named import SUPER_BLOCK
+from qalora_export.grid.packed_affine import PackedAffine
 from qalora_export.qalora.adapter_files import ModuleAdapter
 from qalora_export.qalora.layer import QALoraLinear
 from qalora_export.qalora.merge import merged
 from qalora_export.qalora.super_blocks import effective_levels
-from qalora_export.verify.reference.merge_check import wrong_levels
+from qalora_export.verify.reference.recomputed import Move, wrong_levels, wrong_numbers
 
 SUPER = [grid for grid in GRIDS.values() if isinstance(grid, SuperBlockGrid) and not grid.symmetric]
 every_grid = pytest.mark.parametrize("grid", SUPER, ids=[grid.name for grid in SUPER])
@@ -160,17 +161,23 @@ def test_the_independent_check_agrees_and_finds_one_wrong_number(grid: SuperBloc
     a = rng.normal(size=(RANK, BLOCKS * grid.groups)).astype(np.float32)
     b = (rng.normal(size=(OUT, RANK)) * size).astype(np.float32)
     result = merged(matrix, ModuleAdapter(torch.from_numpy(a), torch.from_numpy(b), 2.0), where="m").levels
-    assert matrix.levels is not None and result is not None
-    assert wrong_levels(matrix.levels, result, a, b, 2.0) == 0
+    base = matrix.levels
+    assert base is not None and result is not None
+
+    def wrong(found: Levels, scaling: float = 2.0) -> int:
+        by, terms = Move.of(a, b, scaling, BLOCKS * grid.groups)
+        return wrong_levels((base.offset, base.offset_step), (found.offset, found.offset_step), Move(-by, terms), grid)
+
+    assert wrong(result) == 0
     level = result.offset.copy()
     level[2, 1] = level[2, 1] - 1 if level[2, 1] else 1
-    assert wrong_levels(matrix.levels, dataclasses.replace(result, offset=level), a, b, 2.0) == 1
+    assert wrong(dataclasses.replace(result, offset=level)) == 1
     step = result.offset_step.copy()
     step.reshape(-1)[step.argmax()] *= np.float16(1.01)  # the largest: a row that is all zero has a step of zero
-    assert wrong_levels(matrix.levels, dataclasses.replace(result, offset_step=step), a, b, 2.0) >= 1
+    assert wrong(dataclasses.replace(result, offset_step=step)) >= 1
     if size > 1e-3:
-        assert wrong_levels(matrix.levels, result, a, b, 1.0) > 1
-        assert wrong_levels(matrix.levels, matrix.levels, a, b, 2.0) > 1
+        assert wrong(result, 1.0) > 1
+        assert wrong(base) > 1
 
 
 @every_grid
@@ -182,6 +189,77 @@ def test_an_offset_beyond_float16_is_refused(grid: SuperBlockGrid) -> None:
     with pytest.raises(InputError, match="does not fit in float16") as caught:
         merged(matrix, ModuleAdapter(a, b, 1.0), where="q_proj")
     assert "q_proj.offset_step: row 2, super-block 0" in str(caught.value)
+
+
+def naive_scales(layer: QALoraLinear, grid: SuperBlockGrid) -> tuple[np.ndarray, np.ndarray]:
+    """scale and offset (out, in/g) where both are trained, by qalora/scales.py, in numpy and one number at a time."""
+    assert layer.scales is not None and layer.lora_A is not None and layer.lora_B is not None
+    codes = unpack_codes(layer.codes.numpy(), layer.bits).reshape(OUT, -1, layer.group_size).astype(np.float64)
+    centre, spread = (part.astype(np.float32).astype(float) for part in (codes.mean(-1), codes.std(-1).clip(1)))
+    repeat = layer.pool // layer.group_size
+    by, turn = (
+        np.repeat(layer.scaling * (b.detach().double() @ a.detach().double()).numpy(), repeat, axis=1)
+        for a, b in ((layer.lora_A, layer.lora_B), layer.scales.pair)
+    )
+
+    def next_to(levels: Tensor, steps: Tensor, change: np.ndarray) -> np.ndarray:
+        numbers = np.zeros(change.shape)
+        for row in range(OUT):
+            for block in range(BLOCKS):
+                groups, step = range(block * grid.groups, (block + 1) * grid.groups), float(steps[row, block])
+                before = [step * int(levels[row, g]) for g in groups]
+                wanted = [max(0.0, was + change[row, g]) for was, g in zip(before, groups, strict=True)]
+                now = step * (max(wanted) / max(before)) if max(before) else max(wanted) / grid.top
+                now = float(np.float16(np.float32(now)))
+                for g, want in zip(groups, wanted, strict=True):
+                    numbers[row, g] = now * min(grid.top, round(want / now)) if now else 0.0
+        return numbers
+
+    before = next_to(layer.scale, layer.scale_step, 0 * turn)
+    scale = next_to(layer.scale, layer.scale_step, turn / spread)
+    return scale, -next_to(layer.offset, layer.offset_step, centre * (scale - before) - by)
+
+
+@every_grid
+@pytest.mark.parametrize("size", [1e-3, 0.05, 0.5])
+@pytest.mark.parametrize("pool", [1, 2])
+def test_scales_are_trained_next_to_the_grid_too(grid: SuperBlockGrid, size: float, pool: int) -> None:
+    """Layer, merge, slow oracle and independent check say the same; the gradient passes straight through."""
+    matrix = matrix_on(grid)
+    layer, generator = layer_of(matrix), torch.Generator().manual_seed(1)
+    layer.attach_adapter(RANK, 2.0 * RANK, pool=pool * grid.group_size, scales=True, generator=generator)
+    assert layer.scales is not None and layer.lora_A is not None and layer.lora_B is not None
+    assert torch.equal(layer.dequantized(torch.float32), torch.from_numpy(matrix.dequantize()))
+    for part in (layer.lora_B, layer.scales.B):
+        part.data.normal_(0, size, generator=generator)
+    scale, offset = naive_scales(layer, grid)
+    pairs = [part.detach() for part in (layer.lora_A, layer.lora_B, *layer.scales.pair)]
+    adapter = ModuleAdapter(pairs[0], pairs[1], layer.scaling, (pairs[2], pairs[3]))
+    result = merged(matrix, adapter, where="m")
+    np.testing.assert_array_equal(result.scale.astype(float), scale)
+    np.testing.assert_array_equal(result.offset.astype(float), offset)
+    assert torch.equal(layer.dequantized(torch.float32), torch.from_numpy(result.dequantize()))
+    assert difference(matrix, result).codes == 0 and difference(matrix, result).scale > 0
+    one, other = PackedAffine.pack(matrix), PackedAffine.pack(result)
+    assert wrong_numbers(one, other, adapter) == {"scale": 0, "offset": 0}
+    assert result.levels is not None
+    level = result.levels.scale.copy()
+    level[2, 1] = level[2, 1] - 1 if level[2, 1] else 1
+    spoilt = GroupAffine.on_levels(result.codes, dataclasses.replace(result.levels, scale=level))
+    assert wrong_numbers(one, PackedAffine.pack(spoilt), adapter)["scale"] == 1
+
+    x = torch.randn(7, layer.in_features, dtype=torch.float64, requires_grad=True)
+    found = torch.autograd.grad(layer(x).square().sum(), [x, layer.lora_A, layer.lora_B, *layer.scales.pair])
+    wide = [part.double().requires_grad_() for part in pairs]
+    codes = torch.from_numpy(matrix.codes.reshape(OUT, -1, grid.group_size)).double()
+    change, turn = (layer.scaling * (b @ a).repeat_interleave(pool, 1) for a, b in (wide[:2], wide[2:]))
+    turned = turn / layer.scales.spread.double()
+    moved = turned[..., None] * codes + (change - layer.scales.centre.double() * turned)[..., None]
+    weight = layer.dequantized(torch.float64) + (moved - moved.detach()).flatten(1)
+    other_x = x.detach().clone().requires_grad_()
+    expected = torch.autograd.grad((other_x @ weight.T).square().sum(), [other_x, *wide])
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
 
 
 @every_grid

@@ -22,7 +22,7 @@ from qalora_export.progress import track
 
 REPEATS = (4, 2)  # blocks of 32 in groups of 128 and 64
 MOVED = ("m", "dmin", "scales")  # parts of a block that hold offsets; `scales` holds levels of scales as well
-SCALE = "d"  # of blocks that are no super-blocks, whose scales can be trained
+SCALE = "d"  # scales, or their step; trained or not
 
 
 def gguf_segments(old: Path, new: Path, writer: PatchWriter) -> Iterator[Segment]:
@@ -53,7 +53,7 @@ def gguf_tensor(name: str, kind: str, old: Bytes, new: Bytes, writer: PatchWrite
         raise not_one_base(name, f"{kind} holds no offsets")
     _require_codes(name, block, old, new)
     blocks = [side.reshape(-1, block.layout.itemsize) for side in (old, new)]
-    trained = () if issubclass(block, SuperBlockType) or _equal(block, [SCALE], blocks) else (SCALE,)
+    trained = () if _equal(block, [SCALE], blocks) else (SCALE,)
     names = [part for part in block.layout.names or () if part in (*MOVED, *trained)]
     fields = [one for part in names for one in _fields(block, part, blocks)]
     if not fields:
@@ -86,14 +86,9 @@ def _repeats(column: NDArray[Any], times: int) -> bool:
 
 
 def _require_codes(name: str, block: type[BlockType], old: Bytes, new: Bytes) -> None:
-    """Raise InputError unless codes are equal, and of super-blocks scales."""
-    if issubclass(block, SuperBlockType):
-        bits, group = block.native()
-        rows = [side.reshape(1, -1) for side in (old, new)]
-        one, other = (block.unpack(side, bits=bits, group_size=group).unpack() for side in rows)
-        if not np.array_equal(one.codes, other.codes) or not np.array_equal(one.scale, other.scale):
-            raise not_one_base(name, "codes or scales differ")
-        return
+    """Raise InputError unless codes are equal, and always on a symmetric grid of super-blocks, which is not trained."""
+    if issubclass(block, SuperBlockType) and "dmin" not in (block.layout.names or ()):
+        raise not_one_base(name, "its grid is symmetric: it holds no offsets, and its scales are not trained")
     kept = [part for part in block.layout.names or () if part not in (*MOVED, SCALE)]
     if not _equal(block, kept, [side.reshape(-1, block.layout.itemsize) for side in (old, new)]):
         raise not_one_base(name, "codes differ")

@@ -58,12 +58,32 @@ def test_levels_and_steps_of_offsets_go_through_a_patch(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", list(TYPES.values()), ids=list(TYPES))
-def test_levels_of_scales_are_no_offsets_though_they_share_bytes(kind: Any) -> None:
+def test_levels_and_steps_of_trained_scales_do_too(kind: Any) -> None:
     matrix = random_matrix(kind, 3, 2, 0)
-    scale = matrix.levels.scale.copy()
+    scale, step = matrix.levels.scale.copy(), matrix.levels.scale_step.copy()
     scale[1, 3] ^= 1
-    old, new = (kind.pack(PackedAffine.pack(m)) for m in (matrix, other_offsets(matrix, kind.grid, scale=scale)))
-    with pytest.raises(InputError, match="not fine-tunes of one base"):
+    step[2, 0] *= np.float16(1.25)
+    new = other_offsets(matrix, kind.grid, scale=scale, scale_step=step)
+    old, new = (kind.pack(PackedAffine.pack(m)) for m in (matrix, new))
+    assert np.array_equal(patched(kind, old, new), new)
+
+
+@pytest.mark.parametrize("kind", list(TYPES.values()), ids=list(TYPES))
+def test_other_codes_in_super_blocks_are_no_fine_tune(kind: Any) -> None:
+    matrix = random_matrix(kind, 3, 2, 0)
+    codes = matrix.codes.copy()
+    codes[1, 300] ^= 1
+    old, new = (kind.pack(PackedAffine.pack(GroupAffine.on_levels(c, matrix.levels))) for c in (matrix.codes, codes))
+    with pytest.raises(InputError, match="codes differ"):
+        patched(kind, old, new)
+
+
+def test_a_symmetric_grid_has_nothing_that_training_moves() -> None:
+    kind = BLOCK_TYPES["Q6_K"]
+    old = np.zeros((2, kind.block_bytes), np.uint8)
+    new = old.copy()
+    new[1, -1] = 1
+    with pytest.raises(InputError, match="grid is symmetric"):
         patched(kind, old, new)
 
 
