@@ -6,6 +6,7 @@ evaluated in float32: s·q is exact (11-bit significand times at most 8-bit code
 super-blocks), so there is exactly one rounding, and numpy, C with or without FMA, and torch agree bit for bit.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from qalora_export.grid.levels import AnyLevels
 from qalora_export.grid.named import AFFINE16, BITS, NamedGrid
 
 GROUP_SIZES = (16, 32, 64, 128)
+BLOCK_VALUES = 2**16  # dequantized at a time: 256 KiB of float32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,19 +70,30 @@ class GroupAffine:
 
     def dequantize(self) -> NDArray[np.float32]:
         """The matrix in float32 (out, in); one rounding per element."""
-        q = self.codes.reshape(*self.scale.shape, self.group_size).astype(np.float32)
-        s = self.scale.astype(np.float32)[..., None]
-        m = self.offset.astype(np.float32)[..., None]
-        return (s * q + m).reshape(self.shape)
+        return _in_blocks(self, lambda q, s, m: np.add(np.multiply(q, s, out=q), m, out=q))
 
 
 def centred(matrix: GroupAffine) -> NDArray[np.float32]:
     """A symmetric matrix as s·(q − 2^(bits−1)), float32 (out, in): the numbers of `dequantize`, with the sign of zero
     that runtimes give to a middle code beside a scale below 0.
     """
-    q = matrix.codes.reshape(*matrix.scale.shape, matrix.group_size).astype(np.float32)
-    s = matrix.scale.astype(np.float32)[..., None]
-    return (s * (q - np.float32(2 ** (matrix.bits - 1)))).reshape(matrix.shape)
+    middle = np.float32(2 ** (matrix.bits - 1))
+    return _in_blocks(matrix, lambda q, s, _: np.multiply(np.subtract(q, middle, out=q), s, out=q))
+
+
+def _in_blocks(
+    matrix: GroupAffine, change: Callable[[NDArray[Any], NDArray[Any], NDArray[Any]], object]
+) -> NDArray[np.float32]:
+    """(out, in): codes as float32, changed in place by change(codes (n, in/g, g), scale, offset (n, in/g, 1)), some
+    rows at a time, that stay in the caches.
+    """
+    out = np.empty((*matrix.scale.shape, matrix.group_size), np.float32)
+    codes, size = matrix.codes.reshape(out.shape), max(1, BLOCK_VALUES // matrix.shape[1])
+    for begin in range(0, len(out), size):
+        rows = slice(begin, begin + size)
+        out[rows] = codes[rows]
+        change(out[rows], *(part[rows].astype(np.float32)[..., None] for part in (matrix.scale, matrix.offset)))
+    return out.reshape(matrix.shape)
 
 
 def implied_offset(scale: NDArray[np.float16], zero: int | NDArray[np.uint8]) -> NDArray[np.float16]:

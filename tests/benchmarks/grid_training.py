@@ -113,17 +113,18 @@ def main(arguments: list[str] | None = None) -> None:
     work = options.work / "grid_training"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    rows = dict[str, Row]()
+    content = json.loads(options.json.read_text()) if options.json.exists() and options.grid else {"rows": {}}
+    content |= {"benchmark": "grid_training", "machine": machine(), "base": f"{MODEL.parent.name}, widened"}
+    content |= {"steps": options.steps, "seeds": options.seeds}
     try:
         grids = _Grids(work, options)
         for name in options.grid or GRIDS:
-            rows[name] = grids.row(name)
-            print(name, rows[name], flush=True)
+            content["rows"][name] = vars(grids.row(name))
+            write_json(options.json, content)
+            print(name, content["rows"][name], flush=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    content = {"benchmark": "grid_training", "machine": machine(), "base": f"{MODEL.parent.name}, widened"}
-    content |= {"steps": options.steps, "seeds": options.seeds, "rows": {name: vars(row) for name, row in rows.items()}}
-    write_json(options.json, content)
+    rows = {name: Row(**content["rows"][name]) for name in GRIDS if name in content["rows"]}
     table = [
         [
             name,
@@ -143,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/bench/work"))
-    parser.add_argument("--grid", action="append", choices=GRIDS, help="all, if none is named")
+    parser.add_argument("--grid", action="append", choices=GRIDS, help="the others stay as the JSON has them")
     parser.add_argument("--rate", action="append", type=float, help=f"instead of {', '.join(map(str, RATES))}")
     parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=3)

@@ -24,6 +24,19 @@ Pass = Mapping[str, Any]
 FLOAT: Pass = {"type": "ModelBuilder", "precision": "fp32"}
 INT4: Pass = {"type": "ModelBuilder", "precision": "int4"}
 TORCH: Pass = {"type": "OnnxConversion", "use_dynamo_exporter": True}
+DATA = {  # ones: what calibration sees decides how good a file is, not whether it is right
+    "name": "calibration",
+    "type": "DummyDataContainer",
+    "load_dataset_config": {
+        "params": {
+            "input_names": ["input_ids", "attention_mask"],
+            "input_shapes": [[1, 64], [1, 64]],
+            "input_types": ["int64", "int64"],
+            "max_samples": 4,
+        }
+    },
+}
+STATIC: Pass = {"type": "OnnxStaticQuantization", "data_config": DATA}
 OPTIMUM: Pass = {"type": "OptimumConversion", "extra_args": {"task": "text-generation-with-past"}}
 # Name -> (passes, what most of its numbers are stored as).
 RIGHT: Mapping[str, tuple[tuple[Pass, ...], str]] = {
@@ -32,6 +45,10 @@ RIGHT: Mapping[str, tuple[tuple[Pass, ...], str]] = {
     "builder, k-quant": ((FLOAT, {"type": "OnnxKQuantQuantization"}), "int4 g32 offset"),
     "builder, dynamic": ((FLOAT, {"type": "OnnxDynamicQuantization"}), "int8 g256 offset"),
     "RTN in PyTorch, builder": (({"type": "Rtn", "bits": 4, "group_size": 32}, INT4), "int4 g32 offset"),
+    "GPTQ in PyTorch, builder": (
+        ({"type": "Gptq", "bits": 4, "group_size": 32, "data_config": DATA}, INT4),
+        "int4 g32 offset",
+    ),
     "torch": ((TORCH,), "F32"),
     "torch, k-quant": ((TORCH, {"type": "OnnxKQuantQuantization"}), "int4 g32 offset"),
     "torch, dynamic": ((TORCH, {"type": "OnnxDynamicQuantization"}), "int8 g256 offset"),
@@ -114,6 +131,23 @@ def test_hqq_packs_numbers_of_no_tensor(made: Make, model: Path, tmp_path: Path)
     assert "holds the numbers of no tensor of this model" in found.sentence
     assert len([tensor for tensor in found.tensors if tensor.cause]) == 15
     assert found.figures["exact path in onnxruntime-genai"]["kl"] > 5
+
+
+def test_static_quantization_rounds_the_rotary_tables(made: Make, model: Path, tmp_path: Path) -> None:
+    """Into one range for all of them, in 8 bits; the rest is what such rounding costs."""
+    found = of(model, made(FLOAT, STATIC), tmp_path)
+    assert [part.id for part in found.parts if part.state == "broken"] == ["graph"]
+    assert "rotary tables in int8" in found.sentence
+
+
+def test_static_quantization_gives_an_attention_mask_no_range(made: Make, model: Path, tmp_path: Path) -> None:
+    """The mask that torch writes out has a −∞, and its step is infinite: nothing comes out."""
+    found = of(model, with_tokenizer(made(OPTIMUM, STATIC), model), tmp_path)
+    assert found.exit_code == ExitCode.PARITY_FAILED
+    assert "The graph and metadata are broken: activations are rounded in steps of no size: " in found.sentence
+    assert "Where" in found.sentence and "(inf)" in found.sentence
+    (kernels,) = (part for part in found.parts if part.id == "kernels")
+    assert "with activations rounded to the ranges of the file it gives NaN" in kernels.sentence
 
 
 def test_a_graph_without_a_cache_is_no_graph_to_generate_with(made: Make, model: Path, tmp_path: Path) -> None:

@@ -24,6 +24,11 @@ LogProbs = NDArray[np.float32]
 MOST_TRIED = 6  # settings whose every subset is worth a run of the model, at most one setting left out at a time
 # KL of the shipped kernels against the exact path, in what rounding every layer's input to int8 costs in PyTorch.
 KERNELS_FACTOR, KERNELS_FLOOR = 4.0, 2e-3
+WANTED = {  # the paths that another is held against
+    "exact": "even without rounding",
+    "decode": "without rounding, a token at a time,",
+    "ranges": "with activations rounded to the ranges of the file",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,9 @@ def graph_part(
     said = tuple(difference.said for difference in differences)
     if numbers is None:
         return Part("graph", runtime, "not run", "tensors are missing, so its numbers make no model", said)
+    if (at := _first_bad(numbers)) is not None:
+        where = own.probes.place(at)
+        return Part("graph", runtime, "not run", f"its own numbers give NaN or infinite logits, first at {where}", said)
     plain = scaled(own, numbers, exact)
     seen = f"its own numbers in Transformers and in {runtime} differ by NMSE {plain.summary.nmse_max:.1e} at most"
     if plain.agrees:
@@ -80,6 +88,12 @@ def graph_refused(runtime: str, error: RuntimeUnavailableError) -> Part:
     if isinstance(error, CrashedError):
         return Part("graph", runtime, "broken", f"{runtime} cannot run it: {error.reason}")
     return Part("graph", runtime, "not run", error.reason)
+
+
+def _first_bad(logprobs: LogProbs) -> int | None:
+    """The first position with a NaN or +∞, which nothing can be compared with."""
+    bad = (np.isnan(logprobs) | (logprobs == np.inf)).any(axis=1)
+    return int(np.argmax(bad)) if bad.any() else None
 
 
 def _cause(own: OwnNumbers, exact: LogProbs, differences: Sequence[Difference], plain: Measured) -> tuple[str, str]:
@@ -115,6 +129,10 @@ def kernels_part(runtime: str, own: OwnNumbers, paths: dict[str, LogProbs], numb
     """paths: "exact", "shipped", "decode" (exact, token by token), and "ranges" (exact, but for activations rounded to
     ranges of the file) where it has them: what that costs is the file's, and no kernel's.
     """
+    for path, words in WANTED.items():
+        if path in paths and (at := _first_bad(paths[path])) is not None:
+            said = f"{words} it gives NaN or infinite logits, first at {own.probes.place(at)}"
+            return Part("kernels", runtime, "broken", said)
     cost = measured(own.probes, paths.get("ranges", paths["exact"]), paths["shipped"])
     stepwise = measured(own.probes, paths["exact"], paths["decode"])
     figures: dict[str, Any] = cost.figures() | {"decode_nmse": stepwise.summary.nmse_max}
@@ -122,7 +140,7 @@ def kernels_part(runtime: str, own: OwnNumbers, paths: dict[str, LogProbs], numb
         where = own.probes.place(int(np.argmax(cost.positions.bad)))
         return Part("kernels", runtime, "broken", f"NaN or infinite logits, first at {where}", figures=figures)
     allowed = KERNELS_FLOOR
-    if numbers is not None:
+    if numbers is not None and _first_bad(numbers) is None:
         simulated = measured(own.probes, numbers, own.logprobs(int8=True))
         allowed = max(allowed, KERNELS_FACTOR * simulated.summary.kl_mean)
         figures |= {"simulated_kl": simulated.summary.kl_mean}

@@ -106,7 +106,7 @@ class Graph:
         """(name of a tensor in Transformers, its numbers), in the order of the graph."""
         for node in self.model.graph.node:
             for place, suffix in self._reads(node):
-                name = self._name(node, node.input[place], suffix)
+                name = self._name(node, self._stored(node.input[place]) or node.input[place], suffix)
                 constant = self._constant(node, place) if name else None
                 if constant is not None:
                     yield name, constant
@@ -135,7 +135,7 @@ class Graph:
             return [(2 if node.op_type.startswith("Skip") else 1, "weight")]
         if node.op_type in ("Add", "Mul"):
             suffix = "bias" if node.op_type == "Add" else "weight"
-            return [(place, suffix) for place in range(count) if node.input[place] in self.values.tensors]
+            return [(place, suffix) for place in range(count) if self._stored(node.input[place])]
         if node.op_type not in places:
             return []
         biased = {"MatMulNBits": 5, "Gemm": 2}.get(node.op_type, count)
@@ -143,6 +143,15 @@ class Graph:
             (places[node.op_type], "weight"),
             *([(biased, "bias")] if count > biased and node.input[biased] else []),
         ]
+
+    def _stored(self, value: str) -> str:
+        """The name that a constant had before it was quantized; "" where the value is none."""
+        if value in self.values.tensors:
+            return value
+        maker = self.values.maker(value)
+        if maker is None or maker.op_type != "DequantizeLinear" or maker.input[0] not in self.values.tensors:
+            return ""
+        return str(maker.input[0]).removesuffix("_quantized")  # as ONNX Runtime's quantizer calls its codes
 
     def _name(self, node: onnx.NodeProto, value: str, suffix: str) -> str:
         """By the constant's own name, else by its node's, else by what it feeds; "" where none of these tells."""
@@ -200,6 +209,17 @@ class Graph:
     def rounds_to_ranges(self) -> bool:
         """Whether it rounds activations to ranges of its own (static quantization)."""
         return any(node.op_type == "QuantizeLinear" for node in self.model.graph.node)
+
+    def steps_of_no_size(self) -> list[str]:
+        """What QuantizeLinear rounds in steps that are 0, negative, NaN or infinite: a calibration that saw nothing, or
+        the −∞ of an attention mask, leaves such.
+        """
+        found = []
+        for node in self.model.graph.node:
+            if node.op_type == "QuantizeLinear" and (step := self.values.array(node.input[1])) is not None:
+                wrong = step[~(np.isfinite(step) & (step > 0))]
+                found += [f"{node.input[0]} ({wrong[0]:g})"] if wrong.size else []
+        return found
 
     @cached_property
     def attention(self) -> list[onnx.NodeProto]:

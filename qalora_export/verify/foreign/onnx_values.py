@@ -117,7 +117,9 @@ class Values:
             shape = [-1 if index == axis else 1 for index in range(codes.ndim)]
             scale, zero = scale.reshape(shape), zero.reshape(shape)
         kind = f"int{bits} g{block}" if block else _channels(bits, codes, scale, axis)
-        return Constant((codes - zero) * scale, f"{kind} offset", name)
+        with np.errstate(invalid="ignore"):  # 0 · ∞ of a range without a size, which is NaN and told as that
+            values = (codes - zero) * scale
+        return Constant(values, f"{kind} offset", name)
 
     def integer_product(self, node: onnx.NodeProto) -> IntegerProduct | None:
         """What MatMulInteger is of, as onnxruntime's quantize_dynamic writes it: DynamicQuantizeLinear before it, Cast

@@ -106,6 +106,10 @@ class Side(ABC):
         """The same, rounding activations to the ranges that it gives them; None where it gives none."""
         yield None
 
+    def steps_of_no_size(self) -> list[str]:
+        """Activations that it rounds in steps of no size, so that nothing comes out."""
+        return []
+
     @abstractmethod
     def facts(self) -> Mapping[str, Any]:
         """What its tokenizer decides by, in the names of runtimes.facts."""
@@ -199,6 +203,9 @@ class OnnxSide(Side):
     def ranges(self, workdir: Path) -> Iterator[Artifact | None]:
         target = workdir / f"ranges-{self.runtime}"
         yield Artifact(float_variant(self._graph, target, ranges=True)) if self._graph.rounds_to_ranges else None
+
+    def steps_of_no_size(self) -> list[str]:
+        return self._graph.steps_of_no_size()
 
     def cannot_run(self) -> str:
         return "" if has_cache(self._graph.model, self.genai) else NO_CACHE

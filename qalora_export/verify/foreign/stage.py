@@ -53,6 +53,7 @@ from qalora_export.verify.runtimes.runs import Mode, Runs
 from qalora_export.verify.store import kept_in, opened
 
 MODES: tuple[Mode, ...] = ("prefill", "decode")
+NAMED = 3  # of many of a kind
 
 
 @dataclass
@@ -208,7 +209,12 @@ def _in_runtime(
         with _timed(source):
             differences = side.differences(source.config, source.reference.frequencies)
             found = graph_part(name, own, paths["exact"], differences, numbers)
-            source.parts.append(found.behind(misnamed, "in a copy that has this name") if misnamed else found)
+            found = found.behind(misnamed, "in a copy that has this name") if misnamed else found
+            if steps := side.steps_of_no_size():
+                more = f" and {len(steps) - NAMED} more" if len(steps) > NAMED else ""
+                said = f"activations are rounded in steps of no size: {', '.join(steps[:NAMED])}{more}"
+                found = found.behind(said, "without rounding")
+            source.parts.append(found)
     elif refusal is not None:
         source.parts.append(graph_refused(name, refusal))
     source.parts += _text(source, side, runs)

@@ -128,12 +128,13 @@ class LayerwiseModel:
         rounding: Change | None = None,
         played: Played | None = None,
         noise: Change | None = None,
+        attention: str = "eager",
     ) -> None:
         if played is not None and isinstance(checkpoint, Path):
             self._checkpoint: ModelFolder = WithoutLinears(checkpoint)
         else:
             self._checkpoint = _opened(checkpoint)
-        self._skeleton = Skeleton(self._checkpoint, torch.device("cpu"), attention="eager")
+        self._skeleton = Skeleton(self._checkpoint, torch.device("cpu"), attention=attention)
         self._skeleton.check_complete()
         if rounding is not None:
             self.change_inputs(lambda _, x: rounding(x))

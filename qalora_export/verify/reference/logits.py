@@ -1,4 +1,8 @@
-"""The reference: PyTorch, float32, eager attention, one sequence at a time, every position, layer by layer."""
+"""The reference: PyTorch, float32, eager attention, one sequence at a time, every position, layer by layer.
+
+A long sequence has fused attention where the family has any: the same sums in another order, NMSE 1e-13 on SmolLM2
+where a gate allows 1e-6, in three fifths of the time.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +32,7 @@ PACKAGES = ("ml-dtypes", "numpy", "safetensors", "torch", "transformers")  # who
 # The mean of four draws was a seventh of the truth at one position in thirty that amplifies a single direction: what a
 # draw gives there is the square of one normal number.
 NOISE_DRAWS, ULP = 16, 2.0**-23
+FUSED = "sdpa"  # of torch
 SIMULATED_BLOCK = 32  # int8 activation blocks of llama.cpp's Q8_1
 
 
@@ -87,9 +92,15 @@ def long_logprobs(checkpoint: Path, sequence: LongSequence, *, threads: int) -> 
 
     def compute() -> Arrays:
         with fixed_threads(threads), torch.inference_mode():
-            return {"logprobs": LayerwiseModel(checkpoint).at(sequence.ids, sequence.at, chunk=CHUNK)}
+            model = LayerwiseModel(checkpoint, attention=FUSED)
+            return {"logprobs": model.at(sequence.ids, sequence.at, chunk=CHUNK)}
 
-    asked = {"sequence": sha256_bytes(sequence.ids, sequence.at), "threads": threads, "chunk": CHUNK}
+    asked = {
+        "sequence": sha256_bytes(sequence.ids, sequence.at),
+        "threads": threads,
+        "chunk": CHUNK,
+        "attention": FUSED,
+    }
     return remembered("long sequence", compute, of=checkpoint, packages=PACKAGES, **asked)["logprobs"]
 
 

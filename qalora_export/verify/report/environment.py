@@ -70,7 +70,7 @@ def describe_inputs(session: Session, targets: list[Target], base: Path | None) 
             for run, fingerprint in session.runs.fingerprints.items()
         },
         "reference": {
-            "what": "PyTorch float32, eager attention, one sequence at a time",
+            "what": "PyTorch float32, eager attention (fused in the long sequence), one sequence at a time",
             "threads": settings.threads,
             "seconds": round(session.reference_seconds, 3),
             "from_earlier_runs": list(session.kept),

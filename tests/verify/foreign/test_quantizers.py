@@ -27,6 +27,7 @@ from tests.conftest import MadeOnce
 from tests.verify.foreign.conftest import Plain
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"
+Built = Callable[[str], Path]
 
 
 def _blocks(model: onnx.ModelProto, _: Path, **options: Any) -> onnx.ModelProto:
@@ -137,6 +138,23 @@ def test_an_embedding_under_the_name_of_the_head_that_shares_it_is_one(tmp_path:
     assert [name for name, _ in Graph(tmp_path).constants()] == ["model.embed_tokens.weight"]
 
 
+def test_a_norm_that_was_quantized_is_the_norm_it_was(tmp_path: Path) -> None:
+    """As ONNX Runtime's static quantization of everything leaves a norm that a Mul spells out."""
+    weight = "model.layers.0.input_layernorm.weight"
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 4]) for name in "xy")
+    parts = [f"{weight}_quantized", f"{weight}_scale", f"{weight}_zero_point"]
+    arrays = np.array([-2, 0, 1, 100], np.int8), np.array(0.5, np.float32), np.array(0, np.int8)
+    nodes = [
+        onnx.helper.make_node("DequantizeLinear", parts, [f"{weight}_DequantizeLinear_Output"]),
+        onnx.helper.make_node("Mul", [f"{weight}_DequantizeLinear_Output", "x"], ["y"]),
+    ]
+    tensors = [numpy_helper.from_array(values, name) for values, name in zip(arrays, parts, strict=True)]
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "norm", [x], [y], tensors)), tmp_path / GRAPH)
+    ((name, found),) = Graph(tmp_path).constants()
+    assert name == weight
+    np.testing.assert_array_equal(found.values, [-1, 0, 0.5, 50])
+
+
 def save(model: onnx.ModelProto, folder: Path) -> None:
     (folder / DATA).unlink(missing_ok=True)
     onnx.save(model, folder / GRAPH, save_as_external_data=True, location=DATA, size_threshold=0)
@@ -181,6 +199,41 @@ def test_a_damaged_scale_and_swapped_layers_are_named(folder: Path, plain: Plain
     }
     assert "multiplied by 1." in causes["model.layers.1.self_attn.o_proj.weight"]
     assert "holds the numbers of model.layers.1.mlp.up_proj" in causes["model.layers.0.mlp.up_proj.weight"]
+
+
+@pytest.mark.parametrize("quantizer", ["static"], indirect=True)
+@pytest.mark.parametrize("step", [np.inf, np.nan, 0.0])
+def test_a_range_without_a_size_is_named(step: float, folder: Path, plain: Plain, tmp_path: Path) -> None:
+    """What calibration makes of the −∞ in an attention mask, or of what it never saw."""
+    copy = Path(shutil.copytree(folder, tmp_path / "onnx"))
+    model = onnx.load(copy / GRAPH)
+    rounding = [node for node in model.graph.node if node.op_type == "QuantizeLinear"][3]
+    (scale,) = (tensor for tensor in model.graph.initializer if tensor.name == rounding.input[1])
+    scale.CopyFrom(numpy_helper.from_array(np.array(step, np.float32), scale.name))
+    save(model, copy)
+    found = diagnose(plain.model, tmp_path / "report", VerifySettings(threads=1), onnx=copy)
+    assert found.exit_code == ExitCode.PARITY_FAILED
+    states = {part.id: part for part in found.parts}
+    assert f"rounded in steps of no size: {rounding.input[0]} ({step:g})" in states["graph"].sentence
+    assert states["graph"].proof.startswith("without rounding: its own numbers in Transformers")
+    assert states["weights"].state == "ok"
+
+
+def test_a_number_that_is_none_is_named_and_nothing_fails_on_it(
+    plain: Plain, built_by_genai: Built, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(built_by_genai("fp32"), tmp_path / "onnx"))
+    model = onnx.load(copy / GRAPH)
+    tensor = next(t for t in model.graph.initializer if "layers.0.mlp.up_proj" in t.name)
+    values = numpy_helper.to_array(tensor).copy()
+    values[3, 5] = np.nan
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    save(model, copy)
+    found = diagnose(plain.model, tmp_path / "report", VerifySettings(threads=1), onnx=copy)
+    assert "model.layers.0.mlp.up_proj.weight (F32): holds NaN or infinite values" in found.sentence
+    states = {part.id: part for part in found.parts}
+    assert "its own numbers give NaN or infinite logits, first at" in states["graph"].sentence
+    assert "even without rounding it gives NaN or infinite logits" in states["kernels"].sentence
 
 
 def test_nothing_is_broken_where_the_runtime_fuses_and_rounds(folder: Path, plain: Plain, tmp_path: Path) -> None:
