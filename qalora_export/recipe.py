@@ -54,9 +54,11 @@ class QuantizeRule(Settings):
 
 
 class QuantizeSettings(Settings):
-    """method "gptq" (Hessian from calibration text) or "rtn" (round to nearest, no data)."""
+    """method "gptq" (Hessian from calibration text), or without data "mse" (the grid of least squared error in every
+    group) or "rtn" (the grid from the least to the largest weight), codes rounded to nearest.
+    """
 
-    method: Literal["gptq", "rtn"] = "gptq"
+    method: Literal["gptq", "mse", "rtn"] = "gptq"
     bits: Bits = 4
     group_size: GroupSize = 32
     grid: GridName = Field(

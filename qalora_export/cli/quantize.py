@@ -25,7 +25,10 @@ def command(
     ),
     out: Path = typer.Option(..., "--out", help="Folder for the canonical checkpoint."),
     method: str | None = typer.Option(
-        None, metavar="gptq|rtn", help=f"gptq needs calibration text, rtn needs no data. \\[default: {D.method}]"
+        None,
+        metavar="gptq|mse|rtn",
+        help="gptq needs calibration text; without data, mse: the grid of least squared error in every group, rtn: "
+        f"from the least to the largest weight. \\[default: {D.method}]",
     ),
     bits: int | None = typer.Option(
         None, metavar="2|3|4|5|8", help=f"Bits per code. \\[default: {D.bits}]", rich_help_panel=GRID

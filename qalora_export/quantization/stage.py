@@ -223,7 +223,7 @@ class _Run:
             matrix = folder.stored(name)
             plan = replace(plan, sym=matrix.is_symmetric)
         elif hessian is None:
-            matrix = round_to_nearest(weight, plan, where=where)
+            matrix = round_to_nearest(weight, plan, where=where, mse=self.settings.method == "mse")
         else:
             damp, block_size, sweeps = self.settings.damp, self.settings.block_size, self.settings.sweeps
             matrix = gptq(weight, hessian, plan, where=where, damp=damp, block_size=block_size, sweeps=sweeps)

@@ -101,7 +101,9 @@ class _Bench:
                 if bits < 4:
                     name = f"ours, {bits} bits, one more for v, o, down, g {group}"
                     yield name, lambda b=bits, g=group: self._ours(b, g, more=True)
-                yield f"ours RTN, {bits} bits, g {group}", lambda b=bits, g=group: self._ours(b, g, method="rtn")
+                for method in ("mse", "rtn"):
+                    name = f"ours {method.upper()}, {bits} bits, g {group}"
+                    yield name, lambda b=bits, g=group, m=method: self._ours(b, g, method=m)
         if only in (None, "llama.cpp"):
             for kind in TYPES[-1:] if smoke else TYPES:
                 yield f"llama.cpp {kind.name}, imatrix", lambda k=kind: self._llama(k, k)
@@ -120,7 +122,9 @@ class _Bench:
             found = [torch.log_softmax(self.network(line[None]).logits[0, :-1], -1) for line in self.text]
         return {"bits_per_weight": bits, "kl": divergence(self.reference, found), "cpu_seconds": seconds}
 
-    def _ours(self, bits: int, group: int, *, method: Literal["gptq", "rtn"] = "gptq", more: bool = False) -> Row:
+    def _ours(
+        self, bits: int, group: int, *, method: Literal["gptq", "mse", "rtn"] = "gptq", more: bool = False
+    ) -> Row:
         rules = tuple(QuantizeRule(match=f"*.{leaf}", bits=bits + 1) for leaf in MORE if more)  # type: ignore[arg-type]
         settings = QuantizeSettings(
             method=method,

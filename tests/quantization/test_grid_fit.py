@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from qalora_export.errors import InputError
-from qalora_export.grid import GroupAffine
+from qalora_export.grid import GroupAffine, difference
+from qalora_export.quantization import rtn
 from qalora_export.quantization.grid_fit import ROUND, fit_min_max, fit_weighted
 from qalora_export.quantization.rtn import round_to_nearest
 from qalora_export.quantization.rules import Plan
@@ -118,3 +119,29 @@ def test_weights_that_are_not_finite_are_refused_by_name(bad: float) -> None:
 @given(arrays(np.float64, 64, elements=st.floats(0, 255) | st.integers(0, 254).map(lambda n: n + 0.5)))
 def test_rounding_by_a_large_constant_is_rounding_to_even(values: np.ndarray) -> None:
     assert np.array_equal((values + ROUND) - ROUND, np.rint(values))
+
+
+@settings(max_examples=60, deadline=None)
+@given(matrices())
+def test_the_least_squared_error_is_never_more_than_that_of_min_and_max(case: tuple[np.ndarray, Plan]) -> None:
+    weight, plan = case
+    tensor = torch.from_numpy(weight)
+    errors = []
+    for mse in (True, False):
+        matrix = round_to_nearest(tensor, plan, where="w", mse=mse)
+        values = matrix.codes.reshape(*matrix.scale.shape, -1) * matrix.scale.astype(float)[..., None]
+        values += matrix.offset.astype(float)[..., None]
+        errors.append(np.square(values - weight.reshape(values.shape)).sum(-1))
+    assert (errors[0] <= errors[1] * (1 + 1e-12)).all()
+
+
+def test_a_bell_of_weights_is_fitted_closer_and_in_any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, plan = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)), Plan(3, 64, False)
+    whole = round_to_nearest(weight, plan, where="w", mse=True)
+    error, other = (
+        (torch.from_numpy(matrix.dequantize()) - weight).square().mean()
+        for matrix in (whole, round_to_nearest(weight, plan, where="w"))
+    )
+    assert error < 0.9 * other
+    monkeypatch.setattr(rtn, "FITTED_VALUES", 500)
+    assert difference(whole, round_to_nearest(weight, plan, where="w", mse=True)).total == 0

@@ -124,6 +124,16 @@ def test_rtn_of_every_source_dtype_and_sharding(tmp_path: Path) -> None:
             )
 
 
+def test_without_data_the_grid_of_least_squared_error_is_another(tiny_model: Path, tmp_path: Path) -> None:
+    report = quantize(tiny_model, tmp_path / "q", QuantizeSettings(method="mse", group_size=64))
+    assert (report.method, report.calibration_tokens) == ("mse", 0)
+    folder, written = ModelFolder(tiny_model), CanonicalCheckpoint(tmp_path / "q")
+    for name in written.modules:
+        weight = torch.from_numpy(as_float32(folder.tensor(f"{name}.weight")))
+        expected = round_to_nearest(weight, Plan(4, 64, False), where=name, mse=True)
+        assert difference(written.group_affine(name), expected).total == 0
+
+
 def test_the_result_loads_and_its_report_counts(tiny_model: Path, text: Path, tmp_path: Path) -> None:
     report = quantize(tiny_model, tmp_path / "q", settings(text, "*.1.*=bits:8,group:64", "*.v_proj=skip"))
     model = load_model(tmp_path / "q")
