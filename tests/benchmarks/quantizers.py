@@ -98,9 +98,8 @@ class _Bench:
         if only in (None, OURS):
             for bits, group in sizes:
                 yield f"ours, {bits} bits, g {group}", lambda b=bits, g=group: self._ours(b, g)
-                if bits < 4:
-                    name = f"ours, {bits} bits, one more for v, o, down, g {group}"
-                    yield name, lambda b=bits, g=group: self._ours(b, g, more=True)
+                name = f"ours, {bits} bits, one more for v, o, down, g {group}"
+                yield name, lambda b=bits, g=group: self._ours(b, g, more=True)
                 for method in ("mse", "rtn"):
                     name = f"ours {method.upper()}, {bits} bits, g {group}"
                     yield name, lambda b=bits, g=group, m=method: self._ours(b, g, method=m)
