@@ -19,7 +19,6 @@ ROWS = {
     "q4_k_m": {"ours, q4_k_m", "ours, Q6_K", "Q4_K_M", "Q4_K_M, imatrix"},
     "patch_size": {"g32, model.gguf", "g32, onnx", "g32, split.gguf"},
     "quantizers": {"llama.cpp Q5_K, imatrix"},
-    "grid_training": {"q4_k"},
     "onnx_decode": {f"g{g}, {name}" for g in (32, 64, 128) for name in ("split", "limit", "float zero_points")},
 }
 
@@ -27,7 +26,6 @@ ROWS = {
 MORE = {
     "export_streaming": ["--formats", *sorted(ROWS["export_streaming"])],  # each format is a process
     "quantizers": ["--only", "llama.cpp"],  # GPTQ takes longer than all of the others together
-    "grid_training": ["--grid", "q4_k", "--seeds", "1", "--rate", "0.01"],
 }
 
 

@@ -12,7 +12,7 @@ import torch
 
 from qalora_export.errors import ParityError
 from qalora_export.qalora.kernels import dispatch, ops
-from tests.benchmarks import kernel_checks, quantize_cuda, train_cpu, train_cuda, train_memory
+from tests.benchmarks import grid_training, kernel_checks, quantize_cuda, train_cpu, train_cuda, train_memory
 from tests.benchmarks.common import config_of
 from tests.benchmarks.variants import VARIANTS, Setup
 
@@ -170,3 +170,19 @@ def test_train_cpu_compares_with_peft(tiny_model: Path, tmp_path: Path) -> None:
     rows = json.loads(out.read_text())["results"]
     assert [row["variant"] for row in rows] == ["ours", "PEFT LoRA", "frozen base"]
     assert all(row["steps_per_second"] > 0 for row in rows)
+
+
+def test_grid_training_trains_and_scores_a_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside a row that an earlier run left in its file."""
+    work, out = tmp_path / "work", tmp_path / "grids.json"
+    earlier = {"bits_per_weight": 5.0, "before": 6.0, "rate": 0.004, "losses": [4.0, 4.5]}
+    out.write_text(json.dumps({"rows": {grid_training.FREE: earlier}}))
+    options = ["--smoke", "--grid", "q4_k", "--seeds", "1", "--rate", "0.01", "--work", str(work), "--json", str(out)]
+    grid_training.main(options)
+    content = json.loads(out.read_text())
+    assert content["machine"]["cpu"] and list(content["rows"]) == [grid_training.FREE, "q4_k"]
+    row = content["rows"]["q4_k"]
+    assert (row["bits_per_weight"], row["rate"], len(row["losses"])) == (4.5, 0.01, 1)
+    assert 3 < row["losses"][0] < 12 and 3 < row["before"] < 12
+    assert "behind" in capsys.readouterr().out
+    assert list(work.iterdir()) == []

@@ -201,20 +201,34 @@ def test_a_damaged_scale_and_swapped_layers_are_named(folder: Path, plain: Plain
     assert "holds the numbers of model.layers.1.mlp.up_proj" in causes["model.layers.0.mlp.up_proj.weight"]
 
 
-@pytest.mark.parametrize("quantizer", ["static"], indirect=True)
-@pytest.mark.parametrize("step", [np.inf, np.nan, 0.0])
-def test_a_range_without_a_size_is_named(step: float, folder: Path, plain: Plain, tmp_path: Path) -> None:
-    """What calibration makes of the −∞ in an attention mask, or of what it never saw."""
-    copy = Path(shutil.copytree(folder, tmp_path / "onnx"))
-    model = onnx.load(copy / GRAPH)
+def with_step(folder: Path, step: float) -> str:
+    """The activation that QuantizeLinear rounds in this step afterwards."""
+    model = onnx.load(folder / GRAPH)
     rounding = [node for node in model.graph.node if node.op_type == "QuantizeLinear"][3]
     (scale,) = (tensor for tensor in model.graph.initializer if tensor.name == rounding.input[1])
     scale.CopyFrom(numpy_helper.from_array(np.array(step, np.float32), scale.name))
-    save(model, copy)
+    save(model, folder)
+    return str(rounding.input[0])
+
+
+@pytest.mark.parametrize("quantizer", ["static"], indirect=True)
+def test_ranges_without_a_size_are_seen(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "onnx"))
+    assert Graph(copy).steps_of_no_size() == []
+    for step, said in ((np.inf, "inf"), (np.nan, "nan"), (0.0, "0"), (-1.0, "-1")):
+        rounded = with_step(copy, step)
+        assert Graph(copy).steps_of_no_size() == [f"{rounded} ({said})"]
+
+
+@pytest.mark.parametrize("quantizer", ["static"], indirect=True)
+def test_a_range_without_a_size_is_named(folder: Path, plain: Plain, tmp_path: Path) -> None:
+    """What calibration makes of the −∞ in an attention mask."""
+    copy = Path(shutil.copytree(folder, tmp_path / "onnx"))
+    rounded = with_step(copy, np.inf)
     found = diagnose(plain.model, tmp_path / "report", VerifySettings(threads=1), onnx=copy)
     assert found.exit_code == ExitCode.PARITY_FAILED
     states = {part.id: part for part in found.parts}
-    assert f"rounded in steps of no size: {rounding.input[0]} ({step:g})" in states["graph"].sentence
+    assert f"rounded in steps of no size: {rounded} (inf)" in states["graph"].sentence
     assert states["graph"].proof.startswith("without rounding: its own numbers in Transformers")
     assert states["weights"].state == "ok"
 
