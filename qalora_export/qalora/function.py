@@ -129,12 +129,18 @@ def scale_and_offset_of(
     """What codes are multiplied with and what is added, adapter and all, both (out, in/g): float16, or on a grid of
     super-blocks float32.
     """
+    if a is not None and b is not None:
+        numbers = with_offsets_moved(a, b, scaling, grid, *numbers)
     if grid == AFFINE16.name:
         scale, offset = numbers
-        return scale, offset if a is None or b is None else effective_offset(offset, a, b, scaling)
-    named = super_block_grid(grid)
-    if a is not None and b is not None:
-        scale, offset, scale_step, offset_step = numbers
-        offset, offset_step = effective_levels(offset, offset_step, a, b, scaling, named)
-        numbers = (scale, offset, scale_step, offset_step)
-    return scale_and_offset(numbers, named)
+        return scale, offset
+    return scale_and_offset(numbers, super_block_grid(grid))
+
+
+def with_offsets_moved(a: Tensor, b: Tensor, scaling: float, grid: str, *numbers: Tensor) -> tuple[Tensor, ...]:
+    """The numbers beside the codes with offset_eff in place of the offset, in the shapes and dtypes they had."""
+    scale, offset, *steps = numbers
+    if grid == AFFINE16.name:
+        return scale, effective_offset(offset, a, b, scaling)
+    offset, step = effective_levels(offset, steps[1], a, b, scaling, super_block_grid(grid))
+    return scale, offset, steps[0], step

@@ -25,9 +25,8 @@ from qalora_export.grid import GroupAffine, Levels, SymmetricLevels, differing, 
 from qalora_export.models.loading import load_model
 from qalora_export.progress import status, track
 from qalora_export.qalora.adapter_files import Adapter, ModuleAdapter, ModuleShape, load_adapter, read_adapter
-from qalora_export.qalora.function import effective_offset
+from qalora_export.qalora.function import effective_offset, with_offsets_moved
 from qalora_export.qalora.scales import centre_and_spread, effective
-from qalora_export.qalora.super_blocks import effective_levels, super_block_grid
 from qalora_export.safety import StrPath, atomic_directory, local_path
 
 PROBE_SEQUENCES, PROBE_LENGTH = 4, 32
@@ -144,11 +143,7 @@ def _moved(matrix: GroupAffine, held: list[torch.Tensor], adapter: ModuleAdapter
         pair = adapter.a, adapter.b
         moved = effective(held, pair, adapter.scales, adapter.scaling, middle, matrix.grid.name)
     else:
-        scale, offset, scale_step, offset_step = held
-        offset, offset_step = effective_levels(
-            offset, offset_step, adapter.a, adapter.b, adapter.scaling, super_block_grid(matrix.grid.name)
-        )
-        moved = scale, offset, scale_step, offset_step
+        moved = with_offsets_moved(adapter.a, adapter.b, adapter.scaling, matrix.grid.name, *held)
     return [part.numpy() for part in moved]
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from qalora_export.grid import AFFINE16
+from qalora_export.grid.projection import half
 from qalora_export.qalora.dequant import dequantize, unpack_codes
 from qalora_export.qalora.function import scale_and_offset_of
 from qalora_export.qalora.low_rank import update
@@ -57,17 +58,14 @@ def effective(
     (centre, spread), groups = (part.double() for part in middle), scale.shape[1]
     change, turn = update(*pair, scaling, groups), update(*scale_pair, scaling, groups) / spread
     if grid == AFFINE16.name:
-        turned = _half(scale.double() + turn)
-        return turned, _half(offset.double() + change - centre * (turned.double() - scale.double()))
+        turned = half(scale.double() + turn)
+        offset = half(offset.double() + change - centre * (turned - scale.double()))
+        return turned.to(torch.float16), offset.to(torch.float16)
     named, before = super_block_grid(grid), products(scale, steps[0]).double()
     scale, scale_step = moved_levels(scale, steps[0], turn, named)
     turned = products(scale, scale_step).double()
     offset, offset_step = moved_levels(offset, steps[1], centre * (turned - before) - change, named)
     return scale, offset, scale_step, offset_step
-
-
-def _half(wide: Tensor) -> Tensor:
-    return wide.to(torch.float32).to(torch.float16)
 
 
 class ScaleAdapter(nn.Module):

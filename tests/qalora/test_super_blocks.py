@@ -54,25 +54,27 @@ def trained(matrix: GroupAffine, size: float = 0.05, pool: int | None = None) ->
     return layer
 
 
+def naive_numbers(levels: Tensor, steps: Tensor, change: np.ndarray, grid: SuperBlockGrid) -> np.ndarray:
+    """step · level next to that of the base + change (out, in/g), one super-block at a time, in Python's float."""
+    numbers = np.zeros(change.shape)
+    for row in range(OUT):
+        for block in range(BLOCKS):
+            groups, step = range(block * grid.groups, (block + 1) * grid.groups), float(steps[row, block])
+            before = [step * int(levels[row, g]) for g in groups]
+            wanted = [max(0.0, was + float(change[row, g])) for was, g in zip(before, groups, strict=True)]
+            now = step * (max(wanted) / max(before)) if max(before) else max(wanted) / grid.top
+            now = float(np.float16(np.float32(now)))
+            for g, want in zip(groups, wanted, strict=True):
+                numbers[row, g] = now * min(grid.top, round(want / now)) if now else 0.0
+    return numbers
+
+
 def naive_offsets(layer: QALoraLinear, grid: SuperBlockGrid) -> np.ndarray:
-    """−step · level (out, in/g), one super-block at a time, in Python's float."""
+    """−step · level (out, in/g)."""
     assert layer.lora_A is not None and layer.lora_B is not None
     delta = layer.scaling * (layer.lora_B.detach().double() @ layer.lora_A.detach().double())
     delta = delta.repeat_interleave(layer.pool // layer.group_size, dim=1).numpy()
-    offsets = np.zeros(delta.shape)
-    for row in range(layer.out_features):
-        for block in range(BLOCKS):
-            groups = range(block * grid.groups, (block + 1) * grid.groups)
-            step = float(layer.offset_step[row, block])
-            before = [step * int(layer.offset[row, g]) for g in groups]
-            wanted = [max(0.0, was - float(delta[row, g])) for was, g in zip(before, groups, strict=True)]
-            share = step / max(before) if max(before) > 0 else 1 / grid.top
-            now = float(
-                np.float16(np.float32(step * (max(wanted) / max(before)) if max(before) else max(wanted) * share))
-            )
-            for g, want in zip(groups, wanted, strict=True):
-                offsets[row, g] = -now * min(grid.top, round(want / now)) if now else 0.0
-    return offsets
+    return -naive_numbers(layer.offset, layer.offset_step, -delta, grid)
 
 
 @every_grid
@@ -202,22 +204,9 @@ def naive_scales(layer: QALoraLinear, grid: SuperBlockGrid) -> tuple[np.ndarray,
         for a, b in ((layer.lora_A, layer.lora_B), layer.scales.pair)
     )
 
-    def next_to(levels: Tensor, steps: Tensor, change: np.ndarray) -> np.ndarray:
-        numbers = np.zeros(change.shape)
-        for row in range(OUT):
-            for block in range(BLOCKS):
-                groups, step = range(block * grid.groups, (block + 1) * grid.groups), float(steps[row, block])
-                before = [step * int(levels[row, g]) for g in groups]
-                wanted = [max(0.0, was + change[row, g]) for was, g in zip(before, groups, strict=True)]
-                now = step * (max(wanted) / max(before)) if max(before) else max(wanted) / grid.top
-                now = float(np.float16(np.float32(now)))
-                for g, want in zip(groups, wanted, strict=True):
-                    numbers[row, g] = now * min(grid.top, round(want / now)) if now else 0.0
-        return numbers
-
-    before = next_to(layer.scale, layer.scale_step, 0 * turn)
-    scale = next_to(layer.scale, layer.scale_step, turn / spread)
-    return scale, -next_to(layer.offset, layer.offset_step, centre * (scale - before) - by)
+    before = naive_numbers(layer.scale, layer.scale_step, 0 * turn, grid)
+    scale = naive_numbers(layer.scale, layer.scale_step, turn / spread, grid)
+    return scale, -naive_numbers(layer.offset, layer.offset_step, centre * (scale - before) - by, grid)
 
 
 @every_grid
